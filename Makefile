@@ -1,0 +1,94 @@
+# make demo    sets everything up and runs the demonstration
+# make test    sets everything up and runs the tests
+# make help    lists the rest
+#
+# Everything lands in .venv and build/; stamp files in .venv say which step has been done, so that a
+# second run does only what has changed.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --retries 2
+CPP    := $(shell git ls-files -co --exclude-standard '*.cpp' '*.cu' '*.hpp' '*.cuh' '*.h' 2>/dev/null)
+
+# $(call fetch,what,arguments): pip install, with a last line that says what could not be had.
+fetch = echo "installing $(1)"; $(PIP) $(2) || { echo "make: could not install $(1): the pip messages \
+above say why. A first run needs the network (PyPI) or a pip mirror." >&2; exit 1; }
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu build wheel lint lint-python lint-cpp format clean
+
+help:
+	@echo "make demo        set up, then run the demonstration: a small language model before and after"
+	@echo "make test        set up, then run the tests (those for a GPU only where a Hopper GPU is)"
+	@echo "make test-gpu    set up, then run the GPU tests alone"
+	@echo "make build       set up, then compile what has changed"
+	@echo "make wheel       a wheel for every Python, in dist/"
+	@echo "make lint        check Python and C++ sources; make format mends the layout"
+	@echo "make clean       remove what was built; the environment .venv stays"
+
+demo: $(VENV)/demo.stamp build
+	$(BIN)/liquidgemm demo
+
+test: $(VENV)/demo.stamp build
+	$(BIN)/python -m pytest
+
+test-gpu: build
+	$(BIN)/python -m pytest tests/gpu
+
+build: $(VENV)/dev.stamp
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@test -e $(VENV)/install.stamp || { $(call fetch,liquidgemm in the environment,--no-build-isolation --editable .); \
+	touch $(VENV)/install.stamp; }
+
+wheel: $(VENV)/dev.stamp
+	rm -rf build/lib.* build/bdist.*
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+lint: lint-python lint-cpp
+
+lint-python: $(VENV)/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lint-cpp: $(VENV)/lint.stamp
+	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
+
+format: $(VENV)/lint.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+clean:
+	rm -rf build dist *.egg-info liquidgemm/*.so
+	rm -f $(VENV)/install.stamp
+
+# --------------------------------------------------------------------------------------------------
+# The environment
+
+$(VENV)/pip.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: $(PYTHON) is missing or older than 3.10; name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "make: $(PYTHON) cannot make a virtual environment (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@$(call fetch,pip,'pip>=25.1')
+	@touch $@
+
+$(VENV)/lint.stamp: pyproject.toml | $(VENV)/pip.stamp
+	@$(call fetch,the formatters,--group lint)
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(VENV)/pip.stamp
+	@command -v $${CXX:-g++} >/dev/null || \
+	  { echo "make: no C++ compiler (Debian: apt-get install g++)" >&2; exit 1; }
+	@$(call fetch,torch and the build tools,--group dev)
+	@$(call fetch,the CUTLASS headers,--no-deps --group cutlass)
+	@$(BIN)/python -c 'import setup, sys; sys.exit(setup.find_nvcc() is None)' || \
+	  { $(call fetch,the CUDA compiler,--group nvcc); }
+	@rm -f $(VENV)/install.stamp
+	@touch $@
+
+$(VENV)/demo.stamp: pyproject.toml | $(VENV)/dev.stamp
+	@$(call fetch,transformers for the demonstration,--group demo)
+	@touch $@

@@ -1,0 +1,331 @@
+"""Builds the two shared libraries of liquidgemm, for every Python and every torch >= 2.10 alike.
+
+    liquidgemm/_C_host.so   plain C++: works wherever torch does
+    liquidgemm/_C_cuda.so   the Hopper kernels (sm_90a)
+
+Both bind to torch's stable ABI and need no Python.h, so the wheel is tagged py3-none-<platform>.
+The build needs g++, nvcc and the headers of torch and CUTLASS: no GPU, no driver, no CUDA build of
+torch. torch.utils.cpp_extension is not used, because it refuses to compile CUDA on a CPU-only
+torch and links libraries that such a torch does not have.
+
+ninja does the compiling, in a folder below build/ that is kept: the second build takes seconds.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+MIN_CUDA = (12, 4)
+
+# The sources of each library: every pattern must match at least one file.
+SOURCES = {
+    "liquidgemm._C_host": ["csrc/bindings_host.cpp"],
+    "liquidgemm._C_cuda": [
+        "csrc/bindings_cuda.cpp",
+        "csrc/*.cu",
+        "csrc/instantiations/*.cu",
+    ],
+}
+
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DNDEBUG"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "--expt-relaxed-constexpr",
+    "-lineinfo",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Xptxas=-v",  # check_ptxas_report reads what this prints
+]
+# torch opens its libraries RTLD_LOCAL, so ours must name libtorch.so itself or the symbols of its
+# CUDA side are not found at load; none of ours needs it at link time, hence --no-as-needed.
+LINK_FLAGS = ["-shared", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+
+
+class BuildError(SystemExit):
+    """Ends the build with one readable message instead of a traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"liquidgemm: {message}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Where the compilers and headers are
+
+
+def run_quietly(*command: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+
+
+def package_dir(name: str, requirement: str) -> Path:
+    """The folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise BuildError(f"the build needs `pip install {requirement}`")
+    return Path(spec.submodule_search_locations[0])
+
+
+def torch_dir() -> Path:
+    return package_dir("torch", "'torch>=2.10'")
+
+
+def cutlass_include() -> Path:
+    return package_dir("cutlass_library", "--no-deps nvidia-cutlass==4.2.0.0") / "source/include"
+
+
+def nvcc_candidates() -> list[Path]:
+    """Every nvcc there is: CUDA_HOME's, then PATH's, then the one of the PyPI wheels."""
+    found = []
+    if home := os.environ.get("CUDA_HOME"):
+        found.append(Path(home) / "bin/nvcc")
+    if on_path := shutil.which("nvcc"):
+        found.append(Path(on_path))
+    if (wheels := importlib.util.find_spec("nvidia")) and wheels.submodule_search_locations:
+        for place in wheels.submodule_search_locations:
+            found += sorted(Path(place).glob("cu*/bin/nvcc"), reverse=True)
+    return [nvcc for nvcc in found if os.access(nvcc, os.X_OK)]
+
+
+def nvcc_version(nvcc: Path) -> tuple[int, ...]:
+    """(major, minor), or () from a file that is not a working nvcc."""
+    try:
+        report = run_quietly(nvcc, "--version").stdout
+    except OSError:
+        return ()
+    release = re.search(r"release (\d+)\.(\d+)", report)
+    return tuple(map(int, release.groups())) if release else ()
+
+
+def find_nvcc() -> Path | None:
+    """The first nvcc in the search order that is new enough for the kernels."""
+    return next((nvcc for nvcc in nvcc_candidates() if nvcc_version(nvcc) >= MIN_CUDA), None)
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    cxx: str
+    nvcc: Path
+    cuda: Path
+    torch: Path
+    cutlass: Path
+
+    @classmethod
+    def find(cls) -> "Toolchain":
+        cxx = os.environ.get("CXX", "g++")
+        if shutil.which(cxx) is None:
+            raise BuildError(f"no C++ compiler: {cxx} is not on PATH (Debian: apt-get install g++)")
+        nvcc = find_nvcc()
+        if nvcc is None:
+            too_old = "".join(f"; {nvcc} is too old" for nvcc in nvcc_candidates())
+            raise BuildError(
+                f"no nvcc {'.'.join(map(str, MIN_CUDA))} or newer in $CUDA_HOME/bin, on PATH or in "
+                f"the PyPI wheels (pip install --group nvcc){too_old}"
+            )
+        # nvcc knows best where its toolkit lies: the command may be a link or a wrapper script.
+        dry_run = run_quietly(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
+        cuda = Path(top[1].strip()).resolve() if top else nvcc.resolve().parent.parent
+        return cls(cxx, nvcc, cuda, torch_dir(), cutlass_include())
+
+    def cuda_file(self, *names: str) -> Path:
+        """The first of several places below the toolkit that exists: layouts differ."""
+        for pattern in names:
+            if match := sorted(self.cuda.glob(pattern)):
+                return match[0]
+        raise BuildError(f"{names[0]} is missing below {self.cuda}: is the CUDA toolkit complete?")
+
+    def includes(self) -> list[str]:
+        """-I for our own headers, -isystem for others', whose warnings are not ours to mend."""
+        cuda_include = self.cuda_file(
+            "include/cuda_runtime.h", "targets/*/include/cuda_runtime.h"
+        ).parent
+        system = [
+            self.torch / "include",
+            self.torch / "include/torch/csrc/api/include",
+            self.cutlass,
+            cuda_include,
+            cuda_include / "cccl",
+        ]
+        flags = [f"-I{ROOT / 'csrc'}"]
+        for folder in system:
+            flags += ["-isystem", str(folder)]
+        return flags
+
+    def cudart(self) -> list[str]:
+        library = "libcudart_static.a"
+        path = self.cuda_file(f"lib64/{library}", f"lib/{library}", f"targets/*/lib/{library}")
+        return [str(path), f"-Wl,--exclude-libs,{library}", "-ldl", "-lpthread", "-lrt"]
+
+    def build_dir(self) -> Path:
+        """One folder per toolchain: two environments must not rebuild each other's objects."""
+        key = hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+        return ROOT / "build" / f"ninja-{key}"
+
+
+# --------------------------------------------------------------------------------------------------
+# What ptxas says about the kernels
+
+
+def demangle(text: str) -> str:
+    """C++ names as they were written, where binutils' c++filt is there."""
+    if shutil.which("c++filt") is None:
+        return text
+    return run_quietly("c++filt", stdin=text).stdout
+
+
+def check_ptxas_report(report: str) -> list[str]:
+    """The sentences that condemn a build in the output of `nvcc -Xptxas=-v`.
+
+    Registers spilled to memory, and ptxas' "Potential Performance Loss" notes: C7508 (setmaxnreg
+    ignored), C7510 (wgmma serialized) and their kin. A kernel with any of them is right but slow,
+    which no test would notice.
+    """
+    if "ptxas info" not in report:
+        return ["no report from ptxas: was it run with -v?"]
+    problems = []
+    kernel = "?"
+    for line in report.splitlines():
+        if name := re.search(r"Function properties for (\S+)", line):
+            kernel = name[1]
+        elif spill := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            if spill[1] != "0" or spill[2] != "0":
+                problems.append(f"{kernel} spills registers: {spill[0]}")
+        elif re.search(r"\(C75\d\d\)|Potential Performance Loss", line):
+            problems.append(line.split(":", 1)[-1].strip())
+    return problems
+
+
+# --------------------------------------------------------------------------------------------------
+# The build
+
+
+def source_files(extension: str) -> list[Path]:
+    """The sources of one library, in a stable order."""
+    files = {pattern: sorted(ROOT.glob(pattern)) for pattern in SOURCES[extension]}
+    if missing := [pattern for pattern, matches in files.items() if not matches]:
+        raise BuildError(f"{extension} cannot be built: no file matches {', '.join(missing)}")
+    return [file for matches in files.values() for file in matches]
+
+
+def write_build_file(tools: Toolchain, folder: Path, extensions: list[str]) -> list[Path]:
+    """Writes build.ninja; returns the files that will hold the reports of ptxas."""
+    from ninja import ninja_syntax  # absent where only the metadata is asked for
+
+    def command(*words: object) -> str:
+        return shlex.join(str(word) for word in words).replace("$", "$$")
+
+    common = [*DEFINES, *tools.includes()]
+    nvcc = command(tools.nvcc, f"-ccbin={tools.cxx}", *NVCC_FLAGS, "-DUSE_CUDA", *common)
+    depfile = "-MD -MF $out.d -c $in -o $out"
+    reports, every_object = [], []
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "build.ninja", "w") as stream:
+        ninja = ninja_syntax.Writer(stream, width=10**6)
+        ninja.variable("ninja_required_version", "1.8")
+        ninja.rule(
+            "cxx",
+            f"{command(tools.cxx, *CXX_FLAGS)} $defines {command(*common)} {depfile}",
+            depfile="$out.d",
+            deps="gcc",
+            description="g++ $name",
+        )
+        # The report is kept for check_ptxas_report; warnings and errors remain on the screen.
+        ninja.rule(
+            "cuda",
+            f"{nvcc} {depfile} > $out.log 2>&1; status=$$?; "
+            "grep -Ev '^ptxas info|bytes stack frame' $out.log; exit $$status",
+            depfile="$out.d",
+            deps="gcc",
+            description="nvcc $name",
+        )
+        link_flags = command(f"-L{tools.torch / 'lib'}", *LINK_FLAGS)
+        ninja.rule("link", f"{tools.cxx} -o $out $in {link_flags} $libs", description="link $name")
+        for extension in extensions:
+            cuda = extension.endswith("cuda")
+            objects = []
+            for source in source_files(extension):
+                name = source.relative_to(ROOT)
+                target = folder / f"{name}.o"
+                if source.suffix == ".cu":
+                    rule, variables = "cuda", {}
+                    reports.append(Path(f"{target}.log"))
+                else:
+                    rule, variables = "cxx", {"defines": "-DUSE_CUDA" if cuda else ""}
+                ninja.build(str(target), rule, str(source), variables={**variables, "name": name})
+                objects.append(str(target))
+            every_object += objects
+            library = library_name(extension)
+            libs = command(*tools.cudart()) if cuda else ""
+            ninja.build(library, "link", objects, variables={"libs": libs, "name": library})
+        ninja.build("objects", "phony", every_object)
+        ninja.build("libraries", "phony", [library_name(extension) for extension in extensions])
+    return reports
+
+
+def library_name(extension: str) -> str:
+    """One name for every Python: `_C_host.so`, not `_C_host.cpython-311-x86_64-linux-gnu.so`."""
+    return extension.rpartition(".")[2] + ".so"
+
+
+def run_ninja(folder: Path, target: str) -> None:
+    jobs = str(len(os.sched_getaffinity(0)))
+    ninja = [sys.executable, "-m", "ninja", "-C", str(folder), "-j", jobs, "-k0", target]
+    if subprocess.run(ninja, check=False).returncode:
+        raise BuildError("the build failed: the compiler's messages are above")
+
+
+def build_libraries(extensions: list[str]) -> dict[str, Path]:
+    """Compiles what has changed; returns the path of each library below build/."""
+    tools = Toolchain.find()
+    folder = tools.build_dir()
+    reports = write_build_file(tools, folder, extensions)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run_ninja(folder, "objects")
+        problems = [
+            f"  {report.relative_to(folder)}: {problem}"
+            for report in reports
+            for problem in check_ptxas_report(report.read_text())
+        ]
+        if problems:
+            raise BuildError(demangle("ptxas reports slow code:\n" + "\n".join(problems)))
+        run_ninja(folder, "libraries")
+    return {extension: folder / library_name(extension) for extension in extensions}
+
+
+class BuildWithNinja(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")[:-1], library_name(fullname)))
+
+    def build_extensions(self) -> None:
+        built = build_libraries([extension.name for extension in self.extensions])
+        for name, library in built.items():
+            target = Path(self.get_ext_fullpath(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(library, target)
+
+
+class AnyPythonWheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension(name, sources=[]) for name in SOURCES],
+        cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": AnyPythonWheel},
+    )
