@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --retries 2
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --retries 2 --no-warn-conflicts
 CPP    := $(shell git ls-files -co --exclude-standard '*.cpp' '*.cu' '*.hpp' '*.cuh' '*.h' 2>/dev/null)
 
 # $(call fetch,what,arguments): pip install, with a last line that says what could not be had.
@@ -38,8 +38,9 @@ test-gpu: build
 
 build: $(VENV)/dev.stamp
 	@$(BIN)/python setup.py --quiet build_ext --inplace
-	@test -e $(VENV)/install.stamp || { $(call fetch,liquidgemm in the environment,--no-build-isolation --editable .); \
-	touch $(VENV)/install.stamp; }
+	@test -e $(VENV)/install.stamp || { export PYTHONWARNINGS=ignore; \
+	  $(call fetch,liquidgemm in the environment,--no-build-isolation --editable .); \
+	  touch $(VENV)/install.stamp; }
 
 wheel: $(VENV)/dev.stamp
 	rm -rf build/lib.* build/bdist.*
