@@ -1,0 +1,32 @@
+"""Runs the C++ host tests: every tests/cpp/*.cpp is a program that returns nonzero on failure."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import setup as build
+
+PROGRAMS = sorted((Path(__file__).parent / "cpp").glob("*.cpp"))
+
+
+@pytest.mark.parametrize("source", PROGRAMS, ids=lambda source: source.stem)
+def test_host_program(source: Path, tmp_path: Path) -> None:
+    """The program compiles without nvcc and succeeds."""
+    tools = build.Toolchain.find()
+    program = tmp_path / source.stem
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", *tools.includes()]
+    compiled = subprocess.run(
+        [tools.cxx, *flags, str(source), "-o", str(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert compiled.returncode == 0, compiled.stderr
+    run = subprocess.run([program], capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_there_are_programs() -> None:
+    """A renamed folder must not pass as zero tests."""
+    assert PROGRAMS

@@ -1,0 +1,196 @@
+"""The build: where nvcc comes from, what ptxas is asked, what the wheel is called."""
+
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import setup as build
+
+ROOT = Path(build.__file__).parent
+
+
+# --------------------------------------------------------------------------------------------------
+# The search for nvcc
+
+
+def fake_nvcc(folder: Path, release: str = "13.0") -> Path:
+    """A command that answers --version as nvcc does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    nvcc = folder / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A machine with no nvcc but those that a test puts in its three places."""
+    wheels = tmp_path / "site-packages/nvidia"
+    wheels.mkdir(parents=True)
+    (tmp_path / "path").mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    found = SimpleNamespace(submodule_search_locations=[str(wheels)])
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: found if name == "nvidia" else None
+    )
+    return SimpleNamespace(
+        home=tmp_path / "home/bin", path=tmp_path / "path", wheels=wheels / "cu13/bin"
+    )
+
+
+def test_nvcc_search_order(machine: SimpleNamespace) -> None:
+    """CUDA_HOME comes before PATH, PATH before the wheels."""
+    assert build.find_nvcc() is None
+    wheel = fake_nvcc(machine.wheels)
+    assert build.find_nvcc() == wheel
+    on_path = fake_nvcc(machine.path)
+    assert build.find_nvcc() == on_path
+    at_home = fake_nvcc(machine.home)
+    assert build.find_nvcc() == at_home
+
+
+def test_old_nvcc_is_passed_over(machine: SimpleNamespace) -> None:
+    """An nvcc that knows no sm_90a does not hide the newer one of the wheels."""
+    fake_nvcc(machine.path, release="11.8")
+    assert build.find_nvcc() is None
+    wheel = fake_nvcc(machine.wheels)
+    assert build.find_nvcc() == wheel
+
+
+def test_broken_nvcc_is_passed_over(machine: SimpleNamespace) -> None:
+    machine.home.mkdir(parents=True)
+    broken = machine.home / "nvcc"
+    broken.write_bytes(b"no program")
+    broken.chmod(0o755)
+    on_path = fake_nvcc(machine.path)
+    assert build.find_nvcc() == on_path
+
+
+def test_missing_tools_are_named(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match="no-such-compiler is not on PATH"):
+        build.Toolchain.find()
+    monkeypatch.setenv("CXX", str(fake_nvcc(machine.path / "elsewhere")))
+    with pytest.raises(build.BuildError, match=r"no nvcc 12\.4 or newer"):
+        build.Toolchain.find()
+    with pytest.raises(build.BuildError, match=r"pip install 'torch>=2\.10'"):
+        build.torch_dir()
+    with pytest.raises(build.BuildError, match="nvidia-cutlass"):
+        build.cutlass_include()
+
+
+def test_missing_sources_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc/bindings_cuda.cpp").touch()
+    with pytest.raises(build.BuildError, match=r"no file matches csrc/\*\.cu, csrc/inst"):
+        build.source_files("liquidgemm._C_cuda")
+
+
+# --------------------------------------------------------------------------------------------------
+# The report of ptxas
+
+CLEAN = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4gemmILi64EEvPf' for 'sm_90a'
+ptxas info    : Function properties for _Z4gemmILi64EEvPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 9 barriers
+"""
+
+
+def test_clean_report_passes() -> None:
+    assert build.check_ptxas_report(CLEAN) == []
+
+
+@pytest.mark.parametrize("spill", ["8 bytes spill stores, 0", "0 bytes spill stores, 4"])
+def test_spills_fail_and_name_the_kernel(spill: str) -> None:
+    report = CLEAN + CLEAN.replace("ILi64E", "ILi256E").replace("0 bytes spill stores, 0", spill)
+    assert build.check_ptxas_report(report) == [
+        f"_Z4gemmILi256EEvPf spills registers: {spill} bytes spill loads"
+    ]
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        "(C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum register "
+        "requirements.",
+        "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+        "insufficient register resources for the wgmma pipeline in function '_Z4gemmILi64EEvPf'",
+    ],
+)
+def test_performance_notes_fail(note: str) -> None:
+    assert build.check_ptxas_report(f"ptxas info    : {note}\n{CLEAN}") == [note]
+
+
+def test_silence_fails() -> None:
+    """Without -v there is nothing to check, which must not look like success."""
+    assert build.check_ptxas_report("") != []
+
+
+SPILLING_KERNEL = """
+__global__ void __launch_bounds__(1024) reverse(float* data) {
+  float kept[128];
+#pragma unroll
+  for (int i = 0; i < 128; ++i) kept[i] = data[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 128; ++i) data[i * 1024 + threadIdx.x] = kept[127 - i];
+}
+"""
+
+
+def test_spills_are_seen_in_what_nvcc_really_prints(tmp_path: Path) -> None:
+    """1024 threads have 64 registers each: 128 live values cannot but spill."""
+    source = tmp_path / "reverse.cu"
+    source.write_text(SPILLING_KERNEL)
+    nvcc = build.Toolchain.find().nvcc
+    run = build.run_quietly(nvcc, *build.NVCC_FLAGS, "-c", source, "-o", tmp_path / "reverse.o")
+    (problem,) = build.check_ptxas_report(run.stdout + run.stderr)
+    assert re.match(r"\S*reverse\S* spills registers: [1-9]\d* bytes", problem)
+
+
+# --------------------------------------------------------------------------------------------------
+# The wheel
+
+
+def test_names_fit_every_python() -> None:
+    """Neither the wheel's tag nor the names of the libraries say which Python built them."""
+    from setuptools import Distribution, Extension
+
+    package = Distribution(
+        {
+            "name": "liquidgemm",
+            "ext_modules": [Extension(name, sources=[]) for name in build.SOURCES],
+        }
+    )
+    wheel = build.AnyPythonWheel(package)
+    wheel.ensure_finalized()
+    python, abi, platform = wheel.get_tag()
+    assert (python, abi) == ("py3", "none")
+    assert platform == f"linux_{os.uname().machine}"
+    command = build.BuildWithNinja(package)
+    assert [command.get_ext_filename(name) for name in build.SOURCES] == [
+        "liquidgemm/_C_host.so",
+        "liquidgemm/_C_cuda.so",
+    ]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
+def test_pins_agree() -> None:
+    """What an isolated build installs is what the development environment has."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = project["dependency-groups"]
+    isolated = set(project["build-system"]["requires"])
+    assert {*groups["cutlass"], *groups["nvcc"]} <= isolated
+    assert {pin for pin in groups["dev"] if re.match("torch|setuptools|ninja", pin)} <= isolated
+    assert project["project"]["optional-dependencies"]["demo"] == groups["demo"]
