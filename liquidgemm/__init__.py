@@ -1,0 +1,34 @@
+"""W4A8 matrix multiplication for NVIDIA Hopper: 4-bit weights, 8-bit activations, exact sums.
+
+Importing registers ``torch.ops.liquidgemm``. It needs no GPU: every op also runs on the CPU, with
+the same bits as the kernel.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .linear import LiquidLinear
+from .model import LiquidConfig, load_quantized, quantize_, save_quantized
+from .ops import gemm, linear, pack_weight, quantize_activation, unpack_weight
+from .quantize import QuantizedWeight, dequantize_weight, quantize_weight
+
+try:
+    __version__ = version("liquidgemm")
+except PackageNotFoundError:  # run from a source checkout that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "LiquidConfig",
+    "LiquidLinear",
+    "QuantizedWeight",
+    "__version__",
+    "dequantize_weight",
+    "gemm",
+    "linear",
+    "load_quantized",
+    "pack_weight",
+    "quantize_",
+    "quantize_activation",
+    "quantize_weight",
+    "save_quantized",
+    "unpack_weight",
+]

@@ -1,0 +1,410 @@
+"""The five ops of ``torch.ops.liquidgemm``: schemas, shape functions, CPU path, autograd.
+
+CUDA implementations come from ``_C_cuda.so`` and the CPU side of ``pack_weight`` and
+``unpack_weight`` from ``_C_host.so``. The rest of the CPU path is here, in plain torch, and gives
+the same bits as the kernel: the integer product is exact, and every floating-point operation
+around it is a separately rounded float32 operation in a fixed order.
+
+Every op takes inputs of any layout, stride and storage offset, checks them before it computes, and
+raises a RuntimeError that names the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
+
+from . import _library
+from .format import (
+    BLOCK_BYTES,
+    GROUP,
+    MAX_IN_FEATURES,
+    PANEL,
+    ceil_div,
+    decode,
+    padded,
+)
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32)
+
+# Size of the float64 copies that the exact CPU product works on at a time.
+_CHUNK_BYTES = 32 << 20
+
+_SCHEMAS = (
+    "quantize_activation(Tensor x) -> (Tensor, Tensor)",
+    "pack_weight(Tensor qweight, Tensor qscale, Tensor qoffset) -> Tensor",
+    "unpack_weight(Tensor packed, int n) -> (Tensor, Tensor, Tensor)",
+    "gemm(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias=None, "
+    "ScalarType? out_dtype=None) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor",
+)
+
+_lib = Library("liquidgemm", "DEF")
+for _schema in _SCHEMAS:
+    _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+_cuda_library_problem = _library.load_libraries()
+
+
+# Checks, shared by the shape functions and the CPU path. The kernels check for themselves, in the
+# same words.
+
+
+def _require(condition: bool, argument: str, expected: str, got: object) -> None:
+    # torch._check also takes the symbolic conditions that arise under torch.compile.
+    torch._check(condition, lambda: f"{argument}: expected {expected}, got {got}")
+
+
+def _dtype_names(*dtypes: torch.dtype) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _require_dtype(argument: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    expected = f"dtype {_dtype_names(*allowed)}"
+    _require(tensor.dtype in allowed, argument, expected, _dtype_names(tensor.dtype))
+
+
+def _require_shape(argument: str, tensor: Tensor, shape: list[int], why: str = "") -> None:
+    got = list(tensor.shape)
+    _require(len(got) == len(shape), argument, f"shape {shape}{why}", got)
+    for actual, expected in zip(got, shape, strict=True):
+        _require(actual == expected, argument, f"shape {shape}{why}", got)
+
+
+def _require_device(argument: str, tensor: Tensor, like: str, device: torch.device) -> None:
+    _require(tensor.device == device, argument, f"on {device} like {like}", f"on {tensor.device}")
+
+
+def _check_rows(x: Tensor, *dtypes: torch.dtype) -> None:
+    _require_dtype("x", x, *dtypes)
+    got = f"shape {list(x.shape)}"
+    _require(x.dim() >= 1, "x", "at least 1 dimension", got)
+    _require(x.shape[-1] >= 1, "x", "at least 1 column", got)
+
+
+def _check_product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    """What `gemm` and `linear` ask of everything but the dtype of x and the token scales."""
+    k = x.shape[-1]
+    limit = f"K <= {MAX_IN_FEATURES} so that int32 accumulation cannot overflow"
+    _require(k <= MAX_IN_FEATURES, "x", limit, f"K = {k}")
+    _require_dtype("weight", weight, torch.uint8)
+    _require_dtype("weight_scale", weight_scale, torch.float32)
+    shape = list(weight_scale.shape)
+    _require(weight_scale.dim() == 1 and shape[0] >= 1, "weight_scale", "shape [N]", shape)
+    n = shape[0]
+    why = f" for N = {n} of weight_scale and K = {k} of x"
+    _require_shape("weight", weight, [ceil_div(n, PANEL), ceil_div(k, GROUP), BLOCK_BYTES], why)
+    if bias is not None:
+        _require_dtype("bias", bias, *FLOATS)
+        _require_shape("bias", bias, [n])
+        _require_device("bias", bias, "x", x.device)
+    _require_device("weight", weight, "x", x.device)
+    _require_device("weight_scale", weight_scale, "x", x.device)
+
+
+def _check_gemm(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> torch.dtype:
+    """Checks all arguments and returns the dtype of the output."""
+    out_dtype = torch.bfloat16 if out_dtype is None else out_dtype
+    _check_rows(x, torch.int8)
+    _require_dtype("x_scale", x_scale, torch.float32)
+    _require_shape("x_scale", x_scale, list(x.shape[:-1]))
+    _require_device("x_scale", x_scale, "x", x.device)
+    _check_product(x, weight, weight_scale, bias)
+    names = _dtype_names(*OUT_DTYPES)
+    _require(out_dtype in OUT_DTYPES, "out_dtype", names, _dtype_names(out_dtype))
+    raw = out_dtype == torch.int32
+    _require(not (raw and bias is not None), "bias", "None with out_dtype int32", "a tensor")
+    return out_dtype
+
+
+def _check_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    _check_rows(x, *FLOATS)
+    _check_product(x, weight, weight_scale, bias)
+
+
+# Shape functions: what torch.compile, torch.export and meta tensors see.
+
+
+def _quantize_activation_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    _check_rows(x, *FLOATS)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _pack_weight_fake(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tensor:
+    for name, tensor in (("qweight", qweight), ("qscale", qscale), ("qoffset", qoffset)):
+        _require_dtype(name, tensor, torch.uint8)
+        _require_device(name, tensor, "qweight", qweight.device)
+    shape = list(qweight.shape)
+    _require(qweight.dim() == 2 and shape[0] >= 1, "qweight", "shape [N, K / 2]", shape)
+    n, k = shape[0], 2 * shape[1]
+    multiple = f"[N, K / 2] with K a positive multiple of {GROUP}"
+    _require(k > 0 and k % GROUP == 0, "qweight", multiple, f"shape {shape}")
+    limit = f"K <= {padded(MAX_IN_FEATURES)} so that int32 accumulation cannot overflow"
+    _require(k <= padded(MAX_IN_FEATURES), "qweight", limit, f"K = {k}")
+    _require_shape("qscale", qscale, [n, k // GROUP])
+    _require_shape("qoffset", qoffset, [n, k // GROUP])
+    return qweight.new_empty(ceil_div(n, PANEL), k // GROUP, BLOCK_BYTES)
+
+
+def _unpack_weight_fake(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    _require_dtype("packed", packed, torch.uint8)
+    shape = list(packed.shape)
+    whole = packed.dim() == 3 and shape[0] >= 1 and shape[1] >= 1 and shape[2] == BLOCK_BYTES
+    expected = f"a packed weight [ceil(N / {PANEL}), K / {GROUP}, {BLOCK_BYTES}] from pack_weight"
+    _require(whole, "packed", expected, f"shape {shape}")
+    panels, groups = shape[:2]
+    span = f"{(panels - 1) * PANEL + 1} to {panels * PANEL} rows for packed of shape {shape}"
+    _require(n >= 1 and ceil_div(n, PANEL) == panels, "n", span, n)
+    return (
+        packed.new_empty(n, groups * GROUP // 2),
+        packed.new_empty(n, groups),
+        packed.new_empty(n, groups),
+    )
+
+
+def _gemm_fake(x, x_scale, weight, weight_scale, bias=None, out_dtype=None) -> Tensor:
+    out_dtype = _check_gemm(x, x_scale, weight, weight_scale, bias, out_dtype)
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]), dtype=out_dtype)
+
+
+def _linear_fake(x, weight, weight_scale, bias=None) -> Tensor:
+    _check_linear(x, weight, weight_scale, bias)
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+# The CPU path.
+
+
+def _row_chunks(rows: int, bytes_per_row: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices of about _CHUNK_BYTES that cover ``range(rows)``, each a multiple long."""
+    step = max(1, _CHUNK_BYTES // (bytes_per_row * multiple)) * multiple
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _quantize_activation_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
+    x8, scale = _quantize_activation_fake(x)
+    columns = x.shape[-1]
+    rows, rows8, row_scale = x.reshape(-1, columns), x8.view(-1, columns), scale.view(-1)
+    for chunk in _row_chunks(len(rows), 4 * columns):
+        values = rows[chunk].float()
+        amax = values.abs().amax(-1)  # NaN if any entry is NaN
+        finite = amax.isfinite()
+        step = torch.where(finite, amax / 127, torch.nan)
+        q = (values / step.unsqueeze(-1)).round_().clamp_(-127, 127)
+        usable = finite & (step > 0)
+        rows8[chunk] = torch.where(usable.unsqueeze(-1), q, 0.0).to(torch.int8)
+        row_scale[chunk] = step
+    return x8, scale
+
+
+def _gemm_cpu(x, x_scale, weight, weight_scale, bias=None, out_dtype=None) -> Tensor:
+    out_dtype = _check_gemm(x, x_scale, weight, weight_scale, bias, out_dtype)
+    k, n = x.shape[-1], weight_scale.shape[0]
+    out = x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
+    rows, row_scale, out_rows = x.reshape(-1, k), x_scale.reshape(-1, 1), out.view(-1, n)
+    for n_chunk in _row_chunks(n, 8 * k, PANEL):
+        panels = weight[n_chunk.start // PANEL : ceil_div(n_chunk.stop, PANEL)]
+        w8 = decode(*unpack_weight(panels, n_chunk.stop - n_chunk.start))
+        # float64 holds every partial sum exactly, in any order and on any processor. INT8 matmul
+        # on the CPU does not: without VNNI it saturates at 16 bits.
+        w64 = w8[:, :k].double().T
+        for m_chunk in _row_chunks(len(rows), 8 * k):
+            acc = rows[m_chunk].double() @ w64
+            if out_dtype != torch.int32:
+                acc = acc.float().mul_(row_scale[m_chunk]).mul_(weight_scale[n_chunk])
+                if bias is not None:
+                    acc.add_(bias[n_chunk].float())
+            out_rows[m_chunk, n_chunk] = acc.to(out_dtype)
+    return out
+
+
+def _linear_cpu(x, weight, weight_scale, bias=None) -> Tensor:
+    _check_linear(x, weight, weight_scale, bias)
+    x8, x_scale = _quantize_activation_cpu(x)
+    return _gemm_cpu(x8, x_scale, weight, weight_scale, bias, x.dtype)
+
+
+# Autograd.
+
+
+def _linear_setup_context(ctx, inputs, output) -> None:
+    x, weight, weight_scale, bias = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(weight, weight_scale)
+
+
+def _linear_backward(ctx, grad: Tensor):
+    """Straight-through: activations are taken as if they had not been rounded."""
+    weight, weight_scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        w8 = decode(*unpack_weight(weight, weight_scale.shape[0]))[:, : ctx.in_features]
+        grad_x = grad @ (w8.float() * weight_scale.unsqueeze(-1)).to(grad.dtype)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+        grad_bias = grad_bias.to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias
+
+
+def _not_differentiable(op: str):
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"liquidgemm.{op} is not differentiable; liquidgemm.linear is, with respect to x"
+        )
+
+    return backward
+
+
+# Registration.
+
+
+def _without_cuda_library(op: str):
+    def raise_readable(*args, **kwargs):
+        raise RuntimeError(
+            f"liquidgemm.{op}: the CUDA implementation is not loaded: {_cuda_library_problem}"
+        )
+
+    return raise_readable
+
+
+for _op, _fake, _cpu in (
+    ("quantize_activation", _quantize_activation_fake, _quantize_activation_cpu),
+    ("pack_weight", _pack_weight_fake, None),
+    ("unpack_weight", _unpack_weight_fake, None),
+    ("gemm", _gemm_fake, _gemm_cpu),
+    ("linear", _linear_fake, _linear_cpu),
+):
+    register_fake(f"liquidgemm::{_op}", _fake, lib=_lib)
+    if _cpu is not None:
+        _lib.impl(_op, _cpu, "CPU")
+    if _cuda_library_problem is not None:
+        _lib.impl(_op, _without_cuda_library(_op), "CUDA")
+
+register_autograd(
+    "liquidgemm::linear", _linear_backward, setup_context=_linear_setup_context, lib=_lib
+)
+for _op in ("quantize_activation", "gemm"):
+    register_autograd(f"liquidgemm::{_op}", _not_differentiable(_op), lib=_lib)
+
+
+# Public functions.
+
+
+def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each token (row) to INT8 with its own scale.
+
+    ``x_scale = max|x| / 127`` and ``x8 = clamp(round(x / x_scale), -127, 127)`` in float32, with
+    IEEE division, denormals kept and ties rounded to even. A row with a NaN or an infinity gets
+    ``x_scale = NaN`` and ``x8 = 0``, so that exactly its own outputs become NaN. A row whose
+    scale is zero gets ``x8 = 0``.
+
+    Args:
+        x: float32, bfloat16 or float16 ``[..., K]``.
+
+    Returns:
+        ``x8`` int8 ``[..., K]`` (contiguous) and ``x_scale`` float32 ``[...]``.
+
+    Raises:
+        RuntimeError: x has another dtype, no dimension or no columns.
+    """
+    return torch.ops.liquidgemm.quantize_activation(x)
+
+
+def pack_weight(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tensor:
+    """Bring a weight from the logical layout (`liquidgemm.format`) to the one the kernel reads.
+
+    Args:
+        qweight: uint8 ``[N, K / 2]``, two 4-bit values per byte, K a multiple of 64.
+        qscale: uint8 ``[N, K / 64]``, the integer step s of each group.
+        qoffset: uint8 ``[N, K / 64]``, the offset a of each group.
+
+    Returns:
+        uint8 ``[ceil(N / 64), K / 64, 2176]``, contiguous.
+
+    Raises:
+        RuntimeError: a wrong dtype, device or shape, K = 0 or too large for an exact INT32 sum,
+            or a group in which some ``q * s + a`` exceeds 255.
+    """
+    return torch.ops.liquidgemm.pack_weight(qweight, qscale, qoffset)
+
+
+def unpack_weight(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact inverse of `pack_weight`.
+
+    Args:
+        packed: uint8 ``[ceil(n / 64), K / 64, 2176]``.
+        n: number of rows N of the weight.
+
+    Returns:
+        ``qweight`` uint8 ``[n, K / 2]``, ``qscale`` and ``qoffset`` uint8 ``[n, K / 64]``.
+
+    Raises:
+        RuntimeError: a wrong dtype or shape, or an n that does not have this many panels.
+    """
+    return torch.ops.liquidgemm.unpack_weight(packed, n)
+
+
+def gemm(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``y[m, n] = float32(sum_k x[m, k] * w8[n, k]) * x_scale[m] * weight_scale[n] + bias[n]``.
+
+    The sum is exact. The operations after it are float32, each rounded separately, in the order
+    written, and the result is cast once: all outputs are bit-identical whatever the batch size,
+    the kernel configuration or the device.
+
+    Args:
+        x: int8 ``[..., K]`` with values in -127..127, K up to 132 104.
+        x_scale: float32 ``[...]``, one scale per row of x.
+        weight: packed weight, uint8 ``[ceil(N / 64), ceil(K / 64), 2176]``; columns of it past
+            K are ignored.
+        weight_scale: float32 ``[N]``.
+        bias: float32, bfloat16 or float16 ``[N]``.
+        out_dtype: bfloat16 (default), float16 or float32; int32 returns the sum itself, without
+            scales (bias must be None).
+
+    Returns:
+        ``[..., N]`` of out_dtype, contiguous.
+
+    Raises:
+        RuntimeError: a wrong dtype, shape or device, or on a CUDA tensor no usable kernel.
+    """
+    return torch.ops.liquidgemm.gemm(x, x_scale, weight, weight_scale, bias, out_dtype)
+
+
+def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`quantize_activation` and `gemm` in one call; the output has the dtype of x.
+
+    Differentiable with respect to x and bias, not to the weight. The gradient of x is
+    ``grad_y @ W`` with the dequantized weight: rounding x is passed straight through.
+
+    Args:
+        x: float32, bfloat16 or float16 ``[..., K]``, K up to 132 104.
+        weight: packed weight, uint8 ``[ceil(N / 64), ceil(K / 64), 2176]``.
+        weight_scale: float32 ``[N]``.
+        bias: float32, bfloat16 or float16 ``[N]``.
+
+    Returns:
+        ``[..., N]`` of x.dtype, contiguous.
+
+    Raises:
+        RuntimeError: a wrong dtype, shape or device, or on a CUDA tensor no usable kernel.
+    """
+    return torch.ops.liquidgemm.linear(x, weight, weight_scale, bias)
