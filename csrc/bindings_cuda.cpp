@@ -1,0 +1,333 @@
+// The CUDA side of the torch ops: check, guard, stream, allocate, one call.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <tuple>
+
+#include "liquidgemm/binding/weight.hpp"
+#include "liquidgemm/gemm.hpp"
+
+namespace liquidgemm::binding {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalType = std::optional<ScalarType>;
+
+void check_cuda(cudaError_t error, char const* what) {
+  check(error == cudaSuccess, what, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
+}
+
+// Call with the device current.
+DeviceInfo hopper_device(char const* op) {
+  DeviceInfo info{};
+  check_cuda(query_device(info), op);
+  check(info.compute_capability == 90, op, ": needs a GPU of compute capability 9.0 (Hopper), got ",
+        info.compute_capability / 10, ".", info.compute_capability % 10);
+  return info;
+}
+
+cudaStream_t current_stream(Tensor const& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+Element element_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kFloat16;
+    case ScalarType::Float:
+      return Element::kFloat32;
+    default:
+      return Element::kInt32;
+  }
+}
+
+std::vector<int64_t> leading_sizes(Tensor const& x) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i)
+    sizes.push_back(x.size(i));
+  return sizes;
+}
+
+std::vector<int64_t> with_last(std::vector<int64_t> sizes, int64_t last) {
+  sizes.push_back(last);
+  return sizes;
+}
+
+int64_t rows_of(Tensor const& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i)
+    rows *= x.size(i);
+  return rows;
+}
+
+bool aligned_to_16(Tensor const& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+}
+
+// int8 rows as TMA wants them: a 16-byte aligned base and row stride.
+struct Tokens {
+  Tensor storage;
+  int64_t stride;
+};
+
+Tokens empty_tokens(Tensor const& like, int64_t m, int64_t k) {
+  const int64_t stride = ceil_div(k, 16) * 16;
+  return {torch::stable::new_empty(like, {m, stride}, ScalarType::Char), stride};
+}
+
+Tokens aligned_tokens(Tensor const& x, int64_t m, int64_t k, cudaStream_t stream) {
+  if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= k && x.stride(0) % 16 == 0 &&
+      aligned_to_16(x)) {
+    return {x, x.stride(0)};
+  }
+  Tensor dense = torch::stable::contiguous(x);
+  if (k % 16 == 0 && aligned_to_16(dense))
+    return {dense, k};
+  Tokens tokens = empty_tokens(x, m, k);
+  check_cuda(cudaMemcpy2DAsync(tokens.storage.mutable_data_ptr(), tokens.stride,
+                               dense.const_data_ptr(), k, k, m, cudaMemcpyDeviceToDevice, stream),
+             "x");
+  return tokens;
+}
+
+struct Weight {
+  Tensor packed, scale;
+  OptionalTensor bias;
+  int64_t n() const { return scale.size(0); }
+};
+
+Weight checked_weight(Tensor const& x,
+                      Tensor const& weight,
+                      Tensor const& weight_scale,
+                      OptionalTensor const& bias) {
+  check(x.dim() >= 1, "x: expected [..., K], got a scalar");
+  const int64_t k = x.size(-1);
+  check_packed("weight", weight);
+  check_dtype("weight_scale", weight_scale, {ScalarType::Float});
+  check_dim("weight_scale", weight_scale, 1);
+  const int64_t n = weight_scale.size(0);
+  check(ceil_div(n, kBlockRows) == weight.size(0), "weight_scale: expected ",
+        (weight.size(0) - 1) * kBlockRows + 1, " to ", weight.size(0) * kBlockRows,
+        " channels for weight of shape ", shape_of(weight), ", got ", n);
+  check(ceil_div(k, kBlockK) == weight.size(1), "x: expected ", (weight.size(1) - 1) * kBlockK + 1,
+        " to ", weight.size(1) * kBlockK, " columns for weight of shape ", shape_of(weight),
+        ", got shape ", shape_of(x));
+  check_same_device("weight", weight, "x", x);
+  check_same_device("weight_scale", weight_scale, "x", x);
+  Weight result{torch::stable::contiguous(weight), torch::stable::contiguous(weight_scale),
+                std::nullopt};
+  if (!aligned_to_16(result.packed))
+    result.packed = torch::stable::clone(result.packed);
+  if (bias) {
+    check_dtype("bias", *bias, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+    check_shape("bias", *bias, {n});
+    check_same_device("bias", *bias, "x", x);
+    result.bias = torch::stable::contiguous(*bias);
+  }
+  return result;
+}
+
+// `forced` overrides the heuristic, num_sms > 0 the device's SM count.
+Tensor run_gemm(char const* op,
+                Tokens const& tokens,
+                float const* x_scale,
+                std::vector<int64_t> const& leading,
+                int64_t m,
+                int64_t k,
+                Weight const& weight,
+                ScalarType out_type,
+                DeviceInfo const& device,
+                cudaStream_t stream,
+                std::optional<Plan> forced = std::nullopt,
+                int num_sms = 0) {
+  const int64_t n = weight.n();
+  check(m <= INT32_MAX && n <= INT32_MAX, op, ": expected M and N below 2^31, got M = ", m,
+        ", N = ", n);
+  Tensor y = torch::stable::new_empty(weight.packed, with_last(leading, n), out_type);
+  GemmArguments arguments{};
+  arguments.x = static_cast<int8_t const*>(tokens.storage.const_data_ptr());
+  arguments.x_stride = tokens.stride;
+  arguments.x_scale = x_scale;
+  arguments.weight = static_cast<uint8_t const*>(weight.packed.const_data_ptr());
+  arguments.weight_scale = static_cast<float const*>(weight.scale.const_data_ptr());
+  arguments.bias = weight.bias ? weight.bias->const_data_ptr() : nullptr;
+  arguments.bias_type = weight.bias ? element_of(weight.bias->scalar_type()) : Element::kFloat32;
+  arguments.y = y.mutable_data_ptr();
+  arguments.y_stride = n;
+  arguments.y_type = element_of(out_type);
+  arguments.m = m;
+  arguments.n = n;
+  arguments.k = k;
+  if (m == 0)
+    return y;
+  const int sms = num_sms > 0 ? num_sms : device.num_sms;
+  const Plan plan = forced ? *forced : select_plan({m, n, k, sms});
+  const cudaError_t error = gemm(arguments, plan, sms, stream);
+  check(error == cudaSuccess, op, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error),
+        " for ", describe({m, n, k, sms}, plan));
+  return y;
+}
+
+Tensor checked_gemm(char const* op,
+                    Tensor const& x,
+                    Tensor const& x_scale,
+                    Tensor const& weight,
+                    Tensor const& weight_scale,
+                    OptionalTensor const& bias,
+                    OptionalType const& out_dtype,
+                    std::optional<Plan> forced,
+                    int num_sms) {
+  check_dtype("x", x, {ScalarType::Char});
+  const Weight checked = checked_weight(x, weight, weight_scale, bias);
+  const std::vector<int64_t> leading = leading_sizes(x);
+  check_dtype("x_scale", x_scale, {ScalarType::Float});
+  check_shape("x_scale", x_scale, leading);
+  check_same_device("x_scale", x_scale, "x", x);
+  const ScalarType out_type = out_dtype.value_or(ScalarType::BFloat16);
+  check(out_type == ScalarType::BFloat16 || out_type == ScalarType::Half ||
+            out_type == ScalarType::Float || out_type == ScalarType::Int,
+        "out_dtype: expected BFloat16, Half, Float or Int, got ",
+        torch::headeronly::toString(out_type));
+  check(out_type != ScalarType::Int || !bias,
+        "bias: expected None with out_dtype Int, the raw accumulator");
+
+  const DeviceGuard guard(x.get_device_index());
+  const DeviceInfo device = hopper_device(op);
+  const cudaStream_t stream = current_stream(x);
+  const int64_t m = rows_of(x);
+  const int64_t k = x.size(-1);
+  const Tensor scale = torch::stable::contiguous(x_scale);
+  const Tokens tokens = aligned_tokens(x, m, k, stream);
+  return run_gemm(op, tokens, static_cast<float const*>(scale.const_data_ptr()), leading, m, k,
+                  checked, out_type, device, stream, forced, num_sms);
+}
+
+Tensor gemm_op(Tensor const& x,
+               Tensor const& x_scale,
+               Tensor const& weight,
+               Tensor const& weight_scale,
+               OptionalTensor const& bias,
+               OptionalType const& out_dtype) {
+  return checked_gemm("gemm", x, x_scale, weight, weight_scale, bias, out_dtype, std::nullopt, 0);
+}
+
+Tensor gemm_with_config(Tensor const& x,
+                        Tensor const& x_scale,
+                        Tensor const& weight,
+                        Tensor const& weight_scale,
+                        OptionalTensor const& bias,
+                        OptionalType const& out_dtype,
+                        int64_t config,
+                        int64_t split_k,
+                        int64_t num_sms) {
+  check(config >= 0 && config < kNumTileShapes, "config: expected 0 to ", kNumTileShapes - 1,
+        ", got ", config);
+  check(split_k == 1 || split_k == 2 || split_k == 4 || split_k == 8,
+        "split_k: expected 1, 2, 4 or 8, got ", split_k);
+  check(num_sms >= 0, "num_sms: expected 0 (all) or more, got ", num_sms);
+  return checked_gemm("gemm_with_config", x, x_scale, weight, weight_scale, bias, out_dtype,
+                      Plan{static_cast<int>(config), static_cast<int>(split_k)},
+                      static_cast<int>(num_sms));
+}
+
+// Quantizes the rows of x into `tokens` and a new scale tensor of x's leading shape.
+Tensor quantize_into(
+    char const* op, Tensor const& x, Tokens& tokens, int64_t m, int64_t k, cudaStream_t stream) {
+  const Tensor dense = torch::stable::contiguous(x);
+  Tensor scale = torch::stable::new_empty(x, leading_sizes(x), ScalarType::Float);
+  check(m <= INT32_MAX, op, ": expected fewer than 2^31 rows, got ", m);
+  const QuantizeArguments arguments{dense.const_data_ptr(),
+                                    element_of(x.scalar_type()),
+                                    static_cast<int8_t*>(tokens.storage.mutable_data_ptr()),
+                                    tokens.stride,
+                                    static_cast<float*>(scale.mutable_data_ptr()),
+                                    m,
+                                    k};
+  check_cuda(quantize_activation(arguments, stream), op);
+  return scale;
+}
+
+void check_float_rows(Tensor const& x) {
+  check_dtype("x", x, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  check(x.dim() >= 1 && x.size(-1) > 0, "x: expected [..., K] with K > 0, got shape ", shape_of(x));
+}
+
+std::tuple<Tensor, Tensor> quantize_activation_op(Tensor const& x) {
+  check_float_rows(x);
+  const DeviceGuard guard(x.get_device_index());
+  hopper_device("quantize_activation");
+  const int64_t k = x.size(-1);
+  Tokens tokens{torch::stable::new_empty(x, with_last(leading_sizes(x), k), ScalarType::Char), k};
+  const Tensor scale =
+      quantize_into("quantize_activation", x, tokens, rows_of(x), k, current_stream(x));
+  return {tokens.storage, scale};
+}
+
+Tensor linear_op(Tensor const& x,
+                 Tensor const& weight,
+                 Tensor const& weight_scale,
+                 OptionalTensor const& bias) {
+  check_float_rows(x);
+  const Weight checked = checked_weight(x, weight, weight_scale, bias);
+  const DeviceGuard guard(x.get_device_index());
+  const DeviceInfo device = hopper_device("linear");
+  const cudaStream_t stream = current_stream(x);
+  const int64_t m = rows_of(x);
+  const int64_t k = x.size(-1);
+  Tokens tokens = empty_tokens(x, m, k);
+  const Tensor scale = quantize_into("linear", x, tokens, m, k, stream);
+  return run_gemm("linear", tokens, static_cast<float const*>(scale.const_data_ptr()),
+                  leading_sizes(x), m, k, checked, x.scalar_type(), device, stream);
+}
+
+Tensor pack_weight_op(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset) {
+  const LogicalTensors logical = checked_logical(qweight, qscale, qoffset);
+  const DeviceGuard guard(qweight.get_device_index());
+  hopper_device("pack_weight");
+  const cudaStream_t stream = current_stream(qweight);
+  Tensor packed = empty_packed(logical);
+  Tensor infeasible = torch::stable::new_zeros(qweight, {1}, ScalarType::Int);
+  int* const flag = static_cast<int*>(infeasible.mutable_data_ptr());
+  check_cuda(
+      pack_weight(logical.view(), static_cast<uint8_t*>(packed.mutable_data_ptr()), flag, stream),
+      "pack_weight");
+  int found = 0;  // packing happens once per model: this is the one place that waits for the GPU
+  check_cuda(cudaMemcpyAsync(&found, flag, sizeof(found), cudaMemcpyDeviceToHost, stream),
+             "pack_weight");
+  check_cuda(cudaStreamSynchronize(stream), "pack_weight");
+  check(!found, kInfeasible);
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor> unpack_weight_op(Tensor const& packed, int64_t n) {
+  const LogicalTensors logical = empty_logical(packed, n);
+  const DeviceGuard guard(packed.get_device_index());
+  hopper_device("unpack_weight");
+  const Tensor source = torch::stable::contiguous(packed);
+  check_cuda(unpack_weight(static_cast<uint8_t const*>(source.const_data_ptr()), logical.view(),
+                           current_stream(packed)),
+             "unpack_weight");
+  return {logical.qweight, logical.qscale, logical.qoffset};
+}
+
+}  // namespace
+}  // namespace liquidgemm::binding
+
+STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CUDA, m) {
+  using namespace liquidgemm::binding;
+  m.impl("quantize_activation", TORCH_BOX(&quantize_activation_op));
+  m.impl("gemm", TORCH_BOX(&gemm_op));
+  m.impl("linear", TORCH_BOX(&linear_op));
+  m.impl("pack_weight", TORCH_BOX(&pack_weight_op));
+  m.impl("unpack_weight", TORCH_BOX(&unpack_weight_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(liquidgemm_testing, CUDA, m) {
+  m.impl("gemm_with_config", TORCH_BOX(&liquidgemm::binding::gemm_with_config));
+}

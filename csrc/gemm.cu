@@ -1,0 +1,105 @@
+// The GEMM's host side below torch: device query, tensor map, dispatch over the compiled tiles.
+#include "liquidgemm/gemm.hpp"
+
+#include <cudaTypedefs.h>
+
+#include <array>
+#include <mutex>
+#include <utility>
+
+#include "liquidgemm/host/launch.hpp"
+
+namespace liquidgemm {
+namespace {
+
+using Launcher = cudaError_t (*)(KernelParams const&, int, cudaStream_t);
+
+template <int... I>
+constexpr std::array<Launcher, sizeof...(I)> launchers(std::integer_sequence<int, I...>) {
+  return {&launch_tile<I>...};
+}
+constexpr auto kLaunchers = launchers(std::make_integer_sequence<int, kNumTileShapes>{});
+
+// The driver's function without linking libcuda, which build machines lack.
+PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? function : nullptr;
+  }();
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(encoder);
+}
+
+cudaError_t encode_tokens(CUtensorMap& map, GemmArguments const& a, int tokens) {
+  const auto encode = tensor_map_encoder();
+  if (!encode)
+    return cudaErrorNotSupported;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(a.k), static_cast<cuuint64_t>(a.m)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(a.x_stride)};
+  const cuuint32_t box[2] = {128, static_cast<cuuint32_t>(tokens)};
+  const cuuint32_t element_strides[2] = {1, 1};
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<int8_t*>(a.x), sizes, strides, box,
+             element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t query(int device, DeviceInfo& info) {
+  int major = 0, minor = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&info.num_sms, cudaDevAttrMultiProcessorCount, device);
+  info.compute_capability = 10 * major + minor;
+  return error;
+}
+
+}  // namespace
+
+cudaError_t query_device(DeviceInfo& info) {
+  constexpr int kMaxDevices = 64;
+  static std::once_flag once[kMaxDevices];
+  static DeviceInfo cached[kMaxDevices];
+  static cudaError_t errors[kMaxDevices];
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess)
+    return error;
+  if (device >= kMaxDevices)
+    return query(device, info);
+  std::call_once(once[device], [&] { errors[device] = query(device, cached[device]); });
+  info = cached[device];
+  return errors[device];
+}
+
+cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStream_t stream) {
+  if (a.m == 0 || a.n == 0)
+    return cudaSuccess;
+  TileShape const& tile = kTileShapes[plan.tile];
+  KernelParams params{};
+  const cudaError_t error = encode_tokens(params.x_map, a, tile.tokens);
+  if (error != cudaSuccess)
+    return error;
+  params.weight = a.weight;
+  params.x_scale = a.x_scale;
+  params.weight_scale = a.weight_scale;
+  params.bias = a.bias;
+  params.y = a.y;
+  params.y_stride = a.y_stride;
+  params.bias_type = a.bias_type;
+  params.y_type = a.y_type;
+  params.m = static_cast<int>(a.m);
+  params.n = static_cast<int>(a.n);
+  params.panels = static_cast<int>(ceil_div(a.n, kBlockRows));
+  params.k_blocks = static_cast<int>(ceil_div(a.k, kBlockK));
+  params.m_tiles = static_cast<int>(ceil_div(a.m, tile.tokens));
+  params.n_tiles = static_cast<int>(ceil_div(params.panels, tile.panels));
+  params.split_k = plan.split_k;
+  return kLaunchers[plan.tile](params, num_sms, stream);
+}
+
+}  // namespace liquidgemm

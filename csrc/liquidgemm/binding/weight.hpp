@@ -1,0 +1,72 @@
+// What pack_weight and unpack_weight share on CPU and CUDA: argument checks, shapes and allocation.
+#pragma once
+
+#include "liquidgemm/binding/check.hpp"
+#include "liquidgemm/quant/pack.hpp"
+
+namespace liquidgemm::binding {
+
+inline constexpr char kInfeasible[] =
+    "pack_weight: the weights are infeasible: some q * qscale + qoffset exceeds 255, so its 8-bit "
+    "weight would "
+    "overflow. Expected weights from quantize_weight";
+
+// Contiguous inputs together with the plain view of them, so that the memory outlives the view.
+struct LogicalTensors {
+  Tensor qweight, qscale, qoffset;
+  LogicalWeight view() const {
+    return {static_cast<uint8_t*>(qweight.data_ptr()), static_cast<uint8_t*>(qscale.data_ptr()),
+            static_cast<uint8_t*>(qoffset.data_ptr()), qscale.size(0), qscale.size(1)};
+  }
+};
+
+inline LogicalTensors checked_logical(Tensor const& qweight,
+                                      Tensor const& qscale,
+                                      Tensor const& qoffset) {
+  check_dtype("qweight", qweight, {ScalarType::Byte});
+  check_dtype("qscale", qscale, {ScalarType::Byte});
+  check_dtype("qoffset", qoffset, {ScalarType::Byte});
+  check_dim("qweight", qweight, 2);
+  const int64_t n = qweight.size(0);
+  const int64_t k = qweight.size(1) * 2;
+  check(n > 0, "qweight: expected at least one row, got shape ", shape_of(qweight));
+  check(k > 0 && k % kBlockK == 0, "qweight: expected [N, K / 2] with K a positive multiple of ",
+        kBlockK, ", got shape ", shape_of(qweight));
+  check(k <= kMaxK, "qweight: expected K <= ", kMaxK,
+        " so that int32 accumulation cannot overflow, got K = ", k);
+  check_shape("qscale", qscale, {n, k / kBlockK});
+  check_shape("qoffset", qoffset, {n, k / kBlockK});
+  check_same_device("qscale", qscale, "qweight", qweight);
+  check_same_device("qoffset", qoffset, "qweight", qweight);
+  return {torch::stable::contiguous(qweight), torch::stable::contiguous(qscale),
+          torch::stable::contiguous(qoffset)};
+}
+
+inline Tensor empty_packed(LogicalTensors const& logical) {
+  const LogicalWeight w = logical.view();
+  return torch::stable::new_empty(
+      logical.qweight, {ceil_div(w.n, kBlockRows), w.k_blocks, kBlockBytes}, ScalarType::Byte);
+}
+
+inline void check_packed(char const* name, Tensor const& packed) {
+  check_dtype(name, packed, {ScalarType::Byte});
+  check(packed.dim() == 3 && packed.size(0) > 0 && packed.size(1) > 0 &&
+            packed.size(2) == kBlockBytes,
+        name, ": expected a packed weight [ceil(N / 64), K / 64, ", kBlockBytes,
+        "] from pack_weight, got shape ", shape_of(packed));
+  check(packed.size(1) * kBlockK <= kMaxK, name, ": expected K <= ", kMaxK,
+        ", got K = ", packed.size(1) * kBlockK);
+}
+
+inline LogicalTensors empty_logical(Tensor const& packed, int64_t n) {
+  check_packed("packed", packed);
+  check(n > 0 && ceil_div(n, kBlockRows) == packed.size(0), "n: expected ",
+        (packed.size(0) - 1) * kBlockRows + 1, " to ", packed.size(0) * kBlockRows,
+        " rows for packed of shape ", shape_of(packed), ", got ", n);
+  const int64_t k_blocks = packed.size(1);
+  return {torch::stable::new_empty(packed, {n, k_blocks * kBlockK / 2}, ScalarType::Byte),
+          torch::stable::new_empty(packed, {n, k_blocks}, ScalarType::Byte),
+          torch::stable::new_empty(packed, {n, k_blocks}, ScalarType::Byte)};
+}
+
+}  // namespace liquidgemm::binding

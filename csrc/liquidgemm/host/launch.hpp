@@ -1,0 +1,48 @@
+// Launching one compiled tile. Each instantiation lives in a translation unit of its own
+// (csrc/instantiations).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "liquidgemm/kernel/kernel.hpp"
+
+namespace liquidgemm {
+
+template <int TileIndex>
+cudaError_t launch_tile(KernelParams const& params, int num_sms, cudaStream_t stream);
+
+// `num_sms` limits the persistent grid; a cluster that does not fit is reported as an error by the
+// runtime.
+template <int TileIndex>
+cudaError_t launch_tile_impl(KernelParams const& params, int num_sms, cudaStream_t stream) {
+  using TileT = Tile<TileIndex>;
+  constexpr int kSharedBytes = sizeof(SharedStorage<TileT>);
+  static_assert(kSharedBytes <= kSharedBytesPerCta);
+  auto* const kernel = gemm_kernel<TileT>;
+  // Cheap, idempotent and per device: no state to keep, nothing lazy that a first call under
+  // capture could trip over.
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess)
+    return error;
+
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  const int clusters =
+      std::min(params.m_tiles * params.n_tiles, std::max(1, num_sms / params.split_k));
+  config.gridDim = dim3(clusters * params.split_k);
+  config.blockDim = dim3(TileT::kThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  if (params.split_k > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim = {static_cast<unsigned>(params.split_k), 1, 1};
+    ++config.numAttrs;
+  }
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+}  // namespace liquidgemm

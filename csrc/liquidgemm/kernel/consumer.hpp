@@ -1,0 +1,114 @@
+// A consumer warp-group's main loop: LDS -> dequantize in registers -> wgmma.
+//
+// The A registers are double-buffered, and the loop waits for the multiplication before the last
+// one only: block i + 1 is dequantized while the tensor cores multiply block i. Consumers
+// synchronize with the producer alone, never with one another.
+#pragma once
+
+#include <cute/atom/mma_atom.hpp>
+#include <cute/tensor.hpp>
+
+#include "liquidgemm/kernel/ring.hpp"
+
+namespace liquidgemm {
+
+template <class Tile>
+struct Consumer {
+  using Mma = decltype(cute::make_tiled_mma(
+      cute::SM90::GMMA::rs_op_selector<
+          int8_t,
+          int8_t,
+          int32_t,
+          cute::Shape<cute::_64, cute::Int<Tile::kTokens>, cute::Int<kMmaK>>>()));
+  // (token, k, slot): 128-byte rows, one TMA box of 128 k after the other.
+  using TokenLayout = decltype(cute::tile_to_shape(
+      cute::GMMA::Layout_K_SW128_Atom<int8_t>{},
+      cute::make_shape(
+          cute::Int<Tile::kTokens>{}, cute::Int<Tile::kStageK>{}, cute::Int<Tile::kStages>{})));
+  static_assert(cute::cosize_v<TokenLayout> == Tile::kStages * Tile::kStageTokenBytes);
+
+  CUTE_DEVICE static auto make_accumulator() {
+    return cute::partition_fragment_C(Mma{}, cute::Shape<cute::_64, cute::Int<Tile::kTokens>>{});
+  }
+
+  // Adds this group's share of `slabs` stages to acc: stages k_group, k_group + kKGroups, ...
+  // Leaves `ring` behind the last of the tile's stages.
+  template <class Accumulator>
+  CUTE_DEVICE static void multiply(SharedStorage<Tile>& shared,
+                                   RingState<Tile>& ring,
+                                   int slabs,
+                                   int panel,
+                                   int k_group,
+                                   Accumulator& acc) {
+    using namespace cute;
+    const int thread = threadIdx.x % kWarpGroupThreads;
+    Mma mma;
+    auto thread_mma = mma.get_thread_slice(thread);
+    Tensor sX = make_tensor(make_smem_ptr(&shared.tokens[0][0]), TokenLayout{});
+    Tensor tCrX = thread_mma.make_fragment_B(thread_mma.partition_B(sX));  // (MMA, 1, k step, slot)
+    // Two blocks of weights as A operands: (MMA, 1, k step of the block, buffer).
+    Tensor tCrW =
+        make_tensor<int8_t>(make_layout(make_shape(Shape<_4, _2, _2>{}, _1{}, _2{}, _2{})));
+
+    RingState<Tile> mine = ring;
+    mine.advance(k_group);
+    int previous_slot = -1;
+    for (int slab = k_group; slab < slabs; slab += Tile::kKGroups) {
+      cutlass::arch::ClusterBarrier::wait(&shared.full[mine.slot], mine.phase);
+      CUTE_UNROLL
+      for (int block = 0; block < Tile::kStageBlocks; ++block) {
+        Tensor tCrW_block = tCrW(_, _, _, block % 2);
+        dequantize(shared.weights[mine.slot][panel] + block * kBlockBytes, thread, tCrW_block);
+        // Pins the registers here: arithmetic moved behind the arrive would make ptxas serialize
+        // the wgmmas.
+        warpgroup_fence_operand(tCrW_block);
+        warpgroup_fence_operand(acc);
+        warpgroup_arrive();
+        gemm(mma, tCrW_block(_, _, 0), tCrX(_, _, 2 * block, mine.slot), acc);
+        gemm(mma, tCrW_block(_, _, 1), tCrX(_, _, 2 * block + 1, mine.slot), acc);
+        warpgroup_commit_batch();
+        warpgroup_wait<1>();  // the block before this one: its registers, and in the end its stage,
+                              // are free
+        if (block == 0)
+          release(shared, previous_slot);
+      }
+      previous_slot = mine.slot;
+      mine.advance(Tile::kKGroups);
+    }
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(acc);
+    release(shared, previous_slot);
+    ring.skip(slabs);
+  }
+
+ private:
+  // One block of this thread's weights: 16 bytes of codes and one word of parameters become 8 A
+  // registers.
+  template <class Registers>
+  CUTE_DEVICE static void dequantize(uint8_t const* block, int thread, Registers&& out) {
+    const uint4 codes = reinterpret_cast<uint4 const*>(block)[thread];
+    const uint32_t params =
+        reinterpret_cast<uint32_t const*>(block + kBlockCodeBytes)[param_word(thread)];
+    // (s, a) of channel g in the low half, of g + 8 in the high half: zero-extend s, replicate a.
+    const uint32_t step[2] = {__byte_perm(params, 0, 0x4440), __byte_perm(params, 0, 0x4442)};
+    const uint32_t offsets[2] = {__byte_perm(params, 0, 0x1111), __byte_perm(params, 0, 0x3333)};
+    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+    auto registers = cute::recast<uint32_t>(out);  // (4 registers, 1, k step)
+    CUTE_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const int row_half = r % 2;
+      registers(r, 0, 0) = decode4(words[r] & 0x0f0f0f0fu, step[row_half], offsets[row_half]);
+      registers(r, 0, 1) =
+          decode4((words[r] >> 4) & 0x0f0f0f0fu, step[row_half], offsets[row_half]);
+    }
+  }
+
+  // slot < 0: none yet. Without a branch: ptxas serializes wgmmas whose pipeline crosses a
+  // divergent one.
+  CUTE_DEVICE static void release(SharedStorage<Tile>& shared, int slot) {
+    __syncwarp();
+    arrive_if(slot >= 0 && threadIdx.x % 32 == 0, &shared.empty[slot]);
+  }
+};
+
+}  // namespace liquidgemm

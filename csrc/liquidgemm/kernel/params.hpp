@@ -1,0 +1,28 @@
+// What the host hands to the kernel.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace liquidgemm {
+
+enum class Element : int { kBFloat16, kFloat16, kFloat32, kInt32 };
+
+struct KernelParams {
+  CUtensorMap x_map;  // int8 [m, k], box [tokens, 128], 128-byte swizzle, zero fill past the edges
+  uint8_t const* weight;      // packed [panels, k_blocks, kBlockBytes]
+  float const* x_scale;       // [m]
+  float const* weight_scale;  // [n]
+  void const* bias;           // [n] or null
+  void* y;                    // [m, n], row stride y_stride elements
+  int64_t y_stride;
+  Element bias_type;
+  Element y_type;  // kInt32: the raw sums, scales and bias ignored
+  int m, n;
+  int panels, k_blocks;
+  int m_tiles, n_tiles;
+  int split_k;  // cluster size
+};
+
+}  // namespace liquidgemm

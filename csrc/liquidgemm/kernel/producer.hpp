@@ -1,0 +1,115 @@
+// The producer: one thread that keeps the ring full.
+#pragma once
+
+#include <cutlass/arch/grid_dependency_control.h>
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "liquidgemm/kernel/params.hpp"
+#include "liquidgemm/kernel/ring.hpp"
+#include "liquidgemm/kernel/scheduler.hpp"
+
+namespace liquidgemm {
+
+template <class Tile>
+class Producer {
+ public:
+  CUTE_DEVICE Producer(KernelParams const& params,
+                       SharedStorage<Tile>& shared,
+                       TileScheduler scheduler,
+                       int cta_rank)
+      : params_(params), shared_(shared), cursor_(params, scheduler, cta_rank) {}
+
+  // Weights never depend on the kernel before this one, tokens do. So a first lap of the ring is
+  // filled with weights while that kernel may still be running; run() adds the tokens.
+  CUTE_DEVICE void request_first_weights() {
+    for (; first_stages_ < Tile::kStages && cursor_.valid(); ++first_stages_, cursor_.next()) {
+      request_weights(cursor_, first_stages_);
+    }
+  }
+
+  CUTE_DEVICE void run() {
+    cutlass::arch::wait_on_dependent_grids();
+    // Only now may the next kernel start: what ran before this kernel is complete and visible to it
+    // then.
+    cutlass::arch::launch_dependent_grids();
+
+    for (int slot = 0; slot < first_stages_; ++slot, first_lap_.next()) {
+      request_tokens(first_lap_, slot);
+    }
+    RingState<Tile> ring;
+    ring.phase =
+        1;  // the second lap; it starts at slot 0, since a short first lap leaves nothing to do
+    for (; cursor_.valid(); cursor_.next(), ring.advance(1)) {
+      cutlass::arch::ClusterBarrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);
+      request_weights(cursor_, ring.slot);
+      request_tokens(cursor_, ring.slot);
+    }
+  }
+
+ private:
+  // Walks all stages of all tiles of this CTA.
+  class StageCursor {
+   public:
+    CUTE_DEVICE StageCursor(KernelParams const& params, TileScheduler scheduler, int cta_rank)
+        : scheduler_(scheduler) {
+      range_ = slab_range<Tile>(params, cta_rank);
+      slab_ = range_.begin;
+      if (scheduler_.valid())
+        coord_ = scheduler_.coord();
+    }
+    // An empty range never yields a stage.
+    CUTE_DEVICE bool valid() const { return scheduler_.valid() && range_.begin < range_.end; }
+    CUTE_DEVICE void next() {
+      if (++slab_ < range_.end)
+        return;
+      slab_ = range_.begin;
+      scheduler_.advance();
+      if (scheduler_.valid())
+        coord_ = scheduler_.coord();
+    }
+    CUTE_DEVICE TileCoord coord() const { return coord_; }
+    CUTE_DEVICE int k_block() const { return slab_ * Tile::kStageBlocks; }
+
+   private:
+    TileScheduler scheduler_;
+    SlabRange range_;
+    TileCoord coord_{0, 0};
+    int slab_;
+  };
+
+  // Bytes past the end of K or N are not loaded: what the slot holds there meets activations that
+  // TMA filled with zeros, or output channels that are not stored.
+  CUTE_DEVICE void request_weights(StageCursor const& cursor, int slot) {
+    const int blocks = min(Tile::kStageBlocks, params_.k_blocks - cursor.k_block());
+    const int first_panel = cursor.coord().n_tile * Tile::kPanels;
+    const int panels = min(Tile::kPanels, params_.panels - first_panel);
+    const int bytes = blocks * kBlockBytes;
+    cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
+        &shared_.full[slot], panels * bytes + Tile::kStageTokenBytes);
+    for (int panel = 0; panel < panels; ++panel) {
+      const int64_t block = int64_t(first_panel + panel) * params_.k_blocks + cursor.k_block();
+      cute::SM90_BULK_COPY_G2S::copy(params_.weight + block * kBlockBytes, &shared_.full[slot],
+                                     shared_.weights[slot][panel], bytes);
+    }
+  }
+
+  CUTE_DEVICE void request_tokens(StageCursor const& cursor, int slot) {
+    CUTE_UNROLL
+    for (int box = 0; box < Tile::kStageBlocks / 2; ++box) {
+      cute::SM90_TMA_LOAD_2D::copy(&params_.x_map, &shared_.full[slot],
+                                   static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
+                                   shared_.tokens[slot] + box * Tile::kTokens * 128,
+                                   (cursor.k_block() + 2 * box) * kBlockK,
+                                   cursor.coord().m_tile * Tile::kTokens);
+    }
+  }
+
+  KernelParams const& params_;
+  SharedStorage<Tile>& shared_;
+  StageCursor cursor_;
+  StageCursor first_lap_ = cursor_;
+  int first_stages_ = 0;
+};
+
+}  // namespace liquidgemm

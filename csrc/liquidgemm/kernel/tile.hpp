@@ -1,0 +1,95 @@
+// Tile shapes: the list of compiled configurations, and everything that follows from a shape.
+//
+// A CTA computes `panels` x 64 output channels for `tokens` tokens with panels * k_groups consumer
+// warp-groups. The k_groups of a panel share its rows and take turns along K, one pipeline stage
+// each, so that even a single panel keeps four dequantizing warp-groups busy; their int32 partial
+// sums meet in the epilogue.
+#pragma once
+
+#include <string>
+
+#include "liquidgemm/quant/packed_layout.hpp"
+
+namespace liquidgemm {
+
+struct TileShape {
+  int tokens;        // N of the wgmma
+  int panels;        // 64-channel panels per CTA
+  int k_groups;      // consumer warp-groups per panel, alternating along K
+  int stage_blocks;  // 64-deep blocks per pipeline stage
+};
+
+// Sorted by tokens. The first column is why the row is there.
+inline constexpr TileShape kTileShapes[] = {
+    {8, 1, 4, 4},    // decode: one panel per CTA spreads any N over the most SMs
+    {16, 1, 4, 4},   //
+    {32, 1, 4, 4},   //
+    {32, 2, 2, 4},   // two panels share the tokens once their L2 traffic rivals the weights'
+    {64, 2, 2, 4},   //
+    {64, 4, 1, 2},   //
+    {128, 2, 1, 2},  // small prefill, or few tiles
+    {128, 4, 1, 2},  //
+    {256, 2, 1, 2},  // prefill: least dequantization per multiplication
+};
+inline constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
+
+constexpr bool is_tile(int index, TileShape const& shape) {
+  TileShape const& s = kTileShapes[index];
+  return s.tokens == shape.tokens && s.panels == shape.panels && s.k_groups == shape.k_groups &&
+         s.stage_blocks == shape.stage_blocks;
+}
+
+inline constexpr int kMaxSplitK = 8;                   // portable cluster size
+inline constexpr int kSharedBytesPerCta = 227 * 1024;  // sm_90's opt-in limit
+
+inline std::string name(TileShape const& shape) {
+  return "t" + std::to_string(shape.tokens) + "_p" + std::to_string(shape.panels) + "_k" +
+         std::to_string(shape.k_groups) + "_s" + std::to_string(shape.stage_blocks);
+}
+
+template <int Index>
+struct Tile {
+  static constexpr TileShape kShape = kTileShapes[Index];
+  static constexpr int kTokens = kShape.tokens;
+  static constexpr int kPanels = kShape.panels;
+  static constexpr int kKGroups = kShape.k_groups;
+  static constexpr int kStageBlocks = kShape.stage_blocks;
+  static constexpr int kStageK = kStageBlocks * kBlockK;
+
+  static constexpr int kConsumerGroups = kPanels * kKGroups;
+  static constexpr int kConsumerThreads = kConsumerGroups * kWarpGroupThreads;
+  static constexpr int kThreads =
+      kConsumerThreads + kWarpGroupThreads;  // and the producer's warp-group
+
+  // Registers per thread, moved from the producer to the consumers by setmaxnreg. A warp of every
+  // group sits on each of the four quarters of an SM, which has 512 registers per lane and at
+  // launch gives each warp the same share of them.
+  static constexpr int kLaunchRegisters = 512 / (kConsumerGroups + 1) / 8 * 8;
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kConsumerRegisters =
+      (kLaunchRegisters * (kConsumerGroups + 1) - kProducerRegisters) / kConsumerGroups / 8 * 8;
+
+  // Epilogue: int32 sums pass through shared memory, this many tokens at a time.
+  static constexpr int kChunkTokens = kTokens < 32 ? kTokens : 32;
+  static constexpr int kChunks = kTokens / kChunkTokens;
+  static constexpr int kStagingPitch =
+      kBlockRows + 4;  // in words; + 4 keeps both access patterns free of conflicts
+  static constexpr int kStagingBytes = kConsumerGroups * kChunkTokens * kStagingPitch * 4;
+
+  static constexpr int kStageWeightBytes = kPanels * kStageBlocks * kBlockBytes;
+  static constexpr int kStageTokenBytes = kTokens * kStageK;
+  static constexpr int kScaleBytes = kPanels * (kTokens + 2 * kBlockRows) * 4;
+  static constexpr int kBarrierBytes =
+      1024;  // generous: 16 bytes per stage, 16 per panel, and alignment
+  static constexpr int kStages =
+      (kSharedBytesPerCta - kStagingBytes - kScaleBytes - kBarrierBytes) /
+      (kStageWeightBytes + kStageTokenBytes);
+
+  static_assert(kStages > kKGroups, "each k group needs its own stage and one in flight");
+  static_assert(kStageBlocks % 2 == 0,
+                "a stage is made of 128-byte rows of activations, and A registers alternate");
+  static_assert(kTokens % kChunkTokens == 0 && kTokens % 8 == 0 && kTokens <= 256);
+  static_assert(kThreads <= 1024);
+};
+
+}  // namespace liquidgemm
