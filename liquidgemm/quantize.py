@@ -12,7 +12,7 @@ Two methods give the same format:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
@@ -221,7 +221,7 @@ def quantize_weight(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     check_finite(weight)
-    n, k = weight.shape
+    k = weight.shape[1]
     if importance is not None:
         if method != "search":
             raise ValueError(f"importance: expected None with method {method!r}, got a tensor")
@@ -337,7 +337,7 @@ def _search(
     best_s, best_z = torch.ones_like(low), torch.zeros_like(low)
     for clip in _CLIPS:
         error, s, z = _search_groups(units, low, high, clip, weight)
-        error = error.view(rows, groups).sum(1)
+        error = _sum(error.view(rows, groups).t())
         better = error < row_error
         row_error = torch.where(better, error, row_error)
         row_clip = torch.where(better, clip, row_clip)
@@ -349,8 +349,8 @@ def _search(
     # With the integers fixed, the best sigma is a least-squares fit.
     w8 = torch.addcmul(best_z, q, best_s)
     weighted = w8 if weight is None else w8 * weight
-    numerator = (weighted * units).sum(0).view(rows, groups).sum(1)
-    denominator = (weighted * w8).sum(0).view(rows, groups).sum(1)
+    numerator = _sum(_sum(weighted * units).view(rows, groups).t())
+    denominator = _sum(_sum(weighted * w8).view(rows, groups).t())
     fits = (numerator > 0) & (denominator > 0)
     return best_s, best_z, q, torch.where(fits, numerator / denominator, row_clip)
 
@@ -359,24 +359,48 @@ def _search_groups(
     units: Tensor, low: Tensor, high: Tensor, clip: float, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The least squared error of each group, and its (s, z), if sigma is scaled by clip."""
-    centre = (high + low) / (2 * clip)
-    cover = ((high - low) / (Q_MAX * clip)).ceil_()
     best_error = torch.full_like(low, torch.inf)
     best_s, best_z = torch.ones_like(low), torch.zeros_like(low)
+    for s, z in _candidates(low / clip, high / clip, anchored=clip == 1):
+        code = _codes(units, s, z, clip)
+        error = code.round().clamp_(0, Q_MAX).sub_(code).square_()
+        if weight is not None:
+            error.mul_(weight)
+        error = _sum(error) * (s * clip).square_()
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_s, best_z = torch.where(better, s, best_s), torch.where(better, z, best_z)
+    return best_error, best_s, best_z
+
+
+def _candidates(low: Tensor, high: Tensor, anchored: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Feasible (s, z) for groups that range from low to high, in INT8 units.
+
+    If anchored, those of round-to-nearest are among them, so that the search is never worse.
+    """
+    cover = ((high - low) / Q_MAX).ceil_()
+    centre = (high + low) / 2
     for step_offset in _STEP_OFFSETS:
         s = (cover + step_offset).clamp_(1, _MAX_STEP)
-        for centre_offset in _CENTRE_OFFSETS:
-            z = (centre + s * (centre_offset / 3 - Q_MAX / 2)).round_()
-            z = torch.minimum(z.clamp_min_(_INT8_MIN), _INT8_MAX - Q_MAX * s)
-            code = _codes(units, s, z, clip)
-            error = code.round().clamp_(0, Q_MAX).sub_(code).square_()
-            if weight is not None:
-                error.mul_(weight)
-            error = error.sum(0) * (s * clip).square_()
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_s, best_z = torch.where(better, s, best_s), torch.where(better, z, best_z)
-    return best_error, best_s, best_z
+        starts = [centre + s * (offset / 3 - Q_MAX / 2) for offset in _CENTRE_OFFSETS]
+        if anchored and step_offset in (0, -1):
+            starts.append(low)
+        for start in starts:
+            yield s, torch.minimum(start.round().clamp_min_(_INT8_MIN), _INT8_MAX - Q_MAX * s)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Sum over dim 0 by halving: unlike torch.sum, in an order that the other dims do not change.
+
+    So a row is quantized to the same bits whatever rows are with it.
+    """
+    while len(x) > 1:
+        half = len(x) // 2
+        total = x[:half] + x[half : 2 * half]
+        if len(x) % 2:
+            total[0] += x[-1]
+        x = total
+    return x[0]
 
 
 def _codes(units: Tensor, s: Tensor, z: Tensor, clip: Tensor | float) -> Tensor:
