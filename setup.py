@@ -47,6 +47,7 @@ NVCC_FLAGS = [
     "-O3",
     "-gencode=arch=compute_90a,code=sm_90a",
     "--expt-relaxed-constexpr",
+    "-DCUTLASS_ENABLE_GDC_FOR_SM90",  # griddepcontrol, or CUTLASS's wrappers of it do nothing
     "-lineinfo",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Xptxas=-v",  # check_ptxas_report reads what this prints

@@ -59,7 +59,7 @@ def demo_command(
     ] = Device.auto,
     tokens: Annotated[
         int, typer.Option(min=demo.WINDOW, help="Length of the perplexity text in tokens.")
-    ] = 8 * demo.WINDOW,
+    ] = 12 * demo.WINDOW,
     prompt: Annotated[str, typer.Option(help="The question that is answered.")] = demo.PROMPT,
 ) -> None:
     """Quantize a small language model and compare it with what it was.
