@@ -252,7 +252,7 @@ def _linear_backward(ctx, grad: Tensor):
     if ctx.needs_input_grad[0]:
         w8 = decode(*unpack_weight(weight, weight_scale.shape[0]))[:, : ctx.in_features]
         grad_x = grad @ (w8.float() * weight_scale.unsqueeze(-1)).to(grad.dtype)
-    if ctx.needs_input_grad[3]:
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
         grad_bias = grad_bias.to(ctx.bias_dtype)
     return grad_x, None, None, grad_bias
