@@ -282,10 +282,10 @@ def library_name(extension: str) -> str:
     return extension.rpartition(".")[2] + ".so"
 
 
-def run_ninja(folder: Path, target: str) -> None:
+def run_ninja(folder: Path, target: str, *options: str) -> None:
     jobs = str(len(os.sched_getaffinity(0)))
-    ninja = [sys.executable, "-m", "ninja", "-C", str(folder), "-j", jobs, "-k0", target]
-    if subprocess.run(ninja, check=False).returncode:
+    ninja = [sys.executable, "-m", "ninja", "-C", str(folder), "-j", jobs, "-k0", *options]
+    if subprocess.run([*ninja, target], check=False).returncode:
         raise BuildError("the build failed: the compiler's messages are above")
 
 
@@ -304,7 +304,7 @@ def build_libraries(extensions: list[str]) -> dict[str, Path]:
         ]
         if problems:
             raise BuildError(demangle("ptxas reports slow code:\n" + "\n".join(problems)))
-        run_ninja(folder, "libraries")
+        run_ninja(folder, "libraries", "--quiet")
     return {extension: folder / library_name(extension) for extension in extensions}
 
 

@@ -273,10 +273,11 @@ def run(console: Console, device: torch.device, tokens: int, prompt: str) -> Non
     console.print(
         "The baseline is the GGUF file, 4-bit itself, expanded to "
         f"{name}: the change is relative to that, not to the original model. The weights were "
-        f"quantized without calibration data in {quantize_seconds:.1f} s.",
+        f"quantized without calibration data in {quantize_seconds:.1f} s; in bfloat16 they would "
+        f"take {report.bytes_before / dtype.itemsize * 2 / 1e6:.1f} MB.",
         style="dim",
     )
-    console.print(f"\nQuestion: {prompt}", markup=False)
+    console.print(f"\nQuestion: {prompt} (answers end after {ANSWER_TOKENS} tokens)", markup=False)
     for title, text in (("before", answer_before), ("after (W4A8)", answer_after)):
         console.print(Panel(Text(text.strip()), title=title, title_align="left"))
     if on_gpu:
