@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from tqdm.auto import tqdm
 
-from .format import GROUP, MAX_IN_FEATURES
+from .format import GROUP, MAX_IN_FEATURES, Q_MAX
 from .linear import LiquidLinear
 from .ops import FLOATS
 from .quantize import GROUP_SIZES, METHODS, QuantizedWeight, check_finite
@@ -100,9 +100,9 @@ class QuantizationReport:
         quantized: names of the layers that are now `LiquidLinear`.
         skipped: name and reason of every other module that holds a matrix.
         bytes_before, bytes_after: size of the weights of the quantized layers.
-        coarse_rows: rows, per layer that has any, in which at least half of the groups ended up
-            with s = 1, the finest step there is. It is usually one huge weight that leaves so
-            little of the INT8 range to the others.
+        coarse_rows: per layer that has any, the number of rows in which at least half of the
+            groups span less than 15 steps of the INT8 grid, so that not even s = 1 gives them 4
+            bits. Mostly it is one huge weight that leaves the others so little of the range.
     """
 
     quantized: tuple[str, ...]
@@ -176,7 +176,7 @@ def quantize_(
         layer = LiquidLinear.from_linear(linear, config.group_size, config.method)
         bytes_before += linear.weight.nbytes
         bytes_after += layer.packed.nbytes + layer.scale.nbytes
-        if coarse := _count_coarse_rows(layer.quantized_weight()):
+        if coarse := _count_coarse_rows(linear.weight, layer.scale):
             coarse_rows[name] = coarse
         for path in paths[linear]:
             _replace(model, path, layer)
@@ -245,9 +245,11 @@ def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, layer)
 
 
-def _count_coarse_rows(weight: QuantizedWeight) -> int:
-    fine = (weight.qscale == 1).sum(1) * 2 >= weight.qscale.shape[1]
-    return int((fine & (weight.scale > 0)).sum())
+def _count_coarse_rows(weight: Tensor, scale: Tensor) -> int:
+    groups = weight[:, : weight.shape[1] // GROUP * GROUP].unflatten(1, (-1, GROUP))
+    spread = groups.amax(2).float() - groups.amin(2).float()
+    coarse = (spread > 0) & (spread < Q_MAX * scale.unsqueeze(1))
+    return int((coarse.float().mean(1) >= 0.5).sum())
 
 
 def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -339,6 +341,8 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
     """
     directory = Path(directory)
     manifest = _read_manifest(directory / MANIFEST_FILE)
+    config = manifest["config"]
+    config = None if config is None else LiquidConfig._from_dict(config)
     state = _read_weights(directory / WEIGHTS_FILE, manifest)
     rebuilt = model is None
     if rebuilt:
@@ -359,8 +363,8 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
                 _replace(model, path, layer)
     on_meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     model.load_state_dict(state, strict=True, assign=on_meta)
-    if manifest["config"] is not None:
-        model.liquid_config = LiquidConfig._from_dict(manifest["config"])
+    if config is not None:
+        model.liquid_config = config
     if rebuilt:
         model.tie_weights()
         model.eval()
@@ -385,9 +389,16 @@ def _read_manifest(path: Path) -> dict:
             f"{path}: expected format version {FORMAT_VERSION} or older, got {version}: it was "
             "saved by a newer liquidgemm"
         )
-    keys = {"config", "transformers_class", "layers", "aliases", "sha256"}
-    if missing := sorted(keys - manifest.keys()):
-        raise ValueError(f"{path}: damaged: {', '.join(missing)} missing")
+    kinds = {
+        "config": dict | None,
+        "transformers_class": str | None,
+        "layers": dict,
+        "aliases": dict,
+        "sha256": str,
+    }
+    for key, kind in kinds.items():
+        if key not in manifest or not isinstance(manifest[key], kind):
+            raise ValueError(f"{path}: damaged: {key} is {manifest.get(key, 'missing')!r}")
     return manifest
 
 
@@ -403,7 +414,11 @@ def _read_weights(path: Path, manifest: dict) -> dict[str, Tensor]:
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file ({error})") from None
-    return state | {key: state[original] for key, original in manifest["aliases"].items()}
+    for key, original in manifest["aliases"].items():
+        if original not in state:
+            raise ValueError(f"{original}: missing in {path}, though {key} is the same tensor")
+        state[key] = state[original]
+    return state
 
 
 def _sha256(path: Path) -> str:

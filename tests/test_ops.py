@@ -9,6 +9,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import liquidgemm
 from liquidgemm import gemm, linear, pack_weight, quantize_activation, unpack_weight
@@ -576,7 +577,7 @@ def test_compile_once_for_any_number_of_tokens(backend):
         return torch.relu(y), raw
 
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
     with torch.no_grad():
         # 2 is also the number of panels, and sizes that agree in the first call are one symbol.
