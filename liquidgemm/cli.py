@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import liquidgemm
 from liquidgemm import _library, demo
@@ -84,12 +85,12 @@ def info() -> None:
     status = _library.status()
     table = Table(show_header=False, box=None)
     table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")  # a path is cut nowhere
     rows = [
         ("liquidgemm", liquidgemm.__version__),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, {cuda_build()}"),
-        *((name, installed_version(name)) for name in ("transformers", "gguf")),
+        *((name, installed_version(name)) for name in demo.PACKAGES),
         *(("GPU", gpu) for gpu in gpus() or ["none"]),
         ("host library", str(status.host_library)),
         ("CUDA library", str(status.cuda_library or "not loaded")),
@@ -97,7 +98,7 @@ def info() -> None:
         ("otherwise", "the CPU path runs the same ops, exact to the same bits"),
     ]
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as it stands: a GPU's name is no markup
     Console().print(table, highlight=False)
 
 
@@ -109,7 +110,7 @@ def installed_version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed (pip install 'liquidgemm[demo]')"
+        return "not installed; the demonstration needs it"
 
 
 def gpus() -> list[str]:

