@@ -73,7 +73,7 @@ $(VENV)/pip.stamp:
 	  { echo "make: $(PYTHON) is missing or older than 3.10; name another one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "make: $(PYTHON) cannot make a virtual environment (Debian: apt-get install python3-venv)" >&2; exit 1; }
-	@$(call fetch,pip,'pip>=25.1')
+	@$(call fetch,a recent pip,'pip>=25.1')
 	@touch $@
 
 $(VENV)/lint.stamp: pyproject.toml | $(VENV)/pip.stamp
