@@ -94,6 +94,7 @@ def info() -> None:
         *(("GPU", gpu) for gpu in gpus() or ["none"]),
         ("host library", str(status.host_library)),
         ("CUDA library", str(status.cuda_library or "not loaded")),
+        ("configurations", ", ".join(torch.ops.liquidgemm_testing.config_names())),
         ("Hopper kernel", status.reason),
         ("otherwise", "the CPU path runs the same ops, exact to the same bits"),
     ]

@@ -80,6 +80,7 @@ def test_info_says_whether_the_kernel_can_run(monkeypatch: pytest.MonkeyPatch) -
     assert torch.__version__ in result.stdout
     assert str(_library.HOST_LIBRARY) in result.stdout
     assert _library.status().reason in result.stdout
+    assert all(name in result.stdout for name in torch.ops.liquidgemm_testing.config_names())
 
 
 def test_demo_on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
