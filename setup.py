@@ -233,7 +233,6 @@ def write_build_file(tools: Toolchain, folder: Path, extensions: list[str]) -> l
     nvcc = command(tools.nvcc, f"-ccbin={tools.cxx}", *NVCC_FLAGS, "-DUSE_CUDA", *common)
     depfile = "-MD -MF $out.d -c $in -o $out"
     reports, every_object = [], []
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "build.ninja", "w") as stream:
         ninja = ninja_syntax.Writer(stream, width=10**6)
         ninja.variable("ninja_required_version", "1.8")
@@ -293,9 +292,10 @@ def build_libraries(extensions: list[str]) -> dict[str, Path]:
     """Compiles what has changed; returns the path of each library below build/."""
     tools = Toolchain.find()
     folder = tools.build_dir()
-    reports = write_build_file(tools, folder, extensions)
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ninja itself does not keep two builds apart
+        reports = write_build_file(tools, folder, extensions)
         run_ninja(folder, "objects")
         problems = [
             f"  {report.relative_to(folder)}: {problem}"
