@@ -35,7 +35,7 @@ struct Consumer {
   // Leaves `ring` behind the last of the tile's stages.
   template <class Accumulator>
   CUTE_DEVICE static void multiply(SharedStorage<Tile>& shared,
-                                   RingState<Tile>& ring,
+                                   int stages_done,
                                    int slabs,
                                    int panel,
                                    int k_group,
@@ -50,35 +50,33 @@ struct Consumer {
     Tensor tCrW =
         make_tensor<int8_t>(make_layout(make_shape(Shape<_4, _2, _2>{}, _1{}, _2{}, _2{})));
 
-    RingState<Tile> mine = ring;
-    mine.advance(k_group);
-    int previous_slot = -1;
+    RingState<Tile> ring(stages_done + k_group);
     for (int slab = k_group; slab < slabs; slab += Tile::kKGroups) {
-      cutlass::arch::ClusterBarrier::wait(&shared.full[mine.slot], mine.phase);
+      cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);
       CUTE_UNROLL
       for (int block = 0; block < Tile::kStageBlocks; ++block) {
         Tensor tCrW_block = tCrW(_, _, _, block % 2);
-        dequantize(shared.weights[mine.slot][panel] + block * kBlockBytes, thread, tCrW_block);
+        dequantize(shared.weights[ring.slot][panel] + block * kBlockBytes, thread, tCrW_block);
         // Pins the registers here: arithmetic moved behind the arrive would make ptxas serialize
         // the wgmmas.
         warpgroup_fence_operand(tCrW_block);
         warpgroup_fence_operand(acc);
         warpgroup_arrive();
-        gemm(mma, tCrW_block(_, _, 0), tCrX(_, _, 2 * block, mine.slot), acc);
-        gemm(mma, tCrW_block(_, _, 1), tCrX(_, _, 2 * block + 1, mine.slot), acc);
+        gemm(mma, tCrW_block(_, _, 0), tCrX(_, _, 2 * block, ring.slot), acc);
+        gemm(mma, tCrW_block(_, _, 1), tCrX(_, _, 2 * block + 1, ring.slot), acc);
         warpgroup_commit_batch();
-        warpgroup_wait<1>();  // the block before this one: its registers, and in the end its stage,
-                              // are free
-        if (block == 0)
-          release(shared, previous_slot);
+        // The block before this one is done: its registers are free, and with the first block of a
+        // stage the stage before.
+        warpgroup_wait<1>();
+        if (block == 0) {
+          release(shared, ring.behind(Tile::kKGroups), slab != k_group);
+        }
       }
-      previous_slot = mine.slot;
-      mine.advance(Tile::kKGroups);
+      ring.advance(Tile::kKGroups);
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc);
-    release(shared, previous_slot);
-    ring.skip(slabs);
+    release(shared, ring.behind(Tile::kKGroups), slabs > k_group);
   }
 
  private:
@@ -103,11 +101,10 @@ struct Consumer {
     }
   }
 
-  // slot < 0: none yet. Without a branch: ptxas serializes wgmmas whose pipeline crosses a
-  // divergent one.
-  CUTE_DEVICE static void release(SharedStorage<Tile>& shared, int slot) {
+  // Without a branch: ptxas serializes wgmmas whose pipeline crosses a divergent one.
+  CUTE_DEVICE static void release(SharedStorage<Tile>& shared, int slot, bool condition) {
     __syncwarp();
-    arrive_if(slot >= 0 && threadIdx.x % 32 == 0, &shared.empty[slot]);
+    arrive_if(condition && threadIdx.x % 32 == 0, &shared.empty[slot]);
   }
 };
 

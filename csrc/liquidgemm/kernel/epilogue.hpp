@@ -11,6 +11,7 @@
 #include <cuda_fp16.h>
 #include <cutlass/arch/barrier.h>
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/tensor.hpp>
 
 #include "liquidgemm/kernel/params.hpp"
@@ -18,22 +19,6 @@
 #include "liquidgemm/kernel/scheduler.hpp"
 
 namespace liquidgemm {
-
-CUTE_DEVICE int4 load_staged(int32_t const* staged, int cta_rank, bool remote) {
-  int4 v;
-  if (!remote)
-    return *reinterpret_cast<int4 const*>(staged);
-  asm volatile(
-      "{\n"
-      ".reg .b32 peer;\n"
-      "mapa.shared::cluster.u32 peer, %4, %5;\n"
-      "ld.shared::cluster.v4.b32 {%0, %1, %2, %3}, [peer];\n"
-      "}\n"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "r"(cute::cast_smem_ptr_to_uint(staged)), "r"(cta_rank)
-      : "memory");
-  return v;
-}
 
 CUTE_DEVICE float load_as_float(void const* base, Element type, int i) {
   switch (type) {
@@ -70,44 +55,61 @@ class Epilogue {
   static constexpr int kTokensAtOnce = kThreads / kThreadsPerToken;
 
  public:
-  CUTE_DEVICE Epilogue(
-      KernelParams const& params, SharedStorage<Tile>& shared, int cta_rank, int panel, int thread)
-      : params_(params), shared_(shared), cta_rank_(cta_rank), panel_(panel), thread_(thread) {}
+  CUTE_DEVICE Epilogue(KernelParams const& params, SharedStorage<Tile>& shared, int panel)
+      : params_(params), shared_(shared), panel_(panel) {}
 
-  // Arrivals that complete `staged` and `drained` once.
-  CUTE_DEVICE static int arrivals(int split_k) { return kWarps * split_k; }
+  CUTE_DEVICE static void init_barriers(SharedStorage<Tile>& shared, int split_k) {
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      cutlass::arch::ClusterBarrier::init(&shared.staged[panel], 1);
+      cutlass::arch::ClusterBarrier::init(&shared.drained[panel], kWarps * split_k);
+    }
+  }
+
+  // After the last tile: peers address this CTA's shared memory no more, it may exit.
+  CUTE_DEVICE void finish_cluster() const {
+    if (split())
+      cutlass::arch::ClusterBarrier::wait(&shared_.drained[panel_], phase_);
+  }
 
   // Requests what does not depend on the sums, to arrive under the main loop.
   CUTE_DEVICE void prefetch(TileCoord coord) {
-    first_token_ = coord.m_tile * Tile::kTokens;
-    const int panel_channel = (coord.n_tile * Tile::kPanels + panel_) * kBlockRows;
-    first_channel_ = panel_channel + thread_ % kThreadsPerToken * kChannelsPerThread;
+    locate(coord);
+    const int panel_channel = first_channel_ - thread() % kThreadsPerToken * kChannelsPerThread;
     // One register each: the first 64 threads carry the channels' scales, the next 64 their biases.
-    const int channel = panel_channel + thread_ % kBlockRows;
+    const int channel = panel_channel + thread() % kBlockRows;
     channel_value_ = 0.f;
-    if (channel < params_.n && thread_ < kBlockRows) {
+    if (channel < params_.n && thread() < kBlockRows) {
       channel_value_ = params_.weight_scale[channel];
-    } else if (channel < params_.n && thread_ < 2 * kBlockRows && params_.bias) {
+    } else if (channel < params_.n && thread() < 2 * kBlockRows && params_.bias) {
       channel_value_ = load_as_float(params_.bias, params_.bias_type, channel);
     }
     CUTE_UNROLL
     for (int i = 0; i < kScalesPerThread; ++i) {
-      const int token = thread_ + i * kThreads;
+      const int token = thread() + i * kThreads;
       const bool inside = token < Tile::kTokens && first_token_ + token < params_.m;
       token_scale_[i] = inside ? params_.x_scale[first_token_ + token] : 0.f;
     }
   }
 
   template <class Accumulator>
-  CUTE_DEVICE void store(Accumulator const& acc, int k_group) {
-    CUTE_UNROLL
+  CUTE_DEVICE void store(TileScheduler const& scheduler, Accumulator const& acc, int k_group) {
+    locate(scheduler.coord());  // again, rather than hold registers during the main loop
+    CUTE_NO_UNROLL
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-      if (first_token_ + chunk * Tile::kChunkTokens >= params_.m)
+      // With split K every tile has kChunks chunks, so that the phase is known without being
+      // carried.
+      phase_ = (scheduler.iteration() * Tile::kChunks + chunk) & 1;
+      if (!split() && first_token_ + chunk * Tile::kChunkTokens >= params_.m) {
         break;
+      }
       begin_chunk();
       if (chunk == 0)
         stage_scales();
-      stage(acc, chunk, k_group);
+      CUTE_UNROLL
+      for (int c = 0; c < Tile::kChunks; ++c) {  // registers cannot be indexed at run time
+        if (c == chunk)
+          stage(acc, c, k_group);
+      }
       publish_chunk();
       store_chunk(chunk);
       end_chunk();
@@ -117,91 +119,108 @@ class Epilogue {
  private:
   static constexpr int kScalesPerThread = (Tile::kTokens + kThreads - 1) / kThreads;
 
+  CUTE_DEVICE void locate(TileCoord coord) {
+    first_token_ = coord.m_tile * Tile::kTokens;
+    first_channel_ = (coord.n_tile * Tile::kPanels + panel_) * kBlockRows +
+                     thread() % kThreadsPerToken * kChannelsPerThread;
+  }
+
+  // Asked again rather than held in registers during the main loop.
+  CUTE_DEVICE static int thread() { return threadIdx.x % kThreads; }  // within the panel
+  CUTE_DEVICE static int cta_rank() { return cute::block_rank_in_cluster(); }
+
   CUTE_DEVICE bool split() const { return params_.split_k > 1; }
 
   CUTE_DEVICE void panel_barrier() const {
     cutlass::arch::NamedBarrier::arrive_and_wait(kThreads, panel_);
   }
 
-  CUTE_DEVICE void arrive_at_all(uint64_t* barrier) const {
-    __syncwarp();
-    if (threadIdx.x % 32 < params_.split_k)
-      arrive_at_cluster(barrier, threadIdx.x % 32);
-  }
-
-  // Staging may be overwritten once every reader of the last chunk, in every CTA of the cluster, is
-  // done.
+  // Staging may be overwritten once every reader of the last chunk is done.
   CUTE_DEVICE void begin_chunk() const {
-    if (split())
-      wait_cluster(&shared_.drained[panel_], phase_ ^ 1);
+    if (!split())
+      return;  // see end_chunk
+    cutlass::arch::ClusterBarrier::wait(&shared_.drained[panel_], phase_ ^ 1);
+    if (thread() == 0) {
+      constexpr uint32_t kBytes =
+          Tile::kKGroups * Tile::kChunkTokens * kBlockRows * sizeof(int32_t);
+      cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&shared_.staged[panel_],
+                                                                     kBytes);
+    }
   }
   CUTE_DEVICE void publish_chunk() const {
-    if (split()) {
-      arrive_at_all(&shared_.staged[panel_]);
-      wait_cluster(&shared_.staged[panel_], phase_);
-    } else {
-      panel_barrier();
-    }
+    // Within the CTA: the sums themselves or, with split K, the scales.
+    panel_barrier();
+    if (split())
+      cutlass::arch::ClusterBarrier::wait(&shared_.staged[panel_], phase_);
   }
   CUTE_DEVICE void end_chunk() {
-    if (split()) {
-      arrive_at_all(&shared_.drained[panel_]);
-      phase_ ^= 1;
-    } else {
-      panel_barrier();
-    }
+    if (!split())
+      return panel_barrier();
+    __syncwarp();
+    const int lane = threadIdx.x % 32;
+    if (lane < params_.split_k)
+      arrive_at_cluster(peer_address(&shared_.drained[panel_], lane));
   }
 
   CUTE_DEVICE void stage_scales() {
-    if (thread_ < 2 * kBlockRows)
-      shared_.channel_values[panel_][thread_ / kBlockRows][thread_ % kBlockRows] = channel_value_;
+    if (thread() < 2 * kBlockRows)
+      shared_.channel_values[panel_][thread() / kBlockRows][thread() % kBlockRows] = channel_value_;
     CUTE_UNROLL
     for (int i = 0; i < kScalesPerThread; ++i) {
-      const int token = thread_ + i * kThreads;
+      const int token = thread() + i * kThreads;
       if (token < Tile::kTokens)
         shared_.token_scale[panel_][token] = token_scale_[i];
     }
   }
 
+  // Row of staging: partial sums of one source (k group of a CTA) for one token; sources of a token
+  // lie kChunkTokens / split_k rows apart.
   template <class Accumulator>
   CUTE_DEVICE void stage(Accumulator const& acc, int chunk, int k_group) {
     const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32 % 4;
-    auto& staging = shared_.staging[panel_][k_group];
+    const int row = 16 * (threadIdx.x / 32 % 4) + lane / 4;
+    const int tokens_per_cta = Tile::kChunkTokens / params_.split_k;
+    const int source = cta_rank() * Tile::kKGroups + k_group;
+    auto& staging = shared_.staging[panel_];
     CUTE_UNROLL
     for (int octet = 0; octet < Tile::kChunkTokens / 8; ++octet) {
       CUTE_UNROLL
-      for (int half = 0; half < 2; ++half) {
+      for (int odd = 0; odd < 2; ++odd) {
+        const int token = 8 * octet + 2 * (lane % 4) + odd;
+        const int owner = token / tokens_per_cta;
+        int32_t* const to = &staging[source * tokens_per_cta + token % tokens_per_cta][row];
         CUTE_UNROLL
-        for (int odd = 0; odd < 2; ++odd) {
-          staging[8 * octet + 2 * (lane % 4) + odd][16 * warp + 8 * half + lane / 4] =
+        for (int half = 0; half < 2; ++half) {
+          const int32_t sum =
               acc(cute::make_coord(odd, half, chunk * (Tile::kChunkTokens / 8) + octet), 0, 0);
+          if (split()) {
+            store_at_cluster(peer_address(to + 8 * half, owner), sum,
+                             peer_address(&shared_.staged[panel_], owner));
+          } else {
+            to[8 * half] = sum;
+          }
         }
       }
     }
   }
 
-  // The CTAs of a cluster share the tokens of a chunk.
   CUTE_DEVICE void store_chunk(int chunk) {
-    const int begin = Tile::kChunkTokens * cta_rank_ / params_.split_k;
-    const int end = min(Tile::kChunkTokens * (cta_rank_ + 1) / params_.split_k,
-                        params_.m - first_token_ - chunk * Tile::kChunkTokens);
-    const int channel = thread_ % kThreadsPerToken * kChannelsPerThread;
-    for (int token = begin + thread_ / kThreadsPerToken; token < end; token += kTokensAtOnce) {
+    const int tokens_per_cta = Tile::kChunkTokens / params_.split_k;
+    const int sources = Tile::kKGroups * params_.split_k;
+    const int begin = chunk * Tile::kChunkTokens + cta_rank() * tokens_per_cta;  // in the tile
+    const int count = min(tokens_per_cta, params_.m - first_token_ - begin);
+    const int channel = thread() % kThreadsPerToken * kChannelsPerThread;
+    for (int token = thread() / kThreadsPerToken; token < count; token += kTokensAtOnce) {
       int4 sum = make_int4(0, 0, 0, 0);
-      for (int cta = 0; cta < params_.split_k; ++cta) {
-        CUTE_UNROLL
-        for (int k_group = 0; k_group < Tile::kKGroups; ++k_group) {
-          const int4 part =
-              load_staged(&shared_.staging[panel_][k_group][token][channel], cta, split());
-          sum.x += part.x;
-          sum.y += part.y;
-          sum.z += part.z;
-          sum.w += part.w;
-        }
+      for (int source = 0; source < sources; ++source) {
+        int32_t const* from = &shared_.staging[panel_][source * tokens_per_cta + token][channel];
+        const int4 part = *reinterpret_cast<int4 const*>(from);
+        sum.x += part.x;
+        sum.y += part.y;
+        sum.z += part.z;
+        sum.w += part.w;
       }
-      const int token_in_tile = chunk * Tile::kChunkTokens + token;
-      finish(sum, first_token_ + token_in_tile, shared_.token_scale[panel_][token_in_tile]);
+      finish(sum, first_token_ + begin + token, shared_.token_scale[panel_][begin + token]);
     }
   }
 
@@ -213,7 +232,7 @@ class Epilogue {
     if (params_.y_type == Element::kInt32)
       return store_row(static_cast<int*>(params_.y) + at, sums, count, aligned);
 
-    const int channel = thread_ % kThreadsPerToken * kChannelsPerThread;
+    const int channel = thread() % kThreadsPerToken * kChannelsPerThread;
     float y[4];
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -238,9 +257,9 @@ class Epilogue {
 
   KernelParams const& params_;
   SharedStorage<Tile>& shared_;
-  int cta_rank_, panel_, thread_;
-  uint32_t phase_ = 0;
-  int first_token_ = 0, first_channel_ = 0;
+  int panel_;
+  uint32_t phase_;
+  int first_token_, first_channel_;
   float channel_value_;
   float token_scale_[kScalesPerThread];
 };

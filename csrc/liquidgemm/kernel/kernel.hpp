@@ -36,9 +36,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int group = warp / 4;
   const bool is_producer = warp == Tile::kConsumerGroups * 4;  // the rest of its group idles
   const bool split = params.split_k > 1;
-  const int cta_rank = split ? cute::block_rank_in_cluster() : 0;
-  TileScheduler scheduler(params, blockIdx.x / params.split_k, gridDim.x / params.split_k);
-  Producer<Tile> producer(params, shared, scheduler, cta_rank);
+  const Producer<Tile> producer(params, shared);
 
   if (is_producer && cute::elect_one_sync()) {
     cute::prefetch_tma_descriptor(&params.x_map);
@@ -47,47 +45,43 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ClusterBarrier::init(&shared.full[slot], 1);
       ClusterBarrier::init(&shared.empty[slot], Tile::kPanels * kWarpGroupThreads / 32);
     }
-    for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      ClusterBarrier::init(&shared.staged[panel], Epilogue<Tile>::arrivals(params.split_k));
-      ClusterBarrier::init(&shared.drained[panel], Epilogue<Tile>::arrivals(params.split_k));
-    }
+    Epilogue<Tile>::init_barriers(shared, params.split_k);
     cutlass::arch::fence_barrier_init();
     cutlass::arch::fence_view_async_shared();
     producer.request_first_weights();
   }
   __syncwarp();
-  if (split) {
-    cute::cluster_arrive();
-    cute::cluster_wait();
-  } else {
-    __syncthreads();
-  }
+  // With split K, peers' barriers are addressed in the epilogue only: wait for them there.
+  if (split)
+    cute::cluster_arrive_relaxed();
+  __syncthreads();
 
   if (group == Tile::kConsumerGroups) {
     cutlass::arch::warpgroup_reg_dealloc<Tile::kProducerRegisters>();
     if (is_producer && cute::elect_one_sync())
       producer.run();
     __syncwarp();
+    if (split)
+      cute::cluster_wait();
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tile::kConsumerRegisters>();
     const int panel = group / Tile::kKGroups;
     const int k_group = group % Tile::kKGroups;
-    const SlabRange slabs = slab_range<Tile>(params, cta_rank);
-    Epilogue<Tile> epilogue(params, shared, cta_rank, panel,
-                            threadIdx.x - panel * Tile::kKGroups * kWarpGroupThreads);
-    RingState<Tile> ring;
+    const SlabRange range = slab_range<Tile>(params);
+    const int slabs = range.end - range.begin;
+    Epilogue<Tile> epilogue(params, shared, panel);
     cutlass::arch::wait_on_dependent_grids();  // x_scale is read and y written below
-    for (; scheduler.valid(); scheduler.advance()) {
+    CUTE_NO_UNROLL
+    for (TileScheduler scheduler(params); scheduler.valid(); scheduler.advance()) {
       epilogue.prefetch(scheduler.coord());
       auto acc = Consumer<Tile>::make_accumulator();
       cute::clear(acc);
-      Consumer<Tile>::multiply(shared, ring, slabs.end - slabs.begin, panel, k_group, acc);
-      epilogue.store(acc, k_group);
+      Consumer<Tile>::multiply(shared, scheduler.iteration() * slabs, slabs, panel, k_group, acc);
+      if (split && scheduler.iteration() == 0)
+        cute::cluster_wait();
+      epilogue.store(scheduler, acc, k_group);
     }
-  }
-  if (split) {  // a peer may still read this CTA's staged sums or arrive at its barriers
-    cute::cluster_arrive();
-    cute::cluster_wait();
+    epilogue.finish_cluster();
   }
 }
 

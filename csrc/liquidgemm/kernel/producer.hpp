@@ -14,36 +14,35 @@ namespace liquidgemm {
 template <class Tile>
 class Producer {
  public:
-  CUTE_DEVICE Producer(KernelParams const& params,
-                       SharedStorage<Tile>& shared,
-                       TileScheduler scheduler,
-                       int cta_rank)
-      : params_(params), shared_(shared), cursor_(params, scheduler, cta_rank) {}
+  CUTE_DEVICE Producer(KernelParams const& params, SharedStorage<Tile>& shared)
+      : params_(params), shared_(shared) {}
 
   // Weights never depend on the kernel before this one, tokens do. So a first lap of the ring is
   // filled with weights while that kernel may still be running; run() adds the tokens.
-  CUTE_DEVICE void request_first_weights() {
-    for (; first_stages_ < Tile::kStages && cursor_.valid(); ++first_stages_, cursor_.next()) {
-      request_weights(cursor_, first_stages_);
+  CUTE_DEVICE void request_first_weights() const {
+    StageCursor cursor(params_);
+    CUTE_NO_UNROLL
+    for (int slot = 0; slot < Tile::kStages && cursor.valid(); ++slot, cursor.next()) {
+      request_weights(cursor, slot);
     }
   }
 
-  CUTE_DEVICE void run() {
+  CUTE_DEVICE void run() const {
     cutlass::arch::wait_on_dependent_grids();
-    // Only now may the next kernel start: what ran before this kernel is complete and visible to it
-    // then.
+    // Only now may the next kernel start: what ran before this kernel is complete and visible then.
     cutlass::arch::launch_dependent_grids();
 
-    for (int slot = 0; slot < first_stages_; ++slot, first_lap_.next()) {
-      request_tokens(first_lap_, slot);
+    StageCursor cursor(params_);
+    CUTE_NO_UNROLL
+    for (int slot = 0; slot < Tile::kStages && cursor.valid(); ++slot, cursor.next()) {
+      request_tokens(cursor, slot);
     }
-    RingState<Tile> ring;
-    ring.phase =
-        1;  // the second lap; it starts at slot 0, since a short first lap leaves nothing to do
-    for (; cursor_.valid(); cursor_.next(), ring.advance(1)) {
-      cutlass::arch::ClusterBarrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);
-      request_weights(cursor_, ring.slot);
-      request_tokens(cursor_, ring.slot);
+    RingState<Tile> ring(0);  // counts from the second lap; a short first lap leaves nothing to do
+    CUTE_NO_UNROLL
+    for (; cursor.valid(); cursor.next(), ring.advance(1)) {
+      cutlass::arch::ClusterBarrier::wait(&shared_.empty[ring.slot], ring.phase);
+      request_weights(cursor, ring.slot);
+      request_tokens(cursor, ring.slot);
     }
   }
 
@@ -51,9 +50,8 @@ class Producer {
   // Walks all stages of all tiles of this CTA.
   class StageCursor {
    public:
-    CUTE_DEVICE StageCursor(KernelParams const& params, TileScheduler scheduler, int cta_rank)
-        : scheduler_(scheduler) {
-      range_ = slab_range<Tile>(params, cta_rank);
+    CUTE_DEVICE explicit StageCursor(KernelParams const& params) : scheduler_(params) {
+      range_ = slab_range<Tile>(params);
       slab_ = range_.begin;
       if (scheduler_.valid())
         coord_ = scheduler_.coord();
@@ -80,7 +78,7 @@ class Producer {
 
   // Bytes past the end of K or N are not loaded: what the slot holds there meets activations that
   // TMA filled with zeros, or output channels that are not stored.
-  CUTE_DEVICE void request_weights(StageCursor const& cursor, int slot) {
+  CUTE_DEVICE void request_weights(StageCursor const& cursor, int slot) const {
     const int blocks = min(Tile::kStageBlocks, params_.k_blocks - cursor.k_block());
     const int first_panel = cursor.coord().n_tile * Tile::kPanels;
     const int panels = min(Tile::kPanels, params_.panels - first_panel);
@@ -94,7 +92,7 @@ class Producer {
     }
   }
 
-  CUTE_DEVICE void request_tokens(StageCursor const& cursor, int slot) {
+  CUTE_DEVICE void request_tokens(StageCursor const& cursor, int slot) const {
     CUTE_UNROLL
     for (int box = 0; box < Tile::kStageBlocks / 2; ++box) {
       cute::SM90_TMA_LOAD_2D::copy(&params_.x_map, &shared_.full[slot],
@@ -107,9 +105,6 @@ class Producer {
 
   KernelParams const& params_;
   SharedStorage<Tile>& shared_;
-  StageCursor cursor_;
-  StageCursor first_lap_ = cursor_;
-  int first_stages_ = 0;
 };
 
 }  // namespace liquidgemm

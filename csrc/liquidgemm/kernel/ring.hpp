@@ -23,36 +23,30 @@ CUTE_DEVICE void arrive_if(bool condition, uint64_t* barrier) {
       : "memory");
 }
 
-CUTE_DEVICE void arrive_at_cluster(uint64_t* barrier, int cta_rank) {
-  // release.cluster: what this thread wrote (or was handed by a barrier) is visible to whoever
-  // waits at the peer.
+// `barrier` is the peer's, see peer_address. Relaxed: it says that this thread has the values it
+// read, and publishes nothing. A release would wait for this thread's stores to global memory.
+CUTE_DEVICE void arrive_at_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
+}
+
+// Writes one word to a CTA of the cluster and counts its bytes at that CTA's barrier: visible to
+// whoever waits there, with no fence on either side. `address` and `barrier` are the peer's, see
+// peer_address.
+CUTE_DEVICE void store_at_cluster(uint32_t address, int32_t value, uint32_t barrier) {
   asm volatile(
-      "{\n"
-      ".reg .b32 peer;\n"
-      "mapa.shared::cluster.u32 peer, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [peer];\n"
-      "}\n" ::"r"(cute::cast_smem_ptr_to_uint(barrier)),
-      "r"(cta_rank)
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];" ::"r"(address),
+      "r"(value), "r"(barrier)
       : "memory");
 }
 
-CUTE_DEVICE bool try_wait_cluster(uint64_t* barrier, uint32_t phase) {
-  uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-      "selp.b32 %0, 1, 0, p;\n"
-      "}\n"
-      : "=r"(done)
-      : "r"(cute::cast_smem_ptr_to_uint(barrier)), "r"(phase)
-      : "memory");
-  return done;
-}
-
-CUTE_DEVICE void wait_cluster(uint64_t* barrier, uint32_t phase) {
-  while (!try_wait_cluster(barrier, phase)) {
-  }
+// The place in another CTA's shared memory that `pointer` is in this one's.
+CUTE_DEVICE uint32_t peer_address(void const* pointer, int cta_rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(cute::cast_smem_ptr_to_uint(pointer)), "r"(cta_rank));
+  return address;
 }
 
 template <class Tile>
@@ -63,13 +57,13 @@ struct alignas(1024) SharedStorage {
   alignas(16) float channel_values[Tile::kPanels][2][kBlockRows];  // weight scales, biases
   float token_scale[Tile::kPanels][Tile::kTokens];
   alignas(
-      16) int32_t staging[Tile::kPanels][Tile::kKGroups][Tile::kChunkTokens][Tile::kStagingPitch];
+      16) int32_t staging[Tile::kPanels][Tile::kKGroups * Tile::kChunkTokens][Tile::kStagingPitch];
   // full: the producer's one arrival plus the bytes of the stage. empty: one arrival per warp that
   // read it.
   alignas(8) uint64_t full[Tile::kStages];
   uint64_t empty[Tile::kStages];
-  // Split K: partial sums of every CTA of the cluster are staged / have been read. One arrival per
-  // warp and CTA.
+  // Split K: the partial sums of every CTA of the cluster have arrived here (counted in bytes) /
+  // every CTA has read what this one sent (one arrival per reading warp).
   uint64_t staged[Tile::kPanels];
   uint64_t drained[Tile::kPanels];
 };
@@ -78,8 +72,11 @@ struct alignas(1024) SharedStorage {
 // stages of other groups.
 template <class Tile>
 struct RingState {
-  int slot = 0;
-  uint32_t phase = 0;
+  int slot;
+  uint32_t phase;
+
+  CUTE_DEVICE explicit RingState(int stages_done)
+      : slot(stages_done % Tile::kStages), phase(stages_done / Tile::kStages % 2) {}
 
   CUTE_DEVICE void advance(int stages) {  // stages <= Tile::kStages
     slot += stages;
@@ -89,10 +86,8 @@ struct RingState {
     }
   }
 
-  CUTE_DEVICE void skip(int stages) {  // any number
-    const int laps = (slot + stages) / Tile::kStages;
-    slot = (slot + stages) - laps * Tile::kStages;
-    phase ^= laps & 1;
+  CUTE_DEVICE int behind(int stages) const {  // the slot that many stages ago
+    return slot >= stages ? slot - stages : slot - stages + Tile::kStages;
   }
 };
 

@@ -2,7 +2,7 @@
 // of K is its own.
 #pragma once
 
-#include <cute/config.hpp>
+#include <cute/arch/cluster_sm90.hpp>
 
 #include "liquidgemm/kernel/params.hpp"
 
@@ -23,29 +23,34 @@ class TileScheduler {
  public:
   static constexpr int kBandTiles = 8;
 
-  CUTE_DEVICE TileScheduler(KernelParams const& params, int cluster_id, int num_clusters)
-      : m_tiles_(params.m_tiles),
-        n_tiles_(params.n_tiles),
-        tile_(cluster_id),
-        stride_(num_clusters) {}
+  CUTE_DEVICE explicit TileScheduler(KernelParams const& params) : params_(params) {}
 
-  CUTE_DEVICE bool valid() const { return tile_ < m_tiles_ * n_tiles_; }
-  CUTE_DEVICE void advance() { tile_ += stride_; }
+  CUTE_DEVICE bool valid() const { return tile() < params_.m_tiles * params_.n_tiles; }
+  CUTE_DEVICE void advance() { ++iteration_; }
+  // Tiles this CTA has finished. The one counter that a role carries from tile to tile: positions
+  // in the ring and barrier phases follow from it.
+  CUTE_DEVICE int iteration() const { return iteration_; }
 
   CUTE_DEVICE TileCoord coord() const {
-    const int band = tile_ / (kBandTiles * n_tiles_);
-    const int in_band = tile_ - band * kBandTiles * n_tiles_;
-    const int height = min(kBandTiles, m_tiles_ - band * kBandTiles);
+    const int band = tile() / (kBandTiles * params_.n_tiles);
+    const int in_band = tile() - band * kBandTiles * params_.n_tiles;
+    const int height = min(kBandTiles, params_.m_tiles - band * kBandTiles);
     return {band * kBandTiles + in_band % height, in_band / height};
   }
 
  private:
-  int m_tiles_, n_tiles_, tile_, stride_;
+  CUTE_DEVICE int tile() const {  // without clusters, a cluster is a CTA
+    return cute::cluster_id_in_grid().x + iteration_ * cute::cluster_grid_dims().x;
+  }
+
+  KernelParams const& params_;
+  int iteration_ = 0;
 };
 
 // This CTA's part of an even split of K's stages over the cluster; it may be empty.
 template <class Tile>
-CUTE_DEVICE SlabRange slab_range(KernelParams const& params, int cta_rank) {
+CUTE_DEVICE SlabRange slab_range(KernelParams const& params) {
+  const int cta_rank = cute::block_rank_in_cluster();
   const int64_t slabs = (params.k_blocks + Tile::kStageBlocks - 1) / Tile::kStageBlocks;
   return {static_cast<int>(slabs * cta_rank / params.split_k),
           static_cast<int>(slabs * (cta_rank + 1) / params.split_k)};

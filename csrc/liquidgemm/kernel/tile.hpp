@@ -25,10 +25,11 @@ inline constexpr TileShape kTileShapes[] = {
     {16, 1, 4, 4},   //
     {32, 1, 4, 4},   //
     {32, 2, 2, 4},   // two panels share the tokens once their L2 traffic rivals the weights'
+    {64, 1, 4, 4},   //
     {64, 2, 2, 4},   //
     {64, 4, 1, 2},   //
     {128, 2, 1, 2},  // small prefill, or few tiles
-    {128, 4, 1, 2},  //
+    {128, 3, 1, 2},  //
     {256, 2, 1, 2},  // prefill: least dequantization per multiplication
 };
 inline constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
@@ -65,7 +66,7 @@ struct Tile {
   // group sits on each of the four quarters of an SM, which has 512 registers per lane and at
   // launch gives each warp the same share of them.
   static constexpr int kLaunchRegisters = 512 / (kConsumerGroups + 1) / 8 * 8;
-  static constexpr int kProducerRegisters = 32;
+  static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * (kConsumerGroups + 1) - kProducerRegisters) / kConsumerGroups / 8 * 8;
 

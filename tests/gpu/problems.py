@@ -1,0 +1,113 @@
+"""Random problems with exact references for the GPU tests."""
+
+from dataclasses import dataclass
+
+import torch
+
+import liquidgemm
+
+DEVICE = "cuda"
+testing = torch.ops.liquidgemm_testing
+
+
+@dataclass
+class Problem:
+    """One GEMM: `x` int8 [M, K], `w8` int8 [N, K] in logical form, and what the ops take."""
+
+    x: torch.Tensor
+    x_scale: torch.Tensor
+    w8: torch.Tensor
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.x.shape[0], self.w8.shape[0], self.x.shape[1]
+
+    def accumulator(self) -> torch.Tensor:
+        """int32 [M, N]; exact, since float64 holds every partial sum."""
+        return (self.x.double() @ self.w8.double().T).to(torch.int32)
+
+    def output(self, dtype: torch.dtype, bias: bool = False) -> torch.Tensor:
+        """The documented epilogue, one fp32 rounding per operation."""
+        y = self.accumulator().float() * self.x_scale[:, None] * self.weight_scale
+        return (y + self.bias.float() if bias else y).to(dtype)
+
+
+def random_weight(n: int, k: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Feasible logical tensors that reach both ends of the int8 range, and their int8 weights."""
+    blocks = -(-k // 64)
+    device = generator.device
+
+    def draw(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator, device=device)
+
+    qscale = draw(1, 18, n, blocks)
+    span = 255 - 15 * qscale
+    qoffset = (torch.rand(n, blocks, generator=generator, device=device) * (span + 1)).long()
+    codes = draw(0, 16, n, blocks * 64)
+    w8 = codes * qscale.repeat_interleave(64, 1) + qoffset.repeat_interleave(64, 1) - 128
+    qweight = codes[:, 0::2] | codes[:, 1::2] << 4
+    logical = [t.to(torch.uint8) for t in (qweight, qscale, qoffset)]
+    return *logical, w8[:, :k].to(torch.int8)
+
+
+def random_problem(m: int, n: int, k: int, seed: int = 0) -> Problem:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    *logical, w8 = random_weight(n, k, generator)
+    x = torch.randint(-127, 128, (m, k), generator=generator, device=DEVICE).to(torch.int8)
+    return Problem(
+        x=x,
+        x_scale=torch.rand(m, generator=generator, device=DEVICE) + 0.01,
+        w8=w8,
+        weight=liquidgemm.pack_weight(*logical),
+        weight_scale=torch.rand(n, generator=generator, device=DEVICE) + 0.01,
+        bias=torch.randn(n, generator=generator, device=DEVICE),
+    )
+
+
+def poison(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Leaves garbage in the block of memory that the next output of this size gets."""
+    if dtype.is_floating_point:
+        torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+    else:
+        torch.full(shape, -0x21524111, dtype=dtype, device=DEVICE)
+
+
+def run(
+    problem: Problem,
+    dtype: torch.dtype = torch.int32,
+    bias: bool = False,
+    config: int | None = None,
+    split_k: int = 1,
+    num_sms: int = 0,
+) -> torch.Tensor:
+    """The kernel's result; `config` None takes the heuristic's choice."""
+    m, n, _ = problem.sizes
+    poison((m, n), dtype)
+    arguments = (
+        problem.x,
+        problem.x_scale,
+        problem.weight,
+        problem.weight_scale,
+        problem.bias if bias else None,
+        dtype,
+    )
+    if config is None:
+        return torch.ops.liquidgemm.gemm(*arguments)
+    return testing.gemm_with_config(*arguments, config, split_k, num_sms)
+
+
+def assert_equal(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """torch.equal that says where and by how much."""
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape} != {expected.shape}"
+    assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype} != {expected.dtype}"
+    wrong = (actual != expected) & ~(actual.isnan() & expected.isnan())
+    if not wrong.any():
+        return
+    at = tuple(wrong.nonzero()[0].tolist())
+    raise AssertionError(
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first at {at}: "
+        f"got {actual[at].item()}, expected {expected[at].item()}"
+    )

@@ -1,0 +1,243 @@
+"""The kernel against an exact integer reference."""
+
+import pytest
+import torch
+from problems import DEVICE, assert_equal, poison, random_problem, run, testing
+
+import liquidgemm
+
+CONFIGS = list(enumerate(testing.config_names()))
+SPLITS = [1, 2, 4, 8]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def tile_tokens(name: str) -> int:
+    return int(name.split("_")[0][1:])
+
+
+@pytest.mark.parametrize("split_k", SPLITS)
+@pytest.mark.parametrize(("config", "name"), CONFIGS, ids=lambda v: str(v))
+def test_every_configuration_is_exact(config: int, name: str, split_k: int) -> None:
+    """CHECKLIST 1: every compiled configuration and split, whole tiles and ragged edges."""
+    tokens = tile_tokens(name)
+    sizes = [(1, 64, 64), (tokens, 256, 512), (tokens + 1, 264, 2880), (3, 8, 576), (2 * tokens + 5, 4864, 896)]
+    for m, n, k in sizes:
+        problem = random_problem(m, n, k, seed=m + n + k)
+        expected = problem.accumulator()
+        for num_sms in (0, 8):
+            actual = run(problem, config=config, split_k=split_k, num_sms=num_sms)
+            assert_equal(actual, expected, f"{name} split_k={split_k} num_sms={num_sms} {m=} {n=} {k=}")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("config", "name"), CONFIGS, ids=lambda v: str(v))
+def test_epilogue_is_the_documented_formula(config: int, name: str, dtype: torch.dtype, bias: bool) -> None:
+    """CHECKLIST 1: scales, bias and rounding, bit for bit."""
+    for n in (136, 137, 138):  # rows of y aligned to four elements, and not
+        problem = random_problem(tile_tokens(name) + 3, n, 640)
+        for split_k in (1, 2):
+            actual = run(problem, dtype, bias, config, split_k)
+            assert_equal(actual, problem.output(dtype, bias), f"{name} split_k={split_k} n={n}")
+
+
+def test_every_m() -> None:
+    """CHECKLIST 2: M = 1 .. 257, and beyond."""
+    largest = random_problem(8193, 136, 576)
+    expected = largest.accumulator()
+    for m in [*range(1, 258), 511, 512, 513, 1023, 4095, 4097, 8193]:
+        y = liquidgemm.gemm(
+            largest.x[:m], largest.x_scale[:m], largest.weight, largest.weight_scale, out_dtype=torch.int32
+        )
+        assert_equal(y, expected[:m], f"m={m}")
+
+
+@pytest.mark.parametrize("n", [8, 16, 64, 72, 128, 136, 192, 576, 896, 4864])
+def test_every_n_and_k(n: int) -> None:
+    """CHECKLIST 2: N from one octet, K = 64 .. 2112 and those of real models, some not multiples of 64."""
+    sizes = [*(64 * i for i in range(1, 34)), 896, 1376, 2880, 5472, 10944, 11008, 18944, 29568, 100, 33, 1]
+    for k in sizes:
+        for m in (5, 130):
+            problem = random_problem(m, n, k, seed=n + k)
+            assert_equal(run(problem), problem.accumulator(), f"{m=} {n=} {k=}")
+
+
+def test_no_tokens() -> None:
+    """CHECKLIST 2: M = 0."""
+    problem = random_problem(0, 72, 128)
+    assert run(problem, torch.bfloat16).shape == (0, 72)
+
+
+@pytest.mark.parametrize("m", [1, 16, 100, 300])
+def test_saturation(m: int) -> None:
+    """CHECKLIST 3: the largest sums that fit, at both ends, at the largest K."""
+    n, k = 128, 131_072
+    blocks = k // 64
+    for x_value, code, w_value in [(127, 15, 127), (-127, 15, 127), (127, 0, -128), (-127, 0, -128)]:
+        qweight = torch.full((n, k // 2), code * 17, dtype=torch.uint8, device=DEVICE)
+        qscale = torch.full((n, blocks), 17, dtype=torch.uint8, device=DEVICE)
+        qoffset = torch.zeros((n, blocks), dtype=torch.uint8, device=DEVICE)
+        weight = liquidgemm.pack_weight(qweight, qscale, qoffset)
+        x = torch.full((m, k), x_value, dtype=torch.int8, device=DEVICE)
+        ones = torch.ones(max(m, n), device=DEVICE)
+        y = liquidgemm.gemm(x, ones[:m], weight, ones[:n], out_dtype=torch.int32)
+        expected = torch.full((m, n), x_value * w_value * k, dtype=torch.int32, device=DEVICE)
+        assert_equal(y, expected, f"x={x_value} w={w_value} {m=}")
+
+
+@pytest.mark.parametrize("n", [72, 512])
+def test_batch_invariance(n: int) -> None:
+    """CHECKLIST 9: a row alone equals the same row at any place of any batch, under any configuration."""
+    problem = random_problem(300, n, 1088)
+    alone = torch.cat([run(row_of(problem, i), torch.bfloat16, True) for i in (0, 7, 150, 299)])
+    for m_begin, m_end in [(0, 300), (0, 8), (7, 8), (100, 200), (150, 300)]:
+        part = rows_of(problem, m_begin, m_end)
+        for config, name in CONFIGS:
+            for split_k in SPLITS:
+                y = run(part, torch.bfloat16, True, config, split_k)
+                for expected, i in zip(alone, (0, 7, 150, 299), strict=True):
+                    if m_begin <= i < m_end:
+                        assert_equal(y[i - m_begin], expected, f"{name} split_k={split_k} row {i}")
+
+
+def row_of(problem, i: int):
+    return rows_of(problem, i, i + 1)
+
+
+def rows_of(problem, begin: int, end: int):
+    from dataclasses import replace
+
+    return replace(problem, x=problem.x[begin:end], x_scale=problem.x_scale[begin:end])
+
+
+def test_inputs_of_any_layout() -> None:
+    """CHECKLIST 7: strides, offsets, leading dimensions; the result does not change."""
+    problem = random_problem(24, 136, 592)
+    expected = problem.accumulator()
+    x, scale = problem.x, problem.x_scale
+    wide = torch.zeros(24, 700, dtype=torch.int8, device=DEVICE)
+    wide[:, 5 : 5 + 592] = x
+    flat = torch.zeros(24 * 592 + 3, dtype=torch.int8, device=DEVICE)
+    flat[3:] = x.flatten()
+    aligned = torch.zeros(24, 704, dtype=torch.int8, device=DEVICE)
+    aligned[:, :592] = x
+    layouts = {
+        "offset columns": wide[:, 5 : 5 + 592],
+        "odd storage offset": flat[3:].view(24, 592),
+        "aligned row stride": aligned[:, :592],
+        "transposed": x.T.contiguous().T,
+        "every other row": x.repeat_interleave(2, 0)[::2],
+    }
+    for name, view in layouts.items():
+        y = liquidgemm.gemm(view, scale, problem.weight, problem.weight_scale, out_dtype=torch.int32)
+        assert_equal(y, expected, name)
+    batched = liquidgemm.gemm(
+        x.view(2, 3, 4, 592),
+        scale.view(2, 3, 4),
+        problem.weight,
+        problem.weight_scale,
+        out_dtype=torch.int32,
+    )
+    assert_equal(batched, expected.view(2, 3, 4, 136), "leading dimensions")
+    vector = liquidgemm.gemm(x[3], scale[3], problem.weight, problem.weight_scale, out_dtype=torch.int32)
+    assert_equal(vector, expected[3], "one token, no batch dimension")
+    same = x[:1].expand(24, 592)
+    y = liquidgemm.gemm(same, scale, problem.weight, problem.weight_scale, out_dtype=torch.int32)
+    assert_equal(y, expected[:1].expand(24, 136), "stride 0")
+    offset_weight = torch.zeros(problem.weight.numel() + 1, dtype=torch.uint8, device=DEVICE)
+    offset_weight[1:] = problem.weight.flatten()
+    y = liquidgemm.gemm(
+        x,
+        scale,
+        offset_weight[1:].view(problem.weight.shape),
+        problem.weight_scale,
+        out_dtype=torch.int32,
+    )
+    assert_equal(y, expected, "weight at an odd address")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x=torch.zeros(4, 128, device=DEVICE)), "x: expected dtype Char, got Float"),
+        (dict(x=torch.zeros(4, 64, dtype=torch.int8, device=DEVICE)), "x: expected 65 to 128 columns"),
+        (dict(x_scale=torch.ones(3, device=DEVICE)), r"x_scale: expected shape \[4\], got \[3\]"),
+        (dict(x_scale=torch.ones(4)), "x_scale: expected on cuda:0 like x, got on cpu"),
+        (dict(weight=torch.zeros(1, 2, 5, dtype=torch.uint8, device=DEVICE)), "weight: expected a packed"),
+        (dict(weight_scale=torch.ones(65, device=DEVICE)), "weight_scale: expected 1 to 64 channels"),
+        (dict(weight_scale=torch.ones(64).half().to(DEVICE)), "weight_scale: expected dtype Float"),
+        (dict(bias=torch.ones(63, device=DEVICE)), r"bias: expected shape \[64\], got \[63\]"),
+        (dict(out_dtype=torch.float64), "out_dtype: expected BFloat16, Half, Float or Int, got Double"),
+    ],
+)
+def test_misuse_is_refused(change: dict, message: str) -> None:
+    """CHECKLIST 7: the error names the argument, what was expected and what came."""
+    problem = random_problem(4, 64, 128)
+    arguments = dict(
+        x=problem.x, x_scale=problem.x_scale, weight=problem.weight, weight_scale=problem.weight_scale
+    )
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.liquidgemm.gemm(**{**arguments, **change})
+
+
+def test_infeasible_weights_are_refused() -> None:
+    """CHECKLIST 4: on the GPU as on the CPU."""
+    qweight = torch.full((64, 32), 0xFF, dtype=torch.uint8, device=DEVICE)
+    ok = torch.full((64, 1), 17, dtype=torch.uint8, device=DEVICE)
+    zero = torch.zeros_like(ok)
+    liquidgemm.pack_weight(qweight, ok, zero)
+    with pytest.raises(RuntimeError, match="pack_weight: the weights are infeasible"):
+        liquidgemm.pack_weight(qweight, ok, zero + 1)
+
+
+def test_large_output() -> None:
+    """CHECKLIST 5: more than 2^31 output elements, more than 2^31 bytes of activations."""
+    m, n, k = 65_537, 32_832, 64
+    problem = random_problem(m, n, k)
+    poison((m, n), torch.bfloat16)
+    y = run(problem, torch.bfloat16)
+    for begin in (0, 30_000, 65_500):
+        part = rows_of(problem, begin, begin + 37)
+        assert_equal(y[begin : begin + 37], part.output(torch.bfloat16), f"rows from {begin}")
+
+
+def test_graph_capture_and_replay() -> None:
+    """CHECKLIST 12: replay with changed inputs and a poisoned output."""
+    problem = random_problem(16, 4096, 1024)
+    static_x = torch.empty_like(problem.x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = liquidgemm.gemm(static_x, problem.x_scale, problem.weight, problem.weight_scale)
+    for seed in range(3):
+        fresh = random_problem(16, 4096, 1024, seed)
+        static_x.copy_(fresh.x)
+        y.fill_(float("nan"))
+        graph.replay()
+        problem.x = fresh.x
+        assert_equal(y, problem.output(torch.bfloat16), f"replay {seed}")
+
+
+def test_side_stream() -> None:
+    """CHECKLIST 11: the current stream is the one that is used."""
+    problem = random_problem(64, 1024, 4096)
+    expected = problem.accumulator()
+    x = torch.zeros_like(problem.x)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.copy_(problem.x)
+        y = liquidgemm.gemm(
+            x, problem.x_scale, problem.weight, problem.weight_scale, out_dtype=torch.int32
+        )
+    stream.synchronize()
+    assert_equal(y, expected, "side stream")
+
+
+def test_repetition() -> None:
+    """CHECKLIST 10: the same bits, a thousand times."""
+    problem = random_problem(48, 1536, 4096)
+    first = run(problem)
+    assert_equal(first, problem.accumulator(), "first")
+    for i in range(1000):
+        assert torch.equal(run(problem), first), f"run {i} differs"

@@ -1,0 +1,89 @@
+"""Activation quantization and `linear` on the GPU against the CPU implementation, which the CPU tests verify."""
+
+import pytest
+import torch
+from problems import DEVICE, assert_equal, random_problem
+
+import liquidgemm
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def hard_rows(k: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows that break quantizers: zeros, denormals, ties, outliers, infinities and NaN."""
+    generator = torch.Generator().manual_seed(k)
+    x = torch.randn(12, k, generator=generator)
+    x[1] = 0
+    x[2] *= torch.finfo(dtype).smallest_normal / 64
+    x[3, k // 2] = 1e4 * x[3].abs().max()
+    x[4, 0] = float("inf")
+    x[5, k - 1] = float("nan")
+    x[6] = torch.arange(k) % 255 - 127 + 0.5
+    x[6, 0] = 127
+    x[7] = 1e-45
+    x[8] = -x[8].abs()
+    x[9, k // 3] = float("-inf")
+    x[10] = torch.finfo(dtype).max
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 7, 8, 64, 65, 576, 1000, 4096, 8192, 14336, 28672, 65536])
+def test_equals_the_cpu(k: int, dtype: torch.dtype) -> None:
+    """CHECKLIST 8: every bit, whatever the row."""
+    x = hard_rows(k, dtype)
+    for rows in (x, x.repeat(64, 1)):  # few rows and many take different launch shapes
+        x8, scale = liquidgemm.quantize_activation(rows.to(DEVICE))
+        expected_x8, expected_scale = liquidgemm.quantize_activation(rows)
+        assert_equal(scale.cpu(), expected_scale, f"scale {k=} {dtype}")
+        assert_equal(x8.cpu(), expected_x8, f"x8 {k=} {dtype}")
+
+
+def test_no_rows() -> None:
+    """CHECKLIST 8."""
+    x8, scale = liquidgemm.quantize_activation(torch.empty(0, 64, device=DEVICE))
+    assert x8.shape == (0, 64) and scale.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 72, 576), (17, 640, 1000), (200, 136, 4096)])
+def test_linear_is_quantize_and_gemm(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    problem = random_problem(m, n, k)
+    x = torch.randn(m, k, device=DEVICE).to(dtype)
+    x8, scale = liquidgemm.quantize_activation(x)
+    for bias in (None, problem.bias, problem.bias.to(dtype)):
+        expected = liquidgemm.gemm(x8, scale, problem.weight, problem.weight_scale, bias, dtype)
+        actual = liquidgemm.linear(x, problem.weight, problem.weight_scale, bias)
+        assert_equal(actual, expected, f"{m=} {n=} {k=} {dtype}")
+        on_cpu = liquidgemm.linear(
+            x.cpu(),
+            problem.weight.cpu(),
+            problem.weight_scale.cpu(),
+            None if bias is None else bias.cpu(),
+        )
+        assert_equal(actual.cpu(), on_cpu, f"CPU {m=} {n=} {k=} {dtype}")
+
+
+def test_nan_stays_in_its_row() -> None:
+    """CHECKLIST 8: a row with a NaN spoils its own outputs only."""
+    problem = random_problem(4, 64, 128)
+    x = torch.randn(4, 128, device=DEVICE)
+    clean = liquidgemm.linear(x, problem.weight, problem.weight_scale)
+    x[2, 5] = float("nan")
+    y = liquidgemm.linear(x, problem.weight, problem.weight_scale)
+    assert y[2].isnan().all()
+    for i in (0, 1, 3):
+        assert_equal(y[i], clean[i], f"row {i}")
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
+def test_packing_on_gpu_and_cpu_agree(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    qweight = torch.randint(0, 256, (n, 160), generator=generator).to(torch.uint8)
+    qscale = torch.randint(0, 8, (n, 5), generator=generator).to(torch.uint8)
+    qoffset = torch.randint(0, 120, (n, 5), generator=generator).to(torch.uint8)
+    on_cpu = liquidgemm.pack_weight(qweight, qscale, qoffset)
+    on_gpu = liquidgemm.pack_weight(*(t.to(DEVICE) for t in (qweight, qscale, qoffset)))
+    assert_equal(on_gpu.cpu(), on_cpu, "packed")
+    for back, original in zip(liquidgemm.unpack_weight(on_gpu, n), (qweight, qscale, qoffset), strict=True):
+        assert_equal(back.cpu(), original, "unpacked")
