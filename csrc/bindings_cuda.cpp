@@ -14,8 +14,36 @@ using torch::stable::accelerator::DeviceGuard;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalType = std::optional<ScalarType>;
 
+constexpr std::initializer_list<ScalarType> kFloats = {ScalarType::Float, ScalarType::BFloat16,
+                                                       ScalarType::Half};
+
+std::string version_name(int cuda_version) {
+  return message(cuda_version / 1000, ".", cuda_version % 1000 / 10);
+}
+
+// In words where there is something to do about it, else in CUDA's.
+std::string explain(cudaError_t error) {
+  const std::string built_with =
+      message("liquidgemm was built with CUDA ", version_name(CUDART_VERSION));
+  switch (error) {
+    case cudaErrorInsufficientDriver: {
+      int supported = 0;
+      cudaDriverGetVersion(&supported);
+      return message(built_with, ", but the NVIDIA driver supports CUDA ", version_name(supported),
+                     " at most: it needs a newer driver");
+    }
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion:
+      return message(built_with,
+                     " for GPUs of compute capability 9.0 (Hopper) and holds no code "
+                     "that this GPU or its driver can run");
+    default:
+      return message(cudaGetErrorName(error), ": ", cudaGetErrorString(error));
+  }
+}
+
 void check_cuda(cudaError_t error, char const* what) {
-  check(error == cudaSuccess, what, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
+  check(error == cudaSuccess, what, ": ", explain(error));
 }
 
 // Call with the device current.
@@ -102,34 +130,38 @@ struct Weight {
   int64_t n() const { return scale.size(0); }
 };
 
+void check_rows(Tensor const& x, std::initializer_list<ScalarType> allowed) {
+  check_dtype("x", x, allowed);
+  check(x.dim() >= 1, "x: expected at least 1 dimension, got shape ", shape_of(x));
+  check(x.size(-1) >= 1, "x: expected at least 1 column, got shape ", shape_of(x));
+}
+
 Weight checked_weight(Tensor const& x,
                       Tensor const& weight,
                       Tensor const& weight_scale,
                       OptionalTensor const& bias) {
-  check(x.dim() >= 1, "x: expected [..., K], got a scalar");
   const int64_t k = x.size(-1);
-  check_packed("weight", weight);
+  check_k("x", k, kMaxK);
+  check_dtype("weight", weight, {ScalarType::Byte});
   check_dtype("weight_scale", weight_scale, {ScalarType::Float});
-  check_dim("weight_scale", weight_scale, 1);
+  check(weight_scale.dim() == 1 && weight_scale.size(0) >= 1,
+        "weight_scale: expected shape [N], got ", shape_of(weight_scale));
   const int64_t n = weight_scale.size(0);
-  check(ceil_div(n, kBlockRows) == weight.size(0), "weight_scale: expected ",
-        (weight.size(0) - 1) * kBlockRows + 1, " to ", weight.size(0) * kBlockRows,
-        " channels for weight of shape ", shape_of(weight), ", got ", n);
-  check(ceil_div(k, kBlockK) == weight.size(1), "x: expected ", (weight.size(1) - 1) * kBlockK + 1,
-        " to ", weight.size(1) * kBlockK, " columns for weight of shape ", shape_of(weight),
-        ", got shape ", shape_of(x));
+  check_shape("weight", weight, {ceil_div(n, kBlockRows), ceil_div(k, kBlockK), kBlockBytes},
+              message(" for N = ", n, " of weight_scale and K = ", k, " of x"));
+  if (bias) {
+    check_dtype("bias", *bias, kFloats);
+    check_shape("bias", *bias, {n});
+    check_same_device("bias", *bias, "x", x);
+  }
   check_same_device("weight", weight, "x", x);
   check_same_device("weight_scale", weight_scale, "x", x);
   Weight result{torch::stable::contiguous(weight), torch::stable::contiguous(weight_scale),
                 std::nullopt};
   if (!aligned_to_16(result.packed))
     result.packed = torch::stable::clone(result.packed);
-  if (bias) {
-    check_dtype("bias", *bias, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
-    check_shape("bias", *bias, {n});
-    check_same_device("bias", *bias, "x", x);
+  if (bias)
     result.bias = torch::stable::contiguous(*bias);
-  }
   return result;
 }
 
@@ -169,8 +201,7 @@ Tensor run_gemm(char const* op,
   const int sms = num_sms > 0 ? num_sms : device.num_sms;
   const Plan plan = forced ? *forced : select_plan({m, n, k, sms});
   const cudaError_t error = gemm(arguments, plan, sms, stream);
-  check(error == cudaSuccess, op, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error),
-        " for ", describe({m, n, k, sms}, plan));
+  check(error == cudaSuccess, op, ": ", explain(error), ", for ", describe({m, n, k, sms}, plan));
   return y;
 }
 
@@ -183,19 +214,17 @@ Tensor checked_gemm(char const* op,
                     OptionalType const& out_dtype,
                     std::optional<Plan> forced,
                     int num_sms) {
-  check_dtype("x", x, {ScalarType::Char});
-  const Weight checked = checked_weight(x, weight, weight_scale, bias);
+  check_rows(x, {ScalarType::Char});
   const std::vector<int64_t> leading = leading_sizes(x);
   check_dtype("x_scale", x_scale, {ScalarType::Float});
   check_shape("x_scale", x_scale, leading);
   check_same_device("x_scale", x_scale, "x", x);
+  const Weight checked = checked_weight(x, weight, weight_scale, bias);
   const ScalarType out_type = out_dtype.value_or(ScalarType::BFloat16);
-  check(out_type == ScalarType::BFloat16 || out_type == ScalarType::Half ||
-            out_type == ScalarType::Float || out_type == ScalarType::Int,
-        "out_dtype: expected BFloat16, Half, Float or Int, got ",
-        torch::headeronly::toString(out_type));
+  check_dtype("out_dtype", out_type,
+              {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float, ScalarType::Int}, "");
   check(out_type != ScalarType::Int || !bias,
-        "bias: expected None with out_dtype Int, the raw accumulator");
+        "bias: expected None with out_dtype int32, got a tensor");
 
   const DeviceGuard guard(x.get_device_index());
   const DeviceInfo device = hopper_device(op);
@@ -225,14 +254,17 @@ Tensor gemm_with_config(Tensor const& x,
                         OptionalType const& out_dtype,
                         int64_t config,
                         int64_t split_k,
+                        int64_t multicast,
                         int64_t num_sms) {
   check(config >= 0 && config < kNumTileShapes, "config: expected 0 to ", kNumTileShapes - 1,
         ", got ", config);
   check(split_k == 1 || split_k == 2 || split_k == 4 || split_k == 8,
         "split_k: expected 1, 2, 4 or 8, got ", split_k);
+  const Plan plan{static_cast<int>(config), static_cast<int>(split_k), static_cast<int>(multicast)};
+  check((multicast == 1 || multicast == 2) && is_possible(plan),
+        "multicast: expected 1, or 2 without split_k and with at least 16 tokens, got ", multicast);
   check(num_sms >= 0, "num_sms: expected 0 (all) or more, got ", num_sms);
-  return checked_gemm("gemm_with_config", x, x_scale, weight, weight_scale, bias, out_dtype,
-                      Plan{static_cast<int>(config), static_cast<int>(split_k)},
+  return checked_gemm("gemm_with_config", x, x_scale, weight, weight_scale, bias, out_dtype, plan,
                       static_cast<int>(num_sms));
 }
 
@@ -253,13 +285,8 @@ Tensor quantize_into(
   return scale;
 }
 
-void check_float_rows(Tensor const& x) {
-  check_dtype("x", x, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
-  check(x.dim() >= 1 && x.size(-1) > 0, "x: expected [..., K] with K > 0, got shape ", shape_of(x));
-}
-
 std::tuple<Tensor, Tensor> quantize_activation_op(Tensor const& x) {
-  check_float_rows(x);
+  check_rows(x, kFloats);
   const DeviceGuard guard(x.get_device_index());
   hopper_device("quantize_activation");
   const int64_t k = x.size(-1);
@@ -273,7 +300,7 @@ Tensor linear_op(Tensor const& x,
                  Tensor const& weight,
                  Tensor const& weight_scale,
                  OptionalTensor const& bias) {
-  check_float_rows(x);
+  check_rows(x, kFloats);
   const Weight checked = checked_weight(x, weight, weight_scale, bias);
   const DeviceGuard guard(x.get_device_index());
   const DeviceInfo device = hopper_device("linear");

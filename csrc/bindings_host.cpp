@@ -17,10 +17,12 @@ Tensor pack_weight(Tensor const& qweight, Tensor const& qscale, Tensor const& qo
   torch::stable::parallel_for(0, packed.size(0), 1, [&](int64_t begin, int64_t end) {
     bool all = true;
     for (int64_t panel = begin; panel < end; ++panel) {
-      for (int64_t kb = 0; kb < view.k_blocks; ++kb) {
-        uint8_t* const block = out + (panel * view.k_blocks + kb) * kBlockBytes;
-        for (int row = 0; row < kBlockRows; ++row)
-          all &= pack_block_row(view, panel, kb, row, block);
+      for (int row = 0; row < kBlockRows; ++row) {
+        const BlockRow at = block_row(row);
+        for (int64_t kb = 0; kb < view.k_blocks; ++kb) {
+          uint8_t* const block = out + (panel * view.k_blocks + kb) * kBlockBytes;
+          all &= pack_block_row(view, panel, kb, at, block);
+        }
       }
     }
     if (!all)
@@ -37,10 +39,12 @@ std::tuple<Tensor, Tensor, Tensor> unpack_weight(Tensor const& packed, int64_t n
   uint8_t const* const in = static_cast<uint8_t const*>(source.const_data_ptr());
   torch::stable::parallel_for(0, packed.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      for (int64_t kb = 0; kb < view.k_blocks; ++kb) {
-        uint8_t const* const block = in + (panel * view.k_blocks + kb) * kBlockBytes;
-        for (int row = 0; row < kBlockRows; ++row)
-          unpack_block_row(block, panel, kb, row, view);
+      for (int row = 0; row < kBlockRows; ++row) {
+        const BlockRow at = block_row(row);
+        for (int64_t kb = 0; kb < view.k_blocks; ++kb) {
+          uint8_t const* const block = in + (panel * view.k_blocks + kb) * kBlockBytes;
+          unpack_block_row(block, panel, kb, at, view);
+        }
       }
     }
   });
@@ -76,7 +80,7 @@ STABLE_TORCH_LIBRARY(liquidgemm_testing, m) {
   m.def(
       "gemm_with_config(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? "
       "bias, "
-      "ScalarType? out_dtype, int config, int split_k, int num_sms) -> Tensor");
+      "ScalarType? out_dtype, int config, int split_k, int multicast, int num_sms) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm_testing, CompositeExplicitAutograd, m) {

@@ -8,7 +8,7 @@ namespace {
 __global__ void pack_kernel(LogicalWeight logical, uint8_t* packed, int* infeasible) {
   const int64_t panel = blockIdx.x / logical.k_blocks;
   const int64_t k_block = blockIdx.x % logical.k_blocks;
-  if (!pack_block_row(logical, panel, k_block, threadIdx.x,
+  if (!pack_block_row(logical, panel, k_block, block_row(threadIdx.x),
                       packed + blockIdx.x * int64_t(kBlockBytes))) {
     *infeasible = 1;
   }
@@ -17,8 +17,8 @@ __global__ void pack_kernel(LogicalWeight logical, uint8_t* packed, int* infeasi
 __global__ void unpack_kernel(uint8_t const* packed, LogicalWeight logical) {
   const int64_t panel = blockIdx.x / logical.k_blocks;
   const int64_t k_block = blockIdx.x % logical.k_blocks;
-  unpack_block_row(packed + blockIdx.x * int64_t(kBlockBytes), panel, k_block, threadIdx.x,
-                   logical);
+  unpack_block_row(packed + blockIdx.x * int64_t(kBlockBytes), panel, k_block,
+                   block_row(threadIdx.x), logical);
 }
 
 dim3 blocks(LogicalWeight const& logical) {

@@ -87,9 +87,9 @@ void test_round_trip() {
     for (int kb = 0; kb < k_blocks; ++kb) {
       uint8_t* const block = packed.data() + (panel * k_blocks + kb) * kBlockBytes;
       for (int row = 0; row < kBlockRows; ++row)
-        expect(pack_block_row(logical, panel, kb, row, block), "feasible", panel, row);
+        expect(pack_block_row(logical, panel, kb, block_row(row), block), "feasible", panel, row);
       for (int row = 0; row < kBlockRows; ++row)
-        unpack_block_row(block, panel, kb, row, back);
+        unpack_block_row(block, panel, kb, block_row(row), back);
     }
   }
   expect(back_qweight == qweight, "codes restored", 0, 0);

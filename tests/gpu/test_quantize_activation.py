@@ -85,5 +85,7 @@ def test_packing_on_gpu_and_cpu_agree(n: int) -> None:
     on_cpu = liquidgemm.pack_weight(qweight, qscale, qoffset)
     on_gpu = liquidgemm.pack_weight(*(t.to(DEVICE) for t in (qweight, qscale, qoffset)))
     assert_equal(on_gpu.cpu(), on_cpu, "packed")
-    for back, original in zip(liquidgemm.unpack_weight(on_gpu, n), (qweight, qscale, qoffset), strict=True):
+    for back, original in zip(
+        liquidgemm.unpack_weight(on_gpu, n), (qweight, qscale, qoffset), strict=True
+    ):
         assert_equal(back.cpu(), original, "unpacked")

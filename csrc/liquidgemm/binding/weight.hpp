@@ -7,9 +7,17 @@
 namespace liquidgemm::binding {
 
 inline constexpr char kInfeasible[] =
-    "pack_weight: the weights are infeasible: some q * qscale + qoffset exceeds 255, so its 8-bit "
-    "weight would "
-    "overflow. Expected weights from quantize_weight";
+    "pack_weight: the weights are infeasible: some q * qscale + qoffset exceeds 255, so its "
+    "8-bit weight would overflow. Expected weights from quantize_weight";
+
+// Largest K of a weight: that of the activations in whole groups. The columns past kMaxK only ever
+// meet zero activations.
+inline constexpr int64_t kMaxPackedK = ceil_div(kMaxK, kBlockK) * kBlockK;
+
+inline void check_k(char const* name, int64_t k, int64_t limit) {
+  check(k <= limit, name, ": expected K <= ", limit,
+        " so that int32 accumulation cannot overflow, got K = ", k);
+}
 
 // Contiguous inputs together with the plain view of them, so that the memory outlives the view.
 struct LogicalTensors {
@@ -25,19 +33,18 @@ inline LogicalTensors checked_logical(Tensor const& qweight,
                                       Tensor const& qoffset) {
   check_dtype("qweight", qweight, {ScalarType::Byte});
   check_dtype("qscale", qscale, {ScalarType::Byte});
+  check_same_device("qscale", qscale, "qweight", qweight);
   check_dtype("qoffset", qoffset, {ScalarType::Byte});
-  check_dim("qweight", qweight, 2);
+  check_same_device("qoffset", qoffset, "qweight", qweight);
+  check(qweight.dim() == 2 && qweight.size(0) > 0, "qweight: expected shape [N, K / 2], got ",
+        shape_of(qweight));
   const int64_t n = qweight.size(0);
   const int64_t k = qweight.size(1) * 2;
-  check(n > 0, "qweight: expected at least one row, got shape ", shape_of(qweight));
   check(k > 0 && k % kBlockK == 0, "qweight: expected [N, K / 2] with K a positive multiple of ",
         kBlockK, ", got shape ", shape_of(qweight));
-  check(k <= kMaxK, "qweight: expected K <= ", kMaxK,
-        " so that int32 accumulation cannot overflow, got K = ", k);
+  check_k("qweight", k, kMaxPackedK);
   check_shape("qscale", qscale, {n, k / kBlockK});
   check_shape("qoffset", qoffset, {n, k / kBlockK});
-  check_same_device("qscale", qscale, "qweight", qweight);
-  check_same_device("qoffset", qoffset, "qweight", qweight);
   return {torch::stable::contiguous(qweight), torch::stable::contiguous(qscale),
           torch::stable::contiguous(qoffset)};
 }
@@ -48,18 +55,13 @@ inline Tensor empty_packed(LogicalTensors const& logical) {
       logical.qweight, {ceil_div(w.n, kBlockRows), w.k_blocks, kBlockBytes}, ScalarType::Byte);
 }
 
-inline void check_packed(char const* name, Tensor const& packed) {
-  check_dtype(name, packed, {ScalarType::Byte});
+inline LogicalTensors empty_logical(Tensor const& packed, int64_t n) {
+  check_dtype("packed", packed, {ScalarType::Byte});
   check(packed.dim() == 3 && packed.size(0) > 0 && packed.size(1) > 0 &&
             packed.size(2) == kBlockBytes,
-        name, ": expected a packed weight [ceil(N / 64), K / 64, ", kBlockBytes,
-        "] from pack_weight, got shape ", shape_of(packed));
-  check(packed.size(1) * kBlockK <= kMaxK, name, ": expected K <= ", kMaxK,
-        ", got K = ", packed.size(1) * kBlockK);
-}
-
-inline LogicalTensors empty_logical(Tensor const& packed, int64_t n) {
-  check_packed("packed", packed);
+        "packed: expected a packed weight [ceil(N / ", kBlockRows, "), K / ", kBlockK, ", ",
+        kBlockBytes, "] from pack_weight, got shape ", shape_of(packed));
+  check_k("packed", packed.size(1) * kBlockK, kMaxPackedK);
   check(n > 0 && ceil_div(n, kBlockRows) == packed.size(0), "n: expected ",
         (packed.size(0) - 1) * kBlockRows + 1, " to ", packed.size(0) * kBlockRows,
         " rows for packed of shape ", shape_of(packed), ", got ", n);

@@ -28,18 +28,18 @@ cudaError_t launch_tile_impl(KernelParams const& params, int num_sms, cudaStream
 
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
-  const int clusters =
-      std::min(params.m_tiles * params.n_tiles, std::max(1, num_sms / params.split_k));
-  config.gridDim = dim3(clusters * params.split_k);
+  const int cluster = params.split_k * params.multicast;
+  const int clusters = std::min(params.m_tiles * params.n_tiles, std::max(1, num_sms / cluster));
+  config.gridDim = dim3(clusters * cluster);
   config.blockDim = dim3(TileT::kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   config.attrs = attributes;
   attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  if (params.split_k > 1) {
+  if (cluster > 1) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs].val.clusterDim = {static_cast<unsigned>(params.split_k), 1, 1};
+    attributes[config.numAttrs].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     ++config.numAttrs;
   }
   return cudaLaunchKernelEx(&config, kernel, params);

@@ -65,7 +65,7 @@ class Epilogue {
     }
   }
 
-  // After the last tile: peers address this CTA's shared memory no more, it may exit.
+  // After the last tile: peers address this CTA's staging no more, it may exit.
   CUTE_DEVICE void finish_cluster() const {
     if (split())
       cutlass::arch::ClusterBarrier::wait(&shared_.drained[panel_], phase_);
@@ -127,7 +127,13 @@ class Epilogue {
 
   // Asked again rather than held in registers during the main loop.
   CUTE_DEVICE static int thread() { return threadIdx.x % kThreads; }  // within the panel
-  CUTE_DEVICE static int cta_rank() { return cute::block_rank_in_cluster(); }
+  CUTE_DEVICE int cta_rank() const { return split() ? cute::block_rank_in_cluster() : 0; }
+
+  // log2 of the tokens of a chunk that each CTA of the cluster finishes.
+  CUTE_DEVICE int token_share() const {
+    constexpr int kLog2 = cute::log_2(static_cast<unsigned>(Tile::kChunkTokens));
+    return kLog2 - (31 - __clz(params_.split_k));
+  }
 
   CUTE_DEVICE bool split() const { return params_.split_k > 1; }
 
@@ -158,8 +164,7 @@ class Epilogue {
       return panel_barrier();
     __syncwarp();
     const int lane = threadIdx.x % 32;
-    if (lane < params_.split_k)
-      arrive_at_cluster(peer_address(&shared_.drained[panel_], lane));
+    arrive_at_cluster_if(lane < params_.split_k, &shared_.drained[panel_], lane);
   }
 
   CUTE_DEVICE void stage_scales() {
@@ -179,7 +184,8 @@ class Epilogue {
   CUTE_DEVICE void stage(Accumulator const& acc, int chunk, int k_group) {
     const int lane = threadIdx.x % 32;
     const int row = 16 * (threadIdx.x / 32 % 4) + lane / 4;
-    const int tokens_per_cta = Tile::kChunkTokens / params_.split_k;
+    const int share = token_share();
+    const int tokens_per_cta = 1 << share;
     const int source = cta_rank() * Tile::kKGroups + k_group;
     auto& staging = shared_.staging[panel_];
     CUTE_UNROLL
@@ -187,8 +193,8 @@ class Epilogue {
       CUTE_UNROLL
       for (int odd = 0; odd < 2; ++odd) {
         const int token = 8 * octet + 2 * (lane % 4) + odd;
-        const int owner = token / tokens_per_cta;
-        int32_t* const to = &staging[source * tokens_per_cta + token % tokens_per_cta][row];
+        const int owner = token >> share;
+        int32_t* const to = &staging[(source << share) + (token & (tokens_per_cta - 1))][row];
         CUTE_UNROLL
         for (int half = 0; half < 2; ++half) {
           const int32_t sum =
@@ -205,20 +211,23 @@ class Epilogue {
   }
 
   CUTE_DEVICE void store_chunk(int chunk) {
-    const int tokens_per_cta = Tile::kChunkTokens / params_.split_k;
-    const int sources = Tile::kKGroups * params_.split_k;
+    const int tokens_per_cta = 1 << token_share();
     const int begin = chunk * Tile::kChunkTokens + cta_rank() * tokens_per_cta;  // in the tile
     const int count = min(tokens_per_cta, params_.m - first_token_ - begin);
     const int channel = thread() % kThreadsPerToken * kChannelsPerThread;
     for (int token = thread() / kThreadsPerToken; token < count; token += kTokensAtOnce) {
       int4 sum = make_int4(0, 0, 0, 0);
-      for (int source = 0; source < sources; ++source) {
-        int32_t const* from = &shared_.staging[panel_][source * tokens_per_cta + token][channel];
-        const int4 part = *reinterpret_cast<int4 const*>(from);
-        sum.x += part.x;
-        sum.y += part.y;
-        sum.z += part.z;
-        sum.w += part.w;
+      for (int cta = 0; cta < params_.split_k; ++cta) {
+        CUTE_UNROLL
+        for (int k_group = 0; k_group < Tile::kKGroups; ++k_group) {
+          const int source = cta * Tile::kKGroups + k_group;
+          int32_t const* from = &shared_.staging[panel_][source * tokens_per_cta + token][channel];
+          const int4 part = *reinterpret_cast<int4 const*>(from);
+          sum.x += part.x;
+          sum.y += part.y;
+          sum.z += part.z;
+          sum.w += part.w;
+        }
       }
       finish(sum, first_token_ + begin + token, shared_.token_scale[panel_][begin + token]);
     }

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int warp = cutlass::canonical_warp_idx_sync();
   const int group = warp / 4;
   const bool is_producer = warp == Tile::kConsumerGroups * 4;  // the rest of its group idles
-  const bool split = params.split_k > 1;
+  const bool in_cluster = params.split_k * params.multicast > 1;
   const Producer<Tile> producer(params, shared);
 
   if (is_producer && cute::elect_one_sync()) {
@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     using cutlass::arch::ClusterBarrier;
     for (int slot = 0; slot < Tile::kStages; ++slot) {
       ClusterBarrier::init(&shared.full[slot], 1);
-      ClusterBarrier::init(&shared.empty[slot], Tile::kPanels * kWarpGroupThreads / 32);
+      ClusterBarrier::init(&shared.empty[slot],
+                           Tile::kPanels * params.multicast * kWarpGroupThreads / 32);
     }
     Epilogue<Tile>::init_barriers(shared, params.split_k);
     cutlass::arch::fence_barrier_init();
@@ -51,18 +52,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     producer.request_first_weights();
   }
   __syncwarp();
-  // With split K, peers' barriers are addressed in the epilogue only: wait for them there.
-  if (split)
+  // Peers' barriers are addressed later, by the first tokens or the first epilogue: wait there.
+  if (in_cluster)
     cute::cluster_arrive_relaxed();
   __syncthreads();
 
   if (group == Tile::kConsumerGroups) {
     cutlass::arch::warpgroup_reg_dealloc<Tile::kProducerRegisters>();
+    if (in_cluster)
+      cute::cluster_wait();
     if (is_producer && cute::elect_one_sync())
       producer.run();
     __syncwarp();
-    if (split)
-      cute::cluster_wait();
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tile::kConsumerRegisters>();
     const int panel = group / Tile::kKGroups;
@@ -76,8 +77,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       epilogue.prefetch(scheduler.coord());
       auto acc = Consumer<Tile>::make_accumulator();
       cute::clear(acc);
-      Consumer<Tile>::multiply(shared, scheduler.iteration() * slabs, slabs, panel, k_group, acc);
-      if (split && scheduler.iteration() == 0)
+      Consumer<Tile>::multiply(shared, scheduler.iteration() * slabs, slabs, panel, k_group,
+                               params.multicast, acc);
+      if (in_cluster && scheduler.iteration() == 0)
         cute::cluster_wait();
       epilogue.store(scheduler, acc, k_group);
     }

@@ -33,9 +33,10 @@ class Producer {
     cutlass::arch::launch_dependent_grids();
 
     StageCursor cursor(params_);
+    int slots = 0;
     CUTE_NO_UNROLL
-    for (int slot = 0; slot < Tile::kStages && cursor.valid(); ++slot, cursor.next()) {
-      request_tokens(cursor, slot);
+    for (; slots < Tile::kStages && cursor.valid(); ++slots, cursor.next()) {
+      request_tokens(cursor, slots);
     }
     RingState<Tile> ring(0);  // counts from the second lap; a short first lap leaves nothing to do
     CUTE_NO_UNROLL
@@ -43,6 +44,12 @@ class Producer {
       cutlass::arch::ClusterBarrier::wait(&shared_.empty[ring.slot], ring.phase);
       request_weights(cursor, ring.slot);
       request_tokens(cursor, ring.slot);
+    }
+    if (params_.multicast > 1) {
+      // Peers arrive at this CTA's barriers: it may exit once all of them are done with all slots.
+      for (; slots > 0; --slots, ring.advance(1)) {
+        cutlass::arch::ClusterBarrier::wait(&shared_.empty[ring.slot], ring.phase);
+      }
     }
   }
 
@@ -81,7 +88,7 @@ class Producer {
   CUTE_DEVICE void request_weights(StageCursor const& cursor, int slot) const {
     const int blocks = min(Tile::kStageBlocks, params_.k_blocks - cursor.k_block());
     const int first_panel = cursor.coord().n_tile * Tile::kPanels;
-    const int panels = min(Tile::kPanels, params_.panels - first_panel);
+    const int panels = max(0, min(Tile::kPanels, params_.panels - first_panel));
     const int bytes = blocks * kBlockBytes;
     cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
         &shared_.full[slot], panels * bytes + Tile::kStageTokenBytes);
@@ -93,13 +100,20 @@ class Producer {
   }
 
   CUTE_DEVICE void request_tokens(StageCursor const& cursor, int slot) const {
+    constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
+    const int token = cursor.coord().m_tile * Tile::kTokens;
     CUTE_UNROLL
     for (int box = 0; box < Tile::kStageBlocks / 2; ++box) {
-      cute::SM90_TMA_LOAD_2D::copy(&params_.x_map, &shared_.full[slot],
-                                   static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
-                                   shared_.tokens[slot] + box * Tile::kTokens * 128,
-                                   (cursor.k_block() + 2 * box) * kBlockK,
-                                   cursor.coord().m_tile * Tile::kTokens);
+      const int k = (cursor.k_block() + 2 * box) * kBlockK;
+      int8_t* const to = shared_.tokens[slot] + box * Tile::kTokens * 128;
+      if (params_.multicast == 1) {
+        cute::SM90_TMA_LOAD_2D::copy(&params_.x_map, &shared_.full[slot], kHint, to, k, token);
+      } else {  // this CTA's part, to the same place in every CTA of the cluster
+        const int part = Tile::kTokens / params_.multicast * cute::block_rank_in_cluster();
+        const uint16_t all = (1 << params_.multicast) - 1;
+        cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&params_.x_map, &shared_.full[slot], all, kHint,
+                                               to + part * 128, k, token + part);
+      }
     }
   }
 

@@ -23,11 +23,20 @@ CUTE_DEVICE void arrive_if(bool condition, uint64_t* barrier) {
       : "memory");
 }
 
-// `barrier` is the peer's, see peer_address. Relaxed: it says that this thread has the values it
-// read, and publishes nothing. A release would wait for this thread's stores to global memory.
-CUTE_DEVICE void arrive_at_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
+// At the same barrier of another CTA (or this one). Relaxed: it says that this thread has the
+// values it read, and publishes nothing. A release would wait for this thread's stores to global
+// memory.
+CUTE_DEVICE void arrive_at_cluster_if(bool condition, uint64_t* barrier, int cta_rank) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      ".reg .b32 peer;\n"
+      "setp.ne.b32 p, %2, 0;\n"
+      "mapa.shared::cluster.u32 peer, %0, %1;\n"
+      "@p mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [peer];\n"
+      "}\n" ::"r"(cute::cast_smem_ptr_to_uint(barrier)),
+      "r"(cta_rank), "r"(static_cast<int>(condition))
+      : "memory");
 }
 
 // Writes one word to a CTA of the cluster and counts its bytes at that CTA's barrier: visible to
