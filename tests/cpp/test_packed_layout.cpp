@@ -62,6 +62,53 @@ void test_param_positions_disjoint() {
   }
 }
 
+// Packing moves words of four codes: they lie where code_position puts each single code.
+void test_packed_codes_lie_at_their_positions() {
+  constexpr int k_blocks = 2;
+  std::vector<uint8_t> qweight(kBlockRows * k_blocks * kBlockK / 2), qscale(kBlockRows * k_blocks),
+      qoffset(kBlockRows * k_blocks);
+  for (size_t i = 0; i < qweight.size(); ++i)
+    qweight[i] = static_cast<uint8_t>(i * 0x9e3779b1u >> 24);
+  for (size_t i = 0; i < qscale.size(); ++i) {
+    qscale[i] = static_cast<uint8_t>(i % 9);
+    qoffset[i] = static_cast<uint8_t>(i % 121);
+  }
+  const LogicalWeight logical{qweight.data(), qscale.data(), qoffset.data(), kBlockRows, k_blocks};
+  for (int kb = 0; kb < k_blocks; ++kb) {
+    std::vector<uint8_t> block(kBlockBytes);
+    for (int row = 0; row < kBlockRows; ++row)
+      pack_block_row(logical, 0, kb, block_row(row), block.data());
+    for (int row = 0; row < kBlockRows; ++row) {
+      const int group = row * k_blocks + kb;
+      for (int k = 0; k < kBlockK; ++k) {
+        const CodePosition p = code_position(row, k);
+        const int code = qweight[(group * kBlockK + k) / 2] >> (4 * (k % 2)) & 0xf;
+        expect((block[p.byte] >> p.shift & 0xf) == code, "code at its position", row, k);
+      }
+      expect(block[param_position(row)] == qscale[group], "step at its position", row, kb);
+      expect(block[param_position(row) + 1] == qoffset[group], "offset at its position", row, kb);
+    }
+  }
+}
+
+// Every (s, a) with every code in every place of a row: refused exactly if that code overflows.
+void test_feasibility() {
+  std::vector<uint8_t> block(kBlockBytes);
+  for (int step = 0; step < 256; ++step) {
+    for (int offset = 0; offset < 256; ++offset) {
+      for (int code = 0; code <= kMaxCode; ++code) {
+        std::vector<uint8_t> qweight(kBlockK / 2);
+        const int k = (step + offset + code) % kBlockK;
+        qweight[k / 2] = static_cast<uint8_t>(code << (4 * (k % 2)));
+        uint8_t s = static_cast<uint8_t>(step), a = static_cast<uint8_t>(offset);
+        const LogicalWeight logical{qweight.data(), &s, &a, 1, 1};
+        const bool packed = pack_block_row(logical, 0, 0, block_row(0), block.data());
+        expect(packed == is_feasible(code, step, offset), "infeasible codes refused", step, offset);
+      }
+    }
+  }
+}
+
 // pack then unpack restores every byte, with a last panel that is not full.
 void test_round_trip() {
   constexpr int n = 70, k_blocks = 3;
@@ -103,6 +150,8 @@ int main() {
   test_bijection();
   test_fragment_map();
   test_param_positions_disjoint();
+  test_packed_codes_lie_at_their_positions();
+  test_feasibility();
   test_round_trip();
   std::printf("%s\n", failures ? "packed layout: FAILED" : "packed layout: ok");
   return failures != 0;

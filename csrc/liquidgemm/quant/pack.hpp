@@ -101,9 +101,9 @@ CUTE_HOST_DEVICE void unpack_block_row(uint8_t const* block,
   const int64_t group = n * logical.k_blocks + k_block;
   uint8_t* const codes = logical.qweight + group * (kBlockK / 2);
   for (int i = 0; i < kMmaK / 4; ++i) {
-    uint32_t word = 0;
-    for (int byte = 0; byte < 4; ++byte)
-      word |= uint32_t(block[at.words[i] + byte]) << (8 * byte);
+    uint8_t const* const b = block + at.words[i];
+    const uint32_t word =
+        uint32_t(b[0]) | uint32_t(b[1]) << 8 | uint32_t(b[2]) << 16 | uint32_t(b[3]) << 24;
     uint8_t* const lo = codes + 2 * i;
     uint8_t* const hi = lo + kMmaK / 2;
     const uint32_t codes_lo = gather_nibbles(word);
