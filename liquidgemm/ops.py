@@ -78,6 +78,11 @@ def _require_device(argument: str, tensor: Tensor, like: str, device: torch.devi
     _require(tensor.device == device, argument, f"on {device} like {like}", f"on {tensor.device}")
 
 
+def _require_k(argument: str, k: int, limit: int) -> None:
+    expected = f"K <= {limit} so that int32 accumulation cannot overflow"
+    _require(k <= limit, argument, expected, f"K = {k}")
+
+
 def _check_rows(x: Tensor, *dtypes: torch.dtype) -> None:
     _require_dtype("x", x, *dtypes)
     got = f"shape {list(x.shape)}"
@@ -88,8 +93,7 @@ def _check_rows(x: Tensor, *dtypes: torch.dtype) -> None:
 def _check_product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
     """What `gemm` and `linear` ask of everything but the dtype of x and the token scales."""
     k = x.shape[-1]
-    limit = f"K <= {MAX_IN_FEATURES} so that int32 accumulation cannot overflow"
-    _require(k <= MAX_IN_FEATURES, "x", limit, f"K = {k}")
+    _require_k("x", k, MAX_IN_FEATURES)
     _require_dtype("weight", weight, torch.uint8)
     _require_dtype("weight_scale", weight_scale, torch.float32)
     shape = list(weight_scale.shape)
@@ -149,8 +153,7 @@ def _pack_weight_fake(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tenso
     n, k = shape[0], 2 * shape[1]
     multiple = f"[N, K / 2] with K a positive multiple of {GROUP}"
     _require(k > 0 and k % GROUP == 0, "qweight", multiple, f"shape {shape}")
-    limit = f"K <= {padded(MAX_IN_FEATURES)} so that int32 accumulation cannot overflow"
-    _require(k <= padded(MAX_IN_FEATURES), "qweight", limit, f"K = {k}")
+    _require_k("qweight", k, padded(MAX_IN_FEATURES))
     _require_shape("qscale", qscale, [n, k // GROUP])
     _require_shape("qoffset", qoffset, [n, k // GROUP])
     return qweight.new_empty(ceil_div(n, PANEL), k // GROUP, BLOCK_BYTES)
@@ -163,6 +166,7 @@ def _unpack_weight_fake(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]
     expected = f"a packed weight [ceil(N / {PANEL}), K / {GROUP}, {BLOCK_BYTES}] from pack_weight"
     _require(whole, "packed", expected, f"shape {shape}")
     panels, groups = shape[:2]
+    _require_k("packed", groups * GROUP, padded(MAX_IN_FEATURES))
     span = f"{(panels - 1) * PANEL + 1} to {panels * PANEL} rows for packed of shape {shape}"
     _require(n >= 1 and ceil_div(n, PANEL) == panels, "n", span, n)
     return (

@@ -145,13 +145,16 @@ def test_gemm_fuzz(m, n, k, seed):
 
 @pytest.mark.parametrize("low", [False, True])
 def test_gemm_at_the_ends_of_the_range(low):
-    """CHECKLIST 3 on the CPU: the largest sums there are, at the largest K that can be packed."""
-    k = 132096
+    """CHECKLIST 3 on the CPU: the largest sums there are, at the largest K, which is no multiple
+    of 64: the weight is padded beyond it."""
+    k, groups = 132104, 2065
     value = -128 if low else 127
-    qweight = torch.full((2, k // 2), 0 if low else 0xFF, dtype=torch.uint8)
-    qscale = torch.full((2, k // 64), 17, dtype=torch.uint8)
-    qoffset = torch.zeros(2, k // 64, dtype=torch.uint8)
+    qweight = torch.full((2, groups * 32), 0 if low else 0xFF, dtype=torch.uint8)
+    qscale = torch.full((2, groups), 17, dtype=torch.uint8)
+    qoffset = torch.zeros(2, groups, dtype=torch.uint8)
     packed = pack_weight(qweight, qscale, qoffset)
+    for back, original in zip(unpack_weight(packed, 2), (qweight, qscale, qoffset), strict=True):
+        reference.assert_same(back, original)
     x = torch.full((2, k), 127, dtype=torch.int8)
     x[1] = -127
     got = gemm(x, torch.ones(2), packed, torch.ones(2), out_dtype=torch.int32)
@@ -449,7 +452,7 @@ def test_errors_of_quantize_activation(shape, dtype, message):
         (0, torch.zeros(70).byte(), "qweight: expected"),
         (0, torch.zeros(70, 48).byte(), r"qweight: expected .*multiple of 64, got .*\[70, 48\]"),
         (0, torch.zeros(70, 0).byte(), r"qweight: expected .*got .*\[70, 0\]"),
-        (0, torch.zeros(1, 66080 + 32).byte(), "qweight: expected K <= .*got K = 132224"),
+        (0, torch.zeros(1, 66080 + 32).byte(), "qweight: expected K <= 132160 .*got K = 132224"),
         (1, torch.zeros(70, 2), "qscale: expected dtype"),
         (1, torch.zeros(70, 3).byte(), r"qscale: expected shape \[70, 2\], got \[70, 3\]"),
         (2, torch.zeros(70, 2).char(), "qoffset: expected dtype"),
@@ -473,6 +476,7 @@ def test_errors_of_pack_weight(index, wrong, message, device):
         (torch.zeros(2, 1, 2176), 70, "packed: expected dtype"),
         (torch.zeros(2, 2176).byte(), 70, "packed: expected"),
         (torch.zeros(2, 1, 2175).byte(), 70, r"packed: expected .*got .*\[2, 1, 2175\]"),
+        (torch.zeros(1, 2066, 2176).byte(), 1, "packed: expected K <= 132160 .*got K = 132224"),
         (torch.zeros(2, 1, 2176).byte(), 64, "n: expected 65 to 128 .*got 64"),
         (torch.zeros(2, 1, 2176).byte(), 129, "n: expected 65 to 128 .*got 129"),
         (torch.zeros(2, 1, 2176).byte(), -1, "n: expected 65 to 128 .*got -1"),
