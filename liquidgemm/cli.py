@@ -19,6 +19,7 @@ from liquidgemm import _library, demo
 app = typer.Typer(
     help="W4A8 matrix multiplication for NVIDIA Hopper: 4-bit weights, 8-bit activations.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 

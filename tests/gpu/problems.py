@@ -81,7 +81,6 @@ def run(
     bias: bool = False,
     config: int | None = None,
     split_k: int = 1,
-    multicast: int = 1,
     num_sms: int = 0,
 ) -> torch.Tensor:
     """The kernel's result; `config` None takes the heuristic's choice."""
@@ -97,7 +96,7 @@ def run(
     )
     if config is None:
         return torch.ops.liquidgemm.gemm(*arguments)
-    return testing.gemm_with_config(*arguments, config, split_k, multicast, num_sms)
+    return testing.gemm_with_config(*arguments, config, split_k, num_sms)
 
 
 def assert_equal(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
