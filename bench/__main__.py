@@ -1,0 +1,141 @@
+"""``python -m bench``: measure, print, and write JSON and plots."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from liquidgemm import _library
+
+from . import stream_floor
+from .peers import OURS, PEERS, parse_peers
+from .shapes import MODELS, TOKENS, parse_shapes, parse_tokens
+
+OPS = ("gemm", "linear")
+
+
+def parse_ops(text: str) -> list[str]:
+    ops = [part.strip() for part in text.split(",") if part.strip()]
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(f"{op!r} is none of {', '.join(OPS)}")
+    if not ops:
+        raise ValueError("no ops given")
+    return [op for op in OPS if op in ops]
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{text!r} is not a positive number")
+    return value
+
+
+def argument(parse):
+    """An argparse type whose ValueError becomes the message."""
+
+    def convert(text: str):
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Times liquidgemm and its peers on a Hopper GPU. bench/README.md has the "
+        "protocol; python -m bench.report makes tables and plots of the JSON file.",
+    )
+    parser.add_argument(
+        "--shapes",
+        type=argument(parse_shapes),
+        default="targets",
+        help=f"comma-separated: NxK, or the layers of {', '.join(MODELS)} (default: targets)",
+    )
+    parser.add_argument(
+        "--m",
+        type=argument(parse_tokens),
+        default=",".join(map(str, TOKENS)),
+        help="comma-separated numbers of tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--against",
+        type=argument(parse_peers),
+        default="bf16,fp8",
+        help=f"comma-separated peers: {', '.join(name for name in PEERS if name != OURS)} "
+        "(default: %(default)s; empty: none)",
+    )
+    parser.add_argument(
+        "--ops", type=argument(parse_ops), default="gemm,linear", help="default: %(default)s"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the results")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="where to write plots")
+    parser.add_argument(
+        "--seconds",
+        type=argument(positive),
+        default=240.0,
+        help="budget for the whole run; it sets how often each case is repeated "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stream-floor",
+        type=Path,
+        metavar="PATH",
+        default=stream_floor.PROGRAM,
+        help="the built microbenchmark (default: build/bench/stream_floor)",
+    )
+    parser.add_argument(
+        "--commit", help="the commit to record, where the sources are no git checkout"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = make_parser()
+    options = parser.parse_args(words)
+    status = _library.status()
+    if not status.cuda_available:
+        parser.error(status.reason)
+    torch.cuda.set_device(_library.hopper_devices()[0])
+
+    from .driver import Driver, Options
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    run = Driver(
+        Options(
+            shapes=options.shapes,
+            tokens=options.m,
+            peers=[OURS, *options.against],
+            ops=options.ops,
+            seconds=options.seconds,
+            json=options.json,
+            floor_program=options.stream_floor,
+            command=shlex.join(["python", "-m", "bench", *words]),
+            commit=options.commit,
+        )
+    ).run()
+    if options.json:
+        print(f"results: {options.json}")
+    if options.plot:
+        from .report import write_plots
+
+        for path in write_plots(run, options.plot):
+            print(f"plot: {path}")
+    failed = any(one.status == "failed" for case in run.cases for one in case.measurements)
+    return 1 if run.partial or failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What the measurements ran on, and in what state it was."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "humming-kernels", "gemlite", "nvidia-cublas", "nvidia-cublas-cu12")
+
+# nvidia-smi's name -> ours. The reasons for lower clocks have an old name and a new one.
+_QUERY = {
+    "clocks.sm": "sm_mhz",
+    "clocks.mem": "memory_mhz",
+    "power.draw": "power_w",
+    "power.limit": "power_limit_w",
+    "temperature.gpu": "temperature_c",
+    "pstate": "pstate",
+}
+_REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+_REASON_BITS = {
+    0x1: "idle",
+    0x2: "application clocks",
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "thermal (software)",
+    0x40: "thermal (hardware)",
+    0x80: "power brake",
+    0x100: "display clocks",
+}
+
+
+def now() -> str:
+    """UTC, to the second, in ISO 8601."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def run_text(command: list[str], **options) -> str | None:
+    """Standard output of a command, or None if it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True, **options
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit() -> str:
+    """The commit of this checkout, with "+changes" if tracked files differ from it."""
+    head = run_text(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT)
+    if not head:
+        return "unknown"
+    changes = run_text(["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT)
+    return f"{head}+changes" if changes else head
+
+
+def describe(device: torch.device) -> dict:
+    """GPU and software, for the record."""
+    gpu = torch.cuda.get_device_properties(device)
+    driver = run_text(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "gpu": gpu.name,
+        "capability": f"{gpu.major}.{gpu.minor}",
+        "sms": gpu.multi_processor_count,
+        "l2_bytes": gpu.L2_cache_size,
+        "memory_bytes": gpu.total_memory,
+        "driver": driver.splitlines()[0] if driver else None,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+def snapshot(when: str, device: torch.device) -> dict:
+    """Clocks, power, temperature and what holds the clocks back; {"error": ...} without nvidia-smi.
+
+    Asking takes tens of milliseconds of the host and none of the GPU.
+    """
+    record: dict = {"when": when, "at": now()}
+    for reasons in _REASONS:
+        fields = ",".join((*_QUERY, reasons))
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+        text = run_text([*query, *_which(device)])
+        if text:
+            return record | parse_snapshot(text.splitlines()[0])
+    return record | {"error": "nvidia-smi did not answer"}
+
+
+def _which(device: torch.device) -> list[str]:
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return ["-i", f"GPU-{uuid}"] if uuid else []
+
+
+def parse_snapshot(line: str) -> dict:
+    """One line of nvidia-smi's CSV; a value that it does not know becomes None."""
+    *values, reasons = (value.strip() for value in line.split(","))
+    record: dict = {}
+    for name, value in zip(_QUERY.values(), values, strict=True):
+        try:
+            record[name] = float(value)
+        except ValueError:
+            record[name] = value if name == "pstate" else None
+    record["slowed_by"] = throttle_reasons(reasons)
+    return record
+
+
+def throttle_reasons(text: str) -> list[str] | None:
+    """Names of the bits of nvidia-smi's mask, such as 0x0000000000000004; None if it is none."""
+    try:
+        mask = int(text, 16)
+    except ValueError:
+        return None
+    return [name for bit, name in _REASON_BITS.items() if mask & bit]

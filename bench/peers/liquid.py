@@ -1,0 +1,72 @@
+"""liquidgemm itself."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+import liquidgemm
+from liquidgemm import _library
+from liquidgemm.format import decode
+
+from .base import Peer, Way, exact_product
+
+
+class Liquid(Peer):
+    """W4A8 in the LiquidQuant format, rounded as in the paper. Every bit of the result counts."""
+
+    name = "liquidgemm"
+    package = "liquidgemm"
+    module = "liquidgemm"
+    ways = (Way("gemm"), Way("linear"))
+    tolerance = 0.0
+
+    @classmethod
+    def why_absent(cls) -> str | None:
+        status = _library.status()
+        return None if status.cuda_available else status.reason
+
+    @classmethod
+    def version(cls) -> str:
+        return liquidgemm.__version__
+
+    def __init__(self, weight: Tensor) -> None:
+        quantized = liquidgemm.quantize_weight(weight, method="rtn")
+        logical = (quantized.qweight, quantized.qscale, quantized.qoffset)
+        self.scale = quantized.scale
+        self.w8 = decode(*logical)[:, : weight.shape[1]]
+        self.packed = liquidgemm.pack_weight(*logical)
+
+    def new_copy(self) -> Tensor:
+        return self.packed.clone()
+
+    def weight_bytes(self) -> int:
+        return self.packed.nbytes
+
+    def tokens(self, way: Way, x: Tensor) -> tuple[Tensor, ...]:
+        return liquidgemm.quantize_activation(x) if way.op == "gemm" else (x,)
+
+    def call(self, way: Way, tokens: tuple[Tensor, ...], weight: Tensor) -> Tensor:
+        if way.op == "gemm":
+            return liquidgemm.gemm(*tokens, weight, self.scale)
+        return liquidgemm.linear(*tokens, weight, self.scale)
+
+    def expected(self, way: Way, tokens: tuple[Tensor, ...], rows: Tensor) -> Tensor:
+        """The documented arithmetic, each operation rounded to float32 by itself."""
+        if way.op == "gemm":
+            x8, x_scale = (part[rows] for part in tokens)
+        else:
+            # The specification of quantize_activation, on the CPU: not the kernel that ran.
+            x8, x_scale = liquidgemm.quantize_activation(tokens[0][rows].cpu())
+            x8, x_scale = x8.to(self.w8.device), x_scale.to(self.w8.device)
+        sums = exact_product(x8, self.w8).float()
+        return (sums * x_scale.unsqueeze(1) * self.scale).to(torch.bfloat16)
+
+    def describe(self, way: Way, m: int) -> str:
+        sms = torch.cuda.get_device_properties(self.w8.device).multi_processor_count
+        with suppress(AttributeError, RuntimeError):  # a build without the testing ops
+            n, k = self.w8.shape
+            return torch.ops.liquidgemm_testing.select_config(m, n, k, sms)
+        return ""
