@@ -254,15 +254,12 @@ Tensor gemm_with_config(Tensor const& x,
                         OptionalType const& out_dtype,
                         int64_t config,
                         int64_t split_k,
-                        int64_t multicast,
                         int64_t num_sms) {
   check(config >= 0 && config < kNumTileShapes, "config: expected 0 to ", kNumTileShapes - 1,
         ", got ", config);
   check(split_k == 1 || split_k == 2 || split_k == 4 || split_k == 8,
         "split_k: expected 1, 2, 4 or 8, got ", split_k);
-  const Plan plan{static_cast<int>(config), static_cast<int>(split_k), static_cast<int>(multicast)};
-  check((multicast == 1 || multicast == 2) && is_possible(plan),
-        "multicast: expected 1, or 2 without split_k and with at least 16 tokens, got ", multicast);
+  const Plan plan{static_cast<int>(config), static_cast<int>(split_k)};
   check(num_sms >= 0, "num_sms: expected 0 (all) or more, got ", num_sms);
   return checked_gemm("gemm_with_config", x, x_scale, weight, weight_scale, bias, out_dtype, plan,
                       static_cast<int>(num_sms));

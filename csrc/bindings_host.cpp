@@ -80,7 +80,7 @@ STABLE_TORCH_LIBRARY(liquidgemm_testing, m) {
   m.def(
       "gemm_with_config(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? "
       "bias, "
-      "ScalarType? out_dtype, int config, int split_k, int multicast, int num_sms) -> Tensor");
+      "ScalarType? out_dtype, int config, int split_k, int num_sms) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm_testing, CompositeExplicitAutograd, m) {

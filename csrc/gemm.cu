@@ -79,11 +79,9 @@ cudaError_t query_device(DeviceInfo& info) {
 cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStream_t stream) {
   if (a.m == 0 || a.n == 0)
     return cudaSuccess;
-  if (!is_possible(plan))
-    return cudaErrorInvalidValue;
   TileShape const& tile = kTileShapes[plan.tile];
   KernelParams params{};
-  const cudaError_t error = encode_tokens(params.x_map, a, tile.tokens / plan.multicast);
+  const cudaError_t error = encode_tokens(params.x_map, a, tile.tokens);
   if (error != cudaSuccess)
     return error;
   params.weight = a.weight;
@@ -99,9 +97,8 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
   params.panels = static_cast<int>(ceil_div(a.n, kBlockRows));
   params.k_blocks = static_cast<int>(ceil_div(a.k, kBlockK));
   params.m_tiles = static_cast<int>(ceil_div(a.m, tile.tokens));
-  params.n_tiles = static_cast<int>(ceil_div(params.panels, tile.panels * plan.multicast));
+  params.n_tiles = static_cast<int>(ceil_div(params.panels, tile.panels));
   params.split_k = plan.split_k;
-  params.multicast = plan.multicast;
   return kLaunchers[plan.tile](params, num_sms, stream);
 }
 

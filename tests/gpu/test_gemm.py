@@ -20,19 +20,29 @@ def tile_tokens(name: str) -> int:
 def test_every_configuration_is_exact(config: int, name: str, split_k: int) -> None:
     """CHECKLIST 1: every compiled configuration and split, whole tiles and ragged edges."""
     tokens = tile_tokens(name)
-    sizes = [(1, 64, 64), (tokens, 256, 512), (tokens + 1, 264, 2880), (3, 8, 576), (2 * tokens + 5, 4864, 896)]
+    sizes = [
+        (1, 64, 64),
+        (tokens, 256, 512),
+        (tokens + 1, 264, 2880),
+        (3, 8, 576),
+        (2 * tokens + 5, 4864, 896),
+    ]
     for m, n, k in sizes:
         problem = random_problem(m, n, k, seed=m + n + k)
         expected = problem.accumulator()
         for num_sms in (0, 8):
             actual = run(problem, config=config, split_k=split_k, num_sms=num_sms)
-            assert_equal(actual, expected, f"{name} split_k={split_k} num_sms={num_sms} {m=} {n=} {k=}")
+            assert_equal(
+                actual, expected, f"{name} split_k={split_k} num_sms={num_sms} {m=} {n=} {k=}"
+            )
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("config", "name"), CONFIGS, ids=lambda v: str(v))
-def test_epilogue_is_the_documented_formula(config: int, name: str, dtype: torch.dtype, bias: bool) -> None:
+def test_epilogue_is_the_documented_formula(
+    config: int, name: str, dtype: torch.dtype, bias: bool
+) -> None:
     """CHECKLIST 1: scales, bias and rounding, bit for bit."""
     for n in (136, 137, 138):  # rows of y aligned to four elements, and not
         problem = random_problem(tile_tokens(name) + 3, n, 640)
@@ -47,7 +57,11 @@ def test_every_m() -> None:
     expected = largest.accumulator()
     for m in [*range(1, 258), 511, 512, 513, 1023, 4095, 4097, 8193]:
         y = liquidgemm.gemm(
-            largest.x[:m], largest.x_scale[:m], largest.weight, largest.weight_scale, out_dtype=torch.int32
+            largest.x[:m],
+            largest.x_scale[:m],
+            largest.weight,
+            largest.weight_scale,
+            out_dtype=torch.int32,
         )
         assert_equal(y, expected[:m], f"m={m}")
 
@@ -55,7 +69,20 @@ def test_every_m() -> None:
 @pytest.mark.parametrize("n", [8, 16, 64, 72, 128, 136, 192, 576, 896, 4864])
 def test_every_n_and_k(n: int) -> None:
     """CHECKLIST 2: N from one octet, K = 64 .. 2112 and those of real models, some not multiples of 64."""
-    sizes = [*(64 * i for i in range(1, 34)), 896, 1376, 2880, 5472, 10944, 11008, 18944, 29568, 100, 33, 1]
+    sizes = [
+        *(64 * i for i in range(1, 34)),
+        896,
+        1376,
+        2880,
+        5472,
+        10944,
+        11008,
+        18944,
+        29568,
+        100,
+        33,
+        1,
+    ]
     for k in sizes:
         for m in (5, 130):
             problem = random_problem(m, n, k, seed=n + k)
@@ -73,7 +100,12 @@ def test_saturation(m: int) -> None:
     """CHECKLIST 3: the largest sums that fit, at both ends, at the largest K."""
     n, k = 128, 131_072
     blocks = k // 64
-    for x_value, code, w_value in [(127, 15, 127), (-127, 15, 127), (127, 0, -128), (-127, 0, -128)]:
+    for x_value, code, w_value in [
+        (127, 15, 127),
+        (-127, 15, 127),
+        (127, 0, -128),
+        (-127, 0, -128),
+    ]:
         qweight = torch.full((n, k // 2), code * 17, dtype=torch.uint8, device=DEVICE)
         qscale = torch.full((n, blocks), 17, dtype=torch.uint8, device=DEVICE)
         qoffset = torch.zeros((n, blocks), dtype=torch.uint8, device=DEVICE)
@@ -129,7 +161,9 @@ def test_inputs_of_any_layout() -> None:
         "every other row": x.repeat_interleave(2, 0)[::2],
     }
     for name, view in layouts.items():
-        y = liquidgemm.gemm(view, scale, problem.weight, problem.weight_scale, out_dtype=torch.int32)
+        y = liquidgemm.gemm(
+            view, scale, problem.weight, problem.weight_scale, out_dtype=torch.int32
+        )
         assert_equal(y, expected, name)
     batched = liquidgemm.gemm(
         x.view(2, 3, 4, 592),
@@ -139,7 +173,9 @@ def test_inputs_of_any_layout() -> None:
         out_dtype=torch.int32,
     )
     assert_equal(batched, expected.view(2, 3, 4, 136), "leading dimensions")
-    vector = liquidgemm.gemm(x[3], scale[3], problem.weight, problem.weight_scale, out_dtype=torch.int32)
+    vector = liquidgemm.gemm(
+        x[3], scale[3], problem.weight, problem.weight_scale, out_dtype=torch.int32
+    )
     assert_equal(vector, expected[3], "one token, no batch dimension")
     same = x[:1].expand(24, 592)
     y = liquidgemm.gemm(same, scale, problem.weight, problem.weight_scale, out_dtype=torch.int32)
@@ -159,22 +195,37 @@ def test_inputs_of_any_layout() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(x=torch.zeros(4, 128, device=DEVICE)), "x: expected dtype Char, got Float"),
-        (dict(x=torch.zeros(4, 64, dtype=torch.int8, device=DEVICE)), "x: expected 65 to 128 columns"),
+        (dict(x=torch.zeros(4, 128, device=DEVICE)), "x: expected dtype int8, got float32"),
+        (
+            dict(x=torch.zeros(4, 64, dtype=torch.int8, device=DEVICE)),
+            "x: expected 65 to 128 columns",
+        ),
         (dict(x_scale=torch.ones(3, device=DEVICE)), r"x_scale: expected shape \[4\], got \[3\]"),
         (dict(x_scale=torch.ones(4)), "x_scale: expected on cuda:0 like x, got on cpu"),
-        (dict(weight=torch.zeros(1, 2, 5, dtype=torch.uint8, device=DEVICE)), "weight: expected a packed"),
-        (dict(weight_scale=torch.ones(65, device=DEVICE)), "weight_scale: expected 1 to 64 channels"),
-        (dict(weight_scale=torch.ones(64).half().to(DEVICE)), "weight_scale: expected dtype Float"),
+        (
+            dict(weight=torch.zeros(1, 2, 5, dtype=torch.uint8, device=DEVICE)),
+            "weight: expected a packed",
+        ),
+        (
+            dict(weight_scale=torch.ones(65, device=DEVICE)),
+            "weight_scale: expected 1 to 64 channels",
+        ),
+        (dict(weight_scale=torch.ones(64).half().to(DEVICE)), "weight_scale: expected dtype float32"),
         (dict(bias=torch.ones(63, device=DEVICE)), r"bias: expected shape \[64\], got \[63\]"),
-        (dict(out_dtype=torch.float64), "out_dtype: expected BFloat16, Half, Float or Int, got Double"),
+        (
+            dict(out_dtype=torch.float64),
+            "out_dtype: expected bfloat16, float16, float32 or int32, got float64",
+        ),
     ],
 )
 def test_misuse_is_refused(change: dict, message: str) -> None:
     """CHECKLIST 7: the error names the argument, what was expected and what came."""
     problem = random_problem(4, 64, 128)
     arguments = dict(
-        x=problem.x, x_scale=problem.x_scale, weight=problem.weight, weight_scale=problem.weight_scale
+        x=problem.x,
+        x_scale=problem.x_scale,
+        weight=problem.weight,
+        weight_scale=problem.weight_scale,
     )
     with pytest.raises(RuntimeError, match=message):
         torch.ops.liquidgemm.gemm(**{**arguments, **change})

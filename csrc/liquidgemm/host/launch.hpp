@@ -28,7 +28,7 @@ cudaError_t launch_tile_impl(KernelParams const& params, int num_sms, cudaStream
 
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
-  const int cluster = params.split_k * params.multicast;
+  const int cluster = params.split_k;
   const int clusters = std::min(params.m_tiles * params.n_tiles, std::max(1, num_sms / cluster));
   config.gridDim = dim3(clusters * cluster);
   config.blockDim = dim3(TileT::kThreads);

@@ -18,15 +18,9 @@ struct Problem {
 };
 
 struct Plan {
-  int tile;       // index into kTileShapes
-  int split_k;    // CTAs of a cluster that share one output tile along K
-  int multicast;  // CTAs of a cluster that share the tokens of neighbouring tiles along N
+  int tile;     // index into kTileShapes
+  int split_k;  // CTAs of a cluster that share one output tile along K
 };
-
-struct Cluster {
-  int split_k, multicast;
-};
-inline constexpr Cluster kClusters[] = {{1, 1}, {2, 1}, {4, 1}, {8, 1}, {1, 2}};
 
 // Estimated times of one plan, in microseconds. The constants are measured on an H100 SXM
 // (bench/NOTES.md); only their ratios decide, so they serve other Hopper parts as well.
@@ -57,8 +51,8 @@ inline Estimate estimate(Problem const& p, Plan const& plan, CostModel const& c 
   const int64_t panels = ceil_div(p.n, kBlockRows);
   const int64_t k_blocks = ceil_div(p.k, kBlockK);
   const int64_t slabs = ceil_div(k_blocks, s.stage_blocks);
-  const int64_t tiles = ceil_div(p.m, s.tokens) * ceil_div(panels, s.panels * plan.multicast);
-  const int cluster = plan.split_k * plan.multicast;
+  const int64_t tiles = ceil_div(p.m, s.tokens) * ceil_div(panels, s.panels);
+  const int cluster = plan.split_k;
   const int64_t workers = std::max<int64_t>(1, p.num_sms / cluster);
   const int64_t waves = ceil_div(tiles, workers);
   const double tile_blocks = double(ceil_div(slabs, plan.split_k)) * s.stage_blocks;
@@ -79,20 +73,14 @@ inline Estimate estimate(Problem const& p, Plan const& plan, CostModel const& c 
   return e;
 }
 
-// What the kernel can run: a part of the tokens is at least the eight rows of a swizzle atom.
-inline bool is_possible(Plan const& plan) {
-  return (plan.split_k == 1 || plan.multicast == 1) &&
-         kTileShapes[plan.tile].tokens / plan.multicast >= 8;
-}
-
 inline Plan select_plan(Problem const& p) {
-  Plan best{0, 1, 1};
+  Plan best{0, 1};
   double best_us = 1e300;
   const int64_t k_blocks = ceil_div(p.k, kBlockK);
   for (int tile = 0; tile < kNumTileShapes; ++tile) {
-    for (const auto [split_k, multicast] : kClusters) {
-      const Plan plan{tile, split_k, multicast};
-      if (!is_possible(plan) || split_k * multicast > p.num_sms)
+    for (int split_k = 1; split_k <= kMaxSplitK; split_k *= 2) {
+      const Plan plan{tile, split_k};
+      if (split_k > p.num_sms)
         continue;
       if (split_k > 1 && k_blocks < int64_t(split_k) * kTileShapes[tile].stage_blocks)
         continue;
@@ -109,14 +97,14 @@ inline Plan select_plan(Problem const& p) {
 inline std::string describe(Problem const& p, Plan const& plan) {
   const Estimate e = estimate(p, plan);
   char buffer[256];
-  std::snprintf(
-      buffer, sizeof buffer,
-      "M=%lld N=%lld K=%lld on %d SMs: tile %s, split_k %d, multicast %d; estimated %.1f us = "
-      "max(memory %.1f, SM %.1f) + "
-      "%.1f fixed: bound by %s",
-      static_cast<long long>(p.m), static_cast<long long>(p.n), static_cast<long long>(p.k),
-      p.num_sms, name(kTileShapes[plan.tile]).c_str(), plan.split_k, plan.multicast, e.total(),
-      e.memory, e.sm, e.fixed, e.memory >= e.sm ? "memory" : "the SMs");
+  std::snprintf(buffer, sizeof buffer,
+                "M=%lld N=%lld K=%lld on %d SMs: tile %s, split_k %d; estimated %.1f us = "
+                "max(memory %.1f, SM %.1f) + "
+                "%.1f fixed: bound by %s",
+                static_cast<long long>(p.m), static_cast<long long>(p.n),
+                static_cast<long long>(p.k), p.num_sms, name(kTileShapes[plan.tile]).c_str(),
+                plan.split_k, e.total(), e.memory, e.sm, e.fixed,
+                e.memory >= e.sm ? "memory" : "the SMs");
   return buffer;
 }
 

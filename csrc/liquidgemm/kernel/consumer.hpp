@@ -39,7 +39,6 @@ struct Consumer {
                                    int slabs,
                                    int panel,
                                    int k_group,
-                                   int multicast,
                                    Accumulator& acc) {
     using namespace cute;
     const int thread = threadIdx.x % kWarpGroupThreads;
@@ -70,14 +69,14 @@ struct Consumer {
         // stage the stage before.
         warpgroup_wait<1>();
         if (block == 0) {
-          release(shared, ring.behind(Tile::kKGroups), slab != k_group, multicast);
+          release(shared, ring.behind(Tile::kKGroups), slab != k_group);
         }
       }
       ring.advance(Tile::kKGroups);
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc);
-    release(shared, ring.behind(Tile::kKGroups), slabs > k_group, multicast);
+    release(shared, ring.behind(Tile::kKGroups), slabs > k_group);
   }
 
  private:
@@ -102,16 +101,10 @@ struct Consumer {
     }
   }
 
-  // Tells every producer that writes to the slot. Without a branch: ptxas serializes wgmmas whose
-  // pipeline crosses a divergent one.
-  CUTE_DEVICE static void release(SharedStorage<Tile>& shared,
-                                  int slot,
-                                  bool condition,
-                                  int multicast) {
+  // Without a branch: ptxas serializes wgmmas whose pipeline crosses a divergent one.
+  CUTE_DEVICE static void release(SharedStorage<Tile>& shared, int slot, bool condition) {
     __syncwarp();
-    const int lane = threadIdx.x % 32;
-    arrive_if(condition && multicast == 1 && lane == 0, &shared.empty[slot]);
-    arrive_at_cluster_if(condition && multicast > 1 && lane < multicast, &shared.empty[slot], lane);
+    arrive_if(condition && threadIdx.x % 32 == 0, &shared.empty[slot]);
   }
 };
 

@@ -53,6 +53,7 @@ class Epilogue {
   static constexpr int kChannelsPerThread = 4;
   static constexpr int kThreadsPerToken = kBlockRows / kChannelsPerThread;
   static constexpr int kTokensAtOnce = kThreads / kThreadsPerToken;
+  static constexpr int kScalesPerThread = (Tile::kTokens + kThreads - 1) / kThreads;
 
  public:
   CUTE_DEVICE Epilogue(KernelParams const& params, SharedStorage<Tile>& shared, int panel)
@@ -65,16 +66,17 @@ class Epilogue {
     }
   }
 
-  // After the last tile: peers address this CTA's staging no more, it may exit.
-  CUTE_DEVICE void finish_cluster() const {
-    if (split())
-      cutlass::arch::ClusterBarrier::wait(&shared_.drained[panel_], phase_);
+  // After `iteration` tiles: peers address this CTA's staging no more, it may exit.
+  CUTE_DEVICE void finish_cluster(int iteration) const {
+    if (params_.split_k > 1) {
+      cutlass::arch::ClusterBarrier::wait(&shared_.drained[panel_], chunk_phase(iteration, -1));
+    }
   }
 
   // Requests what does not depend on the sums, to arrive under the main loop.
   CUTE_DEVICE void prefetch(TileCoord coord) {
     locate(coord);
-    const int panel_channel = first_channel_ - thread() % kThreadsPerToken * kChannelsPerThread;
+    const int panel_channel = first_channel_ - thread_channel();
     // One register each: the first 64 threads carry the channels' scales, the next 64 their biases.
     const int channel = panel_channel + thread() % kBlockRows;
     channel_value_ = 0.f;
@@ -94,77 +96,116 @@ class Epilogue {
   template <class Accumulator>
   CUTE_DEVICE void store(TileScheduler const& scheduler, Accumulator const& acc, int k_group) {
     locate(scheduler.coord());  // again, rather than hold registers during the main loop
-    CUTE_NO_UNROLL
-    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-      // With split K every tile has kChunks chunks, so that the phase is known without being
-      // carried.
-      phase_ = (scheduler.iteration() * Tile::kChunks + chunk) & 1;
-      if (!split() && first_token_ + chunk * Tile::kChunkTokens >= params_.m) {
-        break;
-      }
-      begin_chunk();
-      if (chunk == 0)
-        stage_scales();
-      CUTE_UNROLL
-      for (int c = 0; c < Tile::kChunks; ++c) {  // registers cannot be indexed at run time
-        if (c == chunk)
-          stage(acc, c, k_group);
-      }
-      publish_chunk();
-      store_chunk(chunk);
-      end_chunk();
+    if (params_.split_k > 1) {
+      store_split(scheduler.iteration(), acc, k_group);
+    } else {
+      store_local(acc, k_group);
     }
   }
 
  private:
-  static constexpr int kScalesPerThread = (Tile::kTokens + kThreads - 1) / kThreads;
+  // One CTA has all of K. While a chunk is read and stored, the next one is staged in the other
+  // buffer: one barrier per chunk.
+  template <class Accumulator>
+  CUTE_DEVICE void store_local(Accumulator const& acc, int k_group) {
+    panel_barrier();  // everybody is done reading the tile before this one
+    stage_scales();
+    stage_local(acc, 0, k_group);
+    const int chunks =
+        min(Tile::kChunks, cute::ceil_div(params_.m - first_token_, +Tile::kChunkTokens));
+    CUTE_NO_UNROLL
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      panel_barrier();
+      if (chunk + 1 < chunks)
+        stage_local(acc, chunk + 1, k_group);
+      auto const& staging = shared_.staging[chunk % Tile::kStagingBuffers][panel_];
+      CUTE_UNROLL
+      for (int i = 0; i < cute::ceil_div(+Tile::kChunkTokens, kTokensAtOnce); ++i) {
+        const int token = thread() / kThreadsPerToken + i * kTokensAtOnce;
+        if (token < Tile::kChunkTokens) {
+          int4 sum = make_int4(0, 0, 0, 0);
+          CUTE_UNROLL
+          for (int source = 0; source < Tile::kKGroups; ++source)
+            add(sum, &staging[source * Tile::kChunkTokens + token][thread_channel()]);
+          finish(sum, chunk * Tile::kChunkTokens + token);
+        }
+      }
+    }
+  }
+
+  template <class Accumulator>
+  CUTE_DEVICE void stage_local(Accumulator const& acc, int chunk, int k_group) {
+    auto& staging = shared_.staging[chunk % Tile::kStagingBuffers][panel_];
+    for_each_sum(acc, chunk, [&](int token, int row, int32_t sum) {
+      staging[k_group * Tile::kChunkTokens + token][row] = sum;
+    });
+  }
+
+  // A cluster's CTAs have parts of K. Each finishes an equal share of a chunk's tokens; every group
+  // sends its sums from registers straight into the staging memory of the CTA that finishes them.
+  template <class Accumulator>
+  CUTE_DEVICE void store_split(int iteration, Accumulator const& acc, int k_group) {
+    constexpr int kLog2Chunk = cute::log_2(static_cast<unsigned>(Tile::kChunkTokens));
+    const int share = kLog2Chunk - (31 - __clz(params_.split_k));  // log2 of tokens per CTA
+    const int cta_rank = cute::block_rank_in_cluster();
+    const int own_row = (cta_rank * Tile::kKGroups + k_group) << share;
+    auto& staging = shared_.staging[0][panel_];
+    uint64_t* const staged = &shared_.staged[panel_];
+    uint64_t* const drained = &shared_.drained[panel_];
+
+    CUTE_NO_UNROLL
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+      const uint32_t phase = chunk_phase(iteration, chunk);
+      cutlass::arch::ClusterBarrier::wait(drained, phase ^ 1);
+      if (thread() == 0) {
+        constexpr uint32_t kBytes =
+            Tile::kKGroups * Tile::kChunkTokens * kBlockRows * sizeof(int32_t);
+        cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(staged, kBytes);
+      }
+      if (chunk == 0)
+        stage_scales();
+      for_each_sum(acc, chunk, [&](int token, int row, int32_t sum) {
+        const int owner = token >> share;
+        const int token_of_owner = token - (owner << share);
+        store_at_cluster(peer_address(&staging[own_row + token_of_owner][row], owner), sum,
+                         peer_address(staged, owner));
+      });
+      panel_barrier();  // the scales
+      cutlass::arch::ClusterBarrier::wait(staged, phase);
+
+      for (int token = thread() / kThreadsPerToken; token < 1 << share; token += kTokensAtOnce) {
+        int4 sum = make_int4(0, 0, 0, 0);
+        for (int source = 0; source < Tile::kKGroups * params_.split_k; source += Tile::kKGroups) {
+          CUTE_UNROLL
+          for (int i = 0; i < Tile::kKGroups; ++i)
+            add(sum, &staging[((source + i) << share) + token][thread_channel()]);
+        }
+        finish(sum, chunk * Tile::kChunkTokens + (cta_rank << share) + token);
+      }
+      __syncwarp();
+      const int lane = threadIdx.x % 32;
+      arrive_at_cluster_if(lane < params_.split_k, drained, lane);
+    }
+  }
 
   CUTE_DEVICE void locate(TileCoord coord) {
     first_token_ = coord.m_tile * Tile::kTokens;
-    first_channel_ = (coord.n_tile * Tile::kPanels + panel_) * kBlockRows +
-                     thread() % kThreadsPerToken * kChannelsPerThread;
+    first_channel_ = (coord.n_tile * Tile::kPanels + panel_) * kBlockRows + thread_channel();
   }
 
   // Asked again rather than held in registers during the main loop.
   CUTE_DEVICE static int thread() { return threadIdx.x % kThreads; }  // within the panel
-  CUTE_DEVICE int cta_rank() const { return split() ? cute::block_rank_in_cluster() : 0; }
-
-  // log2 of the tokens of a chunk that each CTA of the cluster finishes.
-  CUTE_DEVICE int token_share() const {
-    constexpr int kLog2 = cute::log_2(static_cast<unsigned>(Tile::kChunkTokens));
-    return kLog2 - (31 - __clz(params_.split_k));
+  CUTE_DEVICE static int thread_channel() {
+    return thread() % kThreadsPerToken * kChannelsPerThread;
   }
 
-  CUTE_DEVICE bool split() const { return params_.split_k > 1; }
+  // With split K every tile has all its chunks, so the phase need not be carried.
+  CUTE_DEVICE static uint32_t chunk_phase(int iteration, int chunk) {
+    return (iteration * Tile::kChunks + chunk) & 1;
+  }
 
   CUTE_DEVICE void panel_barrier() const {
     cutlass::arch::NamedBarrier::arrive_and_wait(kThreads, panel_);
-  }
-
-  // Staging may be overwritten once every reader of the last chunk is done.
-  CUTE_DEVICE void begin_chunk() const {
-    if (!split())
-      return;  // see end_chunk
-    cutlass::arch::ClusterBarrier::wait(&shared_.drained[panel_], phase_ ^ 1);
-    if (thread() == 0) {
-      constexpr uint32_t kBytes =
-          Tile::kKGroups * Tile::kChunkTokens * kBlockRows * sizeof(int32_t);
-      cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&shared_.staged[panel_],
-                                                                     kBytes);
-    }
-  }
-  CUTE_DEVICE void publish_chunk() const {
-    // Within the CTA: the sums themselves or, with split K, the scales.
-    panel_barrier();
-    if (split())
-      cutlass::arch::ClusterBarrier::wait(&shared_.staged[panel_], phase_);
-  }
-  CUTE_DEVICE void end_chunk() {
-    if (!split())
-      return panel_barrier();
-    __syncwarp();
-    const int lane = threadIdx.x % 32;
-    arrive_at_cluster_if(lane < params_.split_k, &shared_.drained[panel_], lane);
   }
 
   CUTE_DEVICE void stage_scales() {
@@ -178,62 +219,43 @@ class Epilogue {
     }
   }
 
-  // Row of staging: partial sums of one source (k group of a CTA) for one token; sources of a token
-  // lie kChunkTokens / split_k rows apart.
-  template <class Accumulator>
-  CUTE_DEVICE void stage(Accumulator const& acc, int chunk, int k_group) {
+  // This thread's sums of a chunk, with their token in the chunk and their row of the panel.
+  template <class Accumulator, class Body>
+  CUTE_DEVICE static void for_each_sum(Accumulator const& acc, int chunk, Body const& body) {
+    constexpr int kOctets = Tile::kChunkTokens / 8;
     const int lane = threadIdx.x % 32;
-    const int row = 16 * (threadIdx.x / 32 % 4) + lane / 4;
-    const int share = token_share();
-    const int tokens_per_cta = 1 << share;
-    const int source = cta_rank() * Tile::kKGroups + k_group;
-    auto& staging = shared_.staging[panel_];
+    const int first_row = 16 * (threadIdx.x / 32 % 4) + lane / 4;
     CUTE_UNROLL
-    for (int octet = 0; octet < Tile::kChunkTokens / 8; ++octet) {
-      CUTE_UNROLL
-      for (int odd = 0; odd < 2; ++odd) {
-        const int token = 8 * octet + 2 * (lane % 4) + odd;
-        const int owner = token >> share;
-        int32_t* const to = &staging[(source << share) + (token & (tokens_per_cta - 1))][row];
+    for (int c = 0; c < Tile::kChunks; ++c) {  // registers cannot be indexed at run time
+      if (c == chunk) {
         CUTE_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int32_t sum =
-              acc(cute::make_coord(odd, half, chunk * (Tile::kChunkTokens / 8) + octet), 0, 0);
-          if (split()) {
-            store_at_cluster(peer_address(to + 8 * half, owner), sum,
-                             peer_address(&shared_.staged[panel_], owner));
-          } else {
-            to[8 * half] = sum;
+        for (int octet = 0; octet < kOctets; ++octet) {
+          CUTE_UNROLL
+          for (int odd = 0; odd < 2; ++odd) {
+            CUTE_UNROLL
+            for (int half = 0; half < 2; ++half) {
+              body(8 * octet + 2 * (lane % 4) + odd, first_row + 8 * half,
+                   acc(cute::make_coord(odd, half, c * kOctets + octet), 0, 0));
+            }
           }
         }
       }
     }
   }
 
-  CUTE_DEVICE void store_chunk(int chunk) {
-    const int tokens_per_cta = 1 << token_share();
-    const int begin = chunk * Tile::kChunkTokens + cta_rank() * tokens_per_cta;  // in the tile
-    const int count = min(tokens_per_cta, params_.m - first_token_ - begin);
-    const int channel = thread() % kThreadsPerToken * kChannelsPerThread;
-    for (int token = thread() / kThreadsPerToken; token < count; token += kTokensAtOnce) {
-      int4 sum = make_int4(0, 0, 0, 0);
-      for (int cta = 0; cta < params_.split_k; ++cta) {
-        CUTE_UNROLL
-        for (int k_group = 0; k_group < Tile::kKGroups; ++k_group) {
-          const int source = cta * Tile::kKGroups + k_group;
-          int32_t const* from = &shared_.staging[panel_][source * tokens_per_cta + token][channel];
-          const int4 part = *reinterpret_cast<int4 const*>(from);
-          sum.x += part.x;
-          sum.y += part.y;
-          sum.z += part.z;
-          sum.w += part.w;
-        }
-      }
-      finish(sum, first_token_ + begin + token, shared_.token_scale[panel_][begin + token]);
-    }
+  CUTE_DEVICE static void add(int4& sum, int32_t const* staged) {
+    const int4 part = *reinterpret_cast<int4 const*>(staged);
+    sum.x += part.x;
+    sum.y += part.y;
+    sum.z += part.z;
+    sum.w += part.w;
   }
 
-  CUTE_DEVICE void finish(int4 sum, int m, float token_scale) const {
+  CUTE_DEVICE void finish(int4 sum, int token_in_tile) const {
+    const int m = first_token_ + token_in_tile;
+    if (m >= params_.m)
+      return;
+    const float token_scale = shared_.token_scale[panel_][token_in_tile];
     const int count = params_.n - first_channel_;
     const bool aligned = params_.y_stride % kChannelsPerThread == 0;
     const int64_t at = m * params_.y_stride + first_channel_;
@@ -241,7 +263,7 @@ class Epilogue {
     if (params_.y_type == Element::kInt32)
       return store_row(static_cast<int*>(params_.y) + at, sums, count, aligned);
 
-    const int channel = thread() % kThreadsPerToken * kChannelsPerThread;
+    const int channel = thread_channel();
     float y[4];
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -267,7 +289,6 @@ class Epilogue {
   KernelParams const& params_;
   SharedStorage<Tile>& shared_;
   int panel_;
-  uint32_t phase_;
   int first_token_, first_channel_;
   float channel_value_;
   float token_scale_[kScalesPerThread];

@@ -33,57 +33,56 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   auto& shared = *reinterpret_cast<SharedStorage<Tile>*>(shared_bytes);
 
   const int warp = cutlass::canonical_warp_idx_sync();
-  const int group = warp / 4;
-  const bool is_producer = warp == Tile::kConsumerGroups * 4;  // the rest of its group idles
-  const bool in_cluster = params.split_k * params.multicast > 1;
-  const Producer<Tile> producer(params, shared);
+  const int producer_warp = warp - 4 * Tile::kConsumerGroups;  // of the last group; two are used
+  const bool split = params.split_k > 1;
 
-  if (is_producer && cute::elect_one_sync()) {
+  if (producer_warp == 0 && cute::elect_one_sync()) {
     cute::prefetch_tma_descriptor(&params.x_map);
     using cutlass::arch::ClusterBarrier;
     for (int slot = 0; slot < Tile::kStages; ++slot) {
-      ClusterBarrier::init(&shared.full[slot], 1);
-      ClusterBarrier::init(&shared.empty[slot],
-                           Tile::kPanels * params.multicast * kWarpGroupThreads / 32);
+      ClusterBarrier::init(&shared.full[slot], Producer<Tile>::kThreads);
+      ClusterBarrier::init(&shared.empty[slot], Tile::kPanels * kWarpGroupThreads / 32);
     }
     Epilogue<Tile>::init_barriers(shared, params.split_k);
     cutlass::arch::fence_barrier_init();
     cutlass::arch::fence_view_async_shared();
-    producer.request_first_weights();
   }
   __syncwarp();
-  // Peers' barriers are addressed later, by the first tokens or the first epilogue: wait there.
-  if (in_cluster)
+  // Peers' barriers are addressed in the epilogue only: wait for them there.
+  if (split)
     cute::cluster_arrive_relaxed();
   __syncthreads();
 
-  if (group == Tile::kConsumerGroups) {
+  if (producer_warp >= 0) {
     cutlass::arch::warpgroup_reg_dealloc<Tile::kProducerRegisters>();
-    if (in_cluster)
-      cute::cluster_wait();
-    if (is_producer && cute::elect_one_sync())
-      producer.run();
+    const Producer<Tile> producer(params, shared);
+    if (producer_warp == 0 && cute::elect_one_sync())
+      producer.load_weights();
+    if (producer_warp == 1 && cute::elect_one_sync())
+      producer.load_tokens();
     __syncwarp();
+    if (split)
+      cute::cluster_wait();
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tile::kConsumerRegisters>();
-    const int panel = group / Tile::kKGroups;
-    const int k_group = group % Tile::kKGroups;
+    const int panel = warp / 4 / Tile::kKGroups;
+    const int k_group = warp / 4 % Tile::kKGroups;
     const SlabRange range = slab_range<Tile>(params);
     const int slabs = range.end - range.begin;
     Epilogue<Tile> epilogue(params, shared, panel);
     cutlass::arch::wait_on_dependent_grids();  // x_scale is read and y written below
+    TileScheduler scheduler(params);
     CUTE_NO_UNROLL
-    for (TileScheduler scheduler(params); scheduler.valid(); scheduler.advance()) {
+    for (; scheduler.valid(); scheduler.advance()) {
       epilogue.prefetch(scheduler.coord());
       auto acc = Consumer<Tile>::make_accumulator();
       cute::clear(acc);
-      Consumer<Tile>::multiply(shared, scheduler.iteration() * slabs, slabs, panel, k_group,
-                               params.multicast, acc);
-      if (in_cluster && scheduler.iteration() == 0)
+      Consumer<Tile>::multiply(shared, scheduler.iteration() * slabs, slabs, panel, k_group, acc);
+      if (split && scheduler.iteration() == 0)
         cute::cluster_wait();
       epilogue.store(scheduler, acc, k_group);
     }
-    epilogue.finish_cluster();
+    epilogue.finish_cluster(scheduler.iteration());
   }
 }
 

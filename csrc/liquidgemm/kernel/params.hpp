@@ -10,10 +10,10 @@ namespace liquidgemm {
 enum class Element : int { kBFloat16, kFloat16, kFloat32, kInt32 };
 
 struct KernelParams {
-  CUtensorMap x_map;      // int8 [m, k], box [tokens / multicast, 128], 128-byte swizzle, zero fill
-                          // past the edges
-  uint8_t const* weight;  // packed [panels, k_blocks, kBlockBytes]
-  float const* x_scale;   // [m]
+  CUtensorMap x_map;          // int8 [m, k], box [tokens, 128], 128-byte swizzle, zero fill
+                              // past the edges
+  uint8_t const* weight;      // packed [panels, k_blocks, kBlockBytes]
+  float const* x_scale;       // [m]
   float const* weight_scale;  // [n]
   void const* bias;           // [n] or null
   void* y;                    // [m, n], row stride y_stride elements
@@ -22,11 +22,8 @@ struct KernelParams {
   Element y_type;  // kInt32: the raw sums, scales and bias ignored
   int m, n;
   int panels, k_blocks;
-  int m_tiles, n_tiles;  // with multicast, n_tiles counts clusters
-  // A cluster's CTAs either share one output tile along K, or have tiles of their own next to each
-  // other along N and share the tokens, which each loads a part of for all. At most one exceeds 1.
-  int split_k;
-  int multicast;
+  int m_tiles, n_tiles;
+  int split_k;  // cluster size: CTAs that share an output tile along K
 };
 
 }  // namespace liquidgemm

@@ -35,8 +35,7 @@ class TileScheduler {
     const int band = tile() / (kBandTiles * params_.n_tiles);
     const int in_band = tile() - band * kBandTiles * params_.n_tiles;
     const int height = min(kBandTiles, params_.m_tiles - band * kBandTiles);
-    const int rank = params_.multicast > 1 ? cute::block_rank_in_cluster() : 0;
-    return {band * kBandTiles + in_band % height, in_band / height * params_.multicast + rank};
+    return {band * kBandTiles + in_band % height, in_band / height};
   }
 
  private:
@@ -51,7 +50,7 @@ class TileScheduler {
 // This CTA's part of an even split of K's stages over the cluster; it may be empty.
 template <class Tile>
 CUTE_DEVICE SlabRange slab_range(KernelParams const& params) {
-  const int cta_rank = params.split_k > 1 ? cute::block_rank_in_cluster() : 0;
+  const int cta_rank = cute::block_rank_in_cluster();
   const int64_t slabs = (params.k_blocks + Tile::kStageBlocks - 1) / Tile::kStageBlocks;
   return {static_cast<int>(slabs * cta_rank / params.split_k),
           static_cast<int>(slabs * (cta_rank + 1) / params.split_k)};

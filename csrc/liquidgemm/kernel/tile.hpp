@@ -70,12 +70,15 @@ struct Tile {
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * (kConsumerGroups + 1) - kProducerRegisters) / kConsumerGroups / 8 * 8;
 
-  // Epilogue: int32 sums pass through shared memory, this many tokens at a time.
-  static constexpr int kChunkTokens = kTokens < 32 ? kTokens : 32;
+  // Epilogue: int32 sums pass through shared memory, this many tokens at a time, in two buffers if
+  // a tile needs more than one.
+  static constexpr int kLargestChunk = kKGroups < 4 ? 16 : 32;
+  static constexpr int kChunkTokens = kTokens < kLargestChunk ? kTokens : kLargestChunk;
   static constexpr int kChunks = kTokens / kChunkTokens;
-  static constexpr int kStagingPitch =
-      kBlockRows + 4;  // in words; + 4 keeps both access patterns free of conflicts
-  static constexpr int kStagingBytes = kConsumerGroups * kChunkTokens * kStagingPitch * 4;
+  static constexpr int kStagingBuffers = kChunks == 1 ? 1 : 2;
+  static constexpr int kStagingPitch = kBlockRows + 4;  // words: both access patterns conflict-free
+  static constexpr int kStagingBytes =
+      kStagingBuffers * kConsumerGroups * kChunkTokens * kStagingPitch * 4;
 
   static constexpr int kStageWeightBytes = kPanels * kStageBlocks * kBlockBytes;
   static constexpr int kStageTokenBytes = kTokens * kStageK;
