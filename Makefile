@@ -16,6 +16,8 @@ fetch = echo "installing $(1)"; $(PIP) $(2) || { echo "make: could not install $
 above say why. A first run needs the network (PyPI) or a pip mirror." >&2; exit 1; }
 
 .DEFAULT_GOAL := help
+# Two pips at once would trip over each other; ninja compiles in parallel by itself.
+.NOTPARALLEL:
 .PHONY: help demo test test-gpu build wheel lint lint-python lint-cpp format clean
 
 help:
