@@ -68,9 +68,14 @@ def decode(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tensor:
 
 def first_infeasible(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> tuple[int, int] | None:
     """``(row, group)`` of the first group in which some ``q * s + a`` exceeds 255, or None."""
-    largest = unpack_nibbles(qweight).unflatten(-1, (-1, GROUP)).amax(-1)
-    overflow = largest.int() * qscale.int() + qoffset.int() > 255
+    overflow = Q_MAX * qscale.int() + qoffset.int() > 255
+    if not overflow.any():  # as in almost every weight: whatever the codes are
+        return None
+    suspects = overflow.nonzero()
+    row, group = suspects.unbind(1)
+    largest = unpack_nibbles(qweight.unflatten(1, (-1, GROUP // 2))[row, group]).amax(1)
+    overflow = largest.int() * qscale[row, group].int() + qoffset[row, group].int() > 255
     if not overflow.any():
         return None
-    row, group = overflow.nonzero()[0].tolist()
-    return row, group
+    first = overflow.nonzero()[0, 0]
+    return tuple(suspects[first].tolist())

@@ -247,7 +247,8 @@ def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
 
 def _count_coarse_rows(weight: Tensor, scale: Tensor) -> int:
     groups = weight[:, : weight.shape[1] // GROUP * GROUP].unflatten(1, (-1, GROUP))
-    spread = groups.amax(2).float() - groups.amin(2).float()
+    low, high = groups.aminmax(dim=2)
+    spread = high.float() - low.float()
     coarse = (spread > 0) & (spread < Q_MAX * scale.unsqueeze(1))
     return int((coarse.float().mean(1) >= 0.5).sum())
 

@@ -231,8 +231,17 @@ def quantize_weight(
     column_weight = _column_weight(importance, k, span, weight.device)
     weight = weight.detach()
 
-    def quantize_rows(rows: Tensor) -> tuple[Tensor, ...]:
-        rows = rows.float()
+    n, groups = len(weight), ceil_div(k, GROUP)
+    with torch.inference_mode(False):  # the threads below do not inherit that mode
+        outputs = (
+            weight.new_empty(n, groups * GROUP // 2, dtype=torch.uint8),
+            weight.new_empty(n, groups, dtype=torch.uint8),
+            weight.new_empty(n, groups, dtype=torch.uint8),
+            weight.new_empty(n, dtype=torch.float32),
+        )
+
+    def quantize_rows(chunk: slice) -> None:
+        rows = weight[chunk].float()
         sigma = rows.abs().amax(1) / _PROTECTIVE_MAX
         # A row of zeros keeps sigma = 0; any divisor will do for it.
         units = _by_group(rows / torch.where(sigma > 0, sigma, 1).unsqueeze(1), span)
@@ -240,38 +249,42 @@ def quantize_weight(
             s, z, q, refit = _round_to_nearest(units, len(rows))
         else:
             s, z, q, refit = _search(units, len(rows), column_weight)
-        return *_to_logical(s, z, q, len(rows), k), sigma * refit
+        results = *_to_logical(s, z, q, len(rows), k), sigma * refit
+        for output, result in zip(outputs, results, strict=True):
+            output[chunk] = result
 
-    parts = _map_chunks(quantize_rows, weight)
-    qweight, qscale, qoffset, scale = (torch.cat(part) for part in zip(*parts, strict=True))
-    return QuantizedWeight(qweight, qscale, qoffset, scale, in_features=k)
+    _for_chunks(quantize_rows, weight)
+    return QuantizedWeight(*outputs, in_features=k)
 
 
-def _map_chunks(function: Callable[[Tensor], tuple], weight: Tensor) -> list[tuple]:
-    """function of chunks of rows, in order. The chunks depend on the shape alone."""
+def _for_chunks(function: Callable[[slice], None], weight: Tensor) -> None:
+    """Calls function with slices that cover the rows. They depend on the shape alone."""
     on_cpu = weight.device.type == "cpu"
-    chunk = _CPU_CHUNK if on_cpu else _GPU_CHUNK
-    chunks = weight.split(max(1, chunk // weight.shape[1]))
+    step = max(1, (_CPU_CHUNK if on_cpu else _GPU_CHUNK) // weight.shape[1])
+    chunks = [slice(start, start + step) for start in range(0, len(weight), step)]
     threads = torch.get_num_threads()
     if not on_cpu:
-        return [function(rows) for rows in chunks]
+        for chunk in chunks:
+            function(chunk)
+        return
     # One thread per chunk, not all threads on one chunk: the search is thousands of operations of
     # some microseconds, and a barrier after each would cost more, on a busy machine a hundred
     # times more. The initializer also reaches settings of the process, so they are set back.
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, chunks))
+            list(pool.map(function, chunks))
     finally:
         torch.set_num_threads(threads)
 
 
 def check_finite(weight: Tensor) -> None:
     """Raises a ValueError that names the first row of weight ``[N, K]`` with a NaN or infinity."""
-    finite = weight.isfinite()
-    if not finite.all():
-        row, column = (~finite).nonzero()[0].tolist()
-        value = weight[row, column].item()
-        raise ValueError(f"weight: expected finite values, got {value} in row {row}")
+    # One pass without temporaries: a NaN anywhere becomes both extrema.
+    if all(extremum.isfinite() for extremum in torch.aminmax(weight)):
+        return
+    row, column = (~weight.isfinite()).nonzero()[0].tolist()
+    value = weight[row, column].item()
+    raise ValueError(f"weight: expected finite values, got {value} in row {row}")
 
 
 def _check_importance(importance: Tensor, k: int) -> None:
