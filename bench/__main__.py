@@ -129,10 +129,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(f"results: {options.json}")
     if options.plot:
-        from .report import write_plots
+        from .report import NoPlots, write_plots
 
-        for path in write_plots(run, options.plot):
-            print(f"plot: {path}")
+        try:
+            for path in write_plots(run, options.plot):
+                print(f"plot: {path}")
+        except NoPlots as error:  # the measurements are worth more
+            print(error, file=sys.stderr)
     failed = any(one.status == "failed" for case in run.cases for one in case.measurements)
     return 1 if run.partial or failed else 0
 

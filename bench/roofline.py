@@ -31,7 +31,7 @@ def packed_bytes(n: int, k: int) -> int:
     return ceil_div(n, PANEL) * ceil_div(k, GROUP) * BLOCK_BYTES
 
 
-def operations(m: int, n: int, k: int) -> int:
+def operations(m: float, n: int, k: int) -> float:
     return 2 * m * n * k
 
 
@@ -55,7 +55,7 @@ class Roofline:
         return "memory" if self.memory_us >= self.mma_us else "mma"
 
 
-def roofline(m: int, n: int, k: int, ceilings: Ceilings = H100) -> Roofline:
+def roofline(m: float, n: int, k: int, ceilings: Ceilings = H100) -> Roofline:
     """``max(packed bytes / bandwidth, 2 M N K / throughput)``."""
     return Roofline(
         memory_us=packed_bytes(n, k) / ceilings.bytes_per_us,

@@ -3,16 +3,20 @@
 import contextlib
 import json
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import driver, machine, results, roofline, shapes, stream_floor, timing
+from bench import driver, machine, report, results, roofline, shapes, stream_floor, timing
 from bench.__main__ import main
 from bench.peers import PEERS, Unsupported, parse_peers
 from bench.peers.base import WrongResult, check_result, exact_product, poison, sample_rows
 from bench.peers.liquid import Liquid
 from bench.peers.native import Bf16, Int8
+
+# Made-up numbers, written by results.Run.save: 2 shapes, 4 batch sizes, 4 peers and an absent one.
+RECORD = Path(__file__).parent / "data/bench_run.json"
 
 
 class TestArguments:
@@ -32,7 +36,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("text", ["llama4", "0x64", "64x", "64x64x64", "", "-1x4"])
     def test_unknown_shape(self, text):
-        with pytest.raises(ValueError, match="neither NxK nor one of|no shapes"):
+        with pytest.raises(ValueError, match=r"neither NxK nor one of|no shapes"):
             shapes.parse_shapes(text)
 
     def test_tokens(self):
@@ -413,3 +417,85 @@ class TestRecords:
         data = json.loads((tmp_path / "run.json").read_text())
         assert data["schema"] == 1
         assert data["protocol"]["ops"] == ["gemm", "linear"]
+
+
+class TestReport:
+    """Tables and plots from a committed record, with no GPU."""
+
+    def test_the_record_is_what_the_driver_writes(self, tmp_path):
+        run = results.load(RECORD)
+        run.save(tmp_path / "again.json")
+        assert (tmp_path / "again.json").read_text() == RECORD.read_text()
+
+    def test_table(self, capsys):
+        assert report.main([str(RECORD)]) == 0
+        text = capsys.readouterr().out
+        run = results.load(RECORD)
+        case = run.cases[0]
+        ours, bf16 = case.best("liquidgemm", "gemm").us, case.best("bf16", "gemm").us
+        fp8 = min(one.us for one in case.measurements if one.peer == "fp8")
+        row = next(line for line in text.splitlines() if line.startswith("| 1 |"))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[:2] == ["1", f"{ours:.2f}"]
+        assert cells[4] == f"{ours / run.floors[0]['pdl_us']:.2f}"
+        assert cells[5].endswith("(memory)")
+        assert cells[6] == f"{bf16:.2f} ({bf16 / ours:.2f}x)"
+        assert cells[7].startswith(f"{fp8:.2f} (")
+        assert cells[8] == "-"
+        for part in (
+            "Made-up GPU, 132 SMs",
+            "Commit 0123456789ab, 2000-01-01",
+            "## N = 10240, K = 8192 (llama2-70b qkv)",
+            "humming is absent: humming-kernels is not installed",
+            "power cap",
+            "int8 gemm, unsupported: needs at least 17 tokens (4096x4096 M=1",
+        ):
+            assert part in text
+
+    def test_every_row_has_every_column(self, capsys):
+        report.main([str(RECORD)])
+        widths = []
+        for line in capsys.readouterr().out.splitlines():
+            if line.startswith("|"):
+                widths.append(line.count("|"))
+            elif widths:
+                assert len(set(widths)) == 1, line
+                widths = []
+
+    def test_a_partial_run_says_so(self, tmp_path, capsys):
+        run = results.load(RECORD)
+        run.partial, run.problem, run.floors = True, "interrupted", []
+        run.floor_problem = "stream_floor has not been built"
+        run.save(tmp_path / "partial.json")
+        assert report.main([str(tmp_path / "partial.json")]) == 0
+        text = capsys.readouterr().out
+        assert "**Partial**: interrupted" in text
+        assert "Stream floor: stream_floor has not been built" in text
+
+    def test_files(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        out = tmp_path / "new/table.md"
+        plots = tmp_path / "new/plots"
+        assert report.main([str(RECORD), "--markdown", str(out), "--plots", str(plots)]) == 0
+        assert out.read_text().startswith("# liquidgemm on Made-up GPU")
+        stems = ("time_4096x4096", "time_10240x8192", "roofline_percent", "roofline_tops")
+        expected = {stem + suffix for stem in stems for suffix in (".png", ".svg")}
+        assert {path.name for path in plots.iterdir()} == expected
+        assert all(path.stat().st_size > 5000 for path in plots.iterdir())
+
+    def test_plots_of_what_little_there_is(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        run = results.load(RECORD)
+        run.cases, run.floors = run.cases[:1], []
+        assert len(report.write_plots(run, tmp_path)) == 6
+        run.cases = []
+        assert report.write_plots(run, tmp_path) == []
+
+    def test_without_matplotlib(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert report.main([str(RECORD), "--plots", str(tmp_path)]) == 1
+        assert "pip install matplotlib" in capsys.readouterr().err
+
+    def test_unreadable_results(self, tmp_path, capsys):
+        assert report.main([str(tmp_path / "none.json")]) == 1
+        assert "none.json" in capsys.readouterr().err
