@@ -95,18 +95,19 @@ def test_no_tokens() -> None:
     assert run(problem, torch.bfloat16).shape == (0, 72)
 
 
+@pytest.mark.parametrize("k", [131_072, 132_104])
 @pytest.mark.parametrize("m", [1, 16, 100, 300])
-def test_saturation(m: int) -> None:
-    """CHECKLIST 3: the largest sums that fit, at both ends, at the largest K."""
-    n, k = 128, 131_072
-    blocks = k // 64
+def test_saturation(m: int, k: int) -> None:
+    """CHECKLIST 3: the largest sums that fit, at both ends, up to the largest K. That one is no
+    multiple of 64: the weight goes on, and so do the largest values in it."""
+    n, blocks = 128, -(-k // 64)
     for x_value, code, w_value in [
         (127, 15, 127),
         (-127, 15, 127),
         (127, 0, -128),
         (-127, 0, -128),
     ]:
-        qweight = torch.full((n, k // 2), code * 17, dtype=torch.uint8, device=DEVICE)
+        qweight = torch.full((n, blocks * 32), code * 17, dtype=torch.uint8, device=DEVICE)
         qscale = torch.full((n, blocks), 17, dtype=torch.uint8, device=DEVICE)
         qoffset = torch.zeros((n, blocks), dtype=torch.uint8, device=DEVICE)
         weight = liquidgemm.pack_weight(qweight, qscale, qoffset)
@@ -114,7 +115,7 @@ def test_saturation(m: int) -> None:
         ones = torch.ones(max(m, n), device=DEVICE)
         y = liquidgemm.gemm(x, ones[:m], weight, ones[:n], out_dtype=torch.int32)
         expected = torch.full((m, n), x_value * w_value * k, dtype=torch.int32, device=DEVICE)
-        assert_equal(y, expected, f"x={x_value} w={w_value} {m=}")
+        assert_equal(y, expected, f"x={x_value} w={w_value} {m=} {k=}")
 
 
 @pytest.mark.parametrize("n", [72, 512])
@@ -190,45 +191,6 @@ def test_inputs_of_any_layout() -> None:
         out_dtype=torch.int32,
     )
     assert_equal(y, expected, "weight at an odd address")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(x=torch.zeros(4, 128, device=DEVICE)), "x: expected dtype int8, got float32"),
-        (
-            dict(x=torch.zeros(4, 64, dtype=torch.int8, device=DEVICE)),
-            "x: expected 65 to 128 columns",
-        ),
-        (dict(x_scale=torch.ones(3, device=DEVICE)), r"x_scale: expected shape \[4\], got \[3\]"),
-        (dict(x_scale=torch.ones(4)), "x_scale: expected on cuda:0 like x, got on cpu"),
-        (
-            dict(weight=torch.zeros(1, 2, 5, dtype=torch.uint8, device=DEVICE)),
-            "weight: expected a packed",
-        ),
-        (
-            dict(weight_scale=torch.ones(65, device=DEVICE)),
-            "weight_scale: expected 1 to 64 channels",
-        ),
-        (dict(weight_scale=torch.ones(64).half().to(DEVICE)), "weight_scale: expected dtype float32"),
-        (dict(bias=torch.ones(63, device=DEVICE)), r"bias: expected shape \[64\], got \[63\]"),
-        (
-            dict(out_dtype=torch.float64),
-            "out_dtype: expected bfloat16, float16, float32 or int32, got float64",
-        ),
-    ],
-)
-def test_misuse_is_refused(change: dict, message: str) -> None:
-    """CHECKLIST 7: the error names the argument, what was expected and what came."""
-    problem = random_problem(4, 64, 128)
-    arguments = dict(
-        x=problem.x,
-        x_scale=problem.x_scale,
-        weight=problem.weight,
-        weight_scale=problem.weight_scale,
-    )
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.liquidgemm.gemm(**{**arguments, **change})
 
 
 def test_infeasible_weights_are_refused() -> None:
