@@ -68,7 +68,8 @@ def test_every_m() -> None:
 
 @pytest.mark.parametrize("n", [8, 16, 64, 72, 128, 136, 192, 576, 896, 4864])
 def test_every_n_and_k(n: int) -> None:
-    """CHECKLIST 2: N from one octet, K = 64 .. 2112 and those of real models, some not multiples of 64."""
+    """CHECKLIST 2: N from one octet, K = 64 .. 2112 and those of real models, some no multiple of
+    64."""
     sizes = [
         *(64 * i for i in range(1, 34)),
         896,
@@ -120,7 +121,8 @@ def test_saturation(m: int, k: int) -> None:
 
 @pytest.mark.parametrize("n", [72, 512])
 def test_batch_invariance(n: int) -> None:
-    """CHECKLIST 9: a row alone equals the same row at any place of any batch, under any configuration."""
+    """CHECKLIST 9: a row alone equals the same row at any place of any batch, under any
+    configuration."""
     problem = random_problem(300, n, 1088)
     alone = torch.cat([run(row_of(problem, i), torch.bfloat16, True) for i in (0, 7, 150, 299)])
     for m_begin, m_end in [(0, 300), (0, 8), (7, 8), (100, 200), (150, 300)]:

@@ -1,4 +1,4 @@
-"""Activation quantization and `linear` on the GPU against the CPU implementation, which the CPU tests verify."""
+"""Activation quantization and `linear` on the GPU against the CPU, which the CPU tests verify."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_equals_the_cpu(k: int, dtype: torch.dtype) -> None:
 def test_no_rows() -> None:
     """CHECKLIST 8."""
     x8, scale = liquidgemm.quantize_activation(torch.empty(0, 64, device=DEVICE))
-    assert x8.shape == (0, 64) and scale.shape == (0,)
+    assert (x8.shape, scale.shape) == ((0, 64), (0,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
