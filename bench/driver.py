@@ -77,18 +77,22 @@ class Entry:
         self.result.status = "unsupported" if isinstance(error, Unsupported) else "failed"
         self.result.reason = first_line(error)
         self.result.time = None
-        # What the failed call left behind must not reach the next peer, and may be fatal to all.
-        try:
-            torch.cuda.synchronize()
-            self.release()
-        except RuntimeError as fatal:
-            raise DeviceLost(f"{self.loaded.name}: {first_line(fatal)}") from error
+        raise_if_lost(self.loaded.name, error)
+        self.release()
 
     def release(self) -> None:
         self.calls, self.tokens = [], None
         if self.graph is not None:
             graph, self.graph = self.graph, None
             graph.release()
+
+
+def raise_if_lost(name: str, error: Exception) -> None:
+    """Raises DeviceLost if what failed left the GPU in an error state: nothing else will run."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as fatal:
+        raise DeviceLost(f"{name}: {first_line(fatal)}") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -159,7 +163,6 @@ class Driver:
         with torch.no_grad(), torch.cuda.stream(stream):
             for shape in self.options.shapes:
                 self._measure_shape(shape)
-                torch.cuda.empty_cache()
         self._snapshot("after")
 
     def _find_peers(self) -> None:
@@ -196,6 +199,7 @@ class Driver:
             self.cases_left -= 1
             self._save()
             self.say(self._progress(case))
+            torch.cuda.empty_cache()  # else the outputs of all graphs so far add up
 
     def _load(self, cls: type[Peer], weight: Tensor) -> Loaded:
         ways = tuple(way for way in cls.ways if any(map(way.serves, self.options.ops)))
@@ -209,6 +213,7 @@ class Driver:
             loaded.peer, loaded.copies = None, []
             loaded.status = "unsupported" if isinstance(error, Unsupported) else "failed"
             loaded.reason = first_line(error)
+            raise_if_lost(cls.name, error)
         return loaded
 
     def _measure_case(

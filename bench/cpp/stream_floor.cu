@@ -202,6 +202,8 @@ class DeviceArray {
   explicit DeviceArray(int64_t count) : count_(count) {
     check(cudaMalloc(&data_, count * sizeof(T)), "cudaMalloc");
     check(cudaMemset(data_, 0, count * sizeof(T)), "cudaMemset");
+    // The kernels' stream does not wait for the default one.
+    check(cudaDeviceSynchronize(), "cudaMemset");
   }
   ~DeviceArray() { cudaFree(data_); }
   DeviceArray(DeviceArray const&) = delete;
