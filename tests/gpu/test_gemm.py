@@ -256,3 +256,33 @@ def test_repetition() -> None:
     assert_equal(first, problem.accumulator(), "first")
     for i in range(1000):
         assert torch.equal(run(problem), first), f"run {i} differs"
+
+
+@pytest.mark.parametrize("m", [32, 100])
+def test_back_to_back_launches(m: int) -> None:
+    """CHECKLIST 10, 13: launches that overlap, several tiles per CTA, the whole ring in flight.
+
+    Each launch begins while the one before still runs, so that loads complete out of order.
+    """
+    problem = random_problem(m, 28_672, 4096)
+    expected = problem.accumulator()
+    for config, name in CONFIGS:
+        for split_k in SPLITS[:3]:
+            for _ in range(60):
+                y = run_unpoisoned(problem, config, split_k)
+            assert_equal(y, expected, f"{name} split_k={split_k} {m=}")
+
+
+def run_unpoisoned(problem, config: int, split_k: int) -> torch.Tensor:
+    """Nothing between two launches that would keep them apart."""
+    return testing.gemm_with_config(
+        problem.x,
+        problem.x_scale,
+        problem.weight,
+        problem.weight_scale,
+        None,
+        torch.int32,
+        config,
+        split_k,
+        0,
+    )

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <string>
@@ -22,54 +23,70 @@ struct Plan {
   int split_k;  // CTAs of a cluster that share one output tile along K
 };
 
-// Estimated times of one plan, in microseconds. The constants are measured on an H100 SXM
-// (bench/NOTES.md); only their ratios decide, so they serve other Hopper parts as well.
-struct Estimate {
-  double memory;  // streaming the weights
-  double sm;      // the busiest SM: tensor cores, dequantization, its own share of L2
-  double fixed;   // launch, pipeline fill, epilogue, cluster reduction
-  double total() const { return std::max(memory, sm) + fixed; }
+// Measured costs of a tile, in the order of kTileShapes: one 64-deep block of K of all its panels,
+// and everything that a tile costs beside its blocks (pipeline fill, epilogue).
+struct TileCost {
+  double block_us, tile_us;
 };
+
+// All constants come from bench/fit_plan.py and a sweep over every plan on an H100 SXM. Only ratios
+// decide, so that they serve other Hopper parts as well.
+inline constexpr TileCost kTileCosts[] = {
+    {0.0441, 0.638},  // t8_p1_k4
+    {0.0472, 0.744},  // t16_p1_k4
+    {0.0620, 0.841},  // t32_p1_k4
+    {0.1002, 1.158},  // t32_p2_k2
+    {0.0859, 1.149},  // t64_p1_k4
+    {0.1433, 1.571},  // t64_p2_k2
+    {0.2751, 1.886},  // t64_p4_k1
+    {0.2096, 2.482},  // t128_p2_k1
+    {0.2911, 2.378},  // t128_p3_k1
+    {0.3393, 6.984},  // t256_p2_k1
+};
+static_assert(sizeof(kTileCosts) / sizeof(kTileCosts[0]) == kNumTileShapes);
 
 struct CostModel {
-  double clock_ghz = 1.7;
-  double memory_bytes_per_us = 3.1e6;
-  double sm_memory_share = 2.5;  // how far one SM can exceed its fair share of memory bandwidth
-  double sm_l2_bytes_per_cycle = 40;  // shared-memory fill rate of one SM
-  double split_us = 0.9;
+  double launch_us = 1.04;
+  double occupancy_us = 1.07;  // a launch that leaves SMs idle overlaps with the next one
+  double memory_bytes_per_us = 2.97e6;
+  double sm_memory_share = 1.93;  // how far one SM can exceed its fair share of the bandwidth
+  double split_us[3] = {0, 0.676, 1.014};  // per tile, for 1, 2 and 4 CTAs along K
+  double split_per_octet = 0.458;          // and more with every 8 tokens, relative to split_us
+  double quad_cluster_fit = 0.91;          // clusters of 4 do not tile the GPCs
+};
+inline constexpr int kMaxPlannedSplitK = 4;  // 8 can be forced; it was never the best
+
+// Time of one plan, in microseconds: the larger of streaming the weights and of what the busiest SM
+// has to do (softly: near the crossover the two get in each other's way), and what is fixed.
+struct Estimate {
+  double memory, sm, fixed;
+  double total() const { return fixed + std::pow(std::pow(memory, 6) + std::pow(sm, 6), 1.0 / 6); }
 };
 
-inline double block_cycles(TileShape const& s) {
-  // Cycles of one SM for one 64 x 64 block of weights, dequantized and multiplied by `tokens`
-  // tokens.
-  const double groups_limit = s.panels * s.k_groups >= 4 ? 52 : 110;
-  return std::max<double>(groups_limit, 1.06 * s.tokens);
-}
-
 inline Estimate estimate(Problem const& p, Plan const& plan, CostModel const& c = {}) {
-  TileShape const& s = kTileShapes[plan.tile];
-  const int64_t panels = ceil_div(p.n, kBlockRows);
-  const int64_t k_blocks = ceil_div(p.k, kBlockK);
-  const int64_t slabs = ceil_div(k_blocks, s.stage_blocks);
-  const int64_t tiles = ceil_div(p.m, s.tokens) * ceil_div(panels, s.panels);
-  const int cluster = plan.split_k;
-  const int64_t workers = std::max<int64_t>(1, p.num_sms / cluster);
-  const int64_t waves = ceil_div(tiles, workers);
-  const double tile_blocks = double(ceil_div(slabs, plan.split_k)) * s.stage_blocks;
+  TileShape const& shape = kTileShapes[plan.tile];
+  TileCost const& cost = kTileCosts[plan.tile];
+  const int log2_split = plan.split_k == 1 ? 0 : plan.split_k == 2 ? 1 : 2;
+  const double panels = ceil_div(p.n, kBlockRows);
+  const double k_blocks = ceil_div(p.k, kBlockK);
+  const double slabs = std::ceil(k_blocks / shape.stage_blocks);
+  const double tiles = ceil_div(p.m, shape.tokens) * std::ceil(panels / shape.panels);
+  const double fit = log2_split == 2 ? c.quad_cluster_fit : 1.0;
+  const double workers = std::max(1.0, std::floor(p.num_sms * fit / plan.split_k));
+  const double waves = std::ceil(tiles / workers);
+  const double last_wave = tiles - (waves - 1) * workers;
+  const double tokens = std::min<double>(p.m, shape.tokens);
 
-  const double weight_bytes = double(panels) * k_blocks * kBlockBytes;
-  const double busy = std::min<double>(p.num_sms, double(std::min(tiles, workers)) * cluster);
-  const double reach = std::min(1.0, busy * c.sm_memory_share / p.num_sms);
-  const double token_bytes = double(std::min<int64_t>(p.m, s.tokens)) * kBlockK;
-
-  const double math_cycles = tile_blocks * s.panels * block_cycles(s);
-  const double fill_cycles =
-      tile_blocks * (s.panels * kBlockBytes + token_bytes) / c.sm_l2_bytes_per_cycle;
-  const double epilogue_cycles = 300 + 12.0 * s.tokens * s.panels;
+  // A last wave on few SMs cannot use all of the bandwidth.
+  const double last_reach = std::min(1.0, last_wave * plan.split_k * c.sm_memory_share / p.num_sms);
+  const double blocks = std::ceil(slabs / plan.split_k) * shape.stage_blocks;
+  const double busy = std::min<double>(p.num_sms, std::min(tiles, workers) * plan.split_k);
   Estimate e;
-  e.memory = weight_bytes / (c.memory_bytes_per_us * reach);
-  e.sm = waves * (std::max(math_cycles, fill_cycles) + epilogue_cycles) / (c.clock_ghz * 1e3);
-  e.fixed = 2.2 + (plan.split_k > 1 ? c.split_us * (s.tokens > 32 ? s.tokens / 32 : 1) : 0.0);
+  e.memory = panels * k_blocks * kBlockBytes / c.memory_bytes_per_us *
+             ((tiles - last_wave) + last_wave / last_reach) / tiles;
+  e.sm = waves * (blocks * cost.block_us + cost.tile_us * (1 + tokens / shape.tokens) / 2 +
+                  c.split_us[log2_split] * (1 + c.split_per_octet * tokens / 8));
+  e.fixed = c.launch_us + c.occupancy_us * busy / p.num_sms;
   return e;
 }
 
@@ -78,7 +95,7 @@ inline Plan select_plan(Problem const& p) {
   double best_us = 1e300;
   const int64_t k_blocks = ceil_div(p.k, kBlockK);
   for (int tile = 0; tile < kNumTileShapes; ++tile) {
-    for (int split_k = 1; split_k <= kMaxSplitK; split_k *= 2) {
+    for (int split_k = 1; split_k <= kMaxPlannedSplitK; split_k *= 2) {
       const Plan plan{tile, split_k};
       if (split_k > p.num_sms)
         continue;
@@ -98,9 +115,8 @@ inline std::string describe(Problem const& p, Plan const& plan) {
   const Estimate e = estimate(p, plan);
   char buffer[256];
   std::snprintf(buffer, sizeof buffer,
-                "M=%lld N=%lld K=%lld on %d SMs: tile %s, split_k %d; estimated %.1f us = "
-                "max(memory %.1f, SM %.1f) + "
-                "%.1f fixed: bound by %s",
+                "M=%lld N=%lld K=%lld on %d SMs: tile %s, split_k %d; estimated %.1f us: "
+                "memory %.1f, SMs %.1f, fixed %.1f; bound by %s",
                 static_cast<long long>(p.m), static_cast<long long>(p.n),
                 static_cast<long long>(p.k), p.num_sms, name(kTileShapes[plan.tile]).c_str(),
                 plan.split_k, e.total(), e.memory, e.sm, e.fixed,

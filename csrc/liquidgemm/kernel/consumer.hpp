@@ -31,8 +31,8 @@ struct Consumer {
     return cute::partition_fragment_C(Mma{}, cute::Shape<cute::_64, cute::Int<Tile::kTokens>>{});
   }
 
-  // Adds this group's share of `slabs` stages to acc: stages k_group, k_group + kKGroups, ...
-  // Leaves `ring` behind the last of the tile's stages.
+  // Adds this group's share of `slabs` stages to acc: those whose number, counted from the first
+  // tile on, is k_group modulo kKGroups. The tile begins at number `stages_done`.
   template <class Accumulator>
   CUTE_DEVICE static void multiply(SharedStorage<Tile>& shared,
                                    int stages_done,
@@ -50,8 +50,10 @@ struct Consumer {
     Tensor tCrW =
         make_tensor<int8_t>(make_layout(make_shape(Shape<_4, _2, _2>{}, _1{}, _2{}, _2{})));
 
-    RingState<Tile> ring(stages_done + k_group);
-    for (int slab = k_group; slab < slabs; slab += Tile::kKGroups) {
+    constexpr int kGroups = Tile::kKGroups;
+    const int first = (k_group + kGroups - stages_done % kGroups) % kGroups;
+    RingState<Tile> ring(stages_done + first);
+    for (int slab = first; slab < slabs; slab += kGroups) {
       cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);
       CUTE_UNROLL
       for (int block = 0; block < Tile::kStageBlocks; ++block) {
@@ -69,14 +71,14 @@ struct Consumer {
         // stage the stage before.
         warpgroup_wait<1>();
         if (block == 0) {
-          release(shared, ring.behind(Tile::kKGroups), slab != k_group);
+          release(shared, ring.behind(kGroups), slab != first);
         }
       }
-      ring.advance(Tile::kKGroups);
+      ring.advance(kGroups);
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc);
-    release(shared, ring.behind(Tile::kKGroups), slabs > k_group);
+    release(shared, ring.behind(kGroups), slabs > first);
   }
 
  private:

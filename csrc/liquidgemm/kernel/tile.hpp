@@ -23,9 +23,9 @@ struct TileShape {
 inline constexpr TileShape kTileShapes[] = {
     {8, 1, 4, 4},    // decode: one panel per CTA spreads any N over the most SMs
     {16, 1, 4, 4},   //
-    {32, 1, 4, 4},   //
+    {32, 1, 4, 2},   //
     {32, 2, 2, 4},   // two panels share the tokens once their L2 traffic rivals the weights'
-    {64, 1, 4, 4},   //
+    {64, 1, 4, 2},   //
     {64, 2, 2, 4},   //
     {64, 4, 1, 2},   //
     {128, 2, 1, 2},  // small prefill, or few tiles
@@ -40,7 +40,6 @@ constexpr bool is_tile(int index, TileShape const& shape) {
          s.stage_blocks == shape.stage_blocks;
 }
 
-inline constexpr int kMaxSplitK = 8;                   // portable cluster size
 inline constexpr int kSharedBytesPerCta = 227 * 1024;  // sm_90's opt-in limit
 
 inline std::string name(TileShape const& shape) {
@@ -85,11 +84,15 @@ struct Tile {
   static constexpr int kScaleBytes = kPanels * (kTokens + 2 * kBlockRows) * 4;
   static constexpr int kBarrierBytes =
       1024;  // generous: 16 bytes per stage, 16 per panel, and alignment
-  static constexpr int kStages =
+  static constexpr int kStagesThatFit =
       (kSharedBytesPerCta - kStagingBytes - kScaleBytes - kBarrierBytes) /
       (kStageWeightBytes + kStageTokenBytes);
+  // A multiple of the k groups, so that a slot always belongs to the same group. Were its next use
+  // another group's, that group could come to wait for it while its present load is still on the
+  // way, and a wait for the phase after next passes at once: phases are known by their parity only.
+  static constexpr int kStages = kStagesThatFit / kKGroups * kKGroups;
 
-  static_assert(kStages > kKGroups, "each k group needs its own stage and one in flight");
+  static_assert(kStages >= 2 * kKGroups, "a group keeps a stage until it has begun the next one");
   static_assert(kStageBlocks % 2 == 0,
                 "a stage is made of 128-byte rows of activations, and A registers alternate");
   static_assert(kTokens % kChunkTokens == 0 && kTokens % 8 == 0 && kTokens <= 256);

@@ -2,7 +2,7 @@
 
 namespace liquidgemm {
 
-static_assert(is_tile(4, {64, 1, 4, 4}), "this file is named after its tile");
+static_assert(is_tile(4, {64, 1, 4, 2}), "this file is named after its tile");
 template <>
 cudaError_t launch_tile<4>(KernelParams const& params, int num_sms, cudaStream_t stream) {
   return launch_tile_impl<4>(params, num_sms, stream);

@@ -2,7 +2,7 @@
 
 namespace liquidgemm {
 
-static_assert(is_tile(2, {32, 1, 4, 4}), "this file is named after its tile");
+static_assert(is_tile(2, {32, 1, 4, 2}), "this file is named after its tile");
 template <>
 cudaError_t launch_tile<2>(KernelParams const& params, int num_sms, cudaStream_t stream) {
   return launch_tile_impl<2>(params, num_sms, stream);
