@@ -18,12 +18,13 @@ above say why. A first run needs the network (PyPI) or a pip mirror." >&2; exit 
 .DEFAULT_GOAL := help
 # Two pips at once would trip over each other; ninja compiles in parallel by itself.
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu build wheel lint lint-python lint-cpp format clean
+.PHONY: help demo test test-gpu sanitize build wheel lint lint-python lint-cpp format clean
 
 help:
 	@echo "make demo        set up, then run the demonstration: a small language model before and after"
 	@echo "make test        set up, then run the tests (those for a GPU only where a Hopper GPU is)"
 	@echo "make test-gpu    set up, then run the GPU tests alone"
+	@echo "make sanitize    set up, then a small GPU suite under compute-sanitizer"
 	@echo "make build       set up, then compile what has changed"
 	@echo "make wheel       a wheel for every Python, in dist/"
 	@echo "make lint        check Python and C++ sources; make format mends the layout"
@@ -37,6 +38,12 @@ test: $(VENV)/demo.stamp build
 
 test-gpu: build
 	$(BIN)/python -m pytest tests/gpu
+
+# Without the caching allocator every tensor is an allocation of its own, with edges to be overrun.
+sanitize: build
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    $(BIN)/python -m pytest -q tests/gpu/test_small_suite.py || exit; done
 
 build: $(VENV)/dev.stamp
 	@$(BIN)/python setup.py --quiet build_ext --inplace

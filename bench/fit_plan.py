@@ -1,0 +1,147 @@
+"""Fits the constants of csrc/liquidgemm/host/plan.hpp to a sweep of bench.plan_sweep.
+
+Prints them, and the regret of the choices that follow: time of the chosen plan over the best one.
+The formula is that of `estimate` in plan.hpp; change the two together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import least_squares
+
+BLOCK_BYTES = 2176
+SOFTNESS = 6.0
+
+
+def ceil_div(a, b):
+    return np.ceil(a / b)
+
+
+@dataclass
+class Sweep:
+    """The rows of a sweep as columns."""
+
+    n: np.ndarray
+    k: np.ndarray
+    m: np.ndarray
+    tokens: np.ndarray
+    panels: np.ndarray
+    stage_blocks: np.ndarray
+    split_k: np.ndarray
+    tile: np.ndarray  # index into names
+    us: np.ndarray
+    names: list[str]
+    sms: int
+
+    @classmethod
+    def load(cls, path: str) -> Sweep:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+        rows = data["rows"]
+        names = sorted({row["tile"] for row in rows}, key=lambda t: (int(t[1 : t.index("_")]), t))
+        shapes = [list(map(int, re.findall(r"\d+", row["tile"]))) for row in rows]
+
+        def column(key: str) -> np.ndarray:
+            return np.array([row[key] for row in rows], dtype=float)
+
+        tokens, panels, _, stage_blocks = np.array(shapes, dtype=float).T
+        return cls(
+            column("n"),
+            column("k"),
+            column("m"),
+            tokens,
+            panels,
+            stage_blocks,
+            column("split_k"),
+            np.array([names.index(row["tile"]) for row in rows]),
+            column("us"),
+            names,
+            data["sms"],
+        )
+
+    def problems(self) -> list[np.ndarray]:
+        """Row indices of each (n, k, m)."""
+        keys = np.stack([self.n, self.k, self.m], 1)
+        return [np.flatnonzero((keys == key).all(1)) for key in np.unique(keys, axis=0)]
+
+
+def predict(s: Sweep, parameters: np.ndarray) -> np.ndarray:
+    """µs of each row; parameters are logarithms, in the order that `report` prints."""
+    values = np.exp(parameters)
+    launch, occupancy, bandwidth, share, octet, split2, split4 = values[:7]
+    block_us, tile_us = values[7:].reshape(2, -1)[:, s.tile]
+    split_us = np.select([s.split_k == 2, s.split_k == 4], [split2, split4], 0.0)
+
+    panels, k_blocks = ceil_div(s.n, 64), ceil_div(s.k, 64)
+    tiles = ceil_div(s.m, s.tokens) * ceil_div(panels, s.panels)
+    fit = np.where(s.split_k == 4, 0.91, 1.0)
+    workers = np.floor(s.sms * fit / s.split_k)
+    waves = ceil_div(tiles, workers)
+    last_wave = tiles - (waves - 1) * workers
+    tokens = np.minimum(s.m, s.tokens)
+
+    last_reach = np.minimum(1, last_wave * s.split_k * share / s.sms)
+    weight_bytes = panels * k_blocks * BLOCK_BYTES
+    memory = weight_bytes / bandwidth * ((tiles - last_wave) + last_wave / last_reach) / tiles
+    slabs = ceil_div(k_blocks, s.stage_blocks)
+    blocks = ceil_div(slabs, s.split_k) * s.stage_blocks
+    per_tile = tile_us * (1 + tokens / s.tokens) / 2 + split_us * (1 + octet * tokens / 8)
+    sm = waves * (blocks * block_us + per_tile)
+    busy = np.minimum(s.sms, np.minimum(tiles, workers) * s.split_k)
+    soft_max = (memory**SOFTNESS + sm**SOFTNESS) ** (1 / SOFTNESS)
+    return launch + occupancy * busy / s.sms + soft_max
+
+
+def fit(s: Sweep) -> np.ndarray:
+    """Least squares in the logarithm of the time; near the best plan, errors weigh more."""
+    weights = np.empty_like(s.us)
+    for rows in s.problems():
+        ratio = s.us[rows] / s.us[rows].min()
+        weights[rows] = np.select([ratio < 1.12, ratio < 1.6], [3.0, 1.0], 0.25)
+    tiles = len(s.names)
+    start = np.log([1, 1, 3.1e6, 2.5, 0.1, 0.8, 1.5] + [0.05] * tiles + [1.0] * tiles)
+
+    def residuals(parameters: np.ndarray) -> np.ndarray:
+        return weights * np.log(predict(s, parameters) / s.us)
+
+    return least_squares(residuals, start, loss="soft_l1", f_scale=0.1, max_nfev=400).x
+
+
+def report(s: Sweep, parameters: np.ndarray) -> None:
+    values = np.exp(parameters)
+    names = (
+        "launch_us occupancy_us memory_bytes_per_us sm_memory_share split_per_octet split2 split4"
+    )
+    for name, value in zip(names.split(), values[:7], strict=True):
+        print(f"{name} = {value:.4g}")
+    block_us, tile_us = values[7:].reshape(2, -1)
+    for name, block, tile in zip(s.names, block_us, tile_us, strict=True):
+        print(f"{{{block:.4f}, {tile:.3f}}},  // {name}")
+    predicted = predict(s, parameters)
+    regrets = []
+    for rows in s.problems():
+        chosen = rows[predicted[rows].argmin()]
+        regrets.append((s.us[chosen] / s.us[rows].min(), chosen))
+    regrets.sort(reverse=True)
+    print(f"regret: mean {np.mean([r for r, _ in regrets]):.3f}; the worst:")
+    for regret, row in regrets[:8]:
+        print(
+            f"  {regret:.3f}  {s.n[row]:.0f}x{s.k[row]:.0f} m={s.m[row]:.0f}: chose "
+            f"{s.names[s.tile[row]]}, split_k {s.split_k[row]:.0f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("sweep", help="JSON of bench.plan_sweep")
+    sweep = Sweep.load(parser.parse_args().sweep)
+    report(sweep, fit(sweep))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Times every plan (tile and split of K) of the kernel: the data that the heuristic is fitted to.
+
+    python -m bench.plan_sweep --json sweep.json       on a Hopper GPU, about a minute
+    python -m bench.fit_plan sweep.json                anywhere
+
+Cold weights, CUDA graphs and random data as in the benchmark, but unverified: the tests do that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Iterator
+
+import torch
+
+import liquidgemm
+from liquidgemm._timing import capture
+
+SHAPES = [
+    "4096x4096",
+    "6144x4096",
+    "4096x14336",
+    "28672x4096",
+    "10240x8192",
+    "8192x28672",
+    "57344x8192",
+    "2048x2048",
+    "1024x8192",
+    "8192x1024",
+    "2560x2560",
+    "576x1536",
+    "1536x576",
+]
+TOKENS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
+SPLITS = (1, 2, 4)
+COLD_BYTES = 160e6  # more than three times the L2 cache
+CALLS = 48
+REPLAYS = 5
+
+
+def tile_tokens(name: str) -> int:
+    """Tokens per tile, from the name of a configuration."""
+    match = re.match(r"t(\d+)_", name)
+    assert match, name
+    return int(match[1])
+
+
+def plausible_plans(names: list[str], m: int) -> Iterator[tuple[int, str, int]]:
+    """Leaves out tiles far too large or too small for m tokens, and split K where tiles abound."""
+    for config, name in enumerate(names):
+        tokens = tile_tokens(name)
+        if tokens >= 4 * max(m, 8) or (m > 4 * tokens and tokens < 128):
+            continue
+        for split_k in SPLITS:
+            if m <= 256 or split_k == 1:
+                yield config, name, split_k
+
+
+def random_weights(n: int, k: int) -> list[torch.Tensor]:
+    """Copies of one packed weight, enough to find the L2 cache cold."""
+    blocks = -(-k // 64)
+    qweight = torch.randint(0, 256, (n, blocks * 32), dtype=torch.uint8, device="cuda")
+    qscale = torch.randint(1, 18, (n, blocks), dtype=torch.uint8, device="cuda")
+    packed = liquidgemm.pack_weight(qweight, qscale, torch.zeros_like(qscale))
+    copies = max(2, int(COLD_BYTES / packed.numel()) + 1)
+    return [packed, *(packed.clone() for _ in range(copies - 1))]
+
+
+def time_plan(m: int, k: int, weights: list[torch.Tensor], scale: torch.Tensor, plan) -> float:
+    """Median time of one call in µs."""
+    config, split_k = plan
+    x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device="cuda")
+    x_scale = torch.rand(m, device="cuda")
+    run = torch.ops.liquidgemm_testing.gemm_with_config
+    calls = [
+        lambda w=w: run(x, x_scale, w, scale, None, torch.bfloat16, config, split_k, 0)
+        for w in weights
+    ]
+    calls[0]()
+    graph = capture(calls, max(len(calls), int(CALLS * min(1, 512 / m))))
+    times = []
+    for _ in range(REPLAYS + 1):
+        events = graph.timed_replay()
+        events[1].synchronize()
+        times.append(graph.time_us(events))
+    graph.release()
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--json", required=True, help="where the times go")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="N x K, for example 4096x4096")
+    parser.add_argument("--m", default=",".join(map(str, TOKENS)), help="numbers of tokens")
+    arguments = parser.parse_args()
+
+    names = torch.ops.liquidgemm_testing.config_names()
+    rows = []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for shape in arguments.shapes.split(","):
+            n, k = map(int, shape.split("x"))
+            weights = random_weights(n, k)
+            scale = torch.rand(n, device="cuda")
+            for m in map(int, arguments.m.split(",")):
+                times = {
+                    (name, split_k): time_plan(m, k, weights, scale, (config, split_k))
+                    for config, name, split_k in plausible_plans(names, m)
+                }
+                (name, split_k), us = min(times.items(), key=lambda item: item[1])
+                print(f"{shape} m={m}: best {name}, split_k {split_k}: {us:.2f} us", flush=True)
+                rows += [
+                    {"n": n, "k": k, "m": m, "tile": name, "split_k": split_k, "us": us}
+                    for (name, split_k), us in times.items()
+                ]
+            del weights
+    result = {
+        "gpu": torch.cuda.get_device_name(),
+        "sms": torch.cuda.get_device_properties(0).multi_processor_count,
+        "rows": rows,
+    }
+    with open(arguments.json, "w", encoding="utf-8") as file:
+        json.dump(result, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Every kernel once or twice on small problems: what `make sanitize` runs under compute-sanitizer."""
+
+import torch
+from problems import DEVICE, assert_equal, random_problem, run, testing
+
+import liquidgemm
+
+
+def test_gemm_small() -> None:
+    """CHECKLIST 15: ragged edges, several tiles per CTA, one CTA and clusters along K."""
+    problem = random_problem(33, 200, 1088)
+    expected = problem.accumulator()
+    for config, name in enumerate(testing.config_names()):
+        for split_k in (1, 2):
+            actual = run(problem, config=config, split_k=split_k, num_sms=4)
+            assert_equal(actual, expected, f"{name} split_k={split_k}")
+
+
+def test_epilogues_small() -> None:
+    """CHECKLIST 15: every output type, with bias."""
+    problem = random_problem(9, 70, 192)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert_equal(run(problem, dtype, bias=True), problem.output(dtype, bias=True), f"{dtype}")
+
+
+def test_quantize_and_pack_small() -> None:
+    """CHECKLIST 15: the small kernels, vector and scalar paths."""
+    for k in (64, 100, 8200):
+        x = torch.randn(3, k, device=DEVICE)
+        x8, scale = liquidgemm.quantize_activation(x)
+        assert_equal(scale, x.abs().amax(1) / 127, f"scale {k=}")
+        assert x8.abs().amax() == 127
+    problem = random_problem(1, 70, 192)
+    logical = liquidgemm.unpack_weight(problem.weight, 70)
+    assert_equal(liquidgemm.pack_weight(*logical), problem.weight, "packed again")
