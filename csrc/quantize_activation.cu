@@ -93,9 +93,10 @@ __device__ uint32_t block_max(uint32_t value) {
 template <class T>
 __global__ void quantize_kernel(
     T const* x, int8_t* out, float* scales, int64_t k, int64_t out_stride, bool aligned) {
-  cutlass::arch::wait_on_dependent_grids();
-  // What ran before this kernel is complete: the next one, a GEMM, may start to fetch its weights.
+  // The next kernel, a GEMM, may start to fetch its weights. It waits for this one before it
+  // touches anything else, and this one for the kernel before it.
   cutlass::arch::launch_dependent_grids();
+  cutlass::arch::wait_on_dependent_grids();
 
   T const* const row = x + blockIdx.x * k;
   int8_t* const out_row = out + blockIdx.x * out_stride;

@@ -106,7 +106,7 @@ struct Consumer {
   // Without a branch: ptxas serializes wgmmas whose pipeline crosses a divergent one.
   CUTE_DEVICE static void release(SharedStorage<Tile>& shared, int slot, bool condition) {
     __syncwarp();
-    arrive_if(condition && threadIdx.x % 32 == 0, &shared.empty[slot]);
+    arrive_if(condition && threadIdx.x % 32 < kReleasesPerWarp, &shared.empty[slot]);
   }
 };
 

@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     using cutlass::arch::ClusterBarrier;
     for (int slot = 0; slot < Tile::kStages; ++slot) {
       ClusterBarrier::init(&shared.full[slot], Producer<Tile>::kThreads);
-      ClusterBarrier::init(&shared.empty[slot], Tile::kPanels * kWarpGroupThreads / 32);
+      ClusterBarrier::init(&shared.empty[slot],
+                           Tile::kPanels * kWarpGroupThreads / 32 * kReleasesPerWarp);
     }
     Epilogue<Tile>::init_barriers(shared, params.split_k);
     cutlass::arch::fence_barrier_init();

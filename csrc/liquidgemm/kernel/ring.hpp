@@ -77,6 +77,15 @@ struct alignas(1024) SharedStorage {
   uint64_t drained[Tile::kPanels];
 };
 
+// Arrivals at `empty` per warp. One lane speaks for its warp, whose lanes have all read when it
+// gets there. racecheck cannot see that (the __syncwarp in between leaves no instruction), so the
+// build that it examines lets every lane arrive: see `make sanitize`.
+#ifdef LIQUIDGEMM_EVERY_LANE_ARRIVES
+inline constexpr int kReleasesPerWarp = 32;
+#else
+inline constexpr int kReleasesPerWarp = 1;
+#endif
+
 // A position in the ring. Both sides walk the same sequence of stages; a consumer may step over
 // stages of other groups.
 template <class Tile>
