@@ -1,4 +1,4 @@
-"""The fit of the heuristic's constants recovers what a model of known constants predicts."""
+"""The fit of the heuristic: it recovers the constants of a model that predicts the data."""
 
 import json
 import re
