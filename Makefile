@@ -18,7 +18,7 @@ above say why. A first run needs the network (PyPI) or a pip mirror." >&2; exit 
 .DEFAULT_GOAL := help
 # Two pips at once would trip over each other; ninja compiles in parallel by itself.
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu sanitize build wheel lint lint-python lint-cpp format clean
+.PHONY: help demo test test-gpu sanitize readme-table build wheel lint lint-python lint-cpp format clean
 
 help:
 	@echo "make demo        set up, then run the demonstration: a small language model before and after"
@@ -39,11 +39,21 @@ test: $(VENV)/demo.stamp build
 test-gpu: build
 	$(BIN)/python -m pytest tests/gpu
 
+RESULTS ?= $(lastword $(sort $(wildcard bench/results/h100-sxm/*/results.json)))
+readme-table: $(VENV)/dev.stamp
+	$(BIN)/python -m bench.readme_table $(RESULTS)
+
 # Without the caching allocator every tensor is an allocation of its own, with edges to be overrun.
+# racecheck gets a build in which every lane arrives at a barrier (csrc/liquidgemm/kernel/ring.hpp),
+# and one small test: it needs minutes for more.
+SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9
+SMALL    := -m pytest -q tests/gpu/test_small_suite.py
 sanitize: build
-	for tool in memcheck racecheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	    $(BIN)/python -m pytest -q tests/gpu/test_small_suite.py || exit; done
+	$(SANITIZE) --tool memcheck $(BIN)/python $(SMALL)
+	mkdir -p build/racecheck && cp -r csrc liquidgemm setup.py pyproject.toml README.md LICENSE build/racecheck
+	cd build/racecheck && NVCC_APPEND_FLAGS=-DLIQUIDGEMM_EVERY_LANE_ARRIVES \
+	  $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
+	$(SANITIZE) --tool racecheck $(BIN)/python $(SMALL) -k epilogues -o pythonpath=build/racecheck
 
 build: $(VENV)/dev.stamp
 	@$(BIN)/python setup.py --quiet build_ext --inplace

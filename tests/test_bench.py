@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import driver, machine, report, results, roofline, shapes, stream_floor, timing
+from bench import (
+    driver,
+    machine,
+    readme_table,
+    report,
+    results,
+    roofline,
+    shapes,
+    stream_floor,
+    timing,
+)
 from bench.__main__ import main
 from bench.peers import PEERS, Unsupported, parse_peers
 from bench.peers.base import WrongResult, check_result, exact_product, poison, sample_rows
@@ -499,3 +509,16 @@ class TestReport:
     def test_unreadable_results(self, tmp_path, capsys):
         assert report.main([str(tmp_path / "none.json")]) == 1
         assert "none.json" in capsys.readouterr().err
+
+
+def test_readme_table_stands_between_its_markers():
+    text = f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n"
+    content = readme_table.table(results.load(RECORD), "bench/results/x/results.json")
+    replaced = readme_table.replace_between(text, content)
+    assert replaced.startswith("before\n")
+    assert replaced.endswith("after\n")
+    assert "old" not in replaced
+    assert content.count("\n| ") == 1 + len(results.load(RECORD).shapes)
+    assert readme_table.replace_between(replaced, content) == replaced
+    with pytest.raises(SystemExit, match="expected the lines"):
+        readme_table.replace_between("no markers", content)

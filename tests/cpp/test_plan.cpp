@@ -33,6 +33,7 @@ int main() {
           expect(valid_split(plan.split_k) && plan.split_k <= sms, "a possible split", p, plan);
           const int64_t slabs = ceil_div(ceil_div(k, kBlockK), kTileShapes[plan.tile].stage_blocks);
           expect(plan.split_k <= slabs, "work for every CTA of a cluster", p, plan);
+          expect(is_plausible(kTileShapes[plan.tile], m), "a tile of a fitting size", p, plan);
           expect(estimate(p, plan).total() > 0, "a positive estimate", p, plan);
         }
       }

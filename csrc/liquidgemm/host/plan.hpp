@@ -90,11 +90,21 @@ inline Estimate estimate(Problem const& p, Plan const& plan, CostModel const& c 
   return e;
 }
 
+// Tiles far too large or too small for m tokens were not measured: the estimate says nothing of
+// them.
+inline bool is_plausible(TileShape const& shape, int64_t m) {
+  const bool too_large = shape.tokens >= 4 * std::max<int64_t>(m, 8);
+  const bool too_small = m > 4 * shape.tokens && shape.tokens < 128;
+  return !too_large && !too_small;
+}
+
 inline Plan select_plan(Problem const& p) {
   Plan best{0, 1};
   double best_us = 1e300;
   const int64_t k_blocks = ceil_div(p.k, kBlockK);
   for (int tile = 0; tile < kNumTileShapes; ++tile) {
+    if (!is_plausible(kTileShapes[tile], p.m))
+      continue;
     for (int split_k = 1; split_k <= kMaxPlannedSplitK; split_k *= 2) {
       const Plan plan{tile, split_k};
       if (split_k > p.num_sms)
