@@ -19,12 +19,12 @@ TOKENS = (1, 16, 64, 128, 256, 1024, 4096)
 
 def table(run: Run, path: str) -> str:
     """One row per shape, one column per number of tokens: ours / bf16 / FP8."""
+    folder = Path(path).parent
     lines = [
         "µs per GEMM: liquidgemm / cuBLAS bf16 / cuBLAS FP8 (the faster of tensor-wise and "
-        f"row-wise scales). {run.machine['gpu']}, weights not in the L2 cache, CUDA graphs, medians of one "
-        f"interleaved run; commit {run.commit}, {run.started[:10]}, `{run.command}`. Everything "
-        "else of that run, with plots, "
-        f"is in [{Path(path).parent}]({Path(path).parent}).",
+        f"row-wise scales). {run.machine['gpu']}, weights not in the L2 cache, CUDA graphs, "
+        f"medians of one interleaved run; commit {run.commit}, {run.started[:10]}, "
+        f"`{run.command}`. All of that run, with plots, is in [{folder}]({folder}).",
         "",
         "| N x K | " + " | ".join(f"M = {m}" for m in TOKENS) + " |",
         "|---|" + "---|" * len(TOKENS),
