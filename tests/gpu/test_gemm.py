@@ -1,5 +1,7 @@
 """The kernel against an exact integer reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import DEVICE, assert_equal, poison, random_problem, run, testing
@@ -140,8 +142,6 @@ def row_of(problem, i: int):
 
 
 def rows_of(problem, begin: int, end: int):
-    from dataclasses import replace
-
     return replace(problem, x=problem.x[begin:end], x_scale=problem.x_scale[begin:end])
 
 

@@ -1,15 +1,18 @@
 // The GEMM kernel: composition only. Each role is described in its own header.
 //
-//   role                     threads            waits for                   arrives at
-//   producer (last group)    1 of 128           empty[slot]                 full[slot]: 1 + bytes
-//   of the stage consumer warp-groups     panels * k_groups  full[slot] empty[slot]: 1 per warp
-//   that read it
-//     its epilogue           all of a panel     named barrier of the panel; with split K: staged,
-//     drained (cluster)
+// clang-format off
+//   role                      threads              waits for               arrives at
+//   ------------------------  -------------------  ----------------------  -----------------------------
+//   weight producer           1, last group        empty[slot]             full[slot]: 1 and its bytes
+//   token producer            1, last group        previous kernel, empty  full[slot]: 1 and its bytes
+//   consumer warp-groups      panels * k_groups    full[slot]              empty[slot]: 1 per warp that read it
+//   epilogue (all consumers   k_groups groups      named barrier of the    with split K: staged (by bytes) and
+//   of a panel)               per panel            panel                   drained (1 per warp), cluster-wide
 //
-//   producer   | W W W W .. | wait for the previous kernel | X X X X .. | W+X  W+X  W+X ...   the
-//   next tile's stages too consumer   | ...... full[0] | LDS dequant MMA | LDS dequant MMA | ... |
-//   epilogue |  next tile
+//   weight producer  | W W W W ...            | W as slots become free, across tiles
+//   token producer   | wait for the previous kernel | X X X X ... | X as slots become free, across tiles
+//   consumer                                  | full: LDS dequantize MMA | LDS dequantize MMA | .. | epilogue |
+// clang-format on
 #pragma once
 
 #include <cutlass/arch/grid_dependency_control.h>
@@ -28,8 +31,8 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     gemm_kernel(const __grid_constant__ KernelParams params) {
   extern __shared__ uint8_t shared_bytes[];
-  // The runtime aligns dynamic shared memory to 1024 bytes when nothing static precedes it; the
-  // launch asserts the size.
+  // Dynamic shared memory starts at offset 0 of the CTA's window: aligned as SharedStorage wants,
+  // as long as no kernel declares static shared memory.
   auto& shared = *reinterpret_cast<SharedStorage<Tile>*>(shared_bytes);
 
   const int warp = cutlass::canonical_warp_idx_sync();

@@ -19,7 +19,7 @@ struct TileShape {
   int stage_blocks;  // 64-deep blocks per pipeline stage
 };
 
-// Sorted by tokens. The first column is why the row is there.
+// Sorted by tokens; a comment says what a row and those below it are for.
 inline constexpr TileShape kTileShapes[] = {
     {8, 1, 4, 4},    // decode: one panel per CTA spreads any N over the most SMs
     {16, 1, 4, 4},   //
