@@ -82,10 +82,12 @@ def run(
     config: int | None = None,
     split_k: int = 1,
     num_sms: int = 0,
+    poisoned: bool = True,
 ) -> torch.Tensor:
     """The kernel's result; `config` None takes the heuristic's choice."""
-    m, n, _ = problem.sizes
-    poison((m, n), dtype)
+    if poisoned:  # a launch of its own: it keeps two launches of the kernel apart
+        m, n, _ = problem.sizes
+        poison((m, n), dtype)
     arguments = (
         problem.x,
         problem.x_scale,

@@ -269,20 +269,5 @@ def test_back_to_back_launches(m: int) -> None:
     for config, name in CONFIGS:
         for split_k in SPLITS[:3]:
             for _ in range(60):
-                y = run_unpoisoned(problem, config, split_k)
+                y = run(problem, config=config, split_k=split_k, poisoned=False)
             assert_equal(y, expected, f"{name} split_k={split_k} {m=}")
-
-
-def run_unpoisoned(problem, config: int, split_k: int) -> torch.Tensor:
-    """Nothing between two launches that would keep them apart."""
-    return testing.gemm_with_config(
-        problem.x,
-        problem.x_scale,
-        problem.weight,
-        problem.weight_scale,
-        None,
-        torch.int32,
-        config,
-        split_k,
-        0,
-    )

@@ -90,7 +90,8 @@ inline Estimate estimate(Problem const& p, Plan const& plan, CostModel const& c 
   return e;
 }
 
-// Tiles far too large or too small for m tokens were not measured: the estimate says nothing of
+// Tiles far too large or too small for m tokens were not measured (bench/plan_sweep.py has the same
+// rule): the estimate says nothing of
 // them.
 inline bool is_plausible(TileShape const& shape, int64_t m) {
   const bool too_large = shape.tokens >= 4 * std::max<int64_t>(m, 8);

@@ -1,5 +1,5 @@
-// The ring of pipeline stages between the producer warp and the consumer warp-groups, and shared
-// memory as a whole.
+// The ring of pipeline stages between the producers and the consumer warp-groups, and shared memory
+// as a whole.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -67,8 +67,8 @@ struct alignas(1024) SharedStorage {
   float token_scale[Tile::kPanels][Tile::kTokens];
   alignas(16) int32_t staging[Tile::kStagingBuffers][Tile::kPanels]
                              [Tile::kKGroups * Tile::kChunkTokens][Tile::kStagingPitch];
-  // full: the producer's one arrival plus the bytes of the stage. empty: one arrival per warp that
-  // read it.
+  // full: one arrival of each producer, plus the bytes of the stage. empty: kReleasesPerWarp
+  // arrivals of each warp that read it.
   alignas(8) uint64_t full[Tile::kStages];
   uint64_t empty[Tile::kStages];
   // Split K: the partial sums of every CTA of the cluster have arrived here (counted in bytes) /
