@@ -6,8 +6,10 @@ the same bits as the kernel.
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .checkpoint import load_quantized, save_quantized
+from .config import LiquidConfig
 from .linear import LiquidLinear
-from .model import LiquidConfig, load_quantized, quantize_, save_quantized
+from .model import quantize_
 from .ops import gemm, linear, pack_weight, quantize_activation, unpack_weight
 from .quantize import QuantizedWeight, dequantize_weight, quantize_weight
 

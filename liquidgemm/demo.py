@@ -32,7 +32,7 @@ import liquidgemm
 
 from . import _library
 from ._timing import median_time_us
-from .model import _sha256
+from .checkpoint import _sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -309,7 +309,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
         Path(args[1]).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(liquidgemm.model, "save_file", full)
+    monkeypatch.setattr(liquidgemm.checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         save_quantized(make(seed=5), directory)
     assert sorted(file.name for file in directory.iterdir()) == [MANIFEST, WEIGHTS]
@@ -356,7 +356,7 @@ def edit_weights(change):
         state = load_file(directory / WEIGHTS)
         change(state)
         save_file(state, directory / WEIGHTS)
-        edit_manifest(sha256=liquidgemm.model._sha256(directory / WEIGHTS))(directory)
+        edit_manifest(sha256=liquidgemm.checkpoint._sha256(directory / WEIGHTS))(directory)
 
     return edit
 
@@ -377,7 +377,7 @@ def flip_a_bit(directory):
 
 def not_safetensors(directory):
     (directory / WEIGHTS).write_bytes(b"GGUF" * 100)
-    edit_manifest(sha256=liquidgemm.model._sha256(directory / WEIGHTS))(directory)
+    edit_manifest(sha256=liquidgemm.checkpoint._sha256(directory / WEIGHTS))(directory)
 
 
 def remove(name):
@@ -502,7 +502,7 @@ def write_version_1(directory):
         "transformers_class": None,
         "layers": {"0": {"in_features": 64, "out_features": 3, "bias": False}},
         "aliases": {},
-        "sha256": liquidgemm.model._sha256(directory / WEIGHTS),
+        "sha256": liquidgemm.checkpoint._sha256(directory / WEIGHTS),
     }
     (directory / MANIFEST).write_text(json.dumps(manifest))
     parameters = zip(q, (1, 8, 17), (240, 128, 0), (1.0, 0.5, 2.0), strict=True)

@@ -1,0 +1,300 @@
+"""Save and load quantized models: plain ``nn.Module``s and those of ``transformers``.
+
+A checkpoint is a folder with
+
+- ``liquidgemm.safetensors``: the state_dict, quantized layers in the logical layout;
+- ``liquidgemm.json``: format version, layer sizes and the hash of the file above;
+- for ``transformers`` models also ``config.json`` and ``generation_config.json``.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from ._modules import is_from_transformers, paths_of_modules, replace_module
+from .config import LiquidConfig
+from .linear import LiquidLinear
+from .quantize import QuantizedWeight
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "liquidgemm.json"
+WEIGHTS_FILE = "liquidgemm.safetensors"
+
+_LOGICAL = ("qweight", "qscale", "qoffset", "scale")
+
+
+def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Write a quantized model to a folder, from which `load_quantized` restores it to the bit.
+
+    The folder is created if needed. Each file is complete or absent: it is written under another
+    name first. An interruption between files leaves a folder that `load_quantized` refuses.
+
+    Raises:
+        ValueError: the model has no quantized layer, or holds data that cannot be saved.
+        OSError: writing fails.
+    """
+    layers = {
+        name: {
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "bias": layer.bias is not None,
+        }
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, LiquidLinear)
+    }
+    if not layers or isinstance(model, LiquidLinear):
+        raise ValueError("model: expected a module that contains quantized layers, got none")
+    tensors, aliases = _storable(model.state_dict())
+    config = getattr(model, "liquid_config", None)
+    manifest = {
+        "format": "liquidgemm",
+        "format_version": FORMAT_VERSION,
+        "config": asdict(config) if isinstance(config, LiquidConfig) else None,
+        "transformers_class": type(model).__name__ if is_from_transformers(model) else None,
+        "layers": layers,
+        "aliases": aliases,
+    }
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as folder:
+        staging = Path(folder)
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        manifest["sha256"] = _sha256(staging / WEIGHTS_FILE)
+        if is_from_transformers(model):
+            _write_transformers_config(model, staging)
+        (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
+        # The manifest comes last: until then the folder holds no checkpoint, or the old manifest
+        # with a hash that no longer fits.
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == MANIFEST_FILE):
+            os.replace(file, directory / file.name)
+
+
+def _storable(state: dict[str, object]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Distinct tensors on the CPU, and for keys that share one, the key it is stored under."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first_key: dict[tuple, str] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.is_meta:
+            raise ValueError(f"{key}: expected a tensor with data, got {type(value).__name__}")
+        memory = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        original = first_key.setdefault(memory, key)
+        if original != key and value.numel() > 0:
+            aliases[key] = original
+            continue
+        tensor = value.detach().cpu().contiguous()
+        # safetensors refuses views into larger storage, which may overlap.
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensors[key] = tensor if whole else tensor.clone()
+    return tensors, aliases
+
+
+def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
+    """Restore a model that `save_quantized` wrote.
+
+    Everything is checked before the model is touched: an error leaves it as it was.
+
+    Args:
+        directory: the folder.
+        model: for a model that is not from ``transformers``, an instance with the same
+            architecture, quantized or not, on any device (meta included). It is filled in place:
+            its linear layers are replaced and all other tensors overwritten, keeping its dtypes.
+            If None, the ``transformers`` model is rebuilt from config.json, on the CPU and in
+            eval mode.
+
+    Returns:
+        the model.
+
+    Raises:
+        FileNotFoundError: the folder holds no checkpoint.
+        ValueError: the checkpoint is truncated, damaged, not liquidgemm's or of a newer version,
+            does not fit the model, or needs the model argument; the message says which.
+    """
+    directory = Path(directory)
+    manifest = _read_manifest(directory / MANIFEST_FILE)
+    config = manifest["config"]
+    config = None if config is None else LiquidConfig._from_dict(config)
+    state = _read_weights(directory / WEIGHTS_FILE, manifest)
+    rebuilt = model is None
+    if rebuilt:
+        model = _build_transformers_model(directory, manifest["transformers_class"])
+    _check_fit(model, manifest["layers"], state, directory)
+
+    paths = paths_of_modules(model)
+    for name in manifest["layers"]:
+        old = model.get_submodule(name)
+        if not isinstance(old, LiquidLinear):
+            bias = old.bias is not None
+            weight = old.weight
+            layer = LiquidLinear(
+                old.in_features, old.out_features, bias, weight.device, weight.dtype
+            )
+            layer.train(old.training)
+            for path in paths[old]:
+                replace_module(model, path, layer)
+    on_meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    model.load_state_dict(state, strict=True, assign=on_meta)
+    if config is not None:
+        model.liquid_config = config
+    if rebuilt:
+        model.tie_weights()
+        model.eval()
+    return model
+
+
+def _read_manifest(path: Path) -> dict:
+    """The manifest, known to be complete and of a version that this code reads."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file: expected a folder from save_quantized")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: truncated or damaged ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != "liquidgemm":
+        raise ValueError(f"{path}: expected a liquidgemm checkpoint, got another kind of file")
+    version = manifest.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"{path}: expected a format version, got {version!r}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: expected format version {FORMAT_VERSION} or older, got {version}: it was "
+            "saved by a newer liquidgemm"
+        )
+    kinds = {
+        "config": dict | None,
+        "transformers_class": str | None,
+        "layers": dict,
+        "aliases": dict,
+        "sha256": str,
+    }
+    for key, kind in kinds.items():
+        if key not in manifest or not isinstance(manifest[key], kind):
+            raise ValueError(f"{path}: damaged: {key} is {manifest.get(key, 'missing')!r}")
+    return manifest
+
+
+def _read_weights(path: Path, manifest: dict) -> dict[str, Tensor]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file, though {MANIFEST_FILE} lies beside")
+    if (found := _sha256(path)) != manifest["sha256"]:
+        raise ValueError(
+            f"{path}: truncated, damaged or not the file that {MANIFEST_FILE} was saved with: "
+            f"expected sha256 {manifest['sha256']}, got {found}"
+        )
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file ({error})") from None
+    for key, original in manifest["aliases"].items():
+        if original not in state:
+            raise ValueError(f"{original}: missing in {path}, though {key} is the same tensor")
+        state[key] = state[original]
+    return state
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_fit(
+    model: nn.Module, layers: dict[str, dict], state: dict[str, Tensor], directory: Path
+) -> None:
+    """Raises a ValueError unless the state can be loaded into the model as a whole."""
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    for name, sizes in layers.items():
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            layer = None
+        if not isinstance(layer, nn.Linear | LiquidLinear):
+            kind = type(layer).__name__ if layer is not None else "nothing"
+            raise ValueError(f"{name}: expected a linear layer in the model, got {kind}")
+        got = {
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "bias": layer.bias is not None,
+        }
+        if got != sizes:
+            raise ValueError(f"{name}: expected {sizes} as in {directory}, got {got}")
+        expected.pop(f"{name}.weight", None)
+        tensors = {key: state.get(f"{name}.{key}") for key in _LOGICAL}
+        if missing := [key for key, tensor in tensors.items() if tensor is None]:
+            raise ValueError(f"{name}: {', '.join(missing)} missing in {directory}")
+        try:
+            weight = QuantizedWeight(**tensors, in_features=sizes["in_features"])
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from None
+        if weight.out_features != sizes["out_features"]:
+            raise ValueError(
+                f"{name}.scale: expected {sizes['out_features']} rows, got {weight.out_features}"
+            )
+        expected.update((f"{name}.{key}", tuple(t.shape)) for key, t in tensors.items())
+    for key in sorted(expected.keys() | state.keys()):
+        if key not in state:
+            raise ValueError(f"{key}: in the model, but missing in {directory}")
+        if key not in expected:
+            raise ValueError(f"{key}: in {directory}, but not in the model")
+        if tuple(state[key].shape) != expected[key]:
+            raise ValueError(
+                f"{key}: expected shape {list(expected[key])} as in the model, "
+                f"got {list(state[key].shape)}"
+            )
+
+
+# transformers is optional: only models that come from it make this module import it.
+
+
+def _write_transformers_config(model: nn.Module, directory: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    # How the float model had been stored says nothing about this one.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(directory)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.to_json_file(directory / "generation_config.json")
+
+
+def _build_transformers_model(directory: Path, class_name: str | None) -> nn.Module:
+    """A model whose parameters are on the meta device but whose computed buffers are real."""
+    if class_name is None:
+        raise ValueError(f"{directory}: not a transformers model: pass an instance as model=")
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(f"{directory}: needs the transformers package") from None
+    model_class = getattr(transformers, class_name, None)
+    if not (
+        isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    ):
+        raise ValueError(
+            f"{directory}: transformers {transformers.__version__} has no model {class_name}: "
+            "pass an instance as model="
+        )
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None):
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    config = model_class.config_class.from_pretrained(directory)
+    with register_module_parameter_registration_hook(to_meta):
+        model = model_class(config)
+    if (directory / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    return model
