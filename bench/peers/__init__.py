@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from .base import Peer, Unsupported
 from .gemlite import GemLite
-from .humming import Humming
+from .humming import Humming, HummingChannel, HummingGroup128
 from .liquid import Liquid
 from .native import Bf16, Fp8, Int8
 
 OURS = Liquid.name
 
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (Liquid, Bf16, Fp8, Int8, Humming, GemLite)
+    peer.name: peer
+    for peer in (Liquid, Bf16, Fp8, Int8, Humming, HummingGroup128, HummingChannel, GemLite)
 }
 
 __all__ = ["OURS", "PEERS", "Peer", "Unsupported", "parse_peers"]

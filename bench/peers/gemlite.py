@@ -36,7 +36,9 @@ class GemLite(Peer):
         scale = ((high - low) / 15).to(weight.dtype)
         zero = (-low / scale.float()).round()
         codes = (groups / scale.float() + zero).round().clamp(0, 15)
-        self.dequantized = ((codes - zero) * scale.float()).to(torch.bfloat16).view(n, k)
+        # As its kernel does: a multiply-add with -zero * scale, which is stored in bf16.
+        shift = (-zero * scale.float()).to(torch.bfloat16).float()
+        self.dequantized = (codes * scale.float() + shift).to(torch.bfloat16).view(n, k)
         maker = A16W4_HQQ_INT(device=str(weight.device), dtype=weight.dtype)
         self.layer = maker.from_weights(
             codes.to(torch.uint8).view(n, k), scale, zero.to(weight.dtype)
