@@ -11,7 +11,8 @@ from .config import LiquidConfig
 from .linear import LiquidLinear
 from .model import quantize_
 from .ops import gemm, linear, pack_weight, quantize_activation, unpack_weight
-from .quantize import QuantizedWeight, dequantize_weight, quantize_weight
+from .quantize import quantize_weight
+from .weight import QuantizedWeight, dequantize_weight
 
 try:
     __version__ = version("liquidgemm")

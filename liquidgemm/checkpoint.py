@@ -4,6 +4,7 @@ A checkpoint is a folder with
 
 - ``liquidgemm.safetensors``: the state_dict, quantized layers in the logical layout;
 - ``liquidgemm.json``: format version, layer sizes and the hash of the file above;
+  version 2 if any layer has residual columns, which version 1 does not know;
 - for ``transformers`` models also ``config.json`` and ``generation_config.json``.
 """
 
@@ -25,9 +26,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from ._modules import is_from_transformers, paths_of_modules, replace_module
 from .config import LiquidConfig
 from .linear import LiquidLinear
-from .quantize import QuantizedWeight
+from .weight import QuantizedWeight
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "liquidgemm.json"
 WEIGHTS_FILE = "liquidgemm.safetensors"
 
@@ -45,11 +46,7 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
         OSError: writing fails.
     """
     layers = {
-        name: {
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
-            "bias": layer.bias is not None,
-        }
+        name: _sizes(layer)
         for name, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, LiquidLinear)
     }
@@ -59,7 +56,7 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
     config = getattr(model, "liquid_config", None)
     manifest = {
         "format": "liquidgemm",
-        "format_version": FORMAT_VERSION,
+        "format_version": 2 if any("augment" in sizes for sizes in layers.values()) else 1,
         "config": asdict(config) if isinstance(config, LiquidConfig) else None,
         "transformers_class": type(model).__name__ if is_from_transformers(model) else None,
         "layers": layers,
@@ -78,6 +75,17 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
         # with a hash that no longer fits.
         for file in sorted(staging.iterdir(), key=lambda file: file.name == MANIFEST_FILE):
             os.replace(file, directory / file.name)
+
+
+def _sizes(layer: nn.Linear | LiquidLinear) -> dict[str, int | bool]:
+    sizes = {
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "bias": layer.bias is not None,
+    }
+    if getattr(layer, "columns", None) is not None:
+        sizes["augment"] = len(layer.columns)
+    return sizes
 
 
 def _storable(state: dict[str, object]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -132,14 +140,12 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
     _check_fit(model, manifest["layers"], state, directory)
 
     paths = paths_of_modules(model)
-    for name in manifest["layers"]:
+    for name, sizes in manifest["layers"].items():
         old = model.get_submodule(name)
-        if not isinstance(old, LiquidLinear):
-            bias = old.bias is not None
-            weight = old.weight
-            layer = LiquidLinear(
-                old.in_features, old.out_features, bias, weight.device, weight.dtype
-            )
+        if _sizes(old) != sizes or not isinstance(old, LiquidLinear):
+            like = old.packed if isinstance(old, LiquidLinear) else old.weight
+            dtype = like.dtype if old.bias is None else old.bias.dtype
+            layer = LiquidLinear(**sizes, device=like.device, dtype=dtype)
             layer.train(old.training)
             for path in paths[old]:
                 replace_module(model, path, layer)
@@ -224,15 +230,17 @@ def _check_fit(
         if not isinstance(layer, nn.Linear | LiquidLinear):
             kind = type(layer).__name__ if layer is not None else "nothing"
             raise ValueError(f"{name}: expected a linear layer in the model, got {kind}")
-        got = {
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
-            "bias": layer.bias is not None,
-        }
-        if got != sizes:
-            raise ValueError(f"{name}: expected {sizes} as in {directory}, got {got}")
-        expected.pop(f"{name}.weight", None)
-        tensors = {key: state.get(f"{name}.{key}") for key in _LOGICAL}
+        got, wanted, augment = _sizes(layer), sizes, 0
+        if isinstance(sizes, dict):  # of residual columns a layer can get any number
+            wanted = {key: value for key, value in sizes.items() if key != "augment"}
+            augment = sizes.get("augment", 0)
+            got.pop("augment", None)
+        if got != wanted:
+            raise ValueError(f"{name}: expected {wanted} as in {directory}, got {got}")
+        for key in ("weight", "columns"):
+            expected.pop(f"{name}.{key}", None)
+        keys = (*_LOGICAL, "columns") if augment else _LOGICAL
+        tensors = {key: state.get(f"{name}.{key}") for key in keys}
         if missing := [key for key, tensor in tensors.items() if tensor is None]:
             raise ValueError(f"{name}: {', '.join(missing)} missing in {directory}")
         try:
@@ -243,6 +251,8 @@ def _check_fit(
             raise ValueError(
                 f"{name}.scale: expected {sizes['out_features']} rows, got {weight.out_features}"
             )
+        if weight.augment != augment:
+            raise ValueError(f"{name}.columns: expected {augment} columns, got {weight.augment}")
         expected.update((f"{name}.{key}", tuple(t.shape)) for key, t in tensors.items())
     for key in sorted(expected.keys() | state.keys()):
         if key not in state:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
 from .format import GROUP, ceil_div
-from .quantize import QuantizedWeight, dequantize_weight, quantize_weight
+from .quantize import quantize_weight
+from .weight import QuantizedWeight, dequantize_weight
 
 _LOGICAL = ("qweight", "qscale", "qoffset", "scale")
 
@@ -29,6 +31,8 @@ class LiquidLinear(nn.Module):
         bias: whether there is a bias.
         device: where the buffers live.
         dtype: dtype of the bias: float32, bfloat16 or float16.
+        augment: number of residual columns (see `QuantizedWeight`), a multiple of 64. Their
+            activations are repeated at run time; the buffer ``columns`` says which.
 
     Shapes: x float32, bfloat16 or float16 ``[..., K]`` to y ``[..., N]`` of the dtype of x.
 
@@ -43,6 +47,7 @@ class LiquidLinear(nn.Module):
     packed: Tensor
     scale: Tensor
     bias: Tensor | None
+    columns: Tensor | None
 
     def __init__(
         self,
@@ -51,11 +56,14 @@ class LiquidLinear(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        augment: int = 0,
     ) -> None:
         super().__init__()
         if out_features < 1:
             raise ValueError(f"out_features: expected at least 1, got {out_features}")
-        groups = ceil_div(in_features, GROUP)
+        if augment < 0 or augment % GROUP:
+            raise ValueError(f"augment: expected a multiple of {GROUP}, got {augment}")
+        groups = ceil_div(in_features, GROUP) + augment // GROUP
         zero = QuantizedWeight(
             qweight=torch.zeros(
                 out_features, groups * GROUP // 2, dtype=torch.uint8, device=device
@@ -64,6 +72,7 @@ class LiquidLinear(nn.Module):
             qoffset=torch.full((out_features, groups), 128, dtype=torch.uint8, device=device),
             scale=torch.zeros(out_features, dtype=torch.float32, device=device),
             in_features=in_features,
+            columns=torch.zeros(augment, dtype=torch.int32, device=device) if augment else None,
         )
         zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self._set(zero, zero_bias)
@@ -75,6 +84,7 @@ class LiquidLinear(nn.Module):
         self.register_buffer("packed", _pack(weight), persistent=False)
         self.register_buffer("scale", weight.scale.clone())
         self.register_buffer("bias", bias)
+        self.register_buffer("columns", weight.columns.clone() if weight.augment else None)
 
     @classmethod
     def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> LiquidLinear:
@@ -109,21 +119,27 @@ class LiquidLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.columns is not None:
+            # Before they are rounded: the scale of a token does not change by it, nor do the bits,
+            # and gradients find their way.
+            whole = F.pad(x, (0, -self.in_features % GROUP))
+            x = torch.cat((whole, x.index_select(-1, self.columns)), dim=-1)
         return ops.linear(x, self.packed, self.scale, self.bias)
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight in the logical layout (unpacked anew on each call)."""
         tensors = ops.unpack_weight(self.packed, self.out_features)
-        return QuantizedWeight(*tensors, scale=self.scale, in_features=self.in_features)
+        return QuantizedWeight(*tensors, self.scale, self.in_features, self.columns)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as floats ``[N, K]``."""
         return dequantize_weight(self.quantized_weight(), dtype)
 
     def extra_repr(self) -> str:
+        augment = "" if self.columns is None else f", augment={len(self.columns)}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}"
+            f"bias={self.bias is not None}{augment}"
         )
 
     def _apply(self, fn, recurse: bool = True) -> LiquidLinear:
@@ -144,7 +160,8 @@ class LiquidLinear(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         """Checks everything before it changes anything; problems go to error_msgs, as in torch."""
-        names = [*_LOGICAL] if self.bias is None else [*_LOGICAL, "bias"]
+        optional = [name for name in ("bias", "columns") if getattr(self, name) is not None]
+        names = [*_LOGICAL, *optional]
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         missing_keys += [prefix + name for name in names if name not in found]
         if strict:
@@ -159,7 +176,7 @@ class LiquidLinear(nn.Module):
                 "it was saved by a newer liquidgemm"
             )
             return
-        if not all(name in found for name in _LOGICAL):
+        if not all(name in found for name in names if name != "bias"):
             return
         try:
             loaded = self._checked(found)
@@ -176,12 +193,20 @@ class LiquidLinear(nn.Module):
 
     def _checked(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """The buffers for a state, or an error that names the tensor, what was expected and got."""
-        weight = QuantizedWeight(*(found[name] for name in _LOGICAL), in_features=self.in_features)
+        weight = QuantizedWeight(
+            *(found[name] for name in _LOGICAL), self.in_features, found.get("columns")
+        )
         if weight.out_features != self.out_features:
             raise ValueError(
                 f"scale: expected shape [{self.out_features}], got [{weight.out_features}]"
             )
+        if self.columns is not None and weight.augment != len(self.columns):
+            raise ValueError(
+                f"columns: expected shape [{len(self.columns)}], got [{weight.augment}]"
+            )
         buffers = {"packed": _pack(weight), "scale": weight.scale}
+        if weight.augment:
+            buffers["columns"] = weight.columns
         if "bias" in found:
             bias = found["bias"]
             if list(bias.shape) != [self.out_features] or bias.dtype not in ops.FLOATS:
