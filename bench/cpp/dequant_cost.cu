@@ -1,0 +1,206 @@
+// Question: what does it cost to turn 4-bit codes into INT8 operands, in SM clocks, with nothing
+// else to do? An SM that streams the weights of a GPU with 132 SMs at 3.3 TB/s gets one block of
+// 64 x 64 weights every 150 clocks or so.
+//
+// What counts: 8 warp-groups per SM decode in registers; one block is 16 bytes of codes and one
+// word of parameters per thread of a warp-group, which become 8 registers. Per four weights:
+//   none       nothing: only what the loop itself takes, which is subtracted from the others
+//   u8         and, multiply-add: q * s + a as unsigned bytes
+//   s8         and, multiply-add, exclusive or: the library's own (LiquidQuant)
+//   s8_signed  as s8, for codes that the load has expanded to signed bytes (ldmatrix s8.s4): one
+//              and-xor instead of shift and and
+//   qserve     and, multiply, byte-wise add (__vadd4, which is emulated): the two-level scheme of
+//              QServe (arXiv 2405.04532)
+// Every scheme but the first also unpacks the parameters (4 PRMT per block). A step ends with 4
+// PRMT that make the next step's codes of its results, so that nothing can be left out.
+//   clk           SM clocks per block
+//   net_clk       the same less that of "none"
+//   weights_TBps  packed weights (2176 bytes per block) that all SMs would get through, by clk
+//
+// Checked: the codes after a few steps, against the same steps byte by byte on the host.
+//
+// Build: nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -cudart=static -DNDEBUG
+//             --expt-relaxed-constexpr -Icsrc -I$CUTLASS/include -o dequant_cost
+//             bench/cpp/dequant_cost.cu
+// Run:   dequant_cost
+#include "harness.hpp"
+#include "liquidgemm/quant/packed_layout.hpp"
+
+namespace {
+
+using namespace liquidgemm;
+using bench::check;
+using bench::require;
+
+enum class Scheme { kNone, kUnsigned, kSigned, kSignedCodes, kQServe };
+constexpr char const* kNames[] = {"none", "u8", "s8", "s8_signed", "qserve"};
+
+constexpr int kThreads = 8 * kWarpGroupThreads;
+constexpr int kUnroll = 4;
+constexpr uint32_t kSelector = 0x7250;  // bytes 0 and 2 of one operand, 1 and 3 of the other
+constexpr uint32_t kLow = 0x0f0f0f0fu;
+
+// Four weights of one row: `codes` in the low nibbles.
+template <Scheme kScheme>
+__device__ uint32_t decode(uint32_t codes, uint32_t step, uint32_t offsets) {
+  if constexpr (kScheme == Scheme::kUnsigned)
+    return codes * step + offsets;
+  else if constexpr (kScheme == Scheme::kQServe)
+    return __vadd4(codes * step, offsets);
+  else
+    return decode4(codes, step, offsets);
+}
+
+template <Scheme kScheme>
+__global__ void __launch_bounds__(kThreads, 1) dequant_kernel(uint4 codes,
+                                                              uint32_t params,
+                                                              uint32_t selector,
+                                                              int iterations,
+                                                              uint4* out,
+                                                              long long* clocks) {
+  uint32_t words[4] = {codes.x + threadIdx.x, codes.y + threadIdx.x, codes.z + threadIdx.x,
+                       codes.w + threadIdx.x};
+  __syncthreads();
+  const long long start = clock64();
+#pragma unroll 1
+  for (int i = 0; i < iterations; ++i) {
+#pragma unroll
+    for (int step = 0; step < kUnroll; ++step) {
+      // Of the codes, so that it is new in every step.
+      const uint32_t block_params =
+          kScheme == Scheme::kNone ? 0 : params ^ (words[0] & 0x01000100u);
+      const uint32_t steps[2] = {__byte_perm(block_params, 0, 0x4440),
+                                 __byte_perm(block_params, 0, 0x4442)};
+      const uint32_t offsets[2] = {__byte_perm(block_params, 0, 0x1111),
+                                   __byte_perm(block_params, 0, 0x3333)};
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        uint32_t low = words[r], high = words[r];
+        if constexpr (kScheme == Scheme::kSignedCodes) {
+          low = (low & kLow) ^ 0x08080808u;
+          high = (high & kLow) ^ 0x07070707u;  // another constant: else it would be the same value
+        } else if constexpr (kScheme != Scheme::kNone) {
+          low &= kLow;
+          high = (high >> 4) & kLow;
+        }
+        if constexpr (kScheme != Scheme::kNone) {
+          low = decode<kScheme>(low, steps[r % 2], offsets[r % 2]);
+          high = decode<kScheme>(high, steps[r % 2], offsets[r % 2]);
+        } else {
+          high = words[(r + 1) % 4];
+        }
+        words[r] = __byte_perm(low, high, selector);
+      }
+    }
+  }
+  __syncthreads();
+  if (blockIdx.x == 0) {
+    if (threadIdx.x == 0)
+      *clocks = clock64() - start;
+    out[threadIdx.x] = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
+// One step on the host, byte by byte.
+void step_on_host(Scheme scheme, uint32_t (&words)[4], uint32_t params) {
+  if (scheme != Scheme::kNone)
+    params ^= words[0] & 0x01000100u;
+  const uint32_t before[4] = {words[0], words[1], words[2], words[3]};
+  for (int r = 0; r < 4; ++r) {
+    const int scale = params >> (16 * (r % 2)) & 0xff;
+    const int offset = params >> (16 * (r % 2) + 8) & 0xff;
+    auto byte = [&](int which, int half) -> uint32_t {
+      // "none" works in place: the neighbour of the last register has changed already.
+      const uint32_t raw = (half == 0 ? before[r] : r == 3 ? words[0] : before[r + 1]) >> 8 * which;
+      if (scheme == Scheme::kNone)
+        return raw & 0xff;
+      int code = before[r] >> (8 * which) & 0xff;
+      if (scheme == Scheme::kSignedCodes)
+        code = (code & 15) ^ (half ? 7 : 8);
+      else
+        code = half ? code >> 4 : code & 15;
+      const int value = code * scale + offset;
+      return (scheme == Scheme::kUnsigned || scheme == Scheme::kQServe ? value : value ^ 0x80) &
+             0xff;
+    };
+    words[r] = byte(0, 0) | byte(1, 1) << 8 | byte(2, 0) << 16 | byte(3, 1) << 24;
+  }
+}
+
+struct Benchmark {
+  int num_sms;
+  bench::Stream stream;
+  bench::DeviceArray<uint4> out{kThreads};
+  bench::DeviceArray<long long> clocks{1};
+  double none_clk = 0;
+
+  static constexpr uint4 kCodes = {0x1d3c5a79u, 0x9b8f2e46u, 0xd0c7b1a2u, 0x63748596u};
+  static constexpr uint32_t kParams = 9u | 3u << 8 | 14u << 16 | 21u << 24;  // feasible for all
+
+  template <Scheme kScheme>
+  double enqueue(int iterations) {
+    cudaEvent_t begin, end;
+    check(cudaEventCreate(&begin), "event");
+    check(cudaEventCreate(&end), "event");
+    check(cudaEventRecord(begin, stream), "event");
+    bench::launch(dequant_kernel<kScheme>, num_sms, kThreads, 0, stream, false, kCodes, kParams,
+                  kSelector, iterations, out.data(), clocks.data());
+    check(cudaEventRecord(end, stream), "event");
+    check(cudaEventSynchronize(end), kNames[int(kScheme)]);
+    float milliseconds;
+    check(cudaEventElapsedTime(&milliseconds, begin, end), "event");
+    check(cudaEventDestroy(begin), "event");
+    check(cudaEventDestroy(end), "event");
+    return milliseconds * 1e3;
+  }
+
+  template <Scheme kScheme>
+  void run() {
+    constexpr int kIterations = 3;
+    enqueue<kScheme>(kIterations);
+    const auto got = out.to_host();
+    for (uint32_t thread = 0; thread < kThreads; ++thread) {
+      uint32_t words[4] = {kCodes.x + thread, kCodes.y + thread, kCodes.z + thread,
+                           kCodes.w + thread};
+      for (int i = 0; i < kIterations * kUnroll; ++i)
+        step_on_host(kScheme, words, kParams);
+      const uint32_t device[4] = {got[thread].x, got[thread].y, got[thread].z, got[thread].w};
+      for (int r = 0; r < 4; ++r) {
+        require(words[r] == device[r],
+                std::string(kNames[int(kScheme)]) + ", thread " + std::to_string(thread) +
+                    ", register " + std::to_string(r) + ": expected " + std::to_string(words[r]) +
+                    ", got " + std::to_string(device[r]));
+      }
+    }
+    constexpr int kLong = 20000;
+    enqueue<kScheme>(kLong);
+    std::vector<double> us, clk;
+    const double blocks = double(kLong) * kUnroll * (kThreads / kWarpGroupThreads);
+    for (int i = 0; i < 7; ++i) {
+      us.push_back(enqueue<kScheme>(kLong));
+      clk.push_back(clocks.to_host()[0] / blocks);
+    }
+    if (kScheme == Scheme::kNone)
+      none_clk = bench::median(clk);
+    std::printf("%s\t%.2f\t%.2f\t%.2f\n", kNames[int(kScheme)], bench::median(clk),
+                bench::median(clk) - none_clk,
+                blocks * num_sms * kBlockBytes / bench::median(us) / 1e6);
+    std::fflush(stdout);
+  }
+};
+
+}  // namespace
+
+int main() {
+  return bench::run("dequant_cost", [] {
+    const cudaDeviceProp gpu = bench::hopper();
+    std::printf("# %s, %d SMs\n", gpu.name, gpu.multiProcessorCount);
+    std::printf("scheme\tclk\tnet_clk\tweights_TBps\n");
+    Benchmark benchmark{gpu.multiProcessorCount};
+    benchmark.run<Scheme::kNone>();
+    benchmark.run<Scheme::kUnsigned>();
+    benchmark.run<Scheme::kSigned>();
+    benchmark.run<Scheme::kSignedCodes>();
+    benchmark.run<Scheme::kQServe>();
+  });
+}
