@@ -9,31 +9,21 @@
 // of a CUDA graph, per launch:
 //   single  one ordinary launch after the other
 //   pdl     programmatic dependent launches: a CTA asks for a first ring of bytes before it waits
-//   for
-//           the kernel before it, as the GEMM does. The limit of a stream of GEMMs.
+//           for the kernel before it, as the GEMM does. The limit of a stream of GEMMs.
 // TB/s are 1e12 packed bytes per second.
 //
 // Checked: a variant of the kernel that also adds up the words it was given must find the checksum
 // of every copy; the timed kernel counts the bytes that its barriers waited for.
 //
 // Build: nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -cudart=static
-//             -o stream_floor bench/cpp/stream_floor.cu          (or CMakeLists.txt beside this
-//             file)
-// Run:   stream_floor 4096x4096 28672x4096 ...                   (NxK; tab-separated lines on
-// stdout)
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <cinttypes>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <stdexcept>
-#include <string>
-#include <utility>
-#include <vector>
+//             -o stream_floor bench/cpp/stream_floor.cu   (or CMakeLists.txt beside this file)
+// Run:   stream_floor 4096x4096 28672x4096 ...            (NxK; tab-separated lines on stdout)
+#include "harness.hpp"
 
 namespace {
+
+using bench::check;
+using bench::require;
 
 constexpr int64_t kPanelRows = 64;
 constexpr int64_t kBlockColumns = 64;
@@ -44,7 +34,6 @@ constexpr int kStageBytes = 4 * kBlockBytes;
 constexpr int kStages = 23;
 constexpr int kThreads = 32;
 
-constexpr int kReplays = 15;
 constexpr int kLaunchesPerGraph = 48;  // at least; rounded up to whole rotations
 
 struct alignas(128) Ring {
@@ -162,15 +151,10 @@ __global__ void __launch_bounds__(kThreads, 1) copy_kernel(uint8_t const* weight
     atomicAdd(checksum, sum);
 }
 
-// Random words: zeros would draw less power, and could hide a byte that never came.
 __global__ void fill_kernel(uint32_t* words, int64_t count) {
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
-       i += int64_t(gridDim.x) * blockDim.x) {
-    uint64_t z = (i + 1) * 0x9E3779B97F4A7C15ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    words[i] = static_cast<uint32_t>(z >> 32);
-  }
+       i += int64_t(gridDim.x) * blockDim.x)
+    words[i] = bench::random_word(i);
 }
 
 __global__ void checksum_kernel(uint32_t const* words,
@@ -184,108 +168,34 @@ __global__ void checksum_kernel(uint32_t const* words,
   atomicAdd(checksum, sum);
 }
 
-void check(cudaError_t error, char const* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " +
-                             cudaGetErrorString(error));
-  }
-}
-
-void require(bool condition, std::string const& message) {
-  if (!condition)
-    throw std::runtime_error(message);
-}
-
-template <class T>
-class DeviceArray {
- public:
-  explicit DeviceArray(int64_t count) : count_(count) {
-    check(cudaMalloc(&data_, count * sizeof(T)), "cudaMalloc");
-    check(cudaMemset(data_, 0, count * sizeof(T)), "cudaMemset");
-    // The kernels' stream does not wait for the default one.
-    check(cudaDeviceSynchronize(), "cudaMemset");
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(DeviceArray const&) = delete;
-  DeviceArray& operator=(DeviceArray const&) = delete;
-
-  T* data() const { return data_; }
-  std::vector<T> to_host() const {
-    std::vector<T> host(count_);
-    check(cudaMemcpy(host.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
-    return host;
-  }
-
- private:
-  T* data_ = nullptr;
-  int64_t count_;
-};
-
-struct Shape {
-  int64_t n, k;
-
-  int64_t bytes() const {
-    return (n + kPanelRows - 1) / kPanelRows * ((k + kBlockColumns - 1) / kBlockColumns) *
-           kBlockBytes;
-  }
-};
-
-Shape parse_shape(char const* text) {
-  Shape shape{};
-  char rest = 0;
-  const int fields = std::sscanf(text, "%" SCNd64 "x%" SCNd64 "%c", &shape.n, &shape.k, &rest);
-  require(fields == 2 && shape.n > 0 && shape.k > 0,
-          std::string("expected a shape NxK such as 4096x14336, got ") + text);
-  return shape;
-}
-
-template <bool kAddUp>
-void launch(cudaStream_t stream,
-            bool programmatic,
-            int num_sms,
-            uint8_t const* weight,
-            int64_t bytes,
-            unsigned long long* counters,
-            unsigned long long* checksum) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = num_sms;
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = sizeof(Ring);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = programmatic ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, copy_kernel<kAddUp>, weight, bytes, counters, checksum),
-        "launch");
+int64_t packed_bytes(bench::Shape shape) {
+  return (shape.n + kPanelRows - 1) / kPanelRows * ((shape.k + kBlockColumns - 1) / kBlockColumns) *
+         kBlockBytes;
 }
 
 class StreamFloor {
  public:
-  StreamFloor(Shape shape, cudaDeviceProp const& gpu, cudaStream_t stream)
+  StreamFloor(bench::Shape shape, cudaDeviceProp const& gpu)
       : num_sms_(gpu.multiProcessorCount),
-        stream_(stream),
-        bytes_(shape.bytes()),
-        copies_(static_cast<int>(std::max<int64_t>(2, 3ll * gpu.l2CacheSize / bytes_ + 1))),
+        bytes_(packed_bytes(shape)),
+        copies_(bench::cold_copies(bytes_, gpu)),
         weights_(copies_ * bytes_),
         counters_(num_sms_) {
     fill_kernel<<<num_sms_ * 8, 256, 0, stream_>>>(reinterpret_cast<uint32_t*>(weights_.data()),
                                                    copies_ * bytes_ / 4);
     check(cudaGetLastError(), "fill");
     // A programmatic launch asks for bytes before it waits for whatever writes them.
-    check(cudaStreamSynchronize(stream_), "fill");
+    stream_.synchronize("fill");
   }
 
   void verify() const {
-    DeviceArray<unsigned long long> sums(2);
-    for (int copy = 0; copy < copies_; ++copy) {
-      launch<true>(stream_, true, num_sms_, weight(copy), bytes_, counters_.data(), sums.data());
-    }
+    bench::DeviceArray<unsigned long long> sums(2);
+    for (int copy = 0; copy < copies_; ++copy)
+      launch<true>(true, copy, sums.data());
     checksum_kernel<<<num_sms_ * 8, 256, 0, stream_>>>(
         reinterpret_cast<uint32_t const*>(weights_.data()), copies_ * bytes_ / 4, sums.data() + 1);
     check(cudaGetLastError(), "checksum");
-    check(cudaStreamSynchronize(stream_), "verification");
+    stream_.synchronize("verification");
     const auto host = sums.to_host();
     require(host[0] == host[1], "wrong checksum: the copies brought " + std::to_string(host[0]) +
                                     ", memory holds " + std::to_string(host[1]));
@@ -293,50 +203,28 @@ class StreamFloor {
 
   // Median µs per launch.
   double time(bool programmatic) const {
-    const int rounds = (kLaunchesPerGraph + copies_ - 1) / copies_;
-    const int launches = rounds * copies_;
-    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture");
-    for (int i = 0; i < launches; ++i) {
-      launch<false>(stream_, programmatic, num_sms_, weight(i % copies_), bytes_, counters_.data(),
-                    nullptr);
-    }
-    cudaGraph_t graph;
-    cudaGraphExec_t executable;
-    check(cudaStreamEndCapture(stream_, &graph), "end of capture");
-    check(cudaGraphInstantiate(&executable, graph, 0), "instantiation");
-    cudaEvent_t begin, end;
-    check(cudaEventCreate(&begin), "event");
-    check(cudaEventCreate(&end), "event");
-
     const uint64_t counted = bytes_landed();
-    std::vector<float> times;
-    for (int replay = -2; replay < kReplays; ++replay) {  // two to warm up
-      check(cudaEventRecord(begin, stream_), "event");
-      check(cudaGraphLaunch(executable, stream_), "replay");
-      check(cudaEventRecord(end, stream_), "event");
-      check(cudaEventSynchronize(end), "replay");
-      float milliseconds;
-      check(cudaEventElapsedTime(&milliseconds, begin, end), "event");
-      if (replay >= 0)
-        times.push_back(milliseconds * 1e3f / launches);
-    }
+    uint64_t launches = 0;
+    const double us = bench::graph_us(stream_, copies_, kLaunchesPerGraph, [&](int copy) {
+      launch<false>(programmatic, copy, nullptr);
+      ++launches;
+    });
     const uint64_t landed = bytes_landed() - counted;
-    const uint64_t expected = uint64_t(bytes_) * launches * (kReplays + 2);
+    const uint64_t expected = uint64_t(bytes_) * launches * (bench::kReplays + 2);
     require(landed == expected, "expected " + std::to_string(expected) + " bytes to land, got " +
                                     std::to_string(landed));
-    check(cudaEventDestroy(begin), "event");
-    check(cudaEventDestroy(end), "event");
-    check(cudaGraphExecDestroy(executable), "graph");
-    check(cudaGraphDestroy(graph), "graph");
-    std::sort(times.begin(), times.end());
-    return times[times.size() / 2];
+    return us;
   }
 
  private:
-  uint8_t const* weight(int copy) const { return weights_.data() + copy * bytes_; }
+  template <bool kAddUp>
+  void launch(bool programmatic, int copy, unsigned long long* checksum) const {
+    bench::launch(copy_kernel<kAddUp>, num_sms_, kThreads, sizeof(Ring), stream_, programmatic,
+                  weights_.data() + copy * bytes_, bytes_, counters_.data(), checksum);
+  }
 
   uint64_t bytes_landed() const {
-    check(cudaStreamSynchronize(stream_), "copies");
+    stream_.synchronize("copies");
     uint64_t total = 0;
     for (unsigned long long count : counters_.to_host())
       total += count;
@@ -344,56 +232,36 @@ class StreamFloor {
   }
 
   int num_sms_;
-  cudaStream_t stream_;
+  bench::Stream stream_;
   int64_t bytes_;
   int copies_;
-  DeviceArray<uint8_t> weights_;
-  DeviceArray<unsigned long long> counters_;
+  bench::DeviceArray<uint8_t> weights_;
+  bench::DeviceArray<unsigned long long> counters_;
 };
-
-void run(std::vector<Shape> const& shapes) {
-  cudaDeviceProp gpu;
-  check(cudaGetDeviceProperties(&gpu, 0), "no usable GPU");
-  require(gpu.major == 9 && gpu.minor == 0, std::string("needs compute capability 9.0 (Hopper), ") +
-                                                gpu.name + " has " + std::to_string(gpu.major) +
-                                                "." + std::to_string(gpu.minor));
-  check(cudaFuncSetAttribute(copy_kernel<false>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             sizeof(Ring)),
-        "shared memory");
-  check(cudaFuncSetAttribute(copy_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             sizeof(Ring)),
-        "shared memory");
-  cudaStream_t stream;
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
-
-  std::printf("# %s, %d SMs, ring of %d x %d bytes per SM\n", gpu.name, gpu.multiProcessorCount,
-              kStages, kStageBytes);
-  std::printf("N\tK\tbytes\tsingle_us\tpdl_us\tsingle_TBps\tpdl_TBps\n");
-  for (Shape shape : shapes) {
-    const StreamFloor floor(shape, gpu, stream);
-    floor.verify();
-    const double single = floor.time(false);
-    const double pdl = floor.time(true);
-    const double mega = shape.bytes() / 1e6;  // bytes per µs are TB/s
-    std::printf("%" PRId64 "\t%" PRId64 "\t%" PRId64 "\t%.3f\t%.3f\t%.3f\t%.3f\n", shape.n, shape.k,
-                shape.bytes(), single, pdl, mega / single, mega / pdl);
-    std::fflush(stdout);
-  }
-  check(cudaStreamDestroy(stream), "stream");
-}
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    std::vector<Shape> shapes;
+  return bench::run("stream_floor", [&] {
+    require(argc > 1, "usage: stream_floor NxK ...");
+    std::vector<bench::Shape> shapes;
     for (int i = 1; i < argc; ++i)
-      shapes.push_back(parse_shape(argv[i]));
-    require(!shapes.empty(), "usage: stream_floor NxK ...");
-    run(shapes);
-    return EXIT_SUCCESS;
-  } catch (std::exception const& error) {
-    std::fprintf(stderr, "stream_floor: %s\n", error.what());
-    return EXIT_FAILURE;
-  }
+      shapes.push_back(bench::parse_shape(argv[i]));
+    const cudaDeviceProp gpu = bench::hopper();
+    bench::allow_shared_bytes(copy_kernel<false>, sizeof(Ring));
+    bench::allow_shared_bytes(copy_kernel<true>, sizeof(Ring));
+    std::printf("# %s, %d SMs, ring of %d x %d bytes per SM\n", gpu.name, gpu.multiProcessorCount,
+                kStages, kStageBytes);
+    std::printf("N\tK\tbytes\tsingle_us\tpdl_us\tsingle_TBps\tpdl_TBps\n");
+    for (bench::Shape shape : shapes) {
+      const StreamFloor floor(shape, gpu);
+      floor.verify();
+      const double single = floor.time(false);
+      const double pdl = floor.time(true);
+      const double mega = packed_bytes(shape) / 1e6;  // bytes per µs are TB/s
+      std::printf("%" PRId64 "\t%" PRId64 "\t%" PRId64 "\t%.3f\t%.3f\t%.3f\t%.3f\n", shape.n,
+                  shape.k, packed_bytes(shape), single, pdl, mega / single, mega / pdl);
+      std::fflush(stdout);
+    }
+  });
 }
