@@ -41,6 +41,7 @@ inline constexpr TileCost kTileCosts[] = {
     {0.2751, 1.886},  // t64_p4_k1
     {0.2096, 2.482},  // t128_p2_k1
     {0.2911, 2.378},  // t128_p3_k1
+    {0.3100, 2.500},  // t128_p4_k1
     {0.3393, 6.984},  // t256_p2_k1
 };
 static_assert(sizeof(kTileCosts) / sizeof(kTileCosts[0]) == kNumTileShapes);

@@ -53,19 +53,36 @@ struct Consumer {
     constexpr int kGroups = Tile::kKGroups;
     const int first = (k_group + kGroups - stages_done % kGroups) % kGroups;
     RingState<Tile> ring(stages_done + first);
-    for (int slab = first; slab < slabs; slab += kGroups) {
+    const WeightReader reader(&shared.weights[0][panel][0], thread);
+    Weights next{};
+    if (first < slabs) {
       cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);
+      next = reader.load(ring.slot, 0);
+    }
+    for (int slab = first; slab < slabs; slab += kGroups) {
+      const int slot = ring.slot;
       CUTE_UNROLL
       for (int block = 0; block < Tile::kStageBlocks; ++block) {
+        const Weights weights = next;
+        // On its way from shared memory while this block is dequantized.
+        if (block + 1 < Tile::kStageBlocks) {
+          next = reader.load(slot, block + 1);
+        } else {
+          ring.advance(kGroups);
+          if (slab + kGroups < slabs) {
+            cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);
+            next = reader.load(ring.slot, 0);
+          }
+        }
         Tensor tCrW_block = tCrW(_, _, _, block % 2);
-        dequantize(shared.weights[ring.slot][panel] + block * kBlockBytes, thread, tCrW_block);
+        dequantize(weights, tCrW_block);
         // Pins the registers here: arithmetic moved behind the arrive would make ptxas serialize
         // the wgmmas.
         warpgroup_fence_operand(tCrW_block);
         warpgroup_fence_operand(acc);
         warpgroup_arrive();
-        gemm(mma, tCrW_block(_, _, 0), tCrX(_, _, 2 * block, ring.slot), acc);
-        gemm(mma, tCrW_block(_, _, 1), tCrX(_, _, 2 * block + 1, ring.slot), acc);
+        gemm(mma, tCrW_block(_, _, 0), tCrX(_, _, 2 * block, slot), acc);
+        gemm(mma, tCrW_block(_, _, 1), tCrX(_, _, 2 * block + 1, slot), acc);
         warpgroup_commit_batch();
         // The block before this one is done: its registers are free, and with the first block of a
         // stage the stage before.
@@ -74,7 +91,6 @@ struct Consumer {
           release(shared, ring.behind(kGroups), slab != first);
         }
       }
-      ring.advance(kGroups);
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc);
@@ -82,13 +98,41 @@ struct Consumer {
   }
 
  private:
-  // One block of this thread's weights: 16 bytes of codes and one word of parameters become 8 A
-  // registers.
+  // One block of this thread's weights: 32 codes, and the (s, a) pairs of its two channels.
+  struct Weights {
+    uint4 codes;
+    uint32_t params;
+  };
+
+  class WeightReader {
+   public:
+    CUTE_DEVICE WeightReader(uint8_t const* first_block, int thread)
+        : codes_(cute::cast_smem_ptr_to_uint(first_block) + 16 * thread),
+          params_(cute::cast_smem_ptr_to_uint(first_block) + kBlockCodeBytes +
+                  4 * param_word(thread)) {
+      // Hides where they come from: ptxas would compute both anew for every block.
+      asm volatile("" : "+r"(codes_), "+r"(params_));
+    }
+
+    CUTE_DEVICE Weights load(int slot, int block) const {
+      Weights w;
+      const uint32_t offset = slot * Tile::kStageWeightBytes + block * kBlockBytes;
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(w.codes.x), "=r"(w.codes.y), "=r"(w.codes.z), "=r"(w.codes.w)
+                   : "r"(codes_ + offset));
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w.params) : "r"(params_ + offset));
+      return w;
+    }
+
+   private:
+    uint32_t codes_, params_;
+  };
+
+  // Into 8 A registers.
   template <class Registers>
-  CUTE_DEVICE static void dequantize(uint8_t const* block, int thread, Registers&& out) {
-    const uint4 codes = reinterpret_cast<uint4 const*>(block)[thread];
-    const uint32_t params =
-        reinterpret_cast<uint32_t const*>(block + kBlockCodeBytes)[param_word(thread)];
+  CUTE_DEVICE static void dequantize(Weights const& weights, Registers&& out) {
+    const uint32_t params = weights.params;
+    const uint4 codes = weights.codes;
     // (s, a) of channel g in the low half, of g + 8 in the high half: zero-extend s, replicate a.
     const uint32_t step[2] = {__byte_perm(params, 0, 0x4440), __byte_perm(params, 0, 0x4442)};
     const uint32_t offsets[2] = {__byte_perm(params, 0, 0x1111), __byte_perm(params, 0, 0x3333)};

@@ -2,8 +2,13 @@
 // bias[n]), rounded after each operation, left to right.
 //
 // The accumulators hold Y transposed. They pass through shared memory, a chunk of tokens at a time,
-// where the partial sums of the panel's k groups and, with split K, of every CTA of the cluster are
-// added, and where rows of y become contiguous: sixteen threads write the 64 channels of a token.
+// where rows of y become contiguous. There are three ways:
+//
+//   store_rounded  one group has all of K and y has 16 bits: rounded in registers, transposed by
+//                  stmatrix, eight threads write the 64 channels of a token
+//   store_local    the partial sums of the panel's k groups are added; any type of y
+//   store_split    and those of every CTA of the cluster
+//
 // Integer addition makes any split exact.
 #pragma once
 
@@ -12,6 +17,7 @@
 #include <cutlass/arch/barrier.h>
 
 #include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90.hpp>
 #include <cute/tensor.hpp>
 
 #include "liquidgemm/kernel/params.hpp"
@@ -79,7 +85,7 @@ class Epilogue {
     const int panel_channel = first_channel_ - thread_channel();
     // One register each: the first 64 threads carry the channels' scales, the next 64 their biases.
     const int channel = panel_channel + thread() % kBlockRows;
-    channel_value_ = 0.f;
+    channel_value_ = -0.f;  // the bias that changes no bit of what it is added to
     if (channel < params_.n && thread() < kBlockRows) {
       channel_value_ = params_.weight_scale[channel];
     } else if (channel < params_.n && thread() < 2 * kBlockRows && params_.bias) {
@@ -98,12 +104,104 @@ class Epilogue {
     locate(scheduler.coord());  // again, rather than hold registers during the main loop
     if (params_.split_k > 1) {
       store_split(scheduler.iteration(), acc, k_group);
-    } else {
-      store_local(acc, k_group);
+      return;
     }
+    if constexpr (Tile::kKGroups == 1) {
+      if (rows_are_vectors()) {
+        if (params_.y_type == Element::kBFloat16)
+          return store_rounded<__nv_bfloat162>(acc);
+        if (params_.y_type == Element::kFloat16)
+          return store_rounded<__half2>(acc);
+      }
+    }
+    store_local(acc, k_group);
   }
 
  private:
+  // Whether every row of y is a whole number of aligned 16-byte vectors, for elements of 2 bytes.
+  CUTE_DEVICE bool rows_are_vectors() const {
+    return (reinterpret_cast<uintptr_t>(params_.y) | (params_.y_stride * 2) | (params_.n * 2)) %
+               16 ==
+           0;
+  }
+
+  CUTE_DEVICE static uint32_t round_pair(float low, float high, __nv_bfloat162) {
+    return bits_of(__floats2bfloat162_rn(low, high));
+  }
+  CUTE_DEVICE static uint32_t round_pair(float low, float high, __half2) {
+    return bits_of(__floats2half2_rn(low, high));
+  }
+  template <class Pair>
+  CUTE_DEVICE static uint32_t bits_of(Pair pair) {
+    return reinterpret_cast<uint32_t const&>(pair);
+  }
+
+  // While a chunk is read and stored, the next one is staged in the other buffer: one barrier per
+  // chunk. The first one also says that everybody is done with the tile before this one.
+  template <class Pair, class Accumulator>
+  CUTE_DEVICE void store_rounded(Accumulator const& acc) {
+    constexpr int kChunk = Tile::kRoundedChunkTokens;
+    constexpr int kVector = 8;  // elements
+    constexpr int kThreadsPerRow = kBlockRows / kVector;
+    constexpr int kRowsAtOnce = kThreads / kThreadsPerRow;
+    stage_scales();
+    panel_barrier();
+    const int lane = threadIdx.x % 32;
+    const int warp_row = thread() / 32 * 16;
+    const int row = warp_row + lane / 4;
+    auto const& channel_values = shared_.channel_values[panel_];
+    const float scale[2] = {channel_values[0][row], channel_values[0][row + 8]};
+    const float bias[2] = {channel_values[1][row], channel_values[1][row + 8]};
+    // stmatrix takes the address of a row of 16 bytes from every lane: lanes 0-7 and 8-15 those of
+    // the tokens of an octet, for the upper and the lower eight channels; 16-31 of the next octet.
+    const int stage_offset = (lane / 16 * 8 + lane % 8) * Tile::kRoundedPitch + warp_row +
+                             lane / 8 % 2 * 8;
+    const int load_token = thread() / kThreadsPerRow;
+    const int load_channel = thread() % kThreadsPerRow * kVector;
+    const int channel = first_channel_ - thread_channel() + load_channel;
+    const int tokens = params_.m - first_token_;
+    uint16_t* const y = static_cast<uint16_t*>(params_.y) +
+                        (first_token_ + load_token) * params_.y_stride + channel;
+    CUTE_UNROLL
+    for (int chunk = 0; chunk < Tile::kTokens / kChunk; ++chunk) {
+      if (chunk * kChunk < tokens) {
+        auto* const staging = reinterpret_cast<uint16_t*>(shared_.staging[chunk % 2][panel_]);
+        CUTE_UNROLL
+        for (int pair = 0; pair < kChunk / 16; ++pair) {
+          uint32_t rounded[4];
+          CUTE_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const int octet = chunk * (kChunk / 8) + 2 * pair + i / 2;
+            const int half = i % 2;
+            const float2 token_scale = *reinterpret_cast<float2 const*>(
+                &shared_.token_scale[panel_][8 * octet + lane % 4 * 2]);
+            const int sum0 = acc(cute::make_coord(0, half, octet), 0, 0);
+            const int sum1 = acc(cute::make_coord(1, half, octet), 0, 0);
+            rounded[i] = round_pair(output(sum0, token_scale.x, scale[half], bias[half]),
+                                    output(sum1, token_scale.y, scale[half], bias[half]), Pair{});
+          }
+          cute::SM90_U16x8_STSM_T::copy(
+              rounded[0], rounded[1], rounded[2], rounded[3],
+              *reinterpret_cast<cute::uint128_t*>(
+                  &staging[stage_offset + pair * 16 * Tile::kRoundedPitch]));
+        }
+        panel_barrier();
+        CUTE_UNROLL
+        for (int i = 0; i < kChunk / kRowsAtOnce; ++i) {
+          const int token = chunk * kChunk + i * kRowsAtOnce;
+          const uint4 vector = *reinterpret_cast<uint4 const*>(
+              &staging[(load_token + i * kRowsAtOnce) * Tile::kRoundedPitch + load_channel]);
+          if (load_token + token < tokens && channel < params_.n)
+            *reinterpret_cast<uint4*>(y + token * params_.y_stride) = vector;
+        }
+      }
+    }
+  }
+
+  CUTE_DEVICE static float output(int32_t sum, float token_scale, float scale, float bias) {
+    return __fadd_rn(__fmul_rn(__fmul_rn(__int2float_rn(sum), token_scale), scale), bias);
+  }
+
   // One CTA has all of K. While a chunk is read and stored, the next one is staged in the other
   // buffer: one barrier per chunk.
   template <class Accumulator>
@@ -118,7 +216,7 @@ class Epilogue {
       panel_barrier();
       if (chunk + 1 < chunks)
         stage_local(acc, chunk + 1, k_group);
-      auto const& staging = shared_.staging[chunk % Tile::kStagingBuffers][panel_];
+      auto const* const staging = staged_sums(chunk % Tile::kStagingBuffers);
       CUTE_UNROLL
       for (int i = 0; i < cute::ceil_div(+Tile::kChunkTokens, kTokensAtOnce); ++i) {
         const int token = thread() / kThreadsPerToken + i * kTokensAtOnce;
@@ -135,7 +233,7 @@ class Epilogue {
 
   template <class Accumulator>
   CUTE_DEVICE void stage_local(Accumulator const& acc, int chunk, int k_group) {
-    auto& staging = shared_.staging[chunk % Tile::kStagingBuffers][panel_];
+    auto* const staging = staged_sums(chunk % Tile::kStagingBuffers);
     for_each_sum(acc, chunk, [&](int token, int row, int32_t sum) {
       staging[k_group * Tile::kChunkTokens + token][row] = sum;
     });
@@ -149,7 +247,7 @@ class Epilogue {
     const int share = kLog2Chunk - (31 - __clz(params_.split_k));  // log2 of tokens per CTA
     const int cta_rank = cute::block_rank_in_cluster();
     const int own_row = (cta_rank * Tile::kKGroups + k_group) << share;
-    auto& staging = shared_.staging[0][panel_];
+    auto* const staging = staged_sums(0);
     uint64_t* const staged = &shared_.staged[panel_];
     uint64_t* const drained = &shared_.drained[panel_];
 
@@ -219,6 +317,12 @@ class Epilogue {
     }
   }
 
+  using SumRow = int32_t[Tile::kStagingPitch];
+
+  CUTE_DEVICE SumRow* staged_sums(int buffer) const {
+    return reinterpret_cast<SumRow*>(shared_.staging[buffer][panel_]);
+  }
+
   // This thread's sums of a chunk, with their token in the chunk and their row of the panel.
   template <class Accumulator, class Body>
   CUTE_DEVICE static void for_each_sum(Accumulator const& acc, int chunk, Body const& body) {
@@ -267,10 +371,8 @@ class Epilogue {
     float y[4];
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const float scaled = __fmul_rn(__int2float_rn(sums[i]), token_scale);
-      y[i] = __fmul_rn(scaled, shared_.channel_values[panel_][0][channel + i]);
-      if (params_.bias)
-        y[i] = __fadd_rn(y[i], shared_.channel_values[panel_][1][channel + i]);
+      y[i] = output(sums[i], token_scale, shared_.channel_values[panel_][0][channel + i],
+                    shared_.channel_values[panel_][1][channel + i]);
     }
     if (params_.y_type == Element::kFloat32) {
       store_row(static_cast<float*>(params_.y) + at, y, count, aligned);

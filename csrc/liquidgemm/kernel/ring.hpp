@@ -65,8 +65,7 @@ struct alignas(1024) SharedStorage {
   alignas(16) uint8_t weights[Tile::kStages][Tile::kPanels][Tile::kStageBlocks * kBlockBytes];
   alignas(16) float channel_values[Tile::kPanels][2][kBlockRows];  // weight scales, biases
   float token_scale[Tile::kPanels][Tile::kTokens];
-  alignas(16) int32_t staging[Tile::kStagingBuffers][Tile::kPanels]
-                             [Tile::kKGroups * Tile::kChunkTokens][Tile::kStagingPitch];
+  alignas(16) uint8_t staging[Tile::kStagingBuffers][Tile::kPanels][Tile::kBufferBytes];
   // full: one arrival of each producer, plus the bytes of the stage. empty: kReleasesPerWarp
   // arrivals of each warp that read it.
   alignas(8) uint64_t full[Tile::kStages];

@@ -30,6 +30,7 @@ inline constexpr TileShape kTileShapes[] = {
     {64, 4, 1, 2},   //
     {128, 2, 1, 2},  // small prefill, or few tiles
     {128, 3, 1, 2},  //
+    {128, 4, 1, 2},  //
     {256, 2, 1, 2},  // prefill: least dequantization per multiplication
 };
 inline constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
@@ -69,15 +70,20 @@ struct Tile {
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * (kConsumerGroups + 1) - kProducerRegisters) / kConsumerGroups / 8 * 8;
 
-  // Epilogue: int32 sums pass through shared memory, this many tokens at a time, in two buffers if
-  // a tile needs more than one.
+  // Epilogue: results pass through shared memory, a chunk of tokens at a time, in two buffers if a
+  // tile needs more than one. Sums that have to be added up pass as int32, others may be rounded to
+  // 16 bits first. Both pitches keep both access patterns free of bank conflicts.
   static constexpr int kLargestChunk = kKGroups < 4 ? 16 : 32;
   static constexpr int kChunkTokens = kTokens < kLargestChunk ? kTokens : kLargestChunk;
   static constexpr int kChunks = kTokens / kChunkTokens;
+  static constexpr int kStagingPitch = kBlockRows + 4;  // words
+  static constexpr int kRoundedChunkTokens = 32;
+  static constexpr int kRoundedPitch = kBlockRows + 8;  // 16-bit elements
   static constexpr int kStagingBuffers = kChunks == 1 ? 1 : 2;
-  static constexpr int kStagingPitch = kBlockRows + 4;  // words: both access patterns conflict-free
-  static constexpr int kStagingBytes =
-      kStagingBuffers * kConsumerGroups * kChunkTokens * kStagingPitch * 4;
+  static constexpr int kSumBytes = kKGroups * kChunkTokens * kStagingPitch * 4;
+  static constexpr int kRoundedBytes = kKGroups == 1 ? kRoundedChunkTokens * kRoundedPitch * 2 : 0;
+  static constexpr int kBufferBytes = kSumBytes > kRoundedBytes ? kSumBytes : kRoundedBytes;
+  static constexpr int kStagingBytes = kStagingBuffers * kPanels * kBufferBytes;
 
   static constexpr int kStageWeightBytes = kPanels * kStageBlocks * kBlockBytes;
   static constexpr int kStageTokenBytes = kTokens * kStageK;
@@ -95,6 +101,7 @@ struct Tile {
   static_assert(kStages >= 2 * kKGroups, "a group keeps a stage until it has begun the next one");
   static_assert(kStageBlocks % 2 == 0,
                 "a stage is made of 128-byte rows of activations, and A registers alternate");
+  static_assert(kKGroups > 1 || kTokens % (2 * kRoundedChunkTokens) == 0, "two buffers take turns");
   static_assert(kTokens % kChunkTokens == 0 && kTokens % 8 == 0 && kTokens <= 256);
   static_assert(kThreads <= 1024);
 };

@@ -1,0 +1,11 @@
+#include "liquidgemm/host/launch.hpp"
+
+namespace liquidgemm {
+
+static_assert(is_tile(9, {128, 4, 1, 2}), "this file is named after its tile");
+template <>
+cudaError_t launch_tile<9>(KernelParams const& params, int num_sms, cudaStream_t stream) {
+  return launch_tile_impl<9>(params, num_sms, stream);
+}
+
+}  // namespace liquidgemm
