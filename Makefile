@@ -18,12 +18,13 @@ above say why. A first run needs the network (PyPI) or a pip mirror." >&2; exit 
 .DEFAULT_GOAL := help
 # Two pips at once would trip over each other; ninja compiles in parallel by itself.
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu sanitize readme-table build wheel lint lint-python lint-cpp format clean
+.PHONY: help demo test test-gpu stress sanitize readme-table build wheel lint lint-python lint-cpp format clean
 
 help:
 	@echo "make demo        set up, then run the demonstration: a small language model before and after"
 	@echo "make test        set up, then run the tests (those for a GPU only where a Hopper GPU is)"
 	@echo "make test-gpu    set up, then run the GPU tests alone"
+	@echo "make stress      set up, then the tests that take up to half an hour (SLICE=1/6, SEED=0)"
 	@echo "make sanitize    set up, then a small GPU suite under compute-sanitizer"
 	@echo "make build       set up, then compile what has changed"
 	@echo "make wheel       a wheel for every Python, in dist/"
@@ -43,17 +44,22 @@ RESULTS ?= $(lastword $(sort $(wildcard bench/results/h100-sxm/*/results.json)))
 readme-table: $(VENV)/dev.stamp
 	$(BIN)/python -m bench.readme_table $(RESULTS)
 
-# Without the caching allocator every tensor is an allocation of its own, with edges to be overrun.
 # racecheck gets a build in which every lane arrives at a barrier (csrc/liquidgemm/kernel/ring.hpp),
-# and one small test: it needs minutes for more.
-SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9
-SMALL    := -m pytest -q tests/gpu/test_small_suite.py
+# and the smallest problems: it needs minutes for more.
+SANITIZE := $(BIN)/python tests/sanitize.py
 sanitize: build
-	$(SANITIZE) --tool memcheck $(BIN)/python $(SMALL)
-	mkdir -p build/racecheck && cp -r csrc liquidgemm setup.py pyproject.toml README.md LICENSE build/racecheck
-	cd build/racecheck && NVCC_APPEND_FLAGS=-DLIQUIDGEMM_EVERY_LANE_ARRIVES \
-	  $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
-	$(SANITIZE) --tool racecheck $(BIN)/python $(SMALL) -k epilogues -o pythonpath=build/racecheck
+	$(SANITIZE) memcheck
+	$(SANITIZE) initcheck
+	$(SANITIZE) synccheck
+	$(BIN)/python tests/planted/variants.py "every lane"
+	$(SANITIZE) --package build/planted/every-lane-arrives racecheck \
+	  tests/gpu/test_small_suite.py -k epilogues
+
+# make stress SLICE=2/6 SEED=7: every sixth test from the second on, with other random cases
+export SLICE ?= 1/1
+export SEED ?= 0
+stress: build
+	$(BIN)/python -m pytest tests/stress
 
 build: $(VENV)/dev.stamp
 	@$(BIN)/python setup.py --quiet build_ext --inplace

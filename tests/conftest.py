@@ -13,6 +13,11 @@ settings.register_profile("thorough", parent=settings.get_profile("default"), ma
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_report_header() -> str:
+    """Which library is tested: there may be several, see tests/planted."""
+    return f"liquidgemm: {_library.CUDA_LIBRARY}"
+
+
 def pytest_runtest_setup(item):
     """Skips a GPU test without a Hopper GPU; beside one, a missing library is a failure."""
     if item.get_closest_marker("gpu") is None:

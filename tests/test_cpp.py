@@ -12,7 +12,8 @@ PROGRAMS = sorted((Path(__file__).parent / "cpp").glob("*.cpp"))
 
 @pytest.mark.parametrize("source", PROGRAMS, ids=lambda source: source.stem)
 def test_host_program(source: Path, tmp_path: Path) -> None:
-    """The program compiles without nvcc and succeeds."""
+    """CHECKLIST 4: the program compiles without nvcc and succeeds; test_decode.cpp asks the
+    kernel's own function for every step, offset and code."""
     tools = build.Toolchain.find()
     program = tmp_path / source.stem
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", *tools.includes()]

@@ -1,12 +1,11 @@
 """The ops on the CPU: exactness, inputs, errors, autograd, torch.compile and export."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import reference
 import torch
+from fresh_process import run_python
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -248,20 +247,6 @@ for got, expected in zip(
     reference.assert_same(got, expected)
 print("exact")
 """
-
-
-def run_python(code, *arguments, **environment):
-    """A fresh interpreter that finds the package and the tests, and may end with an error."""
-    root = os.path.dirname(os.path.dirname(liquidgemm.__file__))
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def test_exact_with_the_instruction_set_lowered():

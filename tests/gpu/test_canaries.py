@@ -1,0 +1,69 @@
+"""Nothing but the output is written, and all of it is.
+
+The ops allocate their outputs, so there is no strided `out`; the kernel's rows that are no multiple
+of four elements, and with them its other store path, come from N.
+"""
+
+import pytest
+import torch
+from arena import SMALLEST, Arena
+from problems import DEVICE, assert_equal, random_problem, run, testing
+
+import liquidgemm
+
+CONFIGS = list(enumerate(testing.config_names()))
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int32]
+TOKENS = [1, 3, 9, 70, 257]
+
+
+def columns(m: int, itemsize: int, residue: int) -> int:
+    """The fewest columns, with this residue modulo 64, of an output of at least SMALLEST bytes."""
+    return -(-SMALLEST // (m * itemsize * 64)) * 64 + residue
+
+
+@pytest.mark.parametrize("residue", [8, 61, 62, 63])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_around_the_output_of_gemm(dtype: torch.dtype, residue: int) -> None:
+    """CHECKLIST 6: guards before and after the output, which starts as NaN; every configuration."""
+    arena = Arena(4 * SMALLEST)
+    for m in TOKENS:
+        n = columns(m, dtype.itemsize, residue)
+        problem = random_problem(m, n, 64)
+        bias = dtype.is_floating_point
+        expected = problem.output(dtype, bias) if bias else problem.accumulator()
+        for config, name in CONFIGS:
+            split_k = 1 + config % 2
+            what = f"{name} split_k={split_k} {m=} {n=} {dtype}"
+            with arena.allocating():
+                y = run(problem, dtype, bias, config, split_k, poisoned=False)
+            arena.check(y, what=what)
+            assert_equal(y, expected, what)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("k", [5, 8, 67])
+def test_around_the_outputs_of_quantize_activation(k: int, dtype: torch.dtype) -> None:
+    """CHECKLIST 6: both outputs, vector and scalar paths."""
+    m = SMALLEST // 4 + 3
+    x = torch.randn(m, k, device=DEVICE).to(dtype)
+    expected = liquidgemm.quantize_activation(x)
+    arena = Arena(m * (k + 4) + SMALLEST)
+    with arena.allocating():
+        x8, scale = liquidgemm.quantize_activation(x)
+    arena.check(x8, scale, what=f"{k=} {dtype}")
+    assert_equal(x8, expected[0], "x8")
+    assert_equal(scale, expected[1], "scale")
+
+
+def test_a_write_past_the_end_is_seen() -> None:
+    """CHECKLIST 6: the guards themselves, with one wrong byte on either side."""
+    arena = Arena(4 * SMALLEST)
+    with arena.allocating():
+        y = torch.zeros(SMALLEST + 1, dtype=torch.uint8, device=DEVICE)
+    arena.check(y, what="clean")
+    begin = y.data_ptr() - arena.address
+    for at in (begin - 1, begin + y.nbytes):
+        arena.bytes[at] = 0
+        with pytest.raises(AssertionError, match=f"1 bytes changed .*first at {at};"):
+            arena.check(y, what="planted")
+        arena.bytes[at] = 0xFF

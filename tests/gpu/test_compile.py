@@ -1,0 +1,84 @@
+"""torch.library and torch.compile on CUDA tensors; the CPU tests cover more cases."""
+
+import pytest
+import torch
+from fresh_process import run_python
+from problems import DEVICE, assert_equal, random_problem
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import liquidgemm
+
+OPS = torch.ops.liquidgemm
+
+
+def op_samples() -> list[tuple[str, tuple]]:
+    if not torch.cuda.is_available():
+        return [(name, ()) for name in ("quantize_activation", "gemm", "linear", "pack_weight")]
+    problem = random_problem(5, 72, 200)
+    weight = (problem.weight, problem.weight_scale)
+    x = torch.randn(2, 3, 200, device=DEVICE)
+    logical = liquidgemm.unpack_weight(problem.weight, 72)
+    return [
+        ("quantize_activation", (x.bfloat16().transpose(0, 1),)),
+        ("gemm", (problem.x, problem.x_scale, *weight)),
+        ("gemm", (problem.x, problem.x_scale, *weight, problem.bias, torch.float16)),
+        ("linear", (x.half(), *weight, problem.bias.half())),
+        ("linear", (x.clone().requires_grad_(), *weight, problem.bias)),
+        ("pack_weight", logical),
+        ("unpack_weight", (problem.weight, 72)),
+    ]
+
+
+def test_opcheck() -> None:
+    """CHECKLIST 18: schema, fake tensors, autograd registration, AOT dispatch."""
+    for op, arguments in op_samples():
+        torch.library.opcheck(getattr(OPS, op).default, arguments)
+
+
+def test_compile_once_for_any_number_of_tokens() -> None:
+    """CHECKLIST 18: inductor, dynamic M, one compilation, the same bits."""
+    problem = random_problem(1, 136, 200)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(liquidgemm.linear(x, problem.weight, problem.weight_scale, problem.bias))
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    for m in (3, 2, 17, 64, 257):
+        x = torch.randn(m, 200, device=DEVICE)
+        assert_equal(compiled(x), function(x), f"{m=}")
+    assert counter.frame_count == 1
+
+
+LOAD_EXPORTED = """
+import sys, torch, liquidgemm
+data = torch.load(sys.argv[2])
+if sys.argv[1].endswith(".aoti.pt2"):
+    run = torch._inductor.aoti_load_package(sys.argv[1])
+else:
+    run = torch.export.load(sys.argv[1]).module()
+for x, y in data:
+    assert torch.equal(run(x), y), x.shape
+print("same")
+"""
+
+
+@pytest.mark.parametrize("aot_inductor", [False, True], ids=["export", "aot_inductor"])
+def test_export_and_load_in_a_fresh_process(tmp_path, aot_inductor: bool) -> None:
+    """CHECKLIST 18: with a dynamic number of tokens."""
+    layer = liquidgemm.LiquidLinear.from_linear(torch.nn.Linear(200, 72))
+    model = torch.nn.Sequential(layer, torch.nn.ReLU()).eval().to(DEVICE)
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    with torch.no_grad():
+        example = (torch.randn(4, 200, device=DEVICE),)
+        program = torch.export.export(model, example, dynamic_shapes=({0: tokens},))
+        file = str(tmp_path / ("model.aoti.pt2" if aot_inductor else "model.pt2"))
+        if aot_inductor:
+            torch._inductor.aoti_compile_and_package(program, package_path=file)
+        else:
+            torch.export.save(program, file)
+        inputs = [torch.randn(m, 200, device=DEVICE) for m in (2, 9, 100)]
+        torch.save([(x, model(x)) for x in inputs], tmp_path / "data.pt")
+    result = run_python(LOAD_EXPORTED, file, tmp_path / "data.pt")
+    assert result.stdout.strip() == "same", result.stdout + result.stderr

@@ -1,0 +1,160 @@
+"""Programmatic launch: a producer that lets the next kernel start early must not be overtaken.
+
+Under programmatic stream serialization our kernels start once every CTA of the kernel before them
+has said so or has ended, and have to wait for the rest of it themselves. This producer says so at
+once, then dawdles, then writes what our kernels read. What is read too early is the stale content.
+"""
+
+import pytest
+import torch
+from problems import DEVICE, assert_equal, random_problem, testing
+
+import liquidgemm
+
+SOURCE = r"""
+extern "C" __global__ void slow_copy(char const* from, char* to, int bytes, int microseconds) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  unsigned long long begin, now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
+  do {
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  } while (now - begin < 1000ull * microseconds);
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < bytes; i += gridDim.x * blockDim.x)
+    to[i] = from[i];
+}
+"""
+CONFIGS = list(enumerate(testing.config_names()))
+MICROSECONDS = 1000
+
+
+@pytest.fixture(scope="module")
+def slow_copy():
+    kernel = torch.cuda._compile_kernel(SOURCE, "slow_copy")
+
+    def launch(source: torch.Tensor, target: torch.Tensor) -> None:
+        # Few small CTAs: whatever starts early finds room beside them.
+        assert source.nbytes == target.nbytes < 2**31
+        kernel((8, 1, 1), (128, 1, 1), [source, target, source.nbytes, MICROSECONDS])
+
+    return launch
+
+
+@pytest.mark.parametrize("split_k", [1, 2])
+@pytest.mark.parametrize(("config", "name"), CONFIGS, ids=lambda v: str(v))
+@pytest.mark.parametrize("late", ["x", "x_scale"])
+def test_gemm_waits_for_its_activations(slow_copy, late, config: int, name: str, split_k: int):
+    """CHECKLIST 13: every configuration, each operand that a kernel before it may have written."""
+    problem = random_problem(12, 1024, 1088)
+    expected = problem.output(torch.float32)
+    operands = {"x": problem.x, "x_scale": problem.x_scale}
+    fresh = operands[late]
+    stale = operands[late] = torch.zeros_like(fresh)
+    for i in range(5):
+        stale.zero_()
+        torch.cuda.synchronize()
+        slow_copy(fresh, stale)
+        y = testing.gemm_with_config(
+            *operands.values(),
+            problem.weight,
+            problem.weight_scale,
+            None,
+            torch.float32,
+            config,
+            split_k,
+            0,
+        )
+        assert_equal(y, expected, f"{name} split_k={split_k} late {late} run {i}")
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_gemm_does_not_write_early(slow_copy, m: int) -> None:
+    """CHECKLIST 13: the kernel before may still read, or write, the memory that y has now."""
+    problem = random_problem(m, 1024, 1088)
+    expected = problem.output(torch.float32)
+    shape = (m, 1024)
+    pool = torch.cuda.MemPool()  # of one block, so that both get the same place in it
+    for i in range(5):
+        with torch.cuda.use_mem_pool(pool):
+            old = torch.zeros(shape, device=DEVICE)
+        garbage = torch.full(shape, float("nan"), device=DEVICE)
+        torch.cuda.synchronize()
+        address = old.data_ptr()
+        slow_copy(garbage, old)  # in flight when its target is given to the next kernel
+        del old
+        with torch.cuda.use_mem_pool(pool):
+            y = liquidgemm.gemm(
+                problem.x,
+                problem.x_scale,
+                problem.weight,
+                problem.weight_scale,
+                None,
+                torch.float32,
+            )
+        assert y.data_ptr() == address, "the allocator gave another block: nothing was tested"
+        assert_equal(y, expected, f"{m=} run {i}")
+        del y
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("m", [1, 40, 600])
+def test_quantization_waits_for_its_input(slow_copy, m: int, dtype: torch.dtype) -> None:
+    """CHECKLIST 13: and `linear`, whose product must wait for more than the kernel before it."""
+    problem = random_problem(m, 512, 1088)
+    fresh = torch.randn(m, 1088, device=DEVICE).to(dtype)
+    expected_x8, expected_scale = liquidgemm.quantize_activation(fresh)
+    expected_y = liquidgemm.linear(fresh, problem.weight, problem.weight_scale)
+    stale = torch.zeros_like(fresh)
+    for i in range(5):
+        for call in ("quantize_activation", "linear"):
+            stale.zero_()
+            torch.cuda.synchronize()
+            slow_copy(fresh, stale)
+            if call == "linear":
+                y = liquidgemm.linear(stale, problem.weight, problem.weight_scale)
+                assert_equal(y, expected_y, f"linear {m=} {dtype} run {i}")
+            else:
+                x8, scale = liquidgemm.quantize_activation(stale)
+                assert_equal(x8, expected_x8, f"x8 {m=} {dtype} run {i}")
+                assert_equal(scale, expected_scale, f"scale {m=} {dtype} run {i}")
+
+
+def test_the_producer_can_be_overtaken(slow_copy) -> None:
+    """CHECKLIST 13: a kernel that does not wait reads stale data, so the tests above can fail."""
+    hasty = torch.cuda._compile_kernel(
+        'extern "C" __global__ void hasty(int const* from, int* to) { to[0] = from[0]; }', "hasty"
+    )
+    launch = launcher_with_programmatic_serialization()
+    fresh = torch.ones(4, dtype=torch.int32, device=DEVICE)
+    stale, seen = torch.zeros_like(fresh), torch.zeros_like(fresh)
+    torch.cuda.synchronize()
+    slow_copy(fresh, stale)
+    launch(hasty.func, stale, seen)
+    torch.cuda.synchronize()
+    assert stale[0].item() == 1
+    assert seen[0].item() == 0
+
+
+def launcher_with_programmatic_serialization():
+    """cuLaunchKernelEx with the attribute that our own launches have."""
+    driver = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
+    import ctypes
+
+    def launch(function, *tensors: torch.Tensor) -> None:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = (
+            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        )
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX = config.gridDimY = config.gridDimZ = 1
+        config.blockDimX = config.blockDimY = config.blockDimZ = 1
+        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        config.attrs = [attribute]
+        config.numAttrs = 1
+        pointers = tuple(tensor.data_ptr() for tensor in tensors)
+        kinds = tuple(ctypes.c_void_p for _ in tensors)
+        address = function.value if isinstance(function, ctypes.c_void_p) else int(function)
+        (error,) = driver.cuLaunchKernelEx(config, driver.CUfunction(address), (pointers, kinds), 0)
+        assert error == driver.CUresult.CUDA_SUCCESS, error
+
+    return launch

@@ -1,0 +1,259 @@
+"""Bugs planted in copies of the sources, each with the tests that have to catch it.
+
+A bug is a list of textual patches, so that csrc/ stays free of switches. Anchors are short, and
+every occurrence is replaced: a change of the kernel should rarely touch them, and where it does,
+tests/test_planted.py says which anchor is gone.
+
+`caught_by` holds arguments of pytest: one of these selections has to fail, or to hang until the
+watchdog ends it. BUILD means that the check of ptxas' report refuses the library.
+"""
+
+from dataclasses import dataclass
+
+KERNEL = "csrc/liquidgemm/kernel"
+BUILD = "the build"
+
+EXACT = "tests/gpu/test_gemm.py -k every_configuration"
+BACK_TO_BACK = "tests/gpu/test_gemm.py -k back_to_back"
+OVERTAKING = "tests/gpu/test_overtaking.py"
+CANARIES = "tests/gpu/test_canaries.py"
+SMALL = "tests/gpu/test_small_suite.py"
+
+
+@dataclass(frozen=True)
+class Patch:
+    file: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str
+    patches: tuple[Patch, ...]
+    caught_by: tuple[str, ...]
+    tool: str = ""  # of compute-sanitizer, which has to report it too
+
+    def apply(self, text: str, file: str) -> str:
+        """The file's text with the patches that are meant for it.
+
+        Raises:
+            LookupError: an anchor is gone.
+        """
+        for patch in self.patches:
+            if patch.file != file:
+                continue
+            if patch.old not in text:
+                raise LookupError(f"{self.name}: {file} no longer holds {patch.old!r}")
+            text = text.replace(patch.old, patch.new)
+        return text
+
+    @property
+    def files(self) -> set[str]:
+        return {patch.file for patch in self.patches}
+
+
+def bug(name: str, file: str, old: str, new: str, *caught_by: str, tool: str = "") -> Bug:
+    return Bug(name, (Patch(f"{KERNEL}/{file}", old, new),), caught_by, tool)
+
+
+# No bug: what `make sanitize` gives to racecheck, see csrc/liquidgemm/kernel/ring.hpp.
+EVERY_LANE = Bug(
+    "every lane arrives",
+    (
+        Patch(
+            f"{KERNEL}/ring.hpp",
+            "#ifdef LIQUIDGEMM_EVERY_LANE_ARRIVES",
+            "#if 1",
+        ),
+    ),
+    (),
+)
+
+BUGS = (
+    # Barriers of the ring.
+    bug(
+        "consumer does not wait for a full stage",
+        "consumer.hpp",
+        "cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);",
+        "",
+        EXACT,
+        BACK_TO_BACK,
+    ),
+    bug(
+        "producers do not wait for an empty stage",
+        "producer.hpp",
+        "Barrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);",
+        "",
+        EXACT,
+        BACK_TO_BACK,
+    ),
+    bug(
+        "ring is one slot too long",
+        "ring.hpp",
+        "if (slot >= Tile::kStages)",
+        "if (slot > Tile::kStages)",
+        EXACT,
+        BACK_TO_BACK,
+    ),
+    bug(
+        "depth of the ring is no multiple of the k groups",
+        "tile.hpp",
+        "kStages = kStagesThatFit / kKGroups * kKGroups",
+        "kStages = kStagesThatFit",
+        EXACT,
+        BACK_TO_BACK,
+    ),
+    # Fences.
+    bug(
+        "wgmma fence dropped",
+        "consumer.hpp",
+        "warpgroup_arrive();",
+        "",
+        BUILD,
+        EXACT,
+    ),
+    bug(
+        "tokens are loaded before the previous kernel is done",
+        "producer.hpp",
+        "cutlass::arch::wait_on_dependent_grids();",
+        "",
+        OVERTAKING,
+    ),
+    bug(
+        "scales are read before the previous kernel is done",
+        "kernel.hpp",
+        "cutlass::arch::wait_on_dependent_grids();",
+        "",
+        OVERTAKING,
+    ),
+    Bug(
+        "activations are quantized before the previous kernel is done",
+        (
+            Patch(
+                "csrc/quantize_activation.cu",
+                "cutlass::arch::wait_on_dependent_grids();",
+                "",
+            ),
+        ),
+        (OVERTAKING,),
+    ),
+    # The epilogue.
+    bug(
+        "a row past the last is stored",
+        "epilogue.hpp",
+        "if (m >= params_.m)",
+        "if (m > params_.m)",
+        CANARIES,
+        tool="memcheck",
+    ),
+    bug(
+        "a channel past the last is stored",
+        "epilogue.hpp",
+        "if (i < count)",
+        "if (i <= count)",
+        EXACT,
+        CANARIES,
+    ),
+    bug(
+        "rows g and g + 8 are swapped",
+        "epilogue.hpp",
+        "first_row + 8 * half",
+        "first_row + 8 * (1 - half)",
+        EXACT,
+    ),
+    Bug(
+        "no barrier between staging and reading the sums",
+        (
+            Patch(
+                f"{KERNEL}/epilogue.hpp",
+                "      panel_barrier();\n      if (chunk + 1 < chunks)",
+                "      if (chunk + 1 < chunks)",
+            ),
+            *EVERY_LANE.patches,
+        ),
+        (EXACT, BACK_TO_BACK),
+        tool="racecheck",
+    ),
+    bug(
+        "staging is written while a peer still reads it",
+        "epilogue.hpp",
+        "cutlass::arch::ClusterBarrier::wait(drained, phase ^ 1);",
+        "",
+        EXACT,
+        BACK_TO_BACK,
+    ),
+    # The split of K.
+    bug(
+        "a stage is counted twice where K is split",
+        "scheduler.hpp",
+        "slabs * (cta_rank + 1) / params.split_k)",
+        "slabs * (cta_rank + 1) / params.split_k + (cta_rank + 1 < params.split_k))",
+        EXACT,
+    ),
+)
+
+# No bug: random pauses of up to some microseconds wherever one role waits for another, so that they
+# meet in other orders than usual. The exactness suite has to pass.
+_DELAY = """
+CUTE_DEVICE void random_delay() {
+  uint32_t clock;
+  asm volatile("mov.u32 %0, %clock;" : "=r"(clock));
+  const uint32_t warp = blockIdx.x * 32 + threadIdx.x / 32;
+  const uint32_t hash = ((clock >> 2) ^ warp * 0x9e3779b9u) * 0x85ebca6bu;
+  __nanosleep(hash >> 29 == 0 ? hash >> 17 & 0xfff : 0);  // one time in eight, up to 4 us
+}
+
+template <class Tile>
+struct alignas(1024) SharedStorage {"""
+
+DELAY = Bug(
+    "random delays",
+    (
+        Patch(
+            f"{KERNEL}/ring.hpp",
+            "\ntemplate <class Tile>\nstruct alignas(1024) SharedStorage {",
+            _DELAY,
+        ),
+        Patch(
+            f"{KERNEL}/consumer.hpp",
+            "cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);",
+            "random_delay();\n"
+            "      cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);\n"
+            "      random_delay();",
+        ),
+        Patch(
+            f"{KERNEL}/consumer.hpp",
+            "    __syncwarp();\n    arrive_if(",
+            "    random_delay();\n    __syncwarp();\n    arrive_if(",
+        ),
+        Patch(
+            f"{KERNEL}/producer.hpp",
+            "Barrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);",
+            "random_delay();\n"
+            "        Barrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);\n"
+            "        random_delay();",
+        ),
+        Patch(
+            f"{KERNEL}/epilogue.hpp",
+            "CUTE_DEVICE void panel_barrier() const {\n",
+            "CUTE_DEVICE void panel_barrier() const {\n    random_delay();\n",
+        ),
+        Patch(
+            f"{KERNEL}/epilogue.hpp",
+            "cutlass::arch::ClusterBarrier::wait(drained, phase ^ 1);",
+            "random_delay();\n      cutlass::arch::ClusterBarrier::wait(drained, phase ^ 1);",
+        ),
+        Patch(
+            f"{KERNEL}/epilogue.hpp",
+            "cutlass::arch::ClusterBarrier::wait(staged, phase);",
+            "cutlass::arch::ClusterBarrier::wait(staged, phase);\n      random_delay();",
+        ),
+        Patch(
+            f"{KERNEL}/epilogue.hpp",
+            "arrive_at_cluster_if(lane",
+            "random_delay();\n      arrive_at_cluster_if(lane",
+        ),
+    ),
+    (),
+)

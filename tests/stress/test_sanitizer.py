@@ -1,0 +1,40 @@
+"""compute-sanitizer at length: the small suite is also what `make sanitize` runs."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from sanitize import TOOLS, sanitize
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "planted"))
+
+from bugs import BUGS, EVERY_LANE, Bug
+from variants import build_variant
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH"
+    ),
+]
+
+SMALL = "tests/gpu/test_small_suite.py"
+# racecheck needs minutes for more than the smallest problems.
+SMALLEST = [SMALL, "-k", "epilogues"]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_no_findings(tool: str) -> None:
+    """CHECKLIST 15: over the small suite."""
+    package = build_variant(EVERY_LANE) if tool == "racecheck" else None
+    found, output = sanitize(tool, package, SMALLEST if tool == "racecheck" else [SMALL])
+    assert found == 0, output[-6000:]
+
+
+@pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.tool], ids=lambda bug: bug.name)
+def test_a_planted_bug_is_found(bug: Bug) -> None:
+    """CHECKLIST 15: an out-of-bounds write by memcheck, a race by racecheck."""
+    tests = SMALLEST if bug.tool == "racecheck" else [SMALL]
+    found, output = sanitize(bug.tool, build_variant(bug), tests)
+    assert found > 0, output[-6000:]

@@ -1,0 +1,61 @@
+"""The planted bugs of tests/planted still fit the sources. What catches them needs a GPU."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "planted"))
+
+import variants
+from bugs import BUGS, BUILD, DELAY, Bug
+
+import setup as build
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def reduced() -> dict[str, str]:
+    return variants.reduced_sources(ROOT)
+
+
+@pytest.mark.parametrize("bug", variants.VARIANTS, ids=lambda bug: bug.name)
+def test_every_patch_applies(bug: Bug, reduced: dict[str, str]) -> None:
+    """CHECKLIST 16: a change of csrc/ that a patch does not survive has to mend the patch."""
+    patched = variants.patched_sources(ROOT, bug)
+    assert {file for file, text in patched.items() if text != reduced[file]} == bug.files
+
+
+def test_the_list_of_bugs() -> None:
+    """CHECKLIST 6, 13, 15: each has tests that are there, and a folder of its own."""
+    assert len({variants.slug(bug) for bug in variants.VARIANTS}) == len(variants.VARIANTS)
+    for bug in BUGS:
+        assert bug.caught_by, bug.name
+        for selection in bug.caught_by:
+            assert selection == BUILD or (ROOT / selection.split()[0]).is_file(), bug.name
+    assert {"memcheck", "racecheck"} <= {bug.tool for bug in BUGS}
+    assert not DELAY.caught_by
+
+
+def test_a_patch_that_does_not_apply_is_named() -> None:
+    lost = Bug("lost", (variants.BUGS[0].patches[0],), ())
+    with pytest.raises(LookupError, match=r"lost: .*consumer.hpp no longer holds"):
+        lost.apply("something else", lost.patches[0].file)
+
+
+def test_the_reduced_sources_compile(reduced: dict[str, str], tmp_path: Path) -> None:
+    """The cut-down lists of tiles agree with each other: the host side, which has no kernels."""
+    variants.write_tree(tmp_path, reduced)
+    shutil.copy(ROOT / "tests/cpp/test_plan.cpp", tmp_path)
+    tools = build.Toolchain.find()
+    includes = [
+        flag.replace(str(ROOT / "csrc"), str(tmp_path / "csrc")) for flag in tools.includes()
+    ]
+    compiled = build.run_quietly(
+        tools.cxx, "-std=c++17", "-fsyntax-only", *includes, tmp_path / "test_plan.cpp"
+    )
+    assert compiled.returncode == 0, compiled.stderr
+    instantiated = sorted(file for file in reduced if "instantiations" in file)
+    assert [Path(file).stem for file in instantiated] == sorted(variants.TILES)
