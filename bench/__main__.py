@@ -14,7 +14,7 @@ from liquidgemm import _library
 
 from . import stream_floor
 from .peers import OURS, PEERS, parse_peers
-from .shapes import MODELS, TOKENS, parse_shapes, parse_tokens
+from .shapes import MODELS, TOKENS, argument, parse_shapes, parse_tokens
 
 OPS = ("gemm", "linear")
 
@@ -34,18 +34,6 @@ def positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise ValueError(f"{text!r} is not a positive number")
     return value
-
-
-def argument(parse):
-    """An argparse type whose ValueError becomes the message."""
-
-    def convert(text: str):
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return convert
 
 
 def make_parser() -> argparse.ArgumentParser:

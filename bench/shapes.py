@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import dataclass, replace
 
@@ -110,3 +111,15 @@ def parse_tokens(text: str) -> list[int]:
     if not entries:
         raise ValueError("no numbers of tokens given")
     return sorted({int(entry) for entry in entries})
+
+
+def argument(parse):
+    """An argparse type whose ValueError becomes the message."""
+
+    def convert(text: str):
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
