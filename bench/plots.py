@@ -12,14 +12,21 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .peers import OURS
 from .results import Case, Run
-from .roofline import H100, crossover_tokens, operations, roof_ops_per_us, roofline
+from .roofline import (
+    H100,
+    Ceilings,
+    crossover_tokens,
+    operations,
+    roof_ops_per_us,
+    roofline,
+)
 from .tables import comparisons
 
 OUR_COLOUR = "#d62728"
 FLOOR_COLOUR = "#767676"
 # Okabe and Ito's colours, which the colour-blind can tell apart, without a red of their own.
 COLOURS = ("#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#000000", "#8c564b")
-ROOF_TEXT = f"{H100.bytes_per_us / 1e6:g} TB/s, {H100.ops_per_us / 1e6:g} TOPS"
+FEW_TOKENS = 128  # where the weight's bytes should bind
 MARKERS = ("s", "^", "D", "v", "P", "X", "*")
 STYLE = {
     "font.size": 10,
@@ -34,7 +41,7 @@ STYLE = {
 }
 
 
-def write(run: Run, folder: Path) -> list[Path]:
+def write(run: Run, folder: Path, ceilings: Ceilings = H100) -> list[Path]:
     """All plots of a run; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -43,11 +50,13 @@ def write(run: Run, folder: Path) -> list[Path]:
             n, k = shape["n"], shape["k"]
             cases = [case for case in run.cases_of(n, k) if case.best(OURS, "gemm")]
             if cases:
-                figure = time_plot(run, cases, shape["labels"])
+                figure = time_plot(run, cases, shape["labels"], ceilings)
                 files += save(figure, run, folder / f"time_{n}x{k}")
         if any(case.best(OURS, "gemm") for case in run.cases):
-            files += save(percent_plot(run), run, folder / "roofline_percent")
-            files += save(tops_plot(run), run, folder / "roofline_tops")
+            files += save(percent_plot(run, ceilings), run, folder / "roofline_percent")
+            files += save(tops_plot(run, ceilings), run, folder / "roofline_tops")
+        if any(floor_percent(run, shape) for shape in run.shapes):
+            files += save(floor_plot(run), run, folder / "floor_percent")
     return files
 
 
@@ -55,6 +64,10 @@ def save(figure: Figure, run: Run, stem: Path) -> list[Path]:
     caption = f"{run.machine['gpu']}, commit {run.commit}, {run.started[:10]}"
     if run.partial:
         caption += ", partial run"
+    return save_figure(figure, caption, stem)
+
+
+def save_figure(figure: Figure, caption: str, stem: Path) -> list[Path]:
     figure.text(0.995, 0.008, caption, ha="right", va="bottom", fontsize=8, color="#555555")
     files = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
     for file in files:
@@ -88,7 +101,7 @@ def plain_y(axes: Axes) -> None:
     axes.tick_params(axis="y", which="minor", length=0)
 
 
-def time_plot(run: Run, cases: list[Case], labels: list[str]) -> Figure:
+def time_plot(run: Run, cases: list[Case], labels: list[str], ceilings: Ceilings) -> Figure:
     n, k = cases[0].n, cases[0].k
     tokens = [case.m for case in cases]
     where = f" ({', '.join(labels)})" if labels else ""
@@ -99,11 +112,11 @@ def time_plot(run: Run, cases: list[Case], labels: list[str]) -> Figure:
     grid = fine_grid(tokens)
     axes.plot(
         grid,
-        [roofline(m, n, k).us for m in grid],
+        [roofline(m, n, k, ceilings).us for m in grid],
         color=FLOOR_COLOUR,
         linewidth=1,
         linestyle=(0, (1, 1.5)),
-        label=f"roofline ({ROOF_TEXT})",
+        label=roof_label(ceilings),
         zorder=1,
     )
     floor = run.floor(n, k)
@@ -197,23 +210,23 @@ def shape_style(index: int) -> dict:
     }
 
 
-def percent_plot(run: Run) -> Figure:
+def percent_plot(run: Run, ceilings: Ceilings) -> Figure:
     figure, axes = new_figure(
         "liquidgemm gemm: share of the roofline",
         "roofline time / measured time (%)",
         all_tokens(run),
     )
     for index, (name, points) in enumerate(gemm_times(run)):
-        percent = [100 * roofline(m, n, k).us / us for m, n, k, us in points]
+        percent = [100 * roofline(m, n, k, ceilings).us / us for m, n, k, us in points]
         axes.plot([p[0] for p in points], percent, label=name, **shape_style(index))
-    axes.axhline(100, color=FLOOR_COLOUR, linewidth=1.6, label=f"roof: {ROOF_TEXT}")
-    mark_crossover(axes)
+    axes.axhline(100, color=FLOOR_COLOUR, linewidth=1.6, label=roof_label(ceilings))
+    mark_crossover(axes, ceilings)
     axes.set_ylim(0, max(110, axes.get_ylim()[1]))
     legend_below(axes)
     return figure
 
 
-def tops_plot(run: Run) -> Figure:
+def tops_plot(run: Run, ceilings: Ceilings) -> Figure:
     tokens = all_tokens(run)
     figure, axes = new_figure(
         "liquidgemm gemm: throughput under the roof",
@@ -222,23 +235,57 @@ def tops_plot(run: Run) -> Figure:
     )
     plain_y(axes)
     grid = fine_grid(tokens)
-    roof = [roof_ops_per_us(m) / 1e6 for m in grid]
-    axes.plot(grid, roof, color=FLOOR_COLOUR, linewidth=1.6, label=f"roof: {ROOF_TEXT}", zorder=1)
+    roof = [roof_ops_per_us(m, ceilings) / 1e6 for m in grid]
+    label = roof_label(ceilings)
+    axes.plot(grid, roof, color=FLOOR_COLOUR, linewidth=1.6, label=label, zorder=1)
     for index, (name, points) in enumerate(gemm_times(run)):
         speeds = [operations(m, n, k) / us / 1e6 for m, n, k, us in points]
         axes.plot([p[0] for p in points], speeds, label=name, **shape_style(index))
-    mark_crossover(axes)
+    mark_crossover(axes, ceilings)
     legend_below(axes)
     return figure
+
+
+def floor_percent(run: Run, shape: dict) -> list[tuple[int, float]]:
+    """(M, stream floor / measured time in %) of liquidgemm's gemm, up to FEW_TOKENS."""
+    n, k = shape["n"], shape["k"]
+    floor = run.floor(n, k)
+    if floor is None:
+        return []
+    times = [(case.m, case.best(OURS, "gemm")) for case in run.cases_of(n, k)]
+    return [(m, 100 * floor["pdl_us"] / one.us) for m, one in times if one and m <= FEW_TOKENS]
+
+
+def floor_plot(run: Run) -> Figure:
+    lines = [(shape, floor_percent(run, shape)) for shape in run.shapes]
+    figure, axes = new_figure(
+        "liquidgemm gemm in decoding: share of the stream floor",
+        "time to copy the packed weight / measured time (%)",
+        sorted({m for _, points in lines for m, _ in points}),
+    )
+    for index, (shape, points) in enumerate(lines):
+        if points:
+            name = f"{shape['n']} x {shape['k']}"
+            tokens, percent = zip(*points, strict=True)
+            axes.plot(tokens, percent, label=name, **shape_style(index))
+    axes.axhline(100, color=FLOOR_COLOUR, linewidth=1.6, label="stream floor, launches hidden")
+    axes.set_ylim(0, max(110, axes.get_ylim()[1]))
+    axes.legend(loc="lower left", title="N x K", fontsize=9, ncols=2)
+    return figure
+
+
+def roof_label(ceilings: Ceilings) -> str:
+    rates = f"{ceilings.bytes_per_us / 1e6:.3g} TB/s, {ceilings.ops_per_us / 1e6:.0f} TOPS"
+    return f"roofline ({rates})"
 
 
 def legend_below(axes: Axes) -> None:
     axes.legend(loc="lower right", title="N x K", fontsize=9, ncols=2 if len(axes.lines) > 5 else 1)
 
 
-def mark_crossover(axes: Axes) -> None:
+def mark_crossover(axes: Axes, ceilings: Ceilings) -> None:
     """Where the roofline turns from memory to multiplications."""
-    at = crossover_tokens()
+    at = crossover_tokens(ceilings)
     low, high = axes.get_xlim()
     if not low < at < high:
         return

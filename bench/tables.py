@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .peers import OURS
 from .results import Case, Measurement, Run
-from .roofline import H100, roofline
+from .roofline import H100, Ceilings, Roofline, roofline
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ def comparisons(run: Run, cases: list[Case]) -> list[Column]:
     return columns
 
 
-def markdown(run: Run) -> str:
+def markdown(run: Run, ceilings: Ceilings = H100) -> str:
     """The whole report: what was measured on what, and one table per shape."""
-    parts = [heading(run)]
+    parts = [heading(run, ceilings)]
     for shape in run.shapes:
         cases = run.cases_of(shape["n"], shape["k"])
         if cases:
-            parts.append(shape_section(run, shape, cases))
+            parts.append(shape_section(run, shape, cases, ceilings))
     parts.extend(filter(None, (state_section(run), problems_section(run))))
     return "\n\n".join(parts) + "\n"
 
 
-def heading(run: Run) -> str:
+def heading(run: Run, ceilings: Ceilings) -> str:
     machine = run.machine
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
@@ -58,9 +58,10 @@ def heading(run: Run) -> str:
         f"- Commit {run.commit}, {run.started[:10]}: `{run.command}`",
         "- Times are medians in µs, weights not in the L2 cache. In brackets the peer's time over "
         "ours for the same op: above 1, ours is faster. Floor: a kernel that only copies the "
-        "packed weight, launches hidden. Roofline: the larger of packed bytes / "
-        f"{H100.bytes_per_us / 1e6:g} TB/s and 2MNK / {H100.ops_per_us / 1e6:g} TOPS, the "
-        f"ceilings of an {H100.gpu}.",
+        "packed weight, launches hidden.",
+        "- Predicted: µs to load the packed weight / to dequantize it / to multiply, each as if "
+        "alone; the largest, in bold, is the roofline that the measured time is compared with. "
+        f"Ceilings: {ceilings}; of {ceilings.source}.",
     ]
     if run.partial:
         lines.append(f"- **Partial**: {run.problem or 'the run is not over'}.")
@@ -72,7 +73,7 @@ def heading(run: Run) -> str:
     return "\n".join(lines)
 
 
-def shape_section(run: Run, shape: dict, cases: list[Case]) -> str:
+def shape_section(run: Run, shape: dict, cases: list[Case], ceilings: Ceilings) -> str:
     n, k = shape["n"], shape["k"]
     title = f"## N = {n}, K = {k}"
     if shape["labels"]:
@@ -85,32 +86,45 @@ def shape_section(run: Run, shape: dict, cases: list[Case]) -> str:
             f"{floor['single_us']:.2f} µs with one launch after the other.",
             "",
         ]
-    return "\n".join([title, "", *text, *shape_table(run, cases, floor)])
+    return "\n".join([title, "", *text, *shape_table(run, cases, floor, ceilings)])
 
 
-def shape_table(run: Run, cases: list[Case], floor: dict | None) -> list[str]:
+def shape_table(run: Run, cases: list[Case], floor: dict | None, ceilings: Ceilings) -> list[str]:
     columns = comparisons(run, cases)
-    header = ["M", "gemm", "p10-p90", "linear", "gemm / floor", "% of roofline"]
+    header = ["M", "gemm", "p10-p90", "linear", "gemm / floor", "predicted", "% of roofline"]
     header += [column.title for column in columns]
     lines = ["| " + " | ".join(header) + " |", "|" + "---:|" * len(header)]
     for case in cases:
-        cells = [str(case.m), *our_cells(case, floor)]
+        cells = [str(case.m), *our_cells(case, floor, ceilings)]
         cells += [peer_cell(case, column) for column in columns]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def our_cells(case: Case, floor: dict | None) -> list[str]:
+def our_cells(case: Case, floor: dict | None, ceilings: Ceilings) -> list[str]:
     gemm, linear = case.best(OURS, "gemm"), case.best(OURS, "linear")
-    roof = roofline(case.m, case.n, case.k)
+    roof = roofline(case.m, case.n, case.k, ceilings)
     floor_us = floor["pdl_us"] if floor and roof.binds == "memory" else None
     return [
         number(gemm and gemm.us),
         f"{gemm.time.p10_us:.2f}-{gemm.time.p90_us:.2f}" if gemm else MISSING,
         number(linear and linear.us),
         f"{gemm.us / floor_us:.2f}" if gemm and floor_us else MISSING,
+        predicted(roof),
         f"{100 * roof.us / gemm.us:.0f} ({roof.binds})" if gemm else MISSING,
     ]
+
+
+def predicted(roof: Roofline) -> str:
+    """The terms of the cost model, the one that binds in bold."""
+    terms = {
+        "memory": roof.memory_us,
+        "dequantization": roof.dequantization_us,
+        "mma": roof.mma_us,
+    }
+    texts = {name: number(us or None) for name, us in terms.items()}
+    texts[roof.binds] = f"**{texts[roof.binds]}**"
+    return " / ".join(texts.values())
 
 
 MISSING = "-"
