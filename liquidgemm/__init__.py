@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .checkpoint import load_quantized, save_quantized
 from .config import LiquidConfig
+from .importers import ImportReport, import_checkpoint
 from .linear import LiquidLinear
 from .model import quantize_
 from .ops import gemm, linear, pack_weight, quantize_activation, unpack_weight
@@ -20,12 +21,14 @@ except PackageNotFoundError:  # run from a source checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "ImportReport",
     "LiquidConfig",
     "LiquidLinear",
     "QuantizedWeight",
     "__version__",
     "dequantize_weight",
     "gemm",
+    "import_checkpoint",
     "linear",
     "load_quantized",
     "pack_weight",

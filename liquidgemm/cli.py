@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import torch
@@ -77,6 +78,18 @@ def demo_command(
     try:
         demo.run(Console(), where, tokens, prompt)
     except demo.DemoError as error:
+        fail(error)
+
+
+@app.command("import")
+def import_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The checkpoint to import.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")],
+) -> None:
+    """Convert a 4-bit checkpoint of another project: compressed-tensors, AWQ, GPTQ, QoQ, QQQ."""
+    try:
+        typer.echo(liquidgemm.import_checkpoint(directory, output))
+    except (OSError, ValueError) as error:
         fail(error)
 
 

@@ -1,0 +1,78 @@
+"""QoQ, the W4A8 format of QServe (arXiv 2405.04532; mit-han-lab/qserve).
+
+Per layer: ``qweight`` int8 ``[N, K / 2]``, codes in blocks of 32 channels and 32 features (see
+`_codes`); ``s1_scales`` float16 ``[N]``; and
+
+- progressive groups: ``s2_scales`` and ``s2_zeros`` int8 ``[K / group, N]``, 32 channels in the
+  order 0, 8, 16, 24, 1, 9, ...: ``W = s1 * int8(s2 * code + zero)``, a byte that wraps around;
+- per channel: ``s1_szeros`` float16 ``[N]``, the product of s1 and an integer zero rounded to
+  float16: ``W = s1 * (code - zero)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bits import expect
+from .source import SourceWeight
+
+REQUIRED = frozenset({"qweight", "s1_scales"})
+OPTIONAL = frozenset({"s2_scales", "s2_zeros", "s1_szeros", "bias"})
+
+_BLOCK = 32
+
+
+def read(tensors: dict[str, Tensor], settings: dict) -> SourceWeight:
+    words, s1 = tensors["qweight"], tensors["s1_scales"]
+    if words.dim() != 2 or s1.dim() != 1:
+        raise ValueError("qweight, s1_scales: expected a matrix and a vector")
+    n, k = words.shape[0], 2 * words.shape[1]
+    if n % _BLOCK or k % _BLOCK:
+        raise ValueError(f"qweight: expected blocks of {_BLOCK} x {_BLOCK}, got {n} x {k}")
+    expect("qweight", words, (torch.int8,), [n, k // 2])
+    expect("s1_scales", s1, (torch.float16, torch.float32), [n])
+    codes, sigma, bias = _codes(words), s1.float(), tensors.get("bias")
+    if "s1_szeros" in tensors:
+        szeros = tensors["s1_szeros"]
+        expect("s1_szeros", szeros, (torch.float16, torch.float32), [n])
+        step, szero = s1.double().unsqueeze(1), szeros.double().unsqueeze(1)
+        zero = (szero / torch.where(step > 0, step, 1)).round()
+        recovered = (zero * step).to(szeros.dtype) == szeros.unsqueeze(1)
+        offset = torch.where(recovered, -zero * step, -szero)
+        return SourceWeight(codes, step, offset, k, bias=bias)
+    if missing := sorted({"s2_scales", "s2_zeros"} - tensors.keys()):
+        raise ValueError(f"{missing[0]}: expected beside s1_scales, or s1_szeros, got neither")
+    s2, zeros = tensors["s2_scales"], tensors["s2_zeros"]
+    groups = s2.shape[0]
+    expect("s2_scales", s2, (torch.int8,), [groups, n])
+    expect("s2_zeros", zeros, (torch.int8,), [groups, n])
+    step, offset = _channels(s2).double(), _channels(zeros).double()
+    if groups < 1 or k % groups:
+        raise ValueError(f"s2_scales: expected groups that divide {k} columns, got {groups}")
+    # The product of step and zero was cut to a byte: the multiple of 256 is put back that brings
+    # the smallest code in use within INT8.
+    least, largest = codes.unflatten(1, (groups, -1)).aminmax(dim=2)
+    bottom = step * least + offset
+    offset += (bottom + 128).remainder(256) - 128 - bottom
+    if (step * largest + offset).max() > 127:
+        raise ValueError("s2_scales, s2_zeros: expected weights within INT8, got some that wrap")
+    return SourceWeight(codes, step, offset, k // groups, sigma, bias)
+
+
+def _codes(words: Tensor) -> Tensor:
+    """int8 ``[N, K / 2]`` to uint8 ``[N, K]``.
+
+    A block of 32 x 32 holds channel ``16a + 8b + c`` and feature ``16d + 4e + f`` at
+    ``[c, e, d, b, f]``, a = 0 in the low nibble and a = 1 in the high one.
+    """
+    n, k = words.shape[0], 2 * words.shape[1]
+    words = words.view(torch.uint8).view(n // _BLOCK, k // _BLOCK, 8, 4, 2, 2, 4)
+    nibbles = torch.stack((words & 0xF, words >> 4))  # a, row, column, c, e, d, b, f
+    return nibbles.permute(1, 0, 6, 3, 2, 5, 4, 7).reshape(n, k)
+
+
+def _channels(parameters: Tensor) -> Tensor:
+    """``[K / group, N]`` in the order 0, 8, 16, 24, 1, ... to ``[N, K / group]`` in order."""
+    groups, n = parameters.shape
+    return parameters.view(groups, n // _BLOCK, 8, 4).transpose(2, 3).reshape(groups, n).t()
