@@ -18,7 +18,7 @@ above say why. A first run needs the network (PyPI) or a pip mirror." >&2; exit 
 .DEFAULT_GOAL := help
 # Two pips at once would trip over each other; ninja compiles in parallel by itself.
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu stress sanitize readme-table build wheel lint lint-python lint-cpp format clean
+.PHONY: help demo test test-gpu stress sanitize bench microbench readme-table build wheel lint lint-python lint-cpp format clean
 
 help:
 	@echo "make demo        set up, then run the demonstration: a small language model before and after"
@@ -26,6 +26,8 @@ help:
 	@echo "make test-gpu    set up, then run the GPU tests alone"
 	@echo "make stress      set up, then the tests that take up to half an hour (SLICE=1/6, SEED=0)"
 	@echo "make sanitize    set up, then a small GPU suite under compute-sanitizer"
+	@echo "make bench       set up, then measure everything on a Hopper GPU, into bench/results"
+	@echo "make microbench  set up, then build and run the C++ microbenchmarks"
 	@echo "make build       set up, then compile what has changed"
 	@echo "make wheel       a wheel for every Python, in dist/"
 	@echo "make lint        check Python and C++ sources; make format mends the layout"
@@ -40,7 +42,21 @@ test: $(VENV)/demo.stamp build
 test-gpu: build
 	$(BIN)/python -m pytest tests/gpu
 
-RESULTS ?= $(lastword $(sort $(wildcard bench/results/h100-sxm/*/results.json)))
+# Everything that is measured, into bench/results/GPU/DATE or FOLDER; a part that fails does not keep
+# the others from running.
+PEERS ?= bf16,fp8,int8,humming,humming-g128,humming-channel,gemlite
+bench: build
+	@folder="$(FOLDER)"; folder="$${folder:-$$($(BIN)/python -m bench.machine)}" || exit; status=0; \
+	set -x; \
+	$(BIN)/python -m bench.microbench --json "$$folder/microbench.json" || status=1; \
+	$(BIN)/python -m bench --against $(PEERS) --json "$$folder/results.json" || status=1; \
+	$(BIN)/python -m bench.ablation --json "$$folder/ablation.json" || status=1; \
+	$(BIN)/python -m bench.report "$$folder" && exit $$status
+
+microbench: build
+	$(BIN)/python -m bench.microbench
+
+# From the newest results of whatever GPU, or from RESULTS=bench/results/.../results.json.
 readme-table: $(VENV)/dev.stamp
 	$(BIN)/python -m bench.readme_table $(RESULTS)
 

@@ -11,6 +11,11 @@ from . import programs
 from .ablation import ABLATED, BASE, VARIANTS, points, times
 from .plots import FLOOR_COLOUR, OUR_COLOUR, STYLE, save_figure
 
+LABELS = {
+    "lqq": "LiquidQuant",
+    "excp": "LiquidQuant and ExCP",
+    "imfp": "LiquidQuant and ImFP",
+}
 COLOURS = {"lqq": "#0072b2", "excp": "#e69f00", "imfp": OUR_COLOUR}
 MARKERS = {"lqq": "s", "excp": "^", "imfp": "o"}
 
@@ -36,7 +41,7 @@ def write(record: programs.Record, folder: Path) -> list[Path]:
             axes.set_xscale("log", base=2)
             axes.set_xticks(tokens, [str(m) for m in tokens], fontsize=8)
             axes.set_xlabel("batch (tokens)")
-            axes.axhline(1, color=FLOOR_COLOUR, linewidth=1.2, label=VARIANTS[BASE])
+            axes.axhline(1, color=FLOOR_COLOUR, linewidth=1.2, label=f"baseline: {VARIANTS[BASE]}")
             for name in COLOURS:
                 axes.plot(
                     [point.m for point in of_model],
@@ -45,7 +50,7 @@ def write(record: programs.Record, folder: Path) -> list[Path]:
                     marker=MARKERS[name],
                     markersize=4.5,
                     linewidth=1.5,
-                    label=VARIANTS[name],
+                    label=LABELS[name],
                 )
         every[0].set_ylabel("speedup over the baseline")
         every[0].set_ylim(bottom=0)

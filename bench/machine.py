@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+import re
 import subprocess
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path("bench/results")  # in the root
 PACKAGES = ("torch", "triton", "humming-kernels", "gemlite", "nvidia-cublas", "nvidia-cublas-cu12")
 
 # nvidia-smi's name -> ours. The reasons for lower clocks have an old name and a new one.
@@ -59,6 +61,26 @@ def commit() -> str:
         return "unknown"
     changes = run_text(["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT)
     return f"{head}+changes" if changes else head
+
+
+def gpu_slug(name: str) -> str:
+    """A folder's name for a GPU: "NVIDIA H100 80GB HBM3" gives "h100-sxm", "NVIDIA H200" "h200"."""
+    words = [word.lower() for word in name.split() if word.lower() != "nvidia"]
+    if words[:1] == ["h100"] and "hbm3" in words:
+        return "h100-sxm"
+    kept = [word for word in words if not re.fullmatch(r"\d+gb|hbm\de?", word)]
+    return "-".join(kept or words or ["unknown"])
+
+
+def results_folder(gpu: str, date: str | None = None) -> Path:
+    """Where the results of a GPU go, relative to the root: one folder per GPU and day."""
+    return RESULTS / gpu_slug(gpu) / (date or now()[:10])
+
+
+def newest_results(root: Path = ROOT, name: str = "results.json") -> Path | None:
+    """The newest file of that name by its folder's date, of whatever GPU; relative to root."""
+    found = sorted((root / RESULTS).glob(f"*/*/{name}"), key=lambda path: path.parts[-2:-4:-1])
+    return found[-1].relative_to(root) if found else None
 
 
 def describe(device: torch.device) -> dict:
@@ -124,3 +146,7 @@ def throttle_reasons(text: str) -> list[str] | None:
     except ValueError:
         return None
     return [name for bit, name in _REASON_BITS.items() if mask & bit]
+
+
+if __name__ == "__main__":  # for the Makefile
+    print(results_folder(torch.cuda.get_device_name()))

@@ -1,6 +1,6 @@
 """Writes the README's table of times from a run's JSON, between its two marker lines.
 
-python -m bench.readme_table bench/results/h100-sxm/2026-11-22/results.json
+python -m bench.readme_table [bench/results/h100-sxm/2026-11-22/results.json]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from . import machine
 from .peers import OURS
 from .results import Run, load
 from .tables import MISSING, number
@@ -55,10 +56,16 @@ def replace_between(text: str, content: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("results", help="JSON of a run, as a path from the repository's root")
-    path = parser.parse_args().results
+    parser.add_argument(
+        "results",
+        nargs="?",
+        help="JSON of a run, as a path from the repository's root (default: the newest)",
+    )
+    path = parser.parse_args().results or machine.newest_results()
+    if path is None:
+        parser.error(f"no results.json in {machine.RESULTS}/*/*")
     text = README.read_text(encoding="utf-8")
-    README.write_text(replace_between(text, table(load(Path(path)), path)), encoding="utf-8")
+    README.write_text(replace_between(text, table(load(Path(path)), str(path))), encoding="utf-8")
 
 
 if __name__ == "__main__":
