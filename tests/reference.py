@@ -10,11 +10,19 @@ import numpy as np
 import torch
 
 
+def bits(t: torch.Tensor) -> torch.Tensor:
+    """The tensor as integers of its size, in which -0 and 0 differ."""
+    if not t.is_floating_point():
+        return t
+    return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
 def assert_same(actual: torch.Tensor, expected: torch.Tensor, **context) -> None:
     """Bit equality (NaNs are equal to each other); a failure names the place and both values."""
     assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype, context)
     assert actual.shape == expected.shape, (actual.shape, expected.shape, context)
-    different = (actual != expected) & ~((actual != actual) & (expected != expected))
+    both_nan = (actual != actual) & (expected != expected)
+    different = (bits(actual) != bits(expected)) & ~both_nan
     if different.any():
         places = different.nonzero()
         first = tuple(places[0].tolist())

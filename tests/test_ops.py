@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -181,6 +182,18 @@ def test_accumulator_is_rounded_once():
     ones = {"x_scale": torch.ones(64), "weight_scale": torch.ones(64)}
     got = case.gemm(x=x, weight=pack_weight(*logical), out_dtype=torch.float32, **ones)
     reference.assert_same(got, acc.float())
+
+
+@pytest.mark.parametrize("bias", [None, torch.tensor([0.0, -0.0] * 36)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_special_scales(dtype, bias):
+    """CHECKLIST 1: zeros of both signs, denormals, overflow and NaN, by the same formula."""
+    special = [1.0, 0.0, -0.0, -0.75, 1e-30, 1e-40, -1e-44, 3e38, torch.inf]
+    case = Case(9, 72, 200)
+    scales = {"x_scale": torch.tensor(special), "weight_scale": torch.tensor(special).repeat(8)}
+    with np.errstate(all="ignore"):
+        expected = reference.epilogue(case.acc, *scales.values(), bias, dtype)
+    reference.assert_same(case.gemm(bias, dtype, **scales), expected)
 
 
 def test_padding_columns_of_the_weight_are_ignored():

@@ -101,11 +101,19 @@ def run(
     return testing.gemm_with_config(*arguments, config, split_k, num_sms)
 
 
+def bits(t: torch.Tensor) -> torch.Tensor:
+    """The tensor as integers of its size: unlike numbers, -0 and 0 differ, and NaN equals NaN."""
+    if not t.is_floating_point():
+        return t
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    return t.view(integer)
+
+
 def assert_equal(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """torch.equal that says where and by how much."""
+    """Equal to the bit, except that a NaN is a NaN; says where and by how much if not."""
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape} != {expected.shape}"
     assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype} != {expected.dtype}"
-    wrong = (actual != expected) & ~(actual.isnan() & expected.isnan())
+    wrong = (bits(actual) != bits(expected)) & ~(actual.isnan() & expected.isnan())
     if not wrong.any():
         return
     at = tuple(wrong.nonzero()[0].tolist())

@@ -54,6 +54,27 @@ def test_epilogue_is_the_documented_formula(
             assert_equal(actual, problem.output(dtype, bias), f"{name} split_k={split_k} n={n}")
 
 
+SPECIAL = [1.0, 0.0, -0.0, -0.75, 1e-30, 1e-40, -1e-44, 3e38, float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_epilogue_of_special_scales(dtype: torch.dtype, bias: bool) -> None:
+    """CHECKLIST 1: zeros of both signs, denormals, overflow and NaN, by the same formula."""
+    special = torch.tensor(SPECIAL, device=DEVICE)
+    for n in (136, 137):
+        problem = random_problem(40, n, 640)
+        problem.x[::3] = 0  # sums of zero, too
+        problem.x_scale = special.repeat(4)
+        problem.weight_scale = special.repeat_interleave(14)[:n]
+        problem.bias = special.repeat(14)[:n] if bias else problem.bias
+        expected = problem.output(dtype, bias)
+        assert_equal(run(problem, dtype, bias), expected, f"{n=}")
+        for (config, name), split_k in itertools.product(CONFIGS, (1, 2)):
+            actual = run(problem, dtype, bias, config, split_k)
+            assert_equal(actual, expected, f"{name} split_k={split_k} {n=}")
+
+
 def test_every_m() -> None:
     """CHECKLIST 2: M = 1 .. 257, and beyond."""
     largest = random_problem(8193, 136, 576)

@@ -148,6 +148,13 @@ BUGS = (
         tool="memcheck",
     ),
     bug(
+        "a whole vector is stored in the row past the last",
+        "epilogue.hpp",
+        "if (load_token + token < tokens",
+        "if (load_token + token <= tokens",
+        CANARIES,
+    ),
+    bug(
         "a channel past the last is stored",
         "epilogue.hpp",
         "if (i < count)",
