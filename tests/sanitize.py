@@ -55,7 +55,7 @@ def command_of(tool: str, executable: str, package: Path | None, tests: list[str
         options += ["--kernel-name", "kernel_substring=gemm_kernel"]
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", *tests]
     if package is not None:
-        pytest += ["-o", f"pythonpath=tests/gpu tests . {package}"]
+        pytest += ["-o", f"pythonpath=tests/planted tests/gpu tests . {package}"]
     return [executable, *options, *pytest]
 
 

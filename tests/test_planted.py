@@ -1,13 +1,9 @@
 """The planted bugs of tests/planted still fit the sources. What catches them needs a GPU."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "planted"))
-
 import variants
 from bugs import BUGS, BUILD, DELAY, Bug
 

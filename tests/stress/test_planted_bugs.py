@@ -1,12 +1,6 @@
 """The suite catches planted bugs, and passes in spite of random delays."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "planted"))
-
 from bugs import BUGS, BUILD, DELAY, Bug
 from hunt import EXACTNESS, WATCHDOG, catch, control, run_tests
 from variants import NONE, build_variant

@@ -1,15 +1,10 @@
 """compute-sanitizer at length: the small suite is also what `make sanitize` runs."""
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-from sanitize import TOOLS, sanitize
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "planted"))
-
 from bugs import BUGS, EVERY_LANE, Bug
+from sanitize import TOOLS, sanitize
 from variants import build_variant
 
 pytestmark = [

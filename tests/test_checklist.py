@@ -1,0 +1,93 @@
+"""Every line of the list of what a trusted GEMM survives has its tests.
+
+A test belongs to a line if its docstring says CHECKLIST and the number.
+"""
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+
+LINES = {
+    1: "every compiled configuration is exact, and then the epilogue's formula to the bit",
+    2: "shapes: M, N and K of every kind, M = 0",
+    3: "saturation: both ends of the range, the largest K",
+    4: "every step, offset and code through the kernel's own decoding",
+    5: "offsets past 2^31",
+    6: "canaries around the output, which is poisoned",
+    7: "inputs of every layout, and a clear error for every misuse",
+    8: "activation quantization of zeros, denormals, outliers, infinities, NaN and ties",
+    9: "batch invariance",
+    10: "repetition, alone and beside a busy stream",
+    11: "threads, streams and devices",
+    12: "CUDA graphs",
+    13: "programmatic launch does not overtake a slow producer",
+    14: "few SMs, with a watchdog",
+    15: "compute-sanitizer, which must find what is planted",
+    16: "delay injection",
+    17: "fuzzing",
+    18: "opcheck, compilation with dynamic M, export and AOTInductor",
+    19: "saving and loading: the same bits, and nothing damaged is accepted",
+    20: "the wrong machine",
+    21: "no growth, and no synchronization with the host",
+}
+ON_A_CPU = (4, 7, 8, 17, 18, 19, 20)
+
+
+def documented_tests() -> Iterator[tuple[Path, str, str]]:
+    """File, name and docstring of every test function."""
+    for file in sorted(ROOT.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                yield file.relative_to(ROOT), node.name, ast.get_docstring(node) or ""
+
+
+def lines_of(docstring: str) -> set[int]:
+    """{10, 13} of "CHECKLIST 10, 13: ..."."""
+    found = re.search(r"CHECKLIST ((?:\d+)(?:, \d+)*)", docstring)
+    return {int(number) for number in found[1].split(", ")} if found else set()
+
+
+TESTS = defaultdict(list)
+for _file, _name, _docstring in documented_tests():
+    for _line in lines_of(_docstring):
+        TESTS[_line].append((_file, _name))
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_line_has_tests(line: int) -> None:
+    """On a GPU where it needs one, and on the CPU where that is possible."""
+    on_gpu = [name for file, name in TESTS[line] if {"gpu", "stress"} & set(file.parts)]
+    on_cpu = [name for file, name in TESTS[line] if len(file.parts) == 1]
+    assert on_gpu or line == 20, f"no GPU test for CHECKLIST {line}: {LINES[line]}"
+    assert on_cpu or line not in ON_A_CPU, f"no CPU test for CHECKLIST {line}: {LINES[line]}"
+
+
+def test_no_other_numbers() -> None:
+    assert set(TESTS) == set(LINES)
+
+
+def test_numbers_are_read_from_docstrings() -> None:
+    assert lines_of("CHECKLIST 7: misuse") == {7}
+    assert lines_of("Text.\n\nCHECKLIST 10, 13: more, 14 less") == {10, 13}
+    assert lines_of("nothing") == set()
+
+
+def test_configurations_are_those_that_the_library_dispatches_from() -> None:
+    """CHECKLIST 1: the exactness suite enumerates them, so that a new one cannot be forgotten."""
+    import torch
+    import variants
+
+    names = torch.ops.liquidgemm_testing.config_names()
+    compiled = {file.stem for file in (ROOT.parent / "csrc/instantiations").glob("*.cu")}
+    header = (ROOT.parent / variants.TILE_HEADER).read_text()
+    rows = variants.rows_of(header, "kTileShapes")[2]
+    assert [variants.tile_name(row) for row in rows] == names
+    assert compiled == set(names)
+    for file in ("test_gemm.py", "test_canaries.py", "test_overtaking.py", "test_few_sms.py"):
+        assert "testing.config_names()" in (ROOT / "gpu" / file).read_text()
