@@ -62,7 +62,7 @@ def stages(layer: liquidgemm.LiquidLinear, x: torch.Tensor) -> dict[str, torch.T
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("quantized_on", ["cpu", DEVICE])
 def test_equals_the_cpu(quantized_on: str, dtype: torch.dtype) -> None:
-    """CHECKLIST 1: the inputs are those of a forward pass on the CPU; prompts of 17 tokens, and one token."""
+    """CHECKLIST 1: with the inputs of a forward pass on the CPU, of 3 x 17 tokens and of one."""
     model = tiny_llama(dtype).to(quantized_on)
     report = liquidgemm.quantize_(model, progress=False)
     assert len(report.quantized) == 3 * 7
@@ -81,7 +81,7 @@ def test_equals_the_cpu(quantized_on: str, dtype: torch.dtype) -> None:
 
 
 def test_checkpoint_written_on_the_gpu(tmp_path) -> None:
-    """CHECKLIST 19: what a model on the GPU saves is what it was, to the bit, and loads on the CPU."""
+    """CHECKLIST 19: a model on the GPU saves what it was, to the bit, and loads on the CPU."""
     model = tiny_llama(torch.bfloat16)
     liquidgemm.quantize_(model, progress=False)
     expected = model.state_dict()
