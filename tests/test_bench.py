@@ -166,11 +166,6 @@ class TestStreamFloor:
         "64\t128\t4352\t2.500\t1.000\t0.002\t0.004\n"
     )
 
-    def test_parse(self):
-        expected = {"n": 64, "k": 128, "bytes": 4352, "single_us": 2.5, "pdl_us": 1.0}
-        assert stream_floor.parse(self.TABLE) == [expected]
-        assert stream_floor.parse("") == []
-
     def program(self, tmp_path, script):
         path = tmp_path / "stream_floor"
         path.write_text(f"#!/bin/sh\n{script}\n")
@@ -181,7 +176,8 @@ class TestStreamFloor:
         program = self.program(tmp_path, f"cat <<'END'\n{self.TABLE}END")
         records, problem = stream_floor.measure(program, [shapes.Shape(64, 128)])
         assert problem is None
-        assert records[0]["pdl_us"] == 1.0
+        expected = {"n": 64, "k": 128, "bytes": 4352, "single_us": 2.5, "pdl_us": 1.0}
+        assert records == [expected]
 
     def test_problems_are_told(self, tmp_path):
         assert "has not been built" in stream_floor.measure(tmp_path / "none", [])[1]
@@ -448,10 +444,13 @@ class TestReport:
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[:2] == ["1", f"{ours:.2f}"]
         assert cells[4] == f"{ours / run.floors[0]['pdl_us']:.2f}"
-        assert cells[5].endswith("(memory)")
-        assert cells[6] == f"{bf16:.2f} ({bf16 / ours:.2f}x)"
-        assert cells[7].startswith(f"{fp8:.2f} (")
-        assert cells[8] == "-"
+        bandwidth = max(floor["bytes"] / floor["pdl_us"] for floor in run.floors)  # no H100
+        memory_us = roofline.packed_bytes(case.n, case.k) / bandwidth
+        assert cells[5] == f"**{memory_us:.2f}** / - / 0.02"
+        assert cells[6] == f"{100 * memory_us / ours:.0f} (memory)"
+        assert cells[7] == f"{bf16:.2f} ({bf16 / ours:.2f}x)"
+        assert cells[8].startswith(f"{fp8:.2f} (")
+        assert cells[9] == "-"
         for part in (
             "Made-up GPU, 132 SMs",
             "Commit 0123456789ab, 2000-01-01",
@@ -488,7 +487,8 @@ class TestReport:
         plots = tmp_path / "new/plots"
         assert report.main([str(RECORD), "--markdown", str(out), "--plots", str(plots)]) == 0
         assert out.read_text().startswith("# liquidgemm on Made-up GPU")
-        stems = ("time_4096x4096", "time_10240x8192", "roofline_percent", "roofline_tops")
+        stems = ("time_4096x4096", "time_10240x8192")
+        stems += ("roofline_percent", "roofline_tops", "floor_percent")
         expected = {stem + suffix for stem in stems for suffix in (".png", ".svg")}
         assert {path.name for path in plots.iterdir()} == expected
         assert all(path.stat().st_size > 5000 for path in plots.iterdir())
