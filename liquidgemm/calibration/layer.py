@@ -1,0 +1,92 @@
+"""One layer: from a float weight and the moments of its inputs to a quantized weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .._modules import matches
+from ..config import LiquidConfig
+from ..format import GROUP, padded
+from ..quantize import quantize_weight
+from ..weight import QuantizedWeight, dequantize_weight
+from .gptq import add_residual, gptq, int8_weight, refit_scale, worst_columns
+from .moments import Moments, inverse_factor
+
+
+def residual_columns(config: LiquidConfig, name: str, in_features: int) -> int:
+    """How many residual columns a layer gets."""
+    count = config.augment
+    if isinstance(count, dict):
+        count = next((c for pattern, c in count.items() if matches(name, pattern)), 0)
+    return min(count, in_features // GROUP * GROUP)
+
+
+def layer_method(config: LiquidConfig, name: str, has_data: bool) -> str:
+    """What becomes of a layer that is not skipped: a method of `LiquidConfig`, or "int8"."""
+    if any(matches(name, pattern) for pattern in config.keep):
+        return "int8"
+    if has_data or config.method in ("rtn", "search"):
+        return config.method
+    return "search"
+
+
+def quantize_layer(
+    weight: Tensor,
+    config: LiquidConfig,
+    name: str = "layer",
+    moments: Moments | None = None,
+) -> tuple[QuantizedWeight, str]:
+    """Quantize ``weight [N, K]`` by the method that the config has for this name.
+
+    Without moments, the methods that need them become "search".
+
+    Returns:
+        the weight and the method that was used.
+    """
+    method = layer_method(config, name, moments is not None)
+    weight = weight.detach().float()
+    if method == "int8":
+        return int8_weight(weight), method
+    importance = None
+    if method in ("hessian", "gptq"):
+        weight = weight * (moments.hessian.diagonal() > 0)  # dead columns: as if they were zero
+        importance = moments.importance(config.shrinkage)
+        if not importance.any():
+            importance = None
+    rounding = "rtn" if method == "rtn" else "search"
+    base = quantize_weight(weight, config.group_size, rounding, importance)
+    columns = None
+    if count := residual_columns(config, name, weight.shape[1]):
+        columns = worst_columns(weight, dequantize_weight(base), importance, count)
+    if method == "gptq":
+        hessian = moments.regularized(config.damping, config.shrinkage)
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        factor = inverse_factor(hessian[order][:, order], name)
+        if factor is not None:
+            result = gptq(weight, base, factor, order, columns)
+            return refit_scale(weight, result, hessian), method
+        method = "hessian"
+    return (base if columns is None else add_residual(weight, base, columns)), method
+
+
+def plan(model: nn.Module, names: list[str], config: LiquidConfig) -> dict[str, str]:
+    """What would become of each named layer, in words."""
+    lines = {}
+    for name in names:
+        linear = model.get_submodule(name)
+        method = layer_method(config, name, has_data=True)
+        columns = padded(linear.in_features)
+        extra = columns if method == "int8" else residual_columns(config, name, linear.in_features)
+        bits = 4.25 * (columns + extra) / linear.in_features
+        residual = f", {extra} residual columns" if extra else ""
+        shape = f"{linear.out_features} x {linear.in_features}"
+        lines[name] = f"{shape}, {method}{residual}, {bits:.2f} bits per weight"
+    return lines
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """``‖actual - expected‖² / ‖expected‖²``."""
+    norm = expected.double().square().sum()
+    error = (actual.double() - expected.double()).square().sum()
+    return (error / norm.clamp_min(torch.finfo(torch.float64).tiny)).item()

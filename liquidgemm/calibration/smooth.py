@@ -1,0 +1,247 @@
+"""Smoothing: factors that move outliers of activations into the weights, at no run-time cost.
+
+For a layer whose input x comes from a norm or linear, ``W x = (W m)(x / m)``: m goes into the
+columns of W, 1 / m into the gain of the norm or the rows of the linear. ``m = max|x|^alpha /
+max|W|^(1 - alpha)`` (SmoothQuant, arXiv 2211.10438, as used by QServe, arXiv 2405.04532), where
+alpha is searched per site for the least error at the output, through the quantizer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LiquidConfig
+from ..quantize import quantize_weight
+from ..weight import dequantize_weight
+from .moments import round_activation
+from .simulate import SimulatedLinear
+
+_ALPHAS = (0.15, 0.3, 0.45, 0.6, 0.75)
+_SAMPLE_TOKENS = 384
+_SAMPLE_ROWS = 192
+_RANGE = 1e4  # factors stay within a range that no dtype minds
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linears with one input, and the module whose output, scaled, is that input."""
+
+    source: str
+    linears: tuple[str, ...]
+
+
+# Names within a block, by the attributes of transformers' models. Of the sites that share their
+# linears the first whose modules are all there counts.
+_KNOWN = (
+    # Gemma 2 and 3: its post_attention_layernorm ends the attention branch.
+    Site("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    # Llama, Qwen, Mistral, Gemma
+    Site("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Site("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    Site("self_attn.v_proj", ("self_attn.o_proj",)),
+    Site("mlp.up_proj", ("mlp.down_proj",)),
+    # Phi-3: fused projections
+    Site("input_layernorm", ("self_attn.qkv_proj",)),
+    Site("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    # GPT-2, GPT-NeoX, OPT style: a norm before each branch, an activation between the linears
+    Site("ln_1", ("attn.c_attn",)),
+    Site("ln_2", ("mlp.c_fc",)),
+    Site("ln_1", ("attn.q_proj", "attn.k_proj", "attn.v_proj")),
+    Site("ln_1", ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj")),
+    Site("input_layernorm", ("attention.query_key_value",)),
+    Site("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+    Site("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+)
+
+
+def find_sites(block: nn.Module, config: LiquidConfig) -> list[Site]:
+    """Where a block can be smoothed: as the config says, or by the names in it.
+
+    Raises:
+        ValueError: the config names a module that the block does not have, or a wrong kind.
+    """
+    modules = dict(block.named_modules())
+    if not config.smooth:
+        return []
+    if isinstance(config.smooth, dict):
+        sites = [Site(source, tuple(names)) for source, names in config.smooth.items()]
+        for site in sites:
+            for name in (site.source, *site.linears):
+                if name not in modules:
+                    raise ValueError(f"smooth: expected names within a block, got {name!r}")
+            for name in site.linears:
+                if not isinstance(modules[name], nn.Linear):
+                    kind = type(modules[name]).__name__
+                    raise ValueError(f"smooth: {name}: expected an nn.Linear, got {kind}")
+        return sites
+    sites: list[Site] = []
+    for site in _KNOWN:
+        taken = {name for other in sites for name in other.linears}
+        if site.source not in modules or taken & set(site.linears):
+            continue
+        if all(type(modules.get(name)) is nn.Linear for name in site.linears):
+            sites.append(site)
+    return sites
+
+
+def _groups(source: nn.Module, linear: nn.Linear, head_size: int | None) -> tuple[int, int, int]:
+    """``(heads, repeats, size)``: how outputs of the source become inputs of the linear."""
+    wide = linear.in_features
+    own = source.out_features if hasattr(source, "out_features") else wide
+    if own == wide:
+        return 1, 1, wide
+    if not head_size or own % head_size or wide % own:
+        raise ValueError(
+            f"smooth: expected a source of {wide} features, or of fewer heads, got {own}"
+        )
+    return own // head_size, wide // own, head_size
+
+
+def choose_factors(
+    x: Tensor,
+    amax: Tensor,
+    mean_square: Tensor,
+    weights: list[Tensor],
+    layout: tuple[int, int, int],
+    config: LiquidConfig,
+) -> tuple[Tensor | None, float | None]:
+    """The factors of least output error: ``[K]``, or None if not to smooth is best, and alpha.
+
+    Args:
+        x: float32 ``[T, K]``, a sample of the inputs.
+        amax, mean_square: of each input feature over all tokens, ``[K]``.
+        weights: float32 ``[N, K]`` each, all of the layers with this input.
+        layout: as of `_groups`; factors of repeated heads are tied.
+    """
+    rows = torch.cat([w[:: max(1, len(w) * len(weights) // _SAMPLE_ROWS)] for w in weights])
+    expected = x @ rows.T
+    wmax = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+
+    def error(m: Tensor | None) -> float:
+        scaled, inputs, importance = rows, x, mean_square
+        if m is not None:
+            scaled, inputs, importance = rows * m, x / m, mean_square / m.square()
+        importance = importance if importance.any() else None
+        quantized = dequantize_weight(
+            quantize_weight(scaled, config.group_size, "search", importance)
+        )
+        return (round_activation(inputs) @ quantized.T - expected).square().sum().item()
+
+    best, best_alpha, least = None, None, error(None)
+    for alpha in _ALPHAS:
+        m = _factors(amax, wmax, alpha, layout)
+        if (e := error(m)) < least:
+            best, best_alpha, least = m, alpha, e
+    return best, best_alpha
+
+
+def _factors(amax: Tensor, wmax: Tensor, alpha: float, layout: tuple[int, int, int]) -> Tensor:
+    def tied(values: Tensor) -> Tensor:
+        heads, repeats, size = layout
+        return values.view(heads, repeats, size).amax(1, keepdim=True)
+
+    a, w = tied(amax), tied(wmax)
+    usable = (a > 0) & (w > 0)
+    a, w = torch.where(usable, a, 1), torch.where(usable, w, 1)
+    m = a.pow(alpha) / w.pow(1 - alpha)
+    m = m / m[usable].log().mean().exp() if usable.any() else torch.ones_like(m)
+    m = torch.where(usable, m, 1).clamp(1 / _RANGE, _RANGE)
+    heads, repeats, size = layout
+    return m.expand(heads, repeats, size).reshape(-1)
+
+
+@torch.no_grad()
+def fold_into_source(source: nn.Module, m: Tensor, layout: tuple[int, int, int]) -> None:
+    """Divide what the source gives by m ``[K]``."""
+    heads, repeats, size = layout
+    if repeats > 1 or isinstance(source, nn.Linear | SimulatedLinear):
+        m = m.view(heads, repeats, size)[:, 0].reshape(-1)
+    if isinstance(source, SimulatedLinear):
+        source.divide_rows(m)
+        return
+    if isinstance(source, nn.Linear):
+        source.weight.div_(m.unsqueeze(1))
+    elif _gain_is_one_plus(source):
+        source.weight.copy_((1 + source.weight) / m - 1)
+    else:
+        source.weight.div_(m)
+    if getattr(source, "bias", None) is not None:
+        source.bias.div_(m)
+
+
+def _gain_is_one_plus(norm: nn.Module) -> bool:
+    """Whether a norm multiplies by ``1 + weight``, as Gemma's do: asked of the norm itself."""
+    probe = copy.deepcopy(norm)
+    probe.weight.zero_()
+    if getattr(probe, "bias", None) is not None:
+        probe.bias.zero_()
+    ramp = torch.arange(probe.weight.numel(), dtype=probe.weight.dtype, device=probe.weight.device)
+    return bool(probe(ramp.unsqueeze(0)).any())
+
+
+def site_layout(block: nn.Module, site: Site) -> tuple[int, int, int]:
+    source, linear = block.get_submodule(site.source), block.get_submodule(site.linears[0])
+    parent = block.get_submodule(site.source.rpartition(".")[0])
+    return _groups(source, linear, getattr(parent, "head_dim", None))
+
+
+def sample_rows(inputs: list[Tensor], count: int = _SAMPLE_TOKENS) -> Tensor:
+    """About ``count`` rows spread evenly over the inputs."""
+    total = sum(len(x) for x in inputs)
+    step = max(1, total // count)
+    return torch.cat([x[::step] for x in inputs]).float()[: 2 * count]
+
+
+def smooth_site(
+    block: nn.Module, site: Site, inputs: list[Tensor], config: LiquidConfig
+) -> tuple[list[Tensor], float | None]:
+    """Choose the factors of a site and fold them in; the inputs as they are now, and alpha."""
+    layout = site_layout(block, site)
+    linears = [block.get_submodule(name) for name in site.linears]
+    amax = torch.stack([x.abs().amax(0) for x in inputs]).amax(0).float()
+    tokens = sum(len(x) for x in inputs)
+    mean_square = sum(x.float().square().sum(0) for x in inputs) / tokens
+    weights = [linear.weight.float() for linear in linears]
+    m, alpha = choose_factors(sample_rows(inputs), amax, mean_square, weights, layout, config)
+    if m is None:
+        return inputs, None
+    fold_into_source(block.get_submodule(site.source), m, layout)
+    for linear in linears:
+        linear.weight.mul_(m)
+    return [x / m for x in inputs], alpha
+
+
+@torch.no_grad()
+def usable_sites(
+    block: nn.Module, sites: list[Site], run: Callable[[nn.Module], Tensor]
+) -> tuple[list[Site], dict[Site, str]]:
+    """The sites that can be folded without changing what a block computes, and why others cannot.
+
+    That is tried with arbitrary factors, on a copy: the output of a norm may go elsewhere too.
+    """
+    expected, usable, refused = run(block), [], {}
+    for site in sites:
+        trial = copy.deepcopy(block)
+        try:
+            heads, repeats, size = layout = site_layout(trial, site)
+        except ValueError as error:
+            refused[site] = str(error)
+            continue
+        m = torch.rand(heads, 1, size, generator=torch.Generator().manual_seed(0)).add_(0.5)
+        m = m.expand(heads, repeats, size).reshape(-1).to(expected.device)
+        fold_into_source(trial.get_submodule(site.source), m, layout)
+        for name in site.linears:
+            trial.get_submodule(name).weight.mul_(m)
+        off = (run(trial) - expected).norm() / expected.norm()
+        if off < 1e-3:
+            usable.append(site)
+        else:
+            refused[site] = (
+                f"what {site.source} gives is used elsewhere too: output off by {off:.1e}"
+            )
+    return usable, refused
