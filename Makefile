@@ -44,7 +44,7 @@ test-gpu: build
 
 # Everything that is measured, into bench/results/GPU/DATE or FOLDER; a part that fails does not keep
 # the others from running.
-PEERS ?= bf16,fp8,int8,humming,humming-g128,humming-channel,gemlite
+PEERS ?= bf16,fp8,int8,humming,humming-g128,humming-channel,gemlite,vllm
 bench: build
 	@folder="$(FOLDER)"; folder="$${folder:-$$($(BIN)/python -m bench.machine)}" || exit; status=0; \
 	set -x; \

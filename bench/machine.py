@@ -13,7 +13,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("bench/results")  # in the root
-PACKAGES = ("torch", "triton", "humming-kernels", "gemlite", "nvidia-cublas", "nvidia-cublas-cu12")
+PACKAGES = (
+    "torch",
+    "triton",
+    "humming-kernels",
+    "gemlite",
+    "vllm",
+    "nvidia-cublas",
+    "nvidia-cublas-cu12",
+)
 
 # nvidia-smi's name -> ours. The reasons for lower clocks have an old name and a new one.
 _QUERY = {

@@ -1,7 +1,10 @@
 """The C++ microbenchmarks and the ablation without a GPU: building, tables, claims, cost model."""
 
+import importlib.machinery
 import json
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 
 import setup as build
 from bench import ablation, machine, microbench, programs, report, results, roofline, shapes
+from bench.peers import PEERS, Unsupported
+from bench.peers.base import check_result
 
 CPP = Path(programs.SOURCES)
 GPU = {
@@ -285,3 +290,55 @@ class TestFolders:
     def test_report_of_an_empty_folder(self, tmp_path, capsys):
         assert report.main([str(tmp_path)]) == 1
         assert "has none of results.json" in capsys.readouterr().err
+
+
+class FakeVllmOps:
+    """The arithmetic of vLLM's kernel, from the operands as its ops take them."""
+
+    @staticmethod
+    def cutlass_encode_and_reorder_int4b(columns):
+        assert columns.dtype == torch.int32
+        assert columns.stride(0) == 1  # [K / 8, N], k contiguous
+        return columns
+
+    @staticmethod
+    def cutlass_pack_scale_fp8(scales):
+        assert scales.dtype == torch.float8_e4m3fn
+        assert scales.is_contiguous()
+        return scales
+
+    @staticmethod
+    def cutlass_w4a8_mm(a, b_q, b_group_scales, b_group_size, b_channel_scales, a_token_scales):
+        nibbles = torch.stack([b_q >> (4 * i) & 15 for i in range(8)], 1).flatten(0, 1)  # [K, N]
+        codes = (nibbles ^ 8) - 8  # as signed
+        steps = b_group_scales.float().repeat_interleave(b_group_size, 0)
+        weight = (codes * steps).to(torch.float8_e4m3fn).float()
+        scales = a_token_scales.unsqueeze(1) * b_channel_scales
+        return (a.float() @ weight * scales).to(torch.bfloat16)
+
+
+def test_vllm_adapter_quantizes_well(monkeypatch):
+    """Its operands, through the documented arithmetic, are close to the bf16 product."""
+    package = types.ModuleType("vllm")
+    package._custom_ops = FakeVllmOps
+    monkeypatch.setitem(sys.modules, "vllm", package)
+    monkeypatch.setitem(sys.modules, "vllm._custom_ops", FakeVllmOps)
+    torch.manual_seed(0)
+    weight = torch.randn(128, 256, dtype=torch.bfloat16)
+    x = torch.randn(5, 256, dtype=torch.bfloat16)
+    peer = PEERS["vllm"](weight)
+    way = peer.ways[0]
+    tokens = peer.tokens(way, x)
+    out = peer.call(way, tokens, peer.new_copy())
+    assert check_result(peer, way, tokens, out, torch.arange(5)) < 0.005
+    wanted = x.float() @ weight.float().T
+    assert (out - wanted).norm() / wanted.norm() < 0.15  # 4 bits without zero points
+    with pytest.raises(Unsupported, match="multiples of 128"):
+        PEERS["vllm"](torch.randn(64, 256, dtype=torch.bfloat16))
+
+
+def test_vllm_of_another_torch_is_absent(monkeypatch):
+    package = types.ModuleType("vllm")
+    package.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", package)
+    assert "vllm cannot be imported: cannot import name" in PEERS["vllm"].why_absent()

@@ -7,12 +7,13 @@ from .gemlite import GemLite
 from .humming import Humming, HummingChannel, HummingGroup128
 from .liquid import Liquid
 from .native import Bf16, Fp8, Int8
+from .vllm import Vllm
 
 OURS = Liquid.name
 
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer
-    for peer in (Liquid, Bf16, Fp8, Int8, Humming, HummingGroup128, HummingChannel, GemLite)
+    for peer in (Liquid, Bf16, Fp8, Int8, Humming, HummingGroup128, HummingChannel, GemLite, Vllm)
 }
 
 __all__ = ["OURS", "PEERS", "Peer", "Unsupported", "parse_peers"]
