@@ -1,10 +1,11 @@
-"""The command ``liquidgemm``: a demonstration, and what this machine can run."""
+"""The command ``liquidgemm``: models, a demonstration, and what this machine can run."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 from enum import Enum
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -16,6 +17,7 @@ from rich.text import Text
 
 import liquidgemm
 from liquidgemm import _library, demo
+from liquidgemm.cli_models import eval_command, quantize_command
 
 app = typer.Typer(
     help="W4A8 matrix multiplication for NVIDIA Hopper: 4-bit weights, 8-bit activations.",
@@ -79,6 +81,23 @@ def demo_command(
         demo.run(Console(), where, tokens, prompt)
     except demo.DemoError as error:
         fail(error)
+
+
+def _readable(command):
+    """The command with an error of its input or its run as one line on stderr."""
+
+    @wraps(command)
+    def run(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except (OSError, ValueError, RuntimeError) as error:
+            fail(error)
+
+    return run
+
+
+app.command("quantize")(_readable(quantize_command))
+app.command("eval")(_readable(eval_command))
 
 
 @app.command("import")
