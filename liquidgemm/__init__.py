@@ -15,6 +15,8 @@ from .ops import gemm, linear, pack_weight, quantize_activation, unpack_weight
 from .quantize import quantize_weight
 from .weight import QuantizedWeight, dequantize_weight
 
+from . import integrations  # isort: skip  # last: it may import what is above
+
 try:
     __version__ = version("liquidgemm")
 except PackageNotFoundError:  # run from a source checkout that is not installed
@@ -23,6 +25,7 @@ except PackageNotFoundError:  # run from a source checkout that is not installed
 __all__ = [
     "ImportReport",
     "LiquidConfig",
+    "LiquidGemmConfig",
     "LiquidLinear",
     "QuantizedWeight",
     "__version__",
@@ -38,3 +41,11 @@ __all__ = [
     "save_quantized",
     "unpack_weight",
 ]
+
+
+def __getattr__(name: str):
+    if name == "LiquidGemmConfig":  # made of a class of transformers, which is optional
+        from .integrations.transformers import LiquidGemmConfig
+
+        return LiquidGemmConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,6 +26,14 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase("." + name, "*." + pattern)
 
 
+def attach(model: nn.Module) -> None:
+    """Tells transformers, if the model is one of its, which layers are quantized."""
+    if is_from_transformers(model):
+        from .integrations import transformers
+
+        transformers.attach(model)
+
+
 def is_from_transformers(model: nn.Module) -> bool:
     """Without importing transformers, which is optional."""
     transformers = sys.modules.get("transformers")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ._modules import matches, paths_of_modules, replace_module
+from ._modules import attach, matches, paths_of_modules, replace_module
 from .calibration.data import as_batches
 from .calibration.driver import Calibrated, calibrate
 from .calibration.gate import check_gate
@@ -108,6 +108,7 @@ def quantize_(
         check_gate(losses, config.gate)
         coarse_rows, sizes = _install(model, names, paths, found)
     model.liquid_config = config
+    attach(model)
     return QuantizationReport(
         tuple(names),
         skipped,

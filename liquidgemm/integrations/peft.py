@@ -1,0 +1,50 @@
+"""LoRA adapters (PEFT) on top of quantized layers.
+
+PEFT lets a configuration name the adapter layer for a kind of module that PEFT does not know. Here
+every new ``LoraConfig`` gets that for `LiquidLinear`, also those that PEFT makes itself from files.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.layer import Linear
+
+from ..linear import LiquidLinear
+
+
+class LiquidLora(Linear):
+    """PEFT's ``lora.Linear``, whose base has no float weight here: no merging, no DoRA."""
+
+    def __init__(self, base_layer: LiquidLinear, *args, **kwargs) -> None:
+        if getattr(kwargs.get("config"), "use_dora", kwargs.get("use_dora")):
+            raise ValueError("use_dora: expected False, as a quantized layer has no float weight")
+        with warnings.catch_warnings():  # that PEFT does not know LiquidLinear
+            warnings.filterwarnings("ignore", "Unsupported layer type")
+            super().__init__(base_layer, *args, **kwargs)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT would look at the weight for it.
+        device = self.get_base_layer().packed.device if device is None else device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
+    def merge(self, *args, **kwargs) -> None:
+        raise NotImplementedError(
+            "an adapter cannot be merged into 4-bit weights: merge it into the float model and "
+            "quantize that"
+        )
+
+
+_post_init = LoraConfig.__post_init__
+
+
+def _post_init_and_register(config: LoraConfig) -> None:
+    _post_init(config)
+    config._register_custom_module({LiquidLinear: LiquidLora})
+
+
+LoraConfig.__post_init__ = _post_init_and_register

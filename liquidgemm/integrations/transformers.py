@@ -1,0 +1,244 @@
+"""``from_pretrained`` and ``save_pretrained`` of transformers, as quantization method "liquidgemm".
+
+A folder has ``model.safetensors``, or shards of it, with quantized layers in the logical layout,
+and in ``config.json`` a ``quantization_config``::
+
+    {"quant_method": "liquidgemm", "format_version": 1, "config": {...}, "layers": {"name": 0}}
+
+with the fields of the `LiquidConfig` (null where another tool chose the codes) and the quantized
+layers with their numbers of residual columns.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .._modules import paths_of_modules, replace_module
+from ..config import LiquidConfig
+from ..format import GROUP, ceil_div
+from ..linear import LiquidLinear
+from ..model import quantize_
+from ..weight import QuantizedWeight
+
+METHOD = "liquidgemm"
+FORMAT_VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class LiquidGemmConfig(QuantizationConfigMixin):
+    """``quantization_config=`` of ``from_pretrained``: quantize a float model as it is loaded.
+
+    The float model has to fit where ``device_map`` puts it.
+
+    Args:
+        config: how to quantize; or its fields as keywords: ``LiquidGemmConfig(group_size=128)``.
+        layers: of a checkpoint: its quantized layers, and how many residual columns each has.
+
+    Raises:
+        ValueError: a wrong field, or a checkpoint of a newer version.
+    """
+
+    def __init__(
+        self,
+        config: LiquidConfig | Mapping | None = None,
+        layers: Mapping[str, int] | None = None,
+        quant_method: str = METHOD,
+        format_version: int = FORMAT_VERSION,
+        **fields,
+    ) -> None:
+        if quant_method != METHOD:
+            raise ValueError(f"quant_method: expected {METHOD!r}, got {quant_method!r}")
+        if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
+            raise ValueError(
+                f"format_version: expected {FORMAT_VERSION} or older, got {format_version!r}: it "
+                "was saved by a newer liquidgemm"
+            )
+        if config is not None and fields:
+            raise ValueError(f"config: expected it or its fields, got it and {sorted(fields)}")
+        if isinstance(config, Mapping):
+            config = LiquidConfig._from_dict(dict(config))
+        elif config is None and layers is None:
+            config = LiquidConfig._from_dict(fields)
+        elif config is not None and not isinstance(config, LiquidConfig):
+            raise ValueError(f"config: expected a LiquidConfig, got {type(config).__name__}")
+        self.quant_method = METHOD
+        self.config = config
+        self.layers = None if layers is None else dict(layers)
+
+    def to_dict(self) -> dict:
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "config": None if self.config is None else asdict(self.config),
+            "layers": self.layers,
+        }
+
+
+@register_quantizer(METHOD)
+class LiquidGemmQuantizer(HfQuantizer):
+    """Loads quantized layers where the checkpoint has them, else quantizes once all is loaded."""
+
+    quantization_config: LiquidGemmConfig
+
+    def validate_environment(self, *args, **kwargs) -> None:
+        if self.pre_quantized:
+            if self.quantization_config.layers is None:
+                raise ValueError("quantization_config: expected the quantized layers, got none")
+        elif self.quantization_config.config.needs_calibration:
+            raise ValueError(
+                f"quantization_config: expected a method that needs no calibration, got "
+                f"{self.quantization_config.config}: load the float model and call "
+                "liquidgemm.quantize_ with the text to calibrate on"
+            )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        old = int(transformers.__version__.partition(".")[0]) < 5
+        if old and self.pre_quantized and dtype not in (None, torch.float32):
+            raise ValueError(
+                f"dtype: expected float32 with transformers {transformers.__version__}, got "
+                f"{dtype}: it would round the scales of the weights as well. Load in float32 and "
+                f"call .to({dtype}), which leaves the scales alone, or use transformers 5"
+            )
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        self._check_files(checkpoint_files or [])
+        paths = paths_of_modules(model)
+        for name, augment in self._layers_of(model).items():
+            linear = model.get_submodule(name)
+            layer = _Unpacked(linear, augment)
+            for path in paths[linear]:
+                replace_module(model, path, layer)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        config = self.quantization_config.config
+        if not self.pre_quantized:
+            report = quantize_(model, config, progress=False)
+            if hooked := [name for name, why in report.skipped.items() if "hooks" in why]:
+                raise ValueError(
+                    f"device_map: expected one device, got several, between which accelerate moves "
+                    f"the activations of {hooked[0]}: quantize on one device, save, and load that "
+                    "with the device_map"
+                )
+            return
+        for layer, names in paths_of_modules(model).items():
+            if isinstance(layer, _Unpacked):
+                packed = layer.pack(names[0])
+                for name in names:
+                    replace_module(model, name, packed)
+        if config is not None:
+            model.liquid_config = config
+
+    def _layers_of(self, model: nn.Module) -> dict[str, int]:
+        """The layers by their names in this model, which may be a part or the whole of the one
+        that was saved: a base model for one with a head, or the other way round."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        prefix = f"{model.base_model_prefix}."
+        found = {}
+        for saved, augment in self.quantization_config.layers.items():
+            names = (saved, saved.removeprefix(prefix), prefix + saved)
+            name = next((name for name in names if name in modules), None)
+            if name is None and model.base_model is model and not saved.startswith(prefix):
+                continue  # of the head, which a base model does not have
+            if not isinstance(modules.get(name), nn.Linear):
+                kind = "nothing" if name is None else type(modules[name]).__name__
+                raise ValueError(f"{saved}: expected a linear layer in the model, got {kind}")
+            found[name] = augment
+        return found
+
+    def _check_files(self, files: list[str]) -> None:
+        """Raises a ValueError if a layer is not complete: transformers would make it up."""
+        if not files or not all(str(file).endswith(".safetensors") for file in files):
+            return
+        keys = set()
+        for file in files:
+            with safe_open(file, framework="pt") as handle:
+                keys.update(handle.keys())
+        expected = [
+            f"{name}.{tensor}"
+            for name, augment in self.quantization_config.layers.items()
+            for tensor in _tensors(augment)
+        ]
+        # transformers may rename keys as it loads, but it drops none.
+        kinds = [Counter(key.rpartition(".")[2] for key in names) for names in (expected, keys)]
+        short = [kind for kind, count in kinds[0].items() if kinds[1][kind] < count]
+        for name in expected:
+            if name not in keys and name.rpartition(".")[2] in short:
+                raise ValueError(f"{name}: missing in {', '.join(map(str, files))}")
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top are."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _tensors(augment: int) -> tuple[str, ...]:
+    names = ("qweight", "qscale", "qoffset", "scale")
+    return (*names, "columns") if augment else names
+
+
+class _Unpacked(nn.Module):
+    """Where transformers puts the tensors of a quantized layer while it loads."""
+
+    def __init__(self, linear: nn.Linear, augment: int) -> None:
+        super().__init__()
+        n, self.in_features = linear.out_features, linear.in_features
+        groups = ceil_div(self.in_features, GROUP) + augment // GROUP
+        byte = {"dtype": torch.uint8, "device": "meta"}
+        self.register_buffer("qweight", torch.empty(n, groups * GROUP // 2, **byte))
+        self.register_buffer("qscale", torch.empty(n, groups, **byte))
+        self.register_buffer("qoffset", torch.empty(n, groups, **byte))
+        self.register_buffer("scale", torch.empty(n, dtype=torch.float32, device="meta"))
+        columns = torch.empty(augment, dtype=torch.int32, device="meta") if augment else None
+        self.register_buffer("columns", columns)
+        bias = linear.bias
+        self.register_buffer(
+            "bias", None if bias is None else torch.empty_like(bias, device="meta")
+        )
+
+    def pack(self, name: str) -> LiquidLinear:
+        if self.qweight.is_meta:
+            raise ValueError(f"{name}: expected a device_map of CPU or GPUs, got it offloaded")
+        try:
+            weight = QuantizedWeight(
+                self.qweight, self.qscale, self.qoffset, self.scale, self.in_features, self.columns
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from None
+        layer = LiquidLinear.from_quantized(weight, self.bias)
+        return layer.train(self.training)
+
+
+def attach(model: transformers.PreTrainedModel) -> None:
+    """Tell transformers of layers that were quantized in place, for save_pretrained and others."""
+    layers = {
+        name: 0 if layer.columns is None else len(layer.columns)
+        for name, layer in model.named_modules()
+        if isinstance(layer, LiquidLinear)
+    }
+    config = LiquidGemmConfig(getattr(model, "liquid_config", None), layers)
+    model.hf_quantizer = LiquidGemmQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.is_quantized = True
+    model.quantization_method = METHOD
