@@ -7,6 +7,8 @@
 //   codes      one LDS.128 per thread and block
 //   packed     the same and one LDS.32 for the parameters, as the library reads a block
 //   row_major  the codes of a row-major [64, 32]-byte block, for contrast: eight LDS.U16 per thread
+//   expand     two ldmatrix.s8.s4 per thread and block, which expand codes to signed bytes on the
+//              way; only if this was compiled by nvcc 13.4 or later
 //   clk            SM clocks per block
 //   bytes_per_clk  useful bytes per SM clock
 //   pct            of 128
@@ -25,8 +27,9 @@ using namespace liquidgemm;
 using bench::check;
 using bench::require;
 
-enum class Pattern { kCodes, kPacked, kRowMajor };
-constexpr char const* kNames[] = {"codes", "packed", "row_major"};
+enum class Pattern { kCodes, kPacked, kRowMajor, kExpand };
+constexpr char const* kNames[] = {"codes", "packed", "row_major", "expand"};
+#define CAN_EXPAND (__CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1304)
 
 constexpr int kGroups = 8;
 constexpr int kThreads = kGroups * kWarpGroupThreads;
@@ -35,11 +38,38 @@ constexpr int kBlocks = 8;  // per warp-group
 constexpr int kSharedBytes = kGroups * kBlocks * kBlockBytes;
 constexpr int kRowBytes = kBlockK / 2;
 
-// What a thread adds up of one block: word i of its reads, in the order of the registers.
+// Two 4-bit codes of a byte as signed bytes, in the low half.
+__host__ __device__ uint32_t expand(uint8_t codes) {
+  const uint32_t low = (codes & 15 ^ 8) - 8, high = (codes >> 4 ^ 8) - 8;
+  return (low & 0xff) | (high & 0xff) << 8;
+}
+
+// What a thread adds up of one block: its reads, in the order of the registers.
 template <Pattern kPattern>
 __host__ __device__ uint32_t read_block(uint8_t const* block, int thread) {
   uint32_t sum = 0;
-  if constexpr (kPattern == Pattern::kRowMajor) {
+  if constexpr (kPattern == Pattern::kExpand) {
+    // A warp's part is 512 bytes: two times four matrices of 8 rows of 8 bytes.
+    uint8_t const* const from = block + thread / 32 * 512;
+    const int lane = thread % 32;
+#ifdef __CUDA_ARCH__
+#if CAN_EXPAND
+    for (int half = 0; half < 2; ++half) {
+      uint32_t r[4];
+      asm volatile(
+          "ldmatrix.sync.aligned.m8n16.x4.shared.s8.s4 {%0, %1, %2, %3}, [%4];"
+          : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+          : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from + half * 256 + lane * 8))));
+      sum += r[0] + r[1] + r[2] + r[3];
+    }
+#endif
+#else
+    for (int matrix = 0; matrix < 8; ++matrix) {
+      uint8_t const* const pair = from + matrix * 64 + lane / 4 * 8 + lane % 4 * 2;
+      sum += expand(pair[0]) | expand(pair[1]) << 16;
+    }
+#endif
+  } else if constexpr (kPattern == Pattern::kRowMajor) {
     const int row = thread / 32 * 16 + thread % 32 / 4;
     for (int r = 0; r < 8; ++r) {
       const int byte = (row + r % 2 * 8) * kRowBytes + r / 2 * 8 + thread % 4 * 2;
@@ -147,5 +177,8 @@ int main() {
     benchmark.run<Pattern::kCodes>();
     benchmark.run<Pattern::kPacked>();
     benchmark.run<Pattern::kRowMajor>();
+#if CAN_EXPAND
+    benchmark.run<Pattern::kExpand>();
+#endif
   });
 }
