@@ -2,10 +2,13 @@
 
 A checkpoint is a folder with
 
-- ``liquidgemm.safetensors``: the state_dict, quantized layers in the logical layout;
+- ``liquidgemm.safetensors``, for ``transformers`` models ``model.safetensors``: the state_dict,
+  quantized layers in the logical layout;
 - ``liquidgemm.json``: format version, layer sizes and the hash of the file above;
   version 2 if any layer has residual columns, which version 1 does not know;
-- for ``transformers`` models also ``config.json`` and ``generation_config.json``.
+- for ``transformers`` models also ``config.json`` and ``generation_config.json``, with which
+  ``from_pretrained`` can load the folder as well. `load_quantized` reads what ``save_pretrained``
+  writes, too, which has no ``liquidgemm.json``.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ._modules import is_from_transformers, paths_of_modules, replace_module
+from ._modules import attach, is_from_transformers, paths_of_modules, replace_module
 from .config import LiquidConfig
 from .linear import LiquidLinear
 from .weight import QuantizedWeight
@@ -31,6 +35,7 @@ from .weight import QuantizedWeight
 FORMAT_VERSION = 2
 MANIFEST_FILE = "liquidgemm.json"
 WEIGHTS_FILE = "liquidgemm.safetensors"
+TRANSFORMERS_WEIGHTS_FILE = "model.safetensors"
 
 _LOGICAL = ("qweight", "qscale", "qoffset", "scale")
 
@@ -53,6 +58,7 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
     if not layers or isinstance(model, LiquidLinear):
         raise ValueError("model: expected a module that contains quantized layers, got none")
     tensors, aliases = _storable(model.state_dict())
+    weights_file = TRANSFORMERS_WEIGHTS_FILE if is_from_transformers(model) else WEIGHTS_FILE
     config = getattr(model, "liquid_config", None)
     manifest = {
         "format": "liquidgemm",
@@ -61,13 +67,14 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
         "transformers_class": type(model).__name__ if is_from_transformers(model) else None,
         "layers": layers,
         "aliases": aliases,
+        "weights": weights_file,
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as folder:
         staging = Path(folder)
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        manifest["sha256"] = _sha256(staging / WEIGHTS_FILE)
+        save_file(tensors, staging / weights_file, metadata={"format": "pt"})
+        manifest["sha256"] = _sha256(staging / weights_file)
         if is_from_transformers(model):
             _write_transformers_config(model, staging)
         (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -109,7 +116,7 @@ def _storable(state: dict[str, object]) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
-    """Restore a model that `save_quantized` wrote.
+    """Restore a model that `save_quantized` wrote, or ``save_pretrained`` of ``transformers``.
 
     Everything is checked before the model is touched: an error leaves it as it was.
 
@@ -130,10 +137,14 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
             does not fit the model, or needs the model argument; the message says which.
     """
     directory = Path(directory)
+    if model is None and not (directory / MANIFEST_FILE).exists():
+        class_name = _class_of_pretrained(directory)
+        if class_name is not None:
+            return _transformers_class(directory, class_name).from_pretrained(directory)
     manifest = _read_manifest(directory / MANIFEST_FILE)
     config = manifest["config"]
     config = None if config is None else LiquidConfig._from_dict(config)
-    state = _read_weights(directory / WEIGHTS_FILE, manifest)
+    state = _read_weights(directory / manifest.get("weights", WEIGHTS_FILE), manifest)
     rebuilt = model is None
     if rebuilt:
         model = _build_transformers_model(directory, manifest["transformers_class"])
@@ -153,6 +164,7 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
     model.load_state_dict(state, strict=True, assign=on_meta)
     if config is not None:
         model.liquid_config = config
+    attach(model)
     if rebuilt:
         model.tie_weights()
         model.eval()
@@ -165,12 +177,12 @@ def _read_manifest(path: Path) -> dict:
         raise FileNotFoundError(f"{path}: no such file: expected a folder from save_quantized")
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: truncated or damaged ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != "liquidgemm":
         raise ValueError(f"{path}: expected a liquidgemm checkpoint, got another kind of file")
     version = manifest.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise ValueError(f"{path}: expected a format version, got {version!r}")
     if version > FORMAT_VERSION:
         raise ValueError(
@@ -187,6 +199,11 @@ def _read_manifest(path: Path) -> dict:
     for key, kind in kinds.items():
         if key not in manifest or not isinstance(manifest[key], kind):
             raise ValueError(f"{path}: damaged: {key} is {manifest.get(key, 'missing')!r}")
+    for key, original in manifest["aliases"].items():
+        if not isinstance(original, str):
+            raise ValueError(f"{path}: damaged: {key} is said to be the same as {original!r}")
+    if manifest.get("weights", WEIGHTS_FILE) not in (WEIGHTS_FILE, TRANSFORMERS_WEIGHTS_FILE):
+        raise ValueError(f"{path}: damaged: weights is {manifest['weights']!r}")
     return manifest
 
 
@@ -202,11 +219,14 @@ def _read_weights(path: Path, manifest: dict) -> dict[str, Tensor]:
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file ({error})") from None
+    shared = {}
     for key, original in manifest["aliases"].items():
         if original not in state:
             raise ValueError(f"{original}: missing in {path}, though {key} is the same tensor")
-        state[key] = state[original]
-    return state
+        if key in state:
+            raise ValueError(f"{key}: in {path}, though it is the same tensor as {original}")
+        shared[key] = state[original]
+    return state | shared
 
 
 def _sha256(path: Path) -> str:
@@ -221,7 +241,8 @@ def _check_fit(
     model: nn.Module, layers: dict[str, dict], state: dict[str, Tensor], directory: Path
 ) -> None:
     """Raises a ValueError unless the state can be loaded into the model as a whole."""
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    own = model.state_dict()
+    expected = {key: tuple(value.shape) for key, value in own.items()}
     for name, sizes in layers.items():
         try:
             layer = model.get_submodule(name)
@@ -244,12 +265,12 @@ def _check_fit(
         if missing := [key for key, tensor in tensors.items() if tensor is None]:
             raise ValueError(f"{name}: {', '.join(missing)} missing in {directory}")
         try:
-            weight = QuantizedWeight(**tensors, in_features=sizes["in_features"])
+            weight = QuantizedWeight(**tensors, in_features=layer.in_features)
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
-        if weight.out_features != sizes["out_features"]:
+        if weight.out_features != layer.out_features:
             raise ValueError(
-                f"{name}.scale: expected {sizes['out_features']} rows, got {weight.out_features}"
+                f"{name}.scale: expected {layer.out_features} rows, got {weight.out_features}"
             )
         if weight.augment != augment:
             raise ValueError(f"{name}.columns: expected {augment} columns, got {weight.augment}")
@@ -264,24 +285,41 @@ def _check_fit(
                 f"{key}: expected shape {list(expected[key])} as in the model, "
                 f"got {list(state[key].shape)}"
             )
+        if key in own and not _loads_as(state[key].dtype, own[key].dtype):
+            raise ValueError(
+                f"{key}: expected dtype {own[key].dtype} as in the model, got {state[key].dtype}"
+            )
+
+
+def _loads_as(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    """Floats are converted to the precision of the model; everything else has to be the same."""
+    return stored == wanted or (stored.is_floating_point and wanted.is_floating_point)
 
 
 # transformers is optional: only models that come from it make this module import it.
 
 
 def _write_transformers_config(model: nn.Module, directory: Path) -> None:
+    attach(model)  # how the float model had been stored says nothing about this one
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    # How the float model had been stored says nothing about this one.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config.dtype = str(model.dtype).removeprefix("torch.")
     config.save_pretrained(directory)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.to_json_file(directory / "generation_config.json")
 
 
-def _build_transformers_model(directory: Path, class_name: str | None) -> nn.Module:
-    """A model whose parameters are on the meta device but whose computed buffers are real."""
+def _class_of_pretrained(directory: Path) -> str | None:
+    """The class of the model, if the folder is one of ours that ``save_pretrained`` wrote."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        method = config["quantization_config"]["quant_method"]
+        return config["architectures"][0] if method == "liquidgemm" else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def _transformers_class(directory: Path, class_name: str | None) -> type:
     if class_name is None:
         raise ValueError(f"{directory}: not a transformers model: pass an instance as model=")
     try:
@@ -296,6 +334,13 @@ def _build_transformers_model(directory: Path, class_name: str | None) -> nn.Mod
             f"{directory}: transformers {transformers.__version__} has no model {class_name}: "
             "pass an instance as model="
         )
+    return model_class
+
+
+def _build_transformers_model(directory: Path, class_name: str | None) -> nn.Module:
+    """A model whose parameters are on the meta device but whose computed buffers are real."""
+    model_class = _transformers_class(directory, class_name)
+    import transformers
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None):
         if parameter is None or parameter.is_meta:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from .format import GROUP
@@ -132,6 +132,7 @@ class LiquidConfig:
 
 
 def _patterns(name: str, patterns: object) -> tuple[str, ...]:
-    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+    sequence = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+    if not (sequence and all(isinstance(p, str) for p in patterns)):
         raise ValueError(f"{name}: expected a sequence of patterns, got {patterns!r}")
     return tuple(patterns)

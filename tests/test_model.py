@@ -399,6 +399,18 @@ def remove(name):
         (edit_manifest(format_version="1"), ValueError, "expected a format version, got '1'"),
         (edit_manifest(layers=None), ValueError, "damaged: layers is 'missing'"),
         (edit_manifest(aliases=[]), ValueError, r"damaged: aliases is \[\]"),
+        (edit_manifest(format_version=True), ValueError, "expected a format version, got True"),
+        (edit_manifest(aliases={"lm_head.weight": [3]}), ValueError, r"damaged: .*same as \[3\]"),
+        (
+            edit_manifest(aliases={"pool.bias": "embed.weight"}),
+            ValueError,
+            "pool.bias: in .* though it is the same tensor as embed.weight",
+        ),
+        (
+            edit_weights(lambda s: s.update({"pool.bias": torch.zeros(96, dtype=torch.int32)})),
+            ValueError,
+            r"pool.bias: expected dtype torch.float32 .*got torch.int32",
+        ),
         (edit_manifest(layers={"pool": 3}), ValueError, "pool: expected 3 as in"),
         (edit_manifest(config={"bits": 3}), ValueError, r"got \['bits'\]"),
         (
@@ -558,7 +570,8 @@ def test_transformers_round_trip(tmp_path, dtype):
     # How the float weights had been stored is not how these are.
     model.config.quantization_config = {"quant_method": "gguf"}
     save_quantized(model, tmp_path / "model")
-    assert "quantization_config" not in json.loads((tmp_path / "model/config.json").read_text())
+    stored = json.loads((tmp_path / "model/config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "liquidgemm"
     other = load_quantized(tmp_path / "model")
     assert type(other) is type(model)
     assert not other.training
