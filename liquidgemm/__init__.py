@@ -9,13 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from .checkpoint import load_quantized, save_quantized
 from .config import LiquidConfig
 from .importers import ImportReport, import_checkpoint
+from .integrations import register_integrations
 from .linear import LiquidLinear
 from .model import quantize_
 from .ops import gemm, linear, pack_weight, quantize_activation, unpack_weight
 from .quantize import quantize_weight
 from .weight import QuantizedWeight, dequantize_weight
-
-from . import integrations  # isort: skip  # last: it may import what is above
 
 try:
     __version__ = version("liquidgemm")
@@ -41,6 +40,8 @@ __all__ = [
     "save_quantized",
     "unpack_weight",
 ]
+
+register_integrations()
 
 
 def __getattr__(name: str):

@@ -54,6 +54,8 @@ class _AfterImport(MetaPathFinder):
         return spec
 
 
-for _name in [name for name in _WAITING if name in sys.modules]:
-    _register(_WAITING.pop(_name))
-sys.meta_path.insert(0, _AfterImport())
+def register_integrations() -> None:
+    """Called once, by liquidgemm, when all that an integration imports of it is there."""
+    for name in [name for name in _WAITING if name in sys.modules]:
+        _register(_WAITING.pop(name))
+    sys.meta_path.insert(0, _AfterImport())
