@@ -11,7 +11,7 @@ from . import ablation, microbench, programs, tables
 from .results import BadResults, Run, load
 from .roofline import ceilings_of
 
-RESULTS, MICROBENCHMARKS, ABLATION = "results.json", "microbench.json", "ablation.json"
+RESULTS, MICROBENCHMARKS, ABLATION = "results*.json", "microbench.json", "ablation.json"
 
 
 class NoPlots(Exception):
@@ -49,10 +49,11 @@ def write_folder(folder: Path) -> list[Path]:
         written.append(folder / name)
 
     measured = folder / MICROBENCHMARKS
-    if (folder / RESULTS).exists():
-        run = load(folder / RESULTS)
-        write_text("results.md", tables.markdown(run, ceilings_of(run, measured)))
-        written += write_plots(run, folder / "plots", measured)
+    for path in sorted(folder.glob(RESULTS)):  # results_humming.json is a run of its own
+        run = load(path)
+        write_text(f"{path.stem}.md", tables.markdown(run, ceilings_of(run, measured)))
+        plots = folder / path.stem.replace("results", "plots", 1)
+        written += write_plots(run, plots, measured)
     if measured.exists():
         write_text("microbench.md", microbench.markdown(programs.load(measured)))
     if (folder / ABLATION).exists():

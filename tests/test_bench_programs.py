@@ -276,6 +276,7 @@ class TestFolders:
         pytest.importorskip("matplotlib")
         data = json.loads((Path(__file__).parent / "data/bench_run.json").read_text())
         (tmp_path / "results.json").write_text(json.dumps(data))
+        (tmp_path / "results_other.json").write_text(json.dumps(data))
         record(**MICROBENCHMARKS).save(tmp_path / "microbench.json")
         record(ablation=ablation_rows()).save(tmp_path / "ablation.json")
         assert report.main([str(tmp_path)]) == 0
@@ -283,6 +284,8 @@ class TestFolders:
         assert all(path.stat().st_size > 0 for path in written)
         names = {path.name for path in written}
         assert {"results.md", "microbench.md", "ablation.md", "ablation.png"} <= names
+        assert tmp_path / "results_other.md" in written
+        assert tmp_path / "plots_other/time_4096x4096.png" in written
         text = (tmp_path / "results.md").read_text()
         assert "4 TB/s, 1600 TOPS, dequantization 8 TB/s; of this Made-up GPU" in text
         assert "| **2.23** / 1.11 / 0.02 |" in text

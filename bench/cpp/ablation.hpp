@@ -430,6 +430,7 @@ CUTE_DEVICE void store(
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) gemm_kernel(const Params params) {
+  static_assert(sizeof(Shared<C>) <= C::kSharedBytes);
   extern __shared__ uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<Shared<C>*>(shared_bytes);
   const int group = __shfl_sync(~0u, threadIdx.x / kWarpGroupThreads, 0);
