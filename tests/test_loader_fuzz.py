@@ -33,8 +33,8 @@ def test_a_good_checkpoint_is_accepted(tmp_path) -> None:
     assert checkpoint.check()
     expected = mutations.snapshot(mutations.quantized_net(0))
 
-
-X
+    loaded = load_quantized(tmp_path, checkpoint.target)
+    mutations.assert_equal_states(mutations.snapshot(loaded), expected)
 
 
 def test_the_judge_notices_a_wrong_load(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 KERNEL = "csrc/liquidgemm/kernel"
 BUILD = "the build"
+ALL_TILES = ()
 
 EXACT = "tests/gpu/test_gemm.py -k every_configuration"
 BACK_TO_BACK = "tests/gpu/test_gemm.py -k back_to_back"
@@ -33,6 +34,7 @@ class Bug:
     patches: tuple[Patch, ...]
     caught_by: tuple[str, ...]
     tool: str = ""  # of compute-sanitizer, which has to report it too
+    units: tuple[str, ...] = ("instantiations/t32_p1_k4_s2.cu",)  # what is compiled with the bug
 
     def apply(self, text: str, file: str) -> str:
         """The file's text with the patches that are meant for it.
@@ -53,8 +55,8 @@ class Bug:
         return {patch.file for patch in self.patches}
 
 
-def bug(name: str, file: str, old: str, new: str, *caught_by: str, tool: str = "") -> Bug:
-    return Bug(name, (Patch(f"{KERNEL}/{file}", old, new),), caught_by, tool)
+def bug(name: str, file: str, old: str, new: str, *caught_by: str, **more) -> Bug:
+    return Bug(name, (Patch(f"{KERNEL}/{file}", old, new),), caught_by, **more)
 
 
 # No bug: what `make sanitize` gives to racecheck, see csrc/liquidgemm/kernel/ring.hpp.
@@ -68,6 +70,7 @@ EVERY_LANE = Bug(
         ),
     ),
     (),
+    units=ALL_TILES,
 )
 
 BUGS = (
@@ -137,6 +140,7 @@ BUGS = (
             ),
         ),
         (OVERTAKING,),
+        units=("quantize_activation.cu",),
     ),
     # The epilogue.
     bug(
@@ -153,6 +157,7 @@ BUGS = (
         "if (load_token + token < tokens",
         "if (load_token + token <= tokens",
         CANARIES,
+        units=("instantiations/t128_p2_k1_s2.cu",),
     ),
     bug(
         "a channel past the last is stored",
@@ -263,4 +268,5 @@ DELAY = Bug(
         ),
     ),
     (),
+    units=ALL_TILES,
 )

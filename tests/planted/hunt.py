@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bugs import BUGS, BUILD, DELAY, Bug
-from variants import FOLDER, NONE, REFUSED, ROOT, build_variant, slug
+from variants import FOLDER, NONE, REFUSED, ROOT, build_variants, slug
 
 WATCHDOG = 150  # seconds for one run of pytest: without a bug it takes 10 to 30
 AT_ONCE = 4
@@ -119,12 +119,7 @@ def main() -> int:
     names = arguments.names or [""]
     bugs = [bug for bug in BUGS if any(name in bug.name for name in names)]
     if arguments.build:
-        for bug in [DELAY] if arguments.delays else [NONE, *bugs]:
-            try:
-                build_variant(bug)
-            except SystemExit:
-                if BUILD not in bug.caught_by:
-                    raise
+        build_variants([DELAY] if arguments.delays else [NONE, *bugs])
     bad = 0
     outcomes = survive_delays() if arguments.delays else control(bugs)
     for outcome in outcomes:

@@ -1,14 +1,17 @@
 """Builds copies of the library with planted bugs: `python tests/planted/variants.py [name ...]`.
 
-Each lands in build/planted/<name>/liquidgemm, a package of its own. All copies are compiled in one
-folder, build/planted/tree, whose objects are kept, and with a few tiles only: what a bug does not
-touch is compiled once.
+Each lands in build/planted/<name>/liquidgemm, a package of its own. To keep compilation short the
+library has only a few tiles, and of those a bug is planted into one.
 """
 
 import argparse
+import os
 import re
+import shlex
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +21,7 @@ from bugs import BUGS, BUILD, DELAY, EVERY_LANE, Bug  # noqa: E402
 
 import setup as build  # noqa: E402
 
-NONE = Bug("none", (), ())
+NONE = Bug("none", (), (), units=("instantiations/t8_p1_k4_s4.cu",))
 VARIANTS = (NONE, DELAY, EVERY_LANE, *BUGS)
 FOLDER = ROOT / "build/planted"
 REFUSED = "refused.txt"  # in place of a package: why there is none
@@ -93,53 +96,102 @@ def write_tree(tree: Path, sources: dict[str, str]) -> None:
             path.write_text(text)
 
 
-def build_variant(bug: Bug, root: Path = ROOT) -> Path:
-    """The folder to put on the path of Python for a library with this bug in it.
+@dataclass(frozen=True)
+class Base:
+    """The library without a bug, compiled, with what it takes to compile a part of it again."""
+
+    root: Path
+    tree: Path
+    folder: Path  # of ninja
+    libraries: dict[str, Path]
+
+    @classmethod
+    def build(cls, root: Path) -> "Base":
+        """Brings build/planted/tree up to date with the sources below root."""
+        tree = FOLDER / "tree"
+        write_tree(tree, reduced_sources(root))
+        build.ROOT = tree
+        libraries = build.build_libraries(list(build.SOURCES))
+        return cls(root, tree, libraries["liquidgemm._C_cuda"].parent, libraries)
+
+    def command(self, target: str) -> list[str]:
+        """How ninja makes one file, without what it does with the compiler's messages."""
+        commands = build.run_quietly(
+            sys.executable, "-m", "ninja", "-C", self.folder, "-t", "commands", "-s", target
+        )
+        line = commands.stdout.strip().splitlines()[-1]
+        return shlex.split(line.split(" > ")[0])
+
+
+def compile_variant(base: Base, bug: Bug) -> str:
+    """Puts a library with this bug into build/planted; says where, or why there is none."""
+    target = FOLDER / slug(bug)
+    shutil.rmtree(target, ignore_errors=True)
+    package = target / "liquidgemm"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(base.root / "liquidgemm", package, ignore=ignored)
+    tree = target / "tree"
+    write_tree(tree, patched_sources(base.root, bug))
+
+    link = base.command("_C_cuda.so")
+    for unit in bug.units or [f"instantiations/{tile}.cu" for tile in TILES]:
+        old, new = str(base.folder / f"csrc/{unit}.o"), str(tree / f"{Path(unit).name}.o")
+        sources = str(base.tree / "csrc"), str(tree / "csrc")
+        compiled = build.run_quietly(
+            *(word.replace(old, new).replace(*sources) for word in base.command(old))
+        )
+        report = compiled.stdout + compiled.stderr
+        problems = build.check_ptxas_report(report) if BUILD in bug.caught_by else []
+        if compiled.returncode or problems:
+            shutil.rmtree(package)
+            reason = problems[0] if problems else report
+            (target / REFUSED).write_text(f"{reason}\n")
+            if not problems:
+                raise SystemExit(f"{bug.name} does not compile:\n{report}")
+            return f"refused by the check of ptxas' report: {reason}"
+        link = [new if word == old else word for word in link]
+    library = package / "_C_cuda.so"
+    linked = build.run_quietly(*[str(library) if word == "_C_cuda.so" else word for word in link])
+    if linked.returncode:
+        raise SystemExit(f"{bug.name} does not link:\n{linked.stdout}{linked.stderr}")
+    build.run_quietly("strip", "--strip-unneeded", library)
+    shutil.copy2(base.libraries["liquidgemm._C_host"], package)
+    shutil.rmtree(tree)
+    return str(target)
+
+
+def build_variants(bugs: list[Bug], root: Path = ROOT, jobs: int | None = None) -> None:
+    """Compiles these variants, several at a time; prints what became of each.
 
     Raises:
-        SystemExit: the compiler or, where the build is to catch the bug, the check of ptxas'
-            report refuses it.
+        SystemExit: one does not compile, for a reason other than the check that is to catch it.
     """
-    tree = FOLDER / "tree"
-    write_tree(tree, patched_sources(root, bug))
-    build.ROOT = tree
-    if BUILD not in bug.caught_by:
-        build.check_ptxas_report = lambda report: []  # slow code is no reason not to run it
-    package = FOLDER / slug(bug) / "liquidgemm"
-    shutil.rmtree(package.parent, ignore_errors=True)
-    try:
-        libraries = build.build_libraries(list(build.SOURCES))
-    except SystemExit as error:
-        package.parent.mkdir(parents=True)
-        (package.parent / REFUSED).write_text(f"{error}\n")
-        raise
-    shutil.copytree(root / "liquidgemm", package, ignore=shutil.ignore_patterns("*.so", "__py*"))
-    for library in libraries.values():
-        shutil.copy2(library, package)
-        build.run_quietly("strip", "--strip-unneeded", package / library.name)
-    return package.parent
+    base = Base.build(root)
+    with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
+        results = pool.map(lambda bug: compile_variant(base, bug), bugs)
+        for bug, result in zip(bugs, results, strict=True):
+            print(f"{bug.name}: {result}", flush=True)
+
+
+def build_variant(bug: Bug) -> Path:
+    """`build_variants` for one of them; its folder."""
+    build_variants([bug])
+    return FOLDER / slug(bug)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="substrings of names; all variants by default")
     parser.add_argument("--root", type=Path, default=ROOT, help="the sources to start from")
+    parser.add_argument("--jobs", type=int, help="compilers at a time")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     arguments = parser.parse_args()
-    check = build.check_ptxas_report
-    for bug in VARIANTS:
-        if arguments.names and not any(name in bug.name for name in arguments.names):
-            continue
-        if arguments.list:
-            print(bug.name)
-            continue
-        build.check_ptxas_report = check
-        try:
-            print(f"{bug.name}: {build_variant(bug, arguments.root.resolve())}", flush=True)
-        except SystemExit as error:
-            print(f"{bug.name}: CAUGHT BY THE BUILD: {error}", flush=True)
-            if BUILD not in bug.caught_by:
-                raise
+    names = arguments.names or [""]
+    chosen = [bug for bug in VARIANTS if any(name in bug.name for name in names)]
+    if arguments.list:
+        print(*(bug.name for bug in chosen), sep="\n")
+    else:
+        build_variants(chosen, arguments.root.resolve(), arguments.jobs)
 
 
 if __name__ == "__main__":

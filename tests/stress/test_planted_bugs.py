@@ -1,7 +1,7 @@
 """The suite catches planted bugs, and passes in spite of random delays."""
 
 import pytest
-from bugs import BUGS, BUILD, DELAY, Bug
+from bugs import BUGS, DELAY, Bug
 from hunt import EXACTNESS, WATCHDOG, catch, control, run_tests
 from variants import NONE, build_variant
 
@@ -19,11 +19,7 @@ def clean_build() -> None:
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_planted_bug_is_caught(bug: Bug, clean_build: None) -> None:
     """CHECKLIST 6, 13, 15: by the tests that the list of bugs names."""
-    try:
-        build_variant(bug)
-    except SystemExit:
-        assert BUILD in bug.caught_by
-        return
+    build_variant(bug)
     outcome = catch(bug)
     assert outcome.caught, outcome
 
