@@ -131,6 +131,14 @@ class LiquidLinear(nn.Module):
         tensors = ops.unpack_weight(self.packed, self.out_features)
         return QuantizedWeight(*tensors, self.scale, self.in_features, self.columns)
 
+    @property
+    def qweight(self) -> Tensor:
+        """The codes as in ``state_dict``, uint8 ``[N, K / 2]`` (unpacked anew on each call).
+
+        Where there is no ``weight``, other libraries look here for the device of a layer.
+        """
+        return ops.unpack_weight(self.packed, self.out_features)[0]
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as floats ``[N, K]``."""
         return dequantize_weight(self.quantized_weight(), dtype)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear
 
@@ -24,13 +23,6 @@ class LiquidLora(Linear):
         with warnings.catch_warnings():  # that PEFT does not know LiquidLinear
             warnings.filterwarnings("ignore", "Unsupported layer type")
             super().__init__(base_layer, *args, **kwargs)
-
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        # PEFT would look at the weight for it.
-        device = self.get_base_layer().packed.device if device is None else device
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def merge(self, *args, **kwargs) -> None:
         raise NotImplementedError(
