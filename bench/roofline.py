@@ -8,7 +8,7 @@ from pathlib import Path
 
 from liquidgemm.format import BLOCK_BYTES, GROUP, PANEL, ceil_div
 
-from . import programs
+from . import machine, programs
 from .results import Run
 
 LARGEST_TILE = 256  # tokens that one dequantization of a weight can serve: the N of a WGMMA
@@ -40,6 +40,7 @@ class Ceilings:
         return f"{text}, dequantization {self.decoded_bytes_per_us / 1e6:.3g} TB/s"
 
 
+H100_SMS = 132
 H100 = Ceilings("an H100 SXM (700 W)", bytes_per_us=3.11e6, ops_per_us=1750e6)
 
 
@@ -68,7 +69,7 @@ def ceilings_of(run: Run, microbenchmarks: Path | None = None) -> Ceilings:
     """Those of the GPU of a run, as far as they were measured.
 
     Where there are no microbenchmarks, the bandwidth is that of the run's own stream floor, and the
-    rest is that of an H100, whose SMs all Hopper GPUs share; `source` says so.
+    throughput that of an H100's SMs, as many as the GPU has; `source` says so.
 
     Raises:
         results.BadResults: the file of microbenchmarks cannot be read.
@@ -78,13 +79,13 @@ def ceilings_of(run: Run, microbenchmarks: Path | None = None) -> Ceilings:
         if measured is not None:
             return measured
     gpu = run.machine["gpu"]
-    if "H100" in gpu or not run.floors:
+    if machine.gpu_slug(gpu) == "h100-sxm" or not run.floors:
         return H100
     bandwidth = max(floor["bytes"] / floor["pdl_us"] for floor in run.floors)
     return Ceilings(
-        f"this {gpu} (bandwidth: stream floor of this run) and {H100.source} (the rest)",
+        f"this {gpu} (bandwidth: stream floor of this run) and {H100.source} (throughput per SM)",
         bytes_per_us=bandwidth,
-        ops_per_us=H100.ops_per_us,
+        ops_per_us=H100.ops_per_us * run.machine["sms"] / H100_SMS,
     )
 
 

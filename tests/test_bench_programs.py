@@ -241,6 +241,9 @@ class TestCostModel:
         assert found.bytes_per_us == pytest.approx(44564480 / 14.661)  # of its own stream floor
         assert "Made-up GPU" in found.source
         assert "H100" in found.source
+        assert found.ops_per_us == pytest.approx(1750e6)
+        run.machine["sms"] = 66
+        assert roofline.ceilings_of(run).ops_per_us == pytest.approx(875e6)
         run.machine["gpu"] = "NVIDIA H100 80GB HBM3"
         assert roofline.ceilings_of(run) is roofline.H100
 
