@@ -52,7 +52,7 @@ def tests_passed(output: str) -> int:
 def command_of(tool: str, executable: str, package: Path | None, tests: list[str]) -> list[str]:
     options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
     if tool == "racecheck":  # the only one for which instrumenting torch's kernels takes minutes
-        options += ["--kernel-name", "kernel_substring=gemm_kernel"]
+        options += ["--kernel-name", "kns=gemm_kernel"]
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", *tests]
     if package is not None:
         pytest += ["-o", f"pythonpath=tests/planted tests/gpu tests . {package}"]

@@ -18,8 +18,8 @@ from pathlib import Path
 from bugs import BUGS, BUILD, DELAY, Bug
 from variants import FOLDER, NONE, REFUSED, ROOT, build_variants, slug
 
-WATCHDOG = 150  # seconds for one run of pytest: without a bug it takes 10 to 30
-AT_ONCE = 4
+WATCHDOG = 90  # seconds for one run of pytest: without a bug it takes 10 to 30
+AT_ONCE = 6
 
 # What has to pass in spite of random delays: everything that looks at the results of the kernel.
 EXACTNESS = (

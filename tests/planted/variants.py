@@ -164,13 +164,23 @@ def build_variants(bugs: list[Bug], root: Path = ROOT, jobs: int | None = None) 
     """Compiles these variants, several at a time; prints what became of each.
 
     Raises:
-        SystemExit: one does not compile, for a reason other than the check that is to catch it.
+        SystemExit: after all, if an anchor is gone or one does not compile.
     """
     base = Base.build(root)
+
+    def compile_one(bug: Bug) -> tuple[bool, str]:
+        try:
+            return True, compile_variant(base, bug)
+        except (LookupError, SystemExit) as error:
+            return False, f"{error}"
+
+    failed = 0
     with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
-        results = pool.map(lambda bug: compile_variant(base, bug), bugs)
-        for bug, result in zip(bugs, results, strict=True):
+        for bug, (done, result) in zip(bugs, pool.map(compile_one, bugs), strict=True):
+            failed += not done
             print(f"{bug.name}: {result}", flush=True)
+    if failed:
+        raise SystemExit(f"{failed} of {len(bugs)} variants could not be built")
 
 
 def build_variant(bug: Bug) -> Path:
