@@ -181,6 +181,6 @@ def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.float3
     decoded = decode(weight.qweight, weight.qscale, weight.qoffset)
     w8 = decoded[:, : weight.in_features]
     if weight.augment:
-        residual = decoded[:, padded(weight.in_features) :].short()
-        w8 = w8.short().index_add(1, weight.columns, residual)
+        residual = decoded[:, padded(weight.in_features) :].int()
+        w8 = w8.int().index_add(1, weight.columns, residual)
     return (w8.float() * weight.scale.unsqueeze(-1)).to(dtype)

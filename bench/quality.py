@@ -1,0 +1,300 @@
+"""Every method of quantization on real models: perplexity, agreement, time, memory.
+
+python -m bench.quality_data DATA
+python -m bench.quality DATA --out bench/results/quality/DATE     (a GPU is used if there is one)
+python -m bench.quality --render bench/results/quality/DATE       (its tables into docs/quality.md)
+
+Language models are calibrated on the home domains and judged on other documents of those, and on a
+domain that calibration has never seen. Baseline are the weights of the GGUF file, 4 to 8 bits
+themselves, expanded to float32: what is lost is lost in addition. MiniLM, which comes in float32,
+is calibrated on sentences of one home domain and judged by the cosine similarity of 1000 embeddings
+of the unseen one.
+
+Quantized layers are simulated in float32 (`SimulatedLinear`). With --kernel the best recipe is also
+run through the real layers, on the GPU and, for a part of the text, on the CPU's exact path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import resource
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from liquidgemm import LiquidConfig, quantize_, save_quantized
+from liquidgemm.calibration.data import token_windows
+from liquidgemm.calibration.simulate import simulate_
+from liquidgemm.evaluate import Evaluation, evaluate, sliding_windows
+from liquidgemm.sources import load_model
+
+from .machine import commit
+from .quality_data import HOME, MINILM, QWEN, SMOLLM2, UNSEEN, read_texts
+from .quality_tables import render
+
+WINDOW, STRIDE = 1024, 512
+SENTENCES = 1000
+MODELS = {"SmolLM2-135M": SMOLLM2, "Qwen2.5-Coder-0.5B": QWEN, "MiniLM-L6": MINILM}
+
+_GPTQ = {"method": "gptq"}
+_SMOOTH = {"method": "gptq", "smooth": True}
+_DOWN = {"keep": ("down_proj",)}
+RECIPES = {
+    "W8A8": {"keep": ("*",)},
+    "rtn": {"method": "rtn"},
+    "search": {},
+    "search, rotate": {"rotate": True},
+    "hessian": {"method": "hessian"},
+    "gptq": _GPTQ,
+    "gptq, smooth": _SMOOTH,
+    "gptq, smooth, rotate": {**_SMOOTH, "rotate": True},
+    "gptq, smooth, keep down_proj": {**_SMOOTH, **_DOWN},
+    "gptq, smooth, augment 64": {**_SMOOTH, "augment": 64},
+    "gptq, smooth, augment 128": {**_SMOOTH, "augment": 128},
+    "gptq, smooth, augment 64, keep down_proj": {**_SMOOTH, **_DOWN, "augment": 64},
+    "gptq, smooth, augment 128, keep down_proj": {**_SMOOTH, **_DOWN, "augment": 128},
+}
+MINILM_RECIPES = {
+    name: {key: value for key, value in fields.items() if key != "smooth"}
+    for name, fields in RECIPES.items()
+    if "rotate" not in name and "down_proj" not in name
+}
+
+
+class Judge:
+    """A language model on every domain, beside its float reference."""
+
+    def __init__(self, folder: Path, model: nn.Module, tokenizer, tokens: int) -> None:
+        self._reference = model
+        self._windows = {
+            domain: windows(tokenizer, read_texts(folder, domain, "evaluation"), tokens)
+            for domain in (*HOME, UNSEEN)
+        }
+
+    def __call__(self, model: nn.Module) -> dict[str, Evaluation]:
+        return {domain: evaluate(model, w, self._reference) for domain, w in self._windows.items()}
+
+
+def windows(tokenizer, texts: list[str], tokens: int) -> list[tuple[Tensor, int]]:
+    """Pieces of four windows each, spread evenly over the texts, and windows sliding over each."""
+    pieces = token_windows(texts, tokenizer, 4 * WINDOW, tokens)
+    return [w for piece in pieces for w in sliding_windows(piece[0], WINDOW, STRIDE)]
+
+
+def language_model(name: str, arguments: argparse.Namespace) -> list[dict]:
+    model, tokenizer = load_model(
+        str(arguments.data / MODELS[name]), arguments.device, torch.float32
+    )
+    calibration = [
+        window
+        for domain in HOME
+        for window in token_windows(
+            read_texts(arguments.data, domain, "calibration"),
+            tokenizer,
+            WINDOW,
+            arguments.tokens // len(HOME),
+        )
+    ]
+    judge = Judge(arguments.data, model, tokenizer, arguments.eval_tokens)
+    rows = []
+    for recipe, fields in chosen(RECIPES, arguments).items():
+        config = LiquidConfig(**fields, gate="off")
+        quantized, row = measured(model, config, calibration, arguments)
+        saved = copy.deepcopy(quantized) if recipe == arguments.kernel else None
+        results = judge(simulate_(quantized))
+        row |= {"model": name, "recipe": recipe}
+        row["domains"] = {domain: asdict(result) for domain, result in results.items()}
+        rows.append(row)
+        print(line(row), flush=True)
+        if saved is not None:
+            row["kernel"] = through_the_kernel(saved, quantized, judge, arguments, name, tokenizer)
+            print(f"{name}: {recipe}: {row['kernel']}", flush=True)
+    return rows
+
+
+def measured(
+    model: nn.Module, config: LiquidConfig, calibration: list, arguments: argparse.Namespace
+) -> tuple[nn.Module, dict]:
+    """A quantized copy of the model, and what it took."""
+    quantized = copy.deepcopy(model)
+    on_gpu = arguments.device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    report = quantize_(
+        quantized,
+        config,
+        calibration=calibration if config.needs_calibration else None,
+        progress=False,
+    )
+    if on_gpu:
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    weights = sum(m.in_features * m.out_features for m in linears(quantized))
+    return quantized, {
+        "config": json.loads(config.to_json()),
+        "seconds": time.perf_counter() - start,
+        "peak_bytes": peak,
+        "bits": 8 * report.bytes_after / weights,
+        "worst": [(layer.name, layer.output_error) for layer in worst(report)],
+    }
+
+
+def linears(model: nn.Module) -> list[nn.Module]:
+    from liquidgemm import LiquidLinear
+
+    return [module for module in model.modules() if isinstance(module, LiquidLinear)]
+
+
+def worst(report) -> list:
+    layers = [layer for layer in report.layers if layer.output_error is not None]
+    return sorted(layers, key=lambda layer: -layer.output_error)[:5]
+
+
+def through_the_kernel(
+    quantized: nn.Module,
+    simulated: nn.Module,
+    judge: Judge,
+    arguments: argparse.Namespace,
+    name: str,
+    tokenizer,
+) -> dict:
+    """Perplexity on the unseen domain: real layers where the model is, and exactly on the CPU.
+
+    The CPU's path is slow, so that it gets the first windows only, and the others those too.
+    """
+    checkpoint = arguments.out / name
+    save_quantized(quantized, checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    few = judge._windows[UNSEEN][: arguments.exact_windows]
+    result = {
+        "simulated": evaluate(simulated, few).perplexity,
+        f"real layers, {arguments.device}": evaluate(quantized, few).perplexity,
+        "tokens": evaluate(quantized, few).tokens,
+    }
+    if arguments.device != "cpu":
+        result["real layers, cpu"] = evaluate(quantized.cpu(), few).perplexity
+    return result
+
+
+def embeddings(arguments: argparse.Namespace) -> list[dict]:
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = arguments.data / MINILM
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(arguments.device)
+
+    def batches(domain: str, use: str, count: int) -> list[dict[str, Tensor]]:
+        sentences = [
+            sentence.strip()
+            for text in read_texts(arguments.data, domain, use)
+            for sentence in text.replace("\n", " ").split(". ")
+            if 40 <= len(sentence) <= 400
+        ]
+        step = max(1, len(sentences) // count)
+        chosen = sorted(sentences[::step][:count], key=len)
+        return [
+            dict(tokenizer(chosen[i : i + 50], padding=True, truncation=True, return_tensors="pt"))
+            for i in range(0, len(chosen), 50)
+        ]
+
+    @torch.no_grad()
+    def embed(model: nn.Module) -> Tensor:
+        rows = []
+        for batch in unseen:
+            inputs = {key: value.to(arguments.device) for key, value in batch.items()}
+            hidden = model(**inputs).last_hidden_state
+            mask = inputs["attention_mask"].unsqueeze(-1)
+            rows.append((hidden * mask).sum(1) / mask.sum(1))
+        return torch.cat(rows)
+
+    calibration = batches(HOME[0], "calibration", SENTENCES)
+    unseen = batches(UNSEEN, "evaluation", SENTENCES)
+    expected, rows = embed(model), []
+    for recipe, fields in chosen(MINILM_RECIPES, arguments).items():
+        config = LiquidConfig(**fields, gate="off")
+        quantized, row = measured(model, config, calibration, arguments)
+        similarity = torch.cosine_similarity(embed(simulate_(quantized)), expected)
+        row |= {"model": "MiniLM-L6", "recipe": recipe, "sentences": len(similarity)}
+        row |= {"mean": similarity.mean().item(), "minimum": similarity.min().item()}
+        rows.append(row)
+        print(line(row), flush=True)
+    return rows
+
+
+def chosen(recipes: dict, arguments: argparse.Namespace) -> dict:
+    wanted = arguments.recipes
+    return (
+        recipes if wanted is None else {name: recipes[name] for name in wanted if name in recipes}
+    )
+
+
+def line(row: dict) -> str:
+    if "domains" in row:
+        results = "  ".join(
+            f"{d} {r['perplexity'] / r['reference_perplexity'] - 1:+.2%}"
+            for d, r in row["domains"].items()
+        )
+    else:
+        results = f"cosine mean {row['mean']:.5f} minimum {row['minimum']:.5f}"
+    return (
+        f"{row['model']:20} {row['recipe']:45} {row['bits']:.2f} bits  {results}  "
+        f"{row['seconds']:.0f} s  {row['peak_bytes'] / 1e9:.2f} GB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("data", type=Path, nargs="?", help="folder of bench.quality_data")
+    parser.add_argument("--out", type=Path, default=Path("quality"), help="folder for the results")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, metavar="RECIPE")
+    parser.add_argument("--tokens", type=int, default=65536, help="for calibration")
+    parser.add_argument("--eval-tokens", type=int, default=32768, help="of each domain")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--kernel", choices=RECIPES, metavar="RECIPE", help="to run exactly, too")
+    parser.add_argument("--exact-windows", type=int, default=4)
+    parser.add_argument("--commit", help="commit that is measured, where git is not at hand")
+    parser.add_argument("--render", type=Path, help="write the tables of such a folder")
+    arguments = parser.parse_args()
+    if arguments.render is not None:
+        render(arguments.render)
+        return
+    if arguments.data is None:
+        parser.error("expected DATA or --render")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "results.json"
+    results = {
+        "commit": arguments.commit or commit(),
+        "machine": machine(arguments.device),
+        "calibration_tokens": arguments.tokens,
+        "evaluation_tokens": arguments.eval_tokens,
+        "rows": [],
+    }
+    if path.exists():  # models may be measured one at a time
+        results["rows"] = json.loads(path.read_text())["rows"]
+    for name in arguments.models:
+        new = embeddings(arguments) if name == "MiniLM-L6" else language_model(name, arguments)
+        done = {(row["model"], row["recipe"]) for row in new}
+        kept = [row for row in results["rows"] if (row["model"], row["recipe"]) not in done]
+        results["rows"] = kept + new
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def machine(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The tables of bench.quality's results, as Markdown: beside the JSON, and in docs/quality.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .quality_data import HOME, UNSEEN
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "quality.md"
+BEGIN, END = "<!-- tables: python -m bench.quality --render -->", "<!-- end of tables -->"
+
+
+def render(folder: Path) -> None:
+    """Write results.md beside results.json, and its tables into docs/quality.md."""
+    results = json.loads((folder / "results.json").read_text())
+    content = tables(results, folder)
+    (folder / "results.md").write_text(content + "\n")
+    before, begin, rest = DOCUMENT.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{DOCUMENT}: expected the lines {BEGIN!r} and {END!r}")
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}")
+
+
+def tables(results: dict, folder: Path) -> str:
+    parts = [
+        f"{results['machine']}, commit {results['commit'][:12]}; language models calibrated on "
+        f"{results['calibration_tokens']} tokens ({' and '.join(HOME)}), judged on "
+        f"{results['evaluation_tokens']} tokens of each domain; raw figures in "
+        f"[{folder.name}/results.json](../bench/results/quality/{folder.name}/results.json)."
+    ]
+    rows = results["rows"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        parts.append(language_table(model, own) if "domains" in own[0] else cosine_table(own))
+    return "\n\n".join(parts)
+
+
+def language_table(model: str, rows: list[dict]) -> str:
+    domains = (*HOME, UNSEEN)
+    reference = ", ".join(
+        f"{domain} {rows[0]['domains'][domain]['reference_perplexity']:.2f}" for domain in domains
+    )
+    lines = [
+        f"**{model}**, perplexity relative to the GGUF file's weights in float32 ({reference}); "
+        f"agreement of the most likely token and KL divergence on {UNSEEN}, which is unseen",
+        "",
+        "| recipe | bits | "
+        + " | ".join(f"{d} (unseen)" if d == UNSEEN else d for d in domains)
+        + " | same token | KL mean | KL p99 | time, s | peak, GB |",
+        "|---|" + "---:|" * (6 + len(domains)),
+    ]
+    for row in rows:
+        change = [
+            f"{r['perplexity'] / r['reference_perplexity'] - 1:+.1%}"
+            for r in (row["domains"][domain] for domain in domains)
+        ]
+        unseen = row["domains"][UNSEEN]
+        cells = [
+            row["recipe"],
+            f"{row['bits']:.2f}",
+            *change,
+            f"{unseen['agreement']:.1%}",
+            f"{unseen['mean_kl']:.4f}",
+            f"{unseen['p99_kl']:.3f}",
+            f"{row['seconds']:.0f}",
+            f"{row['peak_bytes'] / 1e9:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    for row in rows:
+        if "kernel" in row:
+            values = ", ".join(
+                f"{name}: {value:.4f}" for name, value in row["kernel"].items() if name != "tokens"
+            )
+            lines += [
+                "",
+                f'Perplexity of "{row["recipe"]}" on {row["kernel"]["tokens"]} tokens of {UNSEEN}: '
+                f"{values}.",
+            ]
+    return "\n".join(lines)
+
+
+def cosine_table(rows: list[dict]) -> str:
+    lines = [
+        f"**{rows[0]['model']}**, cosine similarity of {rows[0]['sentences']} sentence embeddings "
+        "to those of the float32 model",
+        "",
+        "| recipe | bits | mean | minimum | time, s | peak, GB |",
+        "|---|" + "---:|" * 5,
+    ]
+    lines += [
+        f"| {row['recipe']} | {row['bits']:.2f} | {row['mean']:.5f} | {row['minimum']:.5f} | "
+        f"{row['seconds']:.0f} | {row['peak_bytes'] / 1e9:.2f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
