@@ -8,6 +8,7 @@ import liquidgemm
 
 DEVICE = "cuda"
 testing = torch.ops.liquidgemm_testing
+SPLITS = [1, 2, 4]  # how many CTAs may share a tile along K
 
 
 @dataclass

@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import DEVICE, assert_equal, random_problem, run, testing
+from problems import DEVICE, SPLITS, assert_equal, random_problem, run, testing
 
 import liquidgemm
 
 CONFIGS = list(enumerate(testing.config_names()))
-SPLITS = [1, 2, 4, 8]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -267,7 +266,7 @@ def test_back_to_back_launches(m: int) -> None:
     problem = random_problem(m, 28_672, 4096)
     expected = problem.accumulator()
     for config, name in CONFIGS:
-        for split_k in SPLITS[:3]:
+        for split_k in SPLITS:
             for _ in range(60):
                 y = run(problem, config=config, split_k=split_k, poisoned=False)
             assert_equal(y, expected, f"{name} split_k={split_k} {m=}")

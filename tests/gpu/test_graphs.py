@@ -3,11 +3,9 @@
 import pytest
 import torch
 from fresh_process import run_python
-from problems import DEVICE, assert_equal, random_problem, testing
+from problems import DEVICE, SPLITS, assert_equal, random_problem, testing
 
 import liquidgemm
-
-SPLITS = [1, 2, 4]
 
 CAPTURE_FIRST = """
 import sys

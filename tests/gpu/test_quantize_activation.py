@@ -39,6 +39,24 @@ def test_equals_the_cpu(k: int, dtype: torch.dtype) -> None:
         assert_equal(x8.cpu(), expected_x8, f"x8 {k=} {dtype}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_divides_as_ieee(dtype: torch.dtype) -> None:
+    """CHECKLIST 8: random bit patterns, so scales of every size and quotients next to ties."""
+    generator = torch.Generator().manual_seed(0)
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    info = torch.iinfo(integer)
+    x = torch.randint(info.min, info.max, (20_000, 64), generator=generator).to(integer).view(dtype)
+    x = torch.where(x.isfinite(), x, 1)
+    near = torch.randn(20_000, 64, generator=generator)  # rows whose values are of one size
+    near *= 2.0 ** torch.randint(-140, 120, (20_000, 1), generator=generator)
+    near[:, 0] = near[:, 1:].abs().amax(1) * torch.rand(20_000, generator=generator)
+    for rows in (x, near.to(dtype)):
+        x8, scale = liquidgemm.quantize_activation(rows.to(DEVICE))
+        expected_x8, expected_scale = liquidgemm.quantize_activation(rows)
+        assert_equal(scale.cpu(), expected_scale, f"scale {dtype}")
+        assert_equal(x8.cpu(), expected_x8, f"x8 {dtype}")
+
+
 def test_no_rows() -> None:
     """CHECKLIST 8."""
     x8, scale = liquidgemm.quantize_activation(torch.empty(0, 64, device=DEVICE))

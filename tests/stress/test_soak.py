@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import DEVICE, random_problem, testing
+from problems import DEVICE, SPLITS, random_problem, testing
 
 import liquidgemm
 
@@ -10,7 +10,7 @@ CONFIGS = list(enumerate(testing.config_names()))
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("split_k", [1, 2, 4, 8])
+@pytest.mark.parametrize("split_k", SPLITS)
 @pytest.mark.parametrize(("config", "name"), CONFIGS, ids=lambda v: str(v))
 def test_overlapping_launches(config: int, name: str, split_k: int) -> None:
     """CHECKLIST 10, 13: thousands of launches back to back, a quarter of them beside a hog."""
