@@ -33,22 +33,25 @@ def _register(integration: str) -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds nothing by itself, but calls `_register` after the modules in _WAITING have run."""
+    """Finds nothing by itself, but calls `_register` after a module in _WAITING has run."""
 
     def find_spec(self, name: str, path, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in _WAITING:
+        integration = _WAITING.pop(name, None)
+        if integration is None:
             return None
+        # Popped already, so that a finder that asks all finders, as this one, ends the circle.
         others = (finder for finder in sys.meta_path if finder is not self)
         specs = (finder.find_spec(name, path, target) for finder in others)
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is None or spec.loader is None:
+            _WAITING[name] = integration
             return spec
         run = spec.loader.exec_module
 
         def run_and_register(module: ModuleType) -> None:
             run(module)
-            if module.__name__ in _WAITING:
-                _register(_WAITING.pop(module.__name__))
+            if module.__name__ == name:
+                _register(integration)
 
         spec.loader.exec_module = run_and_register
         return spec

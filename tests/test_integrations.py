@@ -1,0 +1,410 @@
+"""transformers, PEFT and torchao on top of quantized layers, through their own interfaces."""
+
+import copy
+import importlib
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import foreign
+import pytest
+import reference
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import liquidgemm
+from liquidgemm import (
+    LiquidConfig,
+    LiquidLinear,
+    import_checkpoint,
+    integrations,
+    load_quantized,
+    quantize_,
+    save_quantized,
+)
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+IDS = torch.arange(24).view(2, 12) * 5 % 256
+
+
+def float_model(folder: Path, dtype=torch.bfloat16, **changes) -> Path:
+    """A folder with a random Llama: two layers, biases, sizes that are no multiples of 64."""
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=96,
+        intermediate_size=200,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        pad_token_id=0,
+        **changes,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # they start as zeros
+            nn.init.normal_(parameter)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, auto=transformers.AutoModelForCausalLM, **options):
+    return auto.from_pretrained(folder, **options)
+
+
+def quantized(folder: Path, **fields):
+    return load(folder, quantization_config=liquidgemm.LiquidGemmConfig(**fields))
+
+
+def liquid_layers(model: nn.Module) -> list[str]:
+    return [name for name, layer in model.named_modules() if isinstance(layer, LiquidLinear)]
+
+
+def assert_same(model: nn.Module, expected: nn.Module) -> None:
+    """Equal bits, of the state and of what comes out."""
+    state, wanted = model.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        reference.assert_same(state[key], tensor, key=key)
+    with torch.no_grad():
+        reference.assert_same(model(IDS).logits, expected(IDS).logits)
+
+
+# Registration.
+
+
+def test_importing_liquidgemm_imports_nothing_else():
+    """Nor is it too late for the others: they are imported after it, and know it."""
+    code = """
+import sys, liquidgemm
+assert not {"transformers", "peft", "torchao"} & sys.modules.keys()
+import transformers.quantizers.auto as auto
+assert auto.AUTO_QUANTIZER_MAPPING["liquidgemm"].__name__ == "LiquidGemmQuantizer"
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["liquidgemm"] is liquidgemm.LiquidGemmConfig
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """Name of a library that is not imported yet, for which an integration is waiting."""
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    (tmp_path / "some_library.py").write_text("ready = True\n")
+    monkeypatch.setattr(integrations, "_WAITING", {"some_library": "some_integration"})
+    return "some_library"
+
+
+def add_integration(monkeypatch, seen: list) -> None:
+    """An integration that notes whether its library had run when it was imported."""
+    imported = importlib.import_module
+
+    def import_module(name):
+        if name == "liquidgemm.integrations.some_integration":
+            seen.append(sys.modules["some_library"].ready)
+            return None
+        return imported(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+
+
+@pytest.mark.parametrize("first", ["the library", "liquidgemm"])
+def test_order_of_imports(library, monkeypatch, first):
+    seen = []
+    add_integration(monkeypatch, seen)
+    if first == "the library":
+        __import__(library)
+    integrations.register_integrations()
+    assert len(seen) == (first == "the library")
+    __import__(library)
+    assert seen == [True]
+    assert integrations._WAITING == {}
+
+
+def test_a_library_that_does_not_fit_stays_importable(library):
+    integrations.register_integrations()
+    with pytest.warns(UserWarning, match="not work with this version of some_integration"):
+        module = __import__(library)
+    assert module.ready
+
+
+# from_pretrained and save_pretrained.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantizing_on_load_is_quantize_(tmp_path, dtype, tied):
+    folder = float_model(tmp_path, dtype, tie_word_embeddings=tied)
+    model = quantized(folder, group_size=128)
+    expected = load(folder)
+    quantize_(expected, LiquidConfig(group_size=128), progress=False)
+    assert len(liquid_layers(model)) == 14
+    assert model.dtype == dtype
+    assert not model.training
+    assert model.liquid_config == LiquidConfig(group_size=128)
+    assert_same(model, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_pretrained_round_trip(tmp_path, dtype, tied):
+    model = quantized(float_model(tmp_path / "float", dtype, tie_word_embeddings=tied))
+    model.save_pretrained(tmp_path / "a")
+    again = load(tmp_path / "a")
+    assert liquid_layers(again) == liquid_layers(model)
+    assert again.liquid_config == model.liquid_config
+    assert_same(again, model)
+    again.save_pretrained(tmp_path / "b")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_shards(tmp_path):
+    model = quantized(float_model(tmp_path / "float"))
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert_same(load(tmp_path / "shards"), model)
+
+
+@pytest.mark.parametrize("writer", ["save_quantized", "save_pretrained"])
+@pytest.mark.parametrize("reader", ["load_quantized", "from_pretrained"])
+def test_either_reads_what_the_other_writes(tmp_path, writer, reader):
+    """Also for models that `quantize_` changed in place, and for residual columns."""
+    model = load(float_model(tmp_path / "float"))
+    quantize_(model, LiquidConfig(keep=("0.mlp.*",)), progress=False)
+    assert model.model.layers[0].mlp.up_proj.columns is not None
+    if writer == "save_quantized":
+        save_quantized(model, tmp_path / "saved")
+    else:
+        model.save_pretrained(tmp_path / "saved")
+    other = (load_quantized if reader == "load_quantized" else load)(tmp_path / "saved")
+    assert type(other) is type(model)
+    assert not other.training
+    assert other.liquid_config == model.liquid_config
+    assert_same(other, model)
+    other.save_pretrained(tmp_path / "again")  # what was read knows what it is
+    assert_same(load(tmp_path / "again"), model)
+
+
+def test_a_base_model_from_a_model_with_a_head_and_back(tmp_path):
+    model = quantized(float_model(tmp_path / "float"))
+    model.save_pretrained(tmp_path / "whole")
+    base = load(tmp_path / "whole", transformers.AutoModel)
+    assert len(liquid_layers(base)) == 14
+    with torch.no_grad():
+        expected = model.model(IDS).last_hidden_state
+        reference.assert_same(base(IDS).last_hidden_state, expected)
+        base.save_pretrained(tmp_path / "base")
+        other = load(tmp_path / "base")
+        reference.assert_same(other.model(IDS).last_hidden_state, expected)
+
+
+def test_an_imported_checkpoint_loads(tmp_path):
+    """A GPTQ folder of a whole model through `import_checkpoint` and from_pretrained."""
+    folder = float_model(tmp_path / "float", torch.float16)
+    state = load_file(folder / "model.safetensors")
+    expected = {}
+    for key in [key for key in state if key.endswith("proj.weight")]:
+        weight = state.pop(key).float()
+        step = (weight.abs().amax(1, keepdim=True) / 7.5).half()
+        codes = (weight / step.float() + 8).round().clamp(0, 15).to(torch.uint8)
+        zeros = torch.full_like(step, 8, dtype=torch.uint8)
+        expected[key.removesuffix(".weight")] = step.float() * (codes.float() - 8)
+        tensors = foreign.gptq(codes, step, zeros, codes.shape[1])
+        state.update({key.removesuffix("weight") + k: t for k, t in tensors.items()})
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": -1}
+    (folder / "config.json").write_text(json.dumps(config))
+    report = import_checkpoint(folder, tmp_path / "out", progress=False)
+    assert {layer.name for layer in report.layers} == expected.keys()
+    model = load(tmp_path / "out")
+    assert_same(load_quantized(tmp_path / "out"), model)
+    for name, weight in expected.items():
+        reference.assert_same(model.get_submodule(name).dequantize(), weight, key=name)
+    assert model.dtype == torch.float16
+    model.save_pretrained(tmp_path / "again")
+    assert_same(load(tmp_path / "again"), model)
+
+
+def edit(folder: Path, change) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+def drop(folder: Path, key: str) -> None:
+    state = load_file(folder / "model.safetensors")
+    del state[key]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+SCALE = "model.layers.0.mlp.up_proj.scale"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: drop(f, SCALE), f"{SCALE}: missing in "),
+        (lambda f: edit(f, lambda c: c.update(format_version=2)), "newer liquidgemm"),
+        (lambda f: edit(f, lambda c: c.update(config={"bits": 3})), r"got \['bits'\]"),
+        (lambda f: edit(f, lambda c: c.pop("layers")), "expected the quantized layers"),
+        (
+            lambda f: edit(f, lambda c: c["layers"].update({"model.norm": 0})),
+            "model.norm.qweight: missing",
+        ),
+    ],
+)
+def test_damaged_folders_are_refused(tmp_path, damage, message):
+    quantized(float_model(tmp_path / "float")).save_pretrained(tmp_path / "saved")
+    damage(tmp_path / "saved")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"group_size": 32}, "group_size: "),
+        ({"bits": 3}, r"got \['bits'\]"),
+        ({"config": LiquidConfig(), "method": "rtn"}, "config: expected it or its fields"),
+        ({"config": 4}, "config: expected a LiquidConfig, got int"),
+        ({"quant_method": "gptq"}, "quant_method: "),
+    ],
+)
+def test_the_config_is_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        liquidgemm.LiquidGemmConfig(**fields)
+
+
+def test_calibration_is_not_for_loading(tmp_path):
+    with pytest.raises(ValueError, match=r"needs no calibration, .* call liquidgemm\.quantize_"):
+        quantized(float_model(tmp_path), method="gptq")
+
+
+def test_casts_leave_the_scales_alone(tmp_path):
+    model = quantized(float_model(tmp_path, torch.float32))
+    layer = model.model.layers[0].mlp.up_proj
+    before = layer.scale.clone()
+    assert model.to(torch.bfloat16) is model
+    reference.assert_same(layer.scale, before)
+
+
+# generate.
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_generate_with_a_static_cache(tmp_path, compiled):
+    model = quantized(float_model(tmp_path, torch.float32))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(IDS, **options)
+    if compiled:
+        torch.compiler.reset()
+        model.forward = torch.compile(model.forward, backend="aot_eager", dynamic=False)
+    found = model.generate(IDS, cache_implementation="static", **options)
+    assert torch.equal(found, expected)
+
+
+# PEFT.
+
+
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft", reason="peft is not installed")
+
+
+def lora(peft, model: nn.Module, **options):
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM", **options)
+    return peft.get_peft_model(model, config)
+
+
+def test_lora_trains_and_leaves_the_base_alone(tmp_path, peft):
+    model = quantized(float_model(tmp_path / "float", torch.float32))
+    layers = {name: model.get_submodule(name) for name in liquid_layers(model)}
+    before = {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        adapted = lora(peft, model)
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 14
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(30):
+        loss = adapted(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0], losses
+    for name, layer in layers.items():
+        for key, tensor in layer.state_dict().items():
+            reference.assert_same(tensor, before[name][key], key=f"{name}.{key}")
+
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.eval()
+    other = peft.PeftModel.from_pretrained(quantized(tmp_path / "float"), tmp_path / "adapter")
+    with torch.no_grad():
+        expected = adapted(IDS).logits
+        reference.assert_same(other.eval()(IDS).logits, expected)
+        with adapted.disable_adapter():
+            assert not torch.equal(adapted(IDS).logits, expected)
+    pickle.loads(pickle.dumps(adapted))
+
+
+def test_what_lora_cannot_do_says_so(tmp_path, peft):
+    float_model(tmp_path)
+    adapted = lora(peft, quantized(tmp_path))
+    with pytest.raises(NotImplementedError, match="cannot be merged into 4-bit weights"):
+        adapted.merge_and_unload()
+    with pytest.raises(ValueError, match="use_dora: expected False"):
+        lora(peft, quantized(tmp_path), use_dora=True)
+
+
+def test_lora_on_a_plain_layer_is_as_ever(peft):
+    model = nn.Sequential(nn.Linear(8, 8))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+    assert type(adapted.base_model.model[0]).__module__ == "peft.tuners.lora.layer"
+    assert isinstance(adapted.merge_and_unload()[0], nn.Linear)
+
+
+# torchao.
+
+
+@pytest.fixture
+def torchao():
+    return pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+
+
+def test_torchao_dispatches_to_us(torchao):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(192, 96), nn.ReLU(), nn.Linear(96, 10, bias=False)).eval()
+    expected = copy.deepcopy(model)
+    quantize_(expected, LiquidConfig("rtn", 128), progress=False)
+    torchao.quantize_(model, LiquidConfig("rtn", 128))
+    x = torch.randn(3, 192)
+    assert [type(layer) for layer in model] == [LiquidLinear, nn.ReLU, LiquidLinear]
+    assert not model[0].training
+    reference.assert_same(model(x), expected(x))
+
+
+def test_torchao_filters(torchao):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    torchao.quantize_(model, LiquidConfig(), filter_fn=lambda module, name: name == "1")
+    assert [type(layer) for layer in model] == [nn.Linear, LiquidLinear]
+
+
+def test_torchao_refuses_what_needs_more_than_a_layer(torchao):
+    model = nn.Sequential(nn.Linear(64, 64))
+    for config in (LiquidConfig("gptq"), LiquidConfig(keep=("0",)), LiquidConfig(rotate=True)):
+        with pytest.raises(ValueError, match=r"config: expected a method .* liquidgemm\.quantize_"):
+            torchao.quantize_(model, config)
+    assert type(model[0]) is nn.Linear
