@@ -91,3 +91,16 @@ def test_configurations_are_those_that_the_library_dispatches_from() -> None:
     assert compiled == set(names)
     for file in ("test_gemm.py", "test_canaries.py", "test_overtaking.py", "test_few_sms.py"):
         assert "testing.config_names()" in (ROOT / "gpu" / file).read_text()
+
+
+def test_guarantees_name_tests_that_exist() -> None:
+    """Every path and every test in docs/guarantees.md."""
+    text = (ROOT.parent / "docs/guarantees.md").read_text()
+    here = {(str(file), name) for file, name, _ in documented_tests()}
+    files = re.findall(r"`((?:[\w/]+/)?\w+\.py)(?:::\w+)?`", text)
+    assert len(files) > 20
+    for file in files:
+        assert (ROOT / file).is_file(), file
+    names = {name for _, name in here}
+    for name in re.findall(r"\b(test_\w+)\b(?!\.py|/)", text):
+        assert name in names or any(file.endswith(f"{name}.py") for file, _ in here), name

@@ -301,6 +301,22 @@ def test_tensor_parallel_layers():
     reference.assert_same(torch.cat([part(x) for part in parts], 1), expected)
 
 
+def test_row_parallel_sums():
+    """CHECKLIST 19: INT32 sums of slices along K add up to those of the whole, to the bit."""
+    whole = quantize_weight(torch.randn(136, 200))
+    x = torch.randint(-127, 128, (3, 200)).to(torch.int8)
+
+    def sums(weight, x):
+        packed = liquidgemm.pack_weight(weight.qweight, weight.qscale, weight.qoffset)
+        return liquidgemm.gemm(x, torch.ones(3), packed, weight.scale, out_dtype=torch.int32)
+
+    parts = [
+        sums(whole.narrow_columns(start, length), x[:, start : start + length])
+        for start, length in ((0, 128), (128, 72))
+    ]
+    reference.assert_same(parts[0] + parts[1], sums(whole, x))
+
+
 def test_compiled_module():
     """CHECKLIST 18: a module in one graph, whatever the number of tokens."""
     model = nn.Sequential(make(), nn.GELU(), make(72, 64)).eval()
