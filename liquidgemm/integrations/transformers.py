@@ -180,6 +180,13 @@ class LiquidGemmQuantizer(HfQuantizer):
             if name not in keys and name.rpartition(".")[2] in short:
                 raise ValueError(f"{name}: missing in {', '.join(map(str, files))}")
 
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list:
+        """As `_check_files`, in transformers 4, which asks this instead of naming the files."""
+        for key in missing_keys:
+            if isinstance(model.get_submodule(key.rpartition(".")[0]), _Unpacked):
+                raise ValueError(f"{key}: missing in the checkpoint")
+        return missing_keys
+
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
 
