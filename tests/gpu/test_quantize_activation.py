@@ -82,6 +82,51 @@ def test_linear_is_quantize_and_gemm(m: int, n: int, k: int, dtype: torch.dtype)
         assert_equal(actual.cpu(), on_cpu, f"CPU {m=} {n=} {k=} {dtype}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_of_linear(dtype: torch.dtype) -> None:
+    """CHECKLIST 7: layouts, leading dimensions, stride 0, inference tensors and gradients."""
+    problem = random_problem(24, 136, 200)
+    weight = (problem.weight, problem.weight_scale, problem.bias)
+    x = torch.randn(24, 200, device=DEVICE).to(dtype)
+    expected = liquidgemm.linear(x, *weight)
+    flat = torch.zeros(24 * 200 + 1, dtype=dtype, device=DEVICE)
+    flat[1:] = x.flatten()
+    with torch.inference_mode():
+        inference = x.clone()
+    views = {
+        "transposed": x.T.contiguous().T,
+        "every other row": x.repeat_interleave(2, 0)[::2],
+        "strided": x.repeat_interleave(3, 1)[:, ::3],
+        "odd offset": flat[1:].view(24, 200),
+        "inference": inference,
+        "requires_grad": x.clone().requires_grad_(),
+    }
+    for name, view in views.items():
+        assert_equal(liquidgemm.linear(view, *weight).detach(), expected, name)
+        x8, scale = liquidgemm.quantize_activation(view.detach())
+        assert_equal(x8, liquidgemm.quantize_activation(x)[0], name)
+        assert_equal(scale, liquidgemm.quantize_activation(x)[1], name)
+    batched = liquidgemm.linear(x.view(2, 3, 4, 200).transpose(0, 2), *weight)
+    assert_equal(batched, expected.view(2, 3, 4, 136).transpose(0, 2), "leading dimensions")
+    assert_equal(liquidgemm.linear(x[3], *weight), expected[3], "one token")
+    same = liquidgemm.linear(x[:1].expand(5, 200), *weight)
+    assert_equal(same, expected[:1].expand(5, 136), "stride 0")
+
+
+def test_gradient() -> None:
+    """CHECKLIST 7: that of the dequantized weight, as on the CPU."""
+    problem = random_problem(9, 72, 200)
+    on_gpu = torch.randn(9, 200, device=DEVICE).requires_grad_()
+    on_cpu = on_gpu.detach().cpu().requires_grad_()
+    grad = torch.randn(9, 72)
+    liquidgemm.linear(on_gpu, problem.weight, problem.weight_scale).backward(grad.to(DEVICE))
+    liquidgemm.linear(on_cpu, problem.weight.cpu(), problem.weight_scale.cpu()).backward(grad)
+    exact = grad.double() @ (problem.w8.double() * problem.weight_scale.double()[:, None]).cpu()
+    error = (on_gpu.grad.cpu().double() - exact).norm()
+    allowed = (on_cpu.grad.double() - exact).norm()
+    assert error <= 2 * allowed + 1e-6 * exact.norm(), (error, allowed)
+
+
 def test_nan_stays_in_its_row() -> None:
     """CHECKLIST 8: a row with a NaN spoils its own outputs only."""
     problem = random_problem(4, 64, 128)
