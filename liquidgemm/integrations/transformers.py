@@ -247,5 +247,3 @@ def attach(model: transformers.PreTrainedModel) -> None:
     config = LiquidGemmConfig(getattr(model, "liquid_config", None), layers)
     model.hf_quantizer = LiquidGemmQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
-    model.is_quantized = True
-    model.quantization_method = METHOD
