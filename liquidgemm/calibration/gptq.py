@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..format import GROUP, Q_MAX, pack_nibbles, padded, unpack_nibbles
+from ..format import GROUP, Q_MAX, pack_nibbles, padded
 from ..weight import QuantizedWeight, dequantize_weight
 
 _BLOCK = 128
 
-# Residual columns have s = 1 and z = -8: what is left of a column is at most half a step of 17.
-_RESIDUAL_LOW = -8
+# Steps of residual columns: half a step of 17 is within reach of 1, the others are for what the
+# grid below has cut off.
+_RESIDUAL_STEPS = (1, 2, 4)
 _ZERO = 128  # qoffset - z
 
 
@@ -45,12 +46,14 @@ def gptq(
     k = weight.shape[1]
     units = (weight / _nonzero(base.scale).unsqueeze(1)).T.contiguous()[order]
     s, z = (p.T.contiguous()[order] for p in _grid(base, k))
-    fine = torch.zeros(k, dtype=torch.bool, device=weight.device)
-    if columns is not None:
-        fine[columns.long()] = True
-    fine_list = fine[order].tolist()
     code = torch.empty_like(units)
-    residual = torch.zeros_like(units) if columns is not None else None
+    slots: dict[int, int] = {}  # position in this order to residual column
+    if columns is not None:
+        fine_s, fine_z = _residual_grid(weight, base, columns)
+        wide = [p.T.repeat_interleave(GROUP, dim=0).contiguous() for p in (fine_s, fine_z)]
+        residual = torch.zeros(len(columns), len(weight), device=weight.device)
+        slot = {column: i for i, column in enumerate(columns.tolist())}
+        slots = {j: slot[column] for j, column in enumerate(order.tolist()) if column in slot}
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
         block, part = units[start:stop], factor[start:stop, start:stop]
@@ -60,9 +63,10 @@ def gptq(
             q = ((block[i] - z[j]) / s[j]).round_().clamp_(0, Q_MAX)
             v = torch.addcmul(z[j], q, s[j])
             code[j] = q
-            if fine_list[j]:
-                residual[j] = _residual(block[i], v)
-                v = v + residual[j]
+            if (r := slots.get(j)) is not None:
+                fine = ((block[i] - v - wide[1][r]) / wide[0][r]).round_().clamp_(0, Q_MAX)
+                residual[r] = fine
+                v = v + torch.addcmul(wide[1][r], fine, wide[0][r])
             errors[i] = (block[i] - v) / part[i, i]
             if i + 1 < stop - start:
                 block[i + 1 :].addr_(part[i, i + 1 :], errors[i], alpha=-1)
@@ -72,18 +76,41 @@ def gptq(
     codes = code[back].T
     if columns is None:
         return _with_codes(base, codes)
-    return _with_codes(base, codes, residual[back[columns.long()]].T, columns)
+    return _with_residual(_with_codes(base, codes), residual.T, fine_s, fine_z, columns)
 
 
 def add_residual(weight: Tensor, base: QuantizedWeight, columns: Tensor) -> QuantizedWeight:
     """base with residual columns that take up what rounding has left of ``weight [N, K]``."""
-    k = weight.shape[1]
-    codes = unpack_nibbles(base.qweight)[:, :k].float()
-    s, z = _grid(base, k)
+    left = _left(weight, base, columns)
+    s, z = _residual_grid(weight, base, columns)
+    wide_s, wide_z = (p.repeat_interleave(GROUP, dim=1) for p in (s, z))
+    codes = ((left - wide_z) / wide_s).round_().clamp_(0, Q_MAX)
+    return _with_residual(base, codes, s, z, columns)
+
+
+def _left(weight: Tensor, base: QuantizedWeight, columns: Tensor) -> Tensor:
+    """What the codes of base leave of some columns, in units of sigma: ``[N, R]``."""
     chosen = columns.long()
-    units = weight[:, chosen] / _nonzero(base.scale).unsqueeze(1)
-    v = torch.addcmul(z[:, chosen], codes[:, chosen], s[:, chosen])
-    return _with_codes(base, codes, _residual(units, v), columns)
+    difference = weight[:, chosen] - dequantize_weight(base)[:, chosen]
+    return difference / _nonzero(base.scale).unsqueeze(1)
+
+
+def _residual_grid(weight: Tensor, base: QuantizedWeight, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Integral s and z ``[N, R / 64]`` of least squared error for what base leaves."""
+    left = _left(weight, base, columns).unflatten(1, (-1, GROUP))
+    centre = (left.amin(2) + left.amax(2)) / 2
+    best = torch.full_like(centre, torch.inf)
+    best_s, best_z = torch.ones_like(centre), torch.zeros_like(centre)
+    for step in _RESIDUAL_STEPS:
+        for middle in (torch.zeros_like(centre), centre):
+            z = (middle - step * (Q_MAX + 1) / 2).round_().clamp_(-_ZERO, 127 - Q_MAX * step)
+            code = ((left - z.unsqueeze(2)) / step).round_().clamp_(0, Q_MAX)
+            error = (code * step + z.unsqueeze(2) - left).square_().sum(2)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_s = torch.where(better, step, best_s)
+            best_z = torch.where(better, z, best_z)
+    return best_s, best_z
 
 
 def int8_weight(weight: Tensor) -> QuantizedWeight:
@@ -152,24 +179,21 @@ def _grid(base: QuantizedWeight, k: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def _residual(units: Tensor, v: Tensor) -> Tensor:
-    return (units - v).round_().clamp_(_RESIDUAL_LOW, _RESIDUAL_LOW + Q_MAX)
+def _with_codes(base: QuantizedWeight, codes: Tensor) -> QuantizedWeight:
+    """The grids of base with codes ``[N, K]``."""
+    q = F.pad(codes.to(torch.uint8), (0, -codes.shape[1] % GROUP)).contiguous()
+    return replace(base, qweight=pack_nibbles(q))
 
 
-def _with_codes(
-    base: QuantizedWeight,
-    codes: Tensor,
-    residual: Tensor | None = None,
-    columns: Tensor | None = None,
+def _with_residual(
+    base: QuantizedWeight, codes: Tensor, s: Tensor, z: Tensor, columns: Tensor
 ) -> QuantizedWeight:
-    """The grids of base with codes ``[N, K]`` and residuals ``[N, R]``."""
-    q = F.pad(codes.to(torch.uint8), (0, -codes.shape[1] % GROUP))
-    qscale, qoffset = base.qscale, base.qoffset
-    if residual is not None:
-        q = torch.cat((q, (residual - _RESIDUAL_LOW).to(torch.uint8)), 1)
-        extra = qscale.new_ones(len(q), len(columns) // GROUP)
-        qscale = torch.cat((qscale, extra), 1)
-        qoffset = torch.cat((qoffset, extra * (_ZERO + _RESIDUAL_LOW)), 1)
-    return QuantizedWeight(
-        pack_nibbles(q.contiguous()), qscale, qoffset, base.scale, base.in_features, columns
+    """base with residual columns: codes ``[N, R]``, s and z ``[N, R / 64]``."""
+    residual = pack_nibbles(codes.to(torch.uint8).contiguous())
+    return replace(
+        base,
+        qweight=torch.cat((base.qweight, residual), 1),
+        qscale=torch.cat((base.qscale, s.to(torch.uint8)), 1),
+        qoffset=torch.cat((base.qoffset, (z + _ZERO).to(torch.uint8)), 1),
+        columns=columns,
     )
