@@ -296,6 +296,25 @@ def test_casts_leave_the_scales_alone(tmp_path):
     before = layer.scale.clone()
     assert model.to(torch.bfloat16) is model
     reference.assert_same(layer.scale, before)
+    other = load(tmp_path)
+    quantize_(other, progress=False)
+    assert other.half().model.layers[0].mlp.up_proj.scale.dtype == torch.float32
+
+
+def test_the_readme(tmp_path, monkeypatch):
+    """The code of the README's section, with a small model in place of the one it names."""
+    for library in ("peft", "torchao"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    readme = (Path(liquidgemm.__file__).parents[1] / "README.md").read_text()
+    section = readme.partition("## With transformers")[2].partition("\n## ")[0]
+    blocks = [part.partition("```")[0] for part in section.split("```python\n")[1:]]
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks).replace("HuggingFaceTB/SmolLM2-135M", str(float_model(tmp_path / "a")))
+    names = {}
+    exec(code, names)
+    assert len(liquid_layers(names["adapted"])) == 14
+    assert len(liquid_layers(names["mlp"])) == 2
 
 
 # generate.
