@@ -22,6 +22,7 @@ import json
 import platform
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -59,6 +60,7 @@ RECIPES = {
     "gptq, smooth, augment 128": {**_SMOOTH, "augment": 128},
     "gptq, smooth, augment 64, keep down_proj": {**_SMOOTH, **_DOWN, "augment": 64},
     "gptq, smooth, augment 128, keep down_proj": {**_SMOOTH, **_DOWN, "augment": 128},
+    "gptq, smooth, augment 256, keep down_proj": {**_SMOOTH, **_DOWN, "augment": 256},
 }
 MINILM_RECIPES = {
     name: {key: value for key, value in fields.items() if key != "smooth"}
@@ -87,7 +89,7 @@ def windows(tokenizer, texts: list[str], tokens: int) -> list[tuple[Tensor, int]
     return [w for piece in pieces for w in sliding_windows(piece[0], WINDOW, STRIDE)]
 
 
-def language_model(name: str, arguments: argparse.Namespace) -> list[dict]:
+def language_model(name: str, arguments: argparse.Namespace) -> Iterator[dict]:
     model, tokenizer = load_model(
         str(arguments.data / MODELS[name]), arguments.device, torch.float32
     )
@@ -102,7 +104,6 @@ def language_model(name: str, arguments: argparse.Namespace) -> list[dict]:
         )
     ]
     judge = Judge(arguments.data, model, tokenizer, arguments.eval_tokens)
-    rows = []
     for recipe, fields in chosen(RECIPES, arguments).items():
         config = LiquidConfig(**fields, gate="off")
         quantized, row = measured(model, config, calibration, arguments)
@@ -110,12 +111,9 @@ def language_model(name: str, arguments: argparse.Namespace) -> list[dict]:
         results = judge(simulate_(quantized))
         row |= {"model": name, "recipe": recipe}
         row["domains"] = {domain: asdict(result) for domain, result in results.items()}
-        rows.append(row)
-        print(line(row), flush=True)
         if saved is not None:
             row["kernel"] = through_the_kernel(saved, quantized, judge, arguments, name, tokenizer)
-            print(f"{name}: {recipe}: {row['kernel']}", flush=True)
-    return rows
+        yield row
 
 
 def measured(
@@ -186,7 +184,7 @@ def through_the_kernel(
     return result
 
 
-def embeddings(arguments: argparse.Namespace) -> list[dict]:
+def embeddings(arguments: argparse.Namespace) -> Iterator[dict]:
     from transformers import AutoModel, AutoTokenizer
 
     folder = arguments.data / MINILM
@@ -219,16 +217,14 @@ def embeddings(arguments: argparse.Namespace) -> list[dict]:
 
     calibration = batches(HOME[0], "calibration", SENTENCES)
     unseen = batches(UNSEEN, "evaluation", SENTENCES)
-    expected, rows = embed(model), []
+    expected = embed(model)
     for recipe, fields in chosen(MINILM_RECIPES, arguments).items():
         config = LiquidConfig(**fields, gate="off")
         quantized, row = measured(model, config, calibration, arguments)
         similarity = torch.cosine_similarity(embed(simulate_(quantized)), expected)
         row |= {"model": "MiniLM-L6", "recipe": recipe, "sentences": len(similarity)}
         row |= {"mean": similarity.mean().item(), "minimum": similarity.min().item()}
-        rows.append(row)
-        print(line(row), flush=True)
-    return rows
+        yield row
 
 
 def chosen(recipes: dict, arguments: argparse.Namespace) -> dict:
@@ -283,11 +279,13 @@ def main() -> None:
     if path.exists():  # models may be measured one at a time
         results["rows"] = json.loads(path.read_text())["rows"]
     for name in arguments.models:
-        new = embeddings(arguments) if name == "MiniLM-L6" else language_model(name, arguments)
-        done = {(row["model"], row["recipe"]) for row in new}
-        kept = [row for row in results["rows"] if (row["model"], row["recipe"]) not in done]
-        results["rows"] = kept + new
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        rows = embeddings(arguments) if name == "MiniLM-L6" else language_model(name, arguments)
+        for row in rows:
+            print(line(row), row.get("kernel", ""), flush=True)
+            key = (row["model"], row["recipe"])
+            kept = [old for old in results["rows"] if (old["model"], old["recipe"]) != key]
+            results["rows"] = [*kept, row]
+            path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def machine(device: str) -> str:
