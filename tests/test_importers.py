@@ -169,6 +169,17 @@ def test_qoq_per_channel_is_exact(tmp_path):
     assert layer.error == 0
 
 
+def test_qoq_with_zeros_that_are_no_integers(tmp_path):
+    """The codes stay; the offset is as near as one INT8 unit, of which a step has several."""
+    codes, s1, zeros = random_grid(-1)
+    tensors = foreign.qoq(codes, s1[:, 0], zeros=zeros + 0.3)
+    values, _, layer = run(tmp_path, tensors, None)
+    weight = codes * s1.double() - tensors["s1_szeros"].double().unsqueeze(1)
+    assert layer.error == pytest.approx(float((values - weight).norm() / weight.norm()))
+    assert 0 < layer.error < 0.01
+    assert (torch.diff(values.sort(1).values, dim=1).abs() > 1e-12).sum(1).eq(15).all()
+
+
 def test_qoq_that_wraps_is_refused(tmp_path):
     codes = torch.zeros(32, 64, dtype=torch.uint8)
     codes[:, 0] = 15

@@ -5,8 +5,8 @@ Per layer: ``qweight`` int8 ``[N, K / 2]``, codes in blocks of 32 channels and 3
 
 - progressive groups: ``s2_scales`` and ``s2_zeros`` int8 ``[K / group, N]``, 32 channels in the
   order 0, 8, 16, 24, 1, 9, ...: ``W = s1 * int8(s2 * code + zero)``, a byte that wraps around;
-- per channel: ``s1_szeros`` float16 ``[N]``, the product of s1 and an integer zero rounded to
-  float16: ``W = s1 * (code - zero)``.
+- per channel: ``s1_szeros`` float16 ``[N]``: ``W = s1 * code - szero``, or where szero is but the
+  product of s1 and an integer, rounded to float16, ``W = s1 * (code - zero)``.
 """
 
 from __future__ import annotations
