@@ -55,7 +55,8 @@ def command_of(tool: str, executable: str, package: Path | None, tests: list[str
         options += ["--kernel-name", "kns=gemm_kernel"]
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", *tests]
     if package is not None:
-        pytest += ["-o", f"pythonpath=tests/planted tests/gpu tests . {package}"]
+        # First and last: versions of pytest differ in which end of the list counts first.
+        pytest += ["-o", f"pythonpath={package} tests/planted tests/gpu tests . {package}"]
     return [executable, *options, *pytest]
 
 

@@ -47,8 +47,9 @@ class Outcome:
 
 def run_tests(package: Path, selection: str, seconds: float = WATCHDOG) -> Outcome:
     """Runs pytest with this build of the library, in a process that ends after so many seconds."""
-    # The last of the paths is looked at first.
-    paths = f"pythonpath=tests/planted tests/gpu tests . {package.relative_to(ROOT)}"
+    # First and last: versions of pytest differ in which end of the list counts first.
+    place = package.relative_to(ROOT)
+    paths = f"pythonpath={place} tests/planted tests/gpu tests . {place}"
     command = [sys.executable, "-m", "pytest", "-x", "--tb=line", "-p", "no:cacheprovider"]
     process = subprocess.Popen(
         [*command, "-o", paths, *shlex.split(selection)],
