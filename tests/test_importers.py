@@ -1,6 +1,8 @@
 """Import of other projects' 4-bit checkpoints: exact where the grids agree, near elsewhere."""
 
+import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from liquidgemm import QuantizedWeight, cli, dequantize_weight, import_checkpoint, quantize_weight
+from liquidgemm import (
+    QuantizedWeight,
+    cli,
+    dequantize_weight,
+    import_checkpoint,
+    importers,
+    quantize_weight,
+)
+from liquidgemm.importers.source import fit
 
 N, K = 64, 256
 GROUPS = [64, 128, -1]
@@ -305,6 +315,80 @@ def test_refused(tmp_path, case):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, tensors, settings)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+MUTATIONS = {
+    "no dimension": lambda t: t.flatten()[0] if t.numel() else t.new_zeros(()),
+    "one dimension": lambda t: t.flatten(),
+    "three dimensions": lambda t: t.unsqueeze(0),
+    "no rows": lambda t: t[:0],
+    "no columns": lambda t: t[..., :0],
+    "fewer rows": lambda t: t[:-1],
+    "fewer columns": lambda t: t[..., :-1],
+    "more rows": lambda t: torch.cat((t, t)),
+    "transposed": lambda t: t.t().contiguous() if t.dim() == 2 else t.flip(0),
+    "bool": lambda t: t.bool(),
+    "float64": lambda t: t.double(),
+    "complex": lambda t: t.to(torch.complex64),
+    "int64": lambda t: t.long(),
+    "zero": torch.zeros_like,
+    "large": lambda t: torch.full_like(
+        t, torch.finfo(t.dtype).max if t.is_floating_point() else 99
+    ),
+    "negative": lambda t: -t - 1,
+}
+
+
+def every_format() -> dict[str, tuple]:
+    codes, scales, zeros = random_grid(128)
+    per_channel = foreign.qoq(codes, scales[:, 0], zeros=zeros[:, :1])
+    two_level = foreign.qoq(codes.clamp(3, 12), scales[:, 0], torch.full((N, 2), 9), zeros * 0 + 7)
+    g_idx = torch.arange(K, dtype=torch.int32) // 128
+    ct = foreign.compressed_tensors(codes, scales, zeros)
+    return {
+        "ct": ({**ct, "weight_g_idx": g_idx}, SETTINGS["compressed-tensors"]),
+        "awq": (foreign.awq(codes, scales, zeros), SETTINGS["awq"]),
+        "gptq": (foreign.gptq(codes, scales, zeros, 128), gptq_settings(128)),
+        "qoq": (two_level, {"quant_method": "qoq"}),
+        "qoq per channel": (per_channel, {"quant_method": "qoq"}),
+        "qqq": (foreign.qqq(codes, scales[:, 0], scales * 500), SETTINGS["qqq"]),
+        "qqq per channel": (foreign.qqq(codes, scales[:, 0]), SETTINGS["qqq"]),
+    }
+
+
+@pytest.mark.parametrize("name", every_format())
+def test_mutated_tensors(name):
+    """Whatever is wrong with a tensor is a ValueError, or none: never an error of torch's."""
+    tensors, settings = every_format()[name]
+    module = importers.FORMATS[settings["quant_method"]]
+    tensors["bias"] = torch.ones(N)
+    refused = 0
+    for key, mutation in itertools.product(tensors, MUTATIONS):
+        changed = MUTATIONS[mutation](tensors[key])
+        try:
+            weight, _ = fit(module.read({**tensors, key: changed}, settings))
+        except ValueError:
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"{key}: {mutation}") from error
+        else:
+            assert weight.out_features > 0
+    assert refused > len(tensors) * 5
+
+
+@pytest.mark.parametrize("name", ["ct", "awq", "gptq"])
+def test_mutated_settings(tmp_path, name):
+    tensors, settings = every_format()[name]
+    for key, value in itertools.product(settings, (None, [], {}, "x", -3, 0, 1.5, True)):
+        source = write(tmp_path / "source", {"a": tensors}, {**settings, key: value})
+        try:
+            import_checkpoint(source, tmp_path / "out", progress=False)
+        except ValueError:
+            assert not (tmp_path / "out").exists()
+        except Exception as error:
+            raise AssertionError(f"{key}: {value!r}") from error
+        else:
+            shutil.rmtree(tmp_path / "out")
 
 
 def truncate(path: Path) -> None:

@@ -166,7 +166,7 @@ def _format(settings: dict, names: Iterable[str]) -> tuple[str, ModuleType]:
         method = next((m for m in unmistakable if ends >= FORMATS[m].REQUIRED), None)
         if method is None and "desc_act" in settings:
             method = "gptq"
-    if method not in FORMATS:
+    if not isinstance(method, str) or method not in FORMATS:
         raise ValueError(
             f"quant_method: expected one of {', '.join(FORMATS)}, got "
             f"{'no quantization' if method is None else repr(method)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .bits import FLOATS, WORDS, expect, unpack_words
+from .bits import FLOATS, WORDS, expect, expect_matrix, unpack_words
 from .source import SourceWeight
 
 REQUIRED = frozenset({"qweight", "qzeros", "scales"})
@@ -24,13 +24,13 @@ def read(tensors: dict[str, Tensor], settings: dict) -> SourceWeight:
     if (version := str(settings.get("version", "gemm")).lower()) != "gemm":
         raise ValueError(f"version: expected 'gemm', got {version!r}, which is packed otherwise")
     words, zeros, scales = (tensors[name] for name in ("qweight", "qzeros", "scales"))
-    if words.dim() != 2 or scales.dim() != 2:
-        raise ValueError("qweight, scales: expected matrices")
+    expect_matrix("qweight", words)
+    expect_matrix("scales", scales)
     k, n, groups = words.shape[0], 8 * words.shape[1], scales.shape[0]
     expect("qweight", words, WORDS, [k, n // 8])
     expect("qzeros", zeros, WORDS, [groups, n // 8])
     expect("scales", scales, FLOATS, [groups, n])
-    if groups < 1 or k % groups:
+    if k % groups:
         raise ValueError(f"scales: expected groups that divide {k} rows of qweight, got {groups}")
     step = scales.double().t()
     zero = _channels(zeros).double().t()

@@ -27,12 +27,19 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WORDS = (torch.int32,)
 
 
-def in_order(name: str, group_of_column: Tensor | None, span: int) -> None:
-    """Raises a ValueError if columns were put into groups in another order than their own."""
-    if group_of_column is None or (group_of_column == -1).all():  # all -1: not set
+def expect_matrix(name: str, tensor: Tensor) -> None:
+    """Raises a ValueError unless there are rows and columns; `expect` has to follow."""
+    if tensor.dim() != 2 or tensor.numel() == 0:
+        raise ValueError(f"{name}: expected a matrix, got shape {list(tensor.shape)}")
+
+
+def in_order(name: str, group_of_column: Tensor | None, k: int, span: int) -> None:
+    """Raises a ValueError if k columns were put into groups in another order than their own."""
+    if group_of_column is None:
         return
-    k = len(group_of_column)
     expect(name, group_of_column, (torch.int32, torch.int64), [k])
+    if (group_of_column == -1).all():  # not set
+        return
     if not torch.equal(group_of_column.long(), torch.arange(k) // span):
         raise ValueError(
             f"{name}: expected groups of {span} neighbouring columns, got them out of order "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..format import ceil_div
-from .bits import FLOATS, WORDS, expect, in_order, unpack_words
+from .bits import FLOATS, WORDS, expect, expect_matrix, in_order, unpack_words
 from .source import SourceWeight
 
 REQUIRED = frozenset({"weight_packed", "weight_scale", "weight_shape"})
@@ -24,17 +24,18 @@ def read(tensors: dict[str, Tensor], settings: dict) -> SourceWeight:
     if settings.get("format", "pack-quantized") != "pack-quantized":
         raise ValueError(f"format: expected 'pack-quantized', got {settings['format']!r}")
     packed, scale = tensors["weight_packed"], tensors["weight_scale"]
-    if tensors["weight_shape"].numel() != 2:
-        raise ValueError(f"weight_shape: expected two sizes, got {tensors['weight_shape']}")
+    expect_matrix("weight_packed", packed)
+    expect_matrix("weight_scale", scale)
+    expect("weight_shape", tensors["weight_shape"], (torch.int64, torch.int32), [2])
     n, k = (int(size) for size in tensors["weight_shape"])
     if list(packed.shape) == [n, ceil_div(k, 4)]:
         raise ValueError("weight_packed: expected 4 bits per weight, got 8")
     expect("weight_packed", packed, WORDS, [n, ceil_div(k, 8)])
-    groups = scale.shape[1] if scale.dim() == 2 else 1
+    groups = scale.shape[1]
     expect("weight_scale", scale, FLOATS, [n, groups])
-    if groups < 1 or k % groups:
+    if k % groups:
         raise ValueError(f"weight_scale: expected groups that divide {k} columns, got {groups}")
-    in_order("weight_g_idx", tensors.get("weight_g_idx"), k // groups)
+    in_order("weight_g_idx", tensors.get("weight_g_idx"), k, k // groups)
     zero = tensors.get("weight_zero_point")
     if zero is None:
         zero = torch.full((n, groups), 8)

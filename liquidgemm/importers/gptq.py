@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..format import ceil_div
-from .bits import FLOATS, WORDS, expect, in_order, unpack_words
+from .bits import FLOATS, WORDS, expect, expect_matrix, in_order, unpack_words
 from .source import SourceWeight
 
 REQUIRED = frozenset({"qweight", "qzeros", "scales"})
@@ -29,15 +29,14 @@ def read(tensors: dict[str, Tensor], settings: dict) -> SourceWeight:
     if not isinstance(span, int) or (span < 1 and span != -1):
         raise ValueError(f"group_size: expected a positive number or -1, got {span!r}")
     words, zeros, scales = (tensors[name] for name in ("qweight", "qzeros", "scales"))
-    if words.dim() != 2:
-        raise ValueError(f"qweight: expected a matrix, got shape {list(words.shape)}")
+    expect_matrix("qweight", words)
     k, n = 8 * words.shape[0], words.shape[1]
     span = k if span == -1 else min(span, k)
     groups = ceil_div(k, span)
     expect("qweight", words, WORDS, [k // 8, n])
     expect("qzeros", zeros, WORDS, [groups, ceil_div(n, 8)])
     expect("scales", scales, FLOATS, [groups, n])
-    in_order("g_idx", tensors.get("g_idx"), span)
+    in_order("g_idx", tensors.get("g_idx"), k, span)
     zero = unpack_words(zeros, dim=1)[:, :n]
     if version == "gptq":
         # A zero of 0 is written as 15: no group has a zero of 16.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import expect
+from .bits import expect, expect_matrix
 from .source import SourceWeight
 
 REQUIRED = frozenset({"qweight", "s1_scales"})
@@ -25,8 +25,7 @@ _BLOCK = 32
 
 def read(tensors: dict[str, Tensor], settings: dict) -> SourceWeight:
     words, s1 = tensors["qweight"], tensors["s1_scales"]
-    if words.dim() != 2 or s1.dim() != 1:
-        raise ValueError("qweight, s1_scales: expected a matrix and a vector")
+    expect_matrix("qweight", words)
     n, k = words.shape[0], 2 * words.shape[1]
     if n % _BLOCK or k % _BLOCK:
         raise ValueError(f"qweight: expected blocks of {_BLOCK} x {_BLOCK}, got {n} x {k}")
@@ -44,11 +43,12 @@ def read(tensors: dict[str, Tensor], settings: dict) -> SourceWeight:
     if missing := sorted({"s2_scales", "s2_zeros"} - tensors.keys()):
         raise ValueError(f"{missing[0]}: expected beside s1_scales, or s1_szeros, got neither")
     s2, zeros = tensors["s2_scales"], tensors["s2_zeros"]
+    expect_matrix("s2_scales", s2)
     groups = s2.shape[0]
     expect("s2_scales", s2, (torch.int8,), [groups, n])
     expect("s2_zeros", zeros, (torch.int8,), [groups, n])
     step, offset = _channels(s2).double(), _channels(zeros).double()
-    if groups < 1 or k % groups:
+    if k % groups:
         raise ValueError(f"s2_scales: expected groups that divide {k} columns, got {groups}")
     # The product of step and zero was cut to a byte: the multiple of 256 is put back that brings
     # the smallest code in use within INT8.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import WORDS, expect, unpack_words
+from .bits import WORDS, expect, expect_matrix, unpack_words
 from .source import SourceWeight
 
 REQUIRED = frozenset({"B", "s_channel"})
@@ -29,8 +29,10 @@ _PLACES_BY_CHANNEL = (1, 3, 5, 7, 0, 2, 4, 6)
 def read(tensors: dict[str, Tensor], settings: dict) -> SourceWeight:
     words, s_channel = tensors["B"], tensors["s_channel"]
     s_group = tensors.get("s_group", torch.empty(0, dtype=torch.float16))
-    n, k = s_channel.numel(), 16 * len(words)
-    if n < 1 or n % _TILE_CHANNELS:
+    expect_matrix("B", words)
+    expect_matrix("s_channel", s_channel)
+    n, k = s_channel.shape[1], 16 * words.shape[0]
+    if n % _TILE_CHANNELS:
         raise ValueError(f"s_channel: expected a multiple of {_TILE_CHANNELS} channels, got {n}")
     expect("B", words, WORDS, [k // 16, 2 * n])
     expect("s_channel", s_channel, (torch.float32,), [1, n])
@@ -39,7 +41,8 @@ def read(tensors: dict[str, Tensor], settings: dict) -> SourceWeight:
         codes = _codes(words, _PLACES_BY_CHANNEL) ^ 8  # two's complement to code + 8
         step = 16 * sigma.double().unsqueeze(1)
         return SourceWeight(codes, step, -8 * step, k, bias=bias)
-    groups = len(s_group)
+    expect_matrix("s_group", s_group)
+    groups = s_group.shape[0]
     if k % groups:
         raise ValueError(f"s_group: expected groups that divide {k} columns, got {groups}")
     expect("s_group", s_group, (torch.float16,), [groups, n])
