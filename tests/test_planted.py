@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import hunt
 import pytest
 import variants
 from bugs import BUGS, BUILD, DELAY, Bug
@@ -39,6 +40,23 @@ def test_a_patch_that_does_not_apply_is_named() -> None:
     lost = Bug("lost", (variants.BUGS[0].patches[0],), ())
     with pytest.raises(LookupError, match=r"lost: .*consumer.hpp no longer holds"):
         lost.apply("something else", lost.patches[0].file)
+
+
+@pytest.mark.parametrize(
+    ("package", "selection", "seconds", "verdict"),
+    [
+        (ROOT, "tests/test_sanitize.py", 120, "passed"),
+        (ROOT, "tests/test_sanitize.py -k there_is_no_such_test", 120, "did not run"),
+        (ROOT / "build/not_there", "tests/test_sanitize.py", 120, "did not run"),
+        (ROOT, "tests/test_sanitize.py", 0.3, "hung"),
+    ],
+    ids=["passed", "no tests", "another library", "hung"],
+)
+def test_the_hunter_tells_outcomes_apart(package, selection, seconds, verdict) -> None:
+    """CHECKLIST 14: a run that hangs is ended; one in which nothing was tested catches nothing."""
+    outcome = hunt.run_tests(package, selection, seconds)
+    assert outcome.verdict == verdict, outcome
+    assert outcome.caught == (verdict == "hung")
 
 
 def test_the_reduced_sources_compile(reduced: dict[str, str], tmp_path: Path) -> None:

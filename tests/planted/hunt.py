@@ -65,7 +65,7 @@ def run_tests(package: Path, selection: str, seconds: float = WATCHDOG) -> Outco
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         return Outcome(selection, "hung", f"ended after {seconds} s")
-    (FOLDER / "logs").mkdir(exist_ok=True)
+    (FOLDER / "logs").mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", f"{package.name} {selection}")
     (FOLDER / f"logs/{name}.log").write_text(output)
     if str(package / "liquidgemm") not in output:
