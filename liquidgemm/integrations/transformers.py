@@ -58,7 +58,7 @@ class LiquidGemmConfig(QuantizationConfigMixin):
     ) -> None:
         if quant_method != METHOD:
             raise ValueError(f"quant_method: expected {METHOD!r}, got {quant_method!r}")
-        if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(
                 f"format_version: expected {FORMAT_VERSION} or older, got {format_version!r}: it "
                 "was saved by a newer liquidgemm"
@@ -71,6 +71,13 @@ class LiquidGemmConfig(QuantizationConfigMixin):
             config = LiquidConfig._from_dict(fields)
         elif config is not None and not isinstance(config, LiquidConfig):
             raise ValueError(f"config: expected a LiquidConfig, got {type(config).__name__}")
+        if layers is not None and not (
+            isinstance(layers, Mapping)
+            and all(type(n) is int and n >= 0 and n % GROUP == 0 for n in layers.values())
+        ):
+            raise ValueError(
+                f"layers: expected a multiple of {GROUP} for the name of each layer, got {layers!r}"
+            )
         self.quant_method = METHOD
         self.config = config
         self.layers = None if layers is None else dict(layers)
