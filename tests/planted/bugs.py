@@ -146,16 +146,16 @@ BUGS = (
     bug(
         "a row past the last is stored",
         "epilogue.hpp",
-        "if (token >= tokens_ ||",
-        "if (token > tokens_ ||",
+        "token + i % 2 < tokens_",
+        "token + i % 2 <= tokens_",
         CANARIES,
         tool="memcheck",
     ),
     bug(
         "a channel past the last is stored",
         "epilogue.hpp",
-        "|| channel >= params_.n)",
-        "|| channel > params_.n)",
+        "i / 2 * 8 < channels",
+        "i / 2 * 8 <= channels",
         CANARIES,
         EXACT,
     ),
@@ -175,12 +175,12 @@ BUGS = (
         EXACT,
     ),
     Bug(
-        "no barrier between sending and adding the sums",
+        "no barrier between staging and adding the sums",
         (
             Patch(
                 f"{KERNEL}/epilogue.hpp",
-                "send_to_groups(acc, k_group);\n    panel_barrier();",
-                "send_to_groups(acc, k_group);",
+                "stage_parts(acc, round, k_group);\n      panel_barrier();",
+                "stage_parts(acc, round, k_group);",
             ),
             *EVERY_LANE.patches,
         ),
@@ -204,8 +204,8 @@ BUGS = (
     bug(
         "a stage is counted twice where K is split",
         "scheduler.hpp",
-        "slabs * (cta_rank + 1) / params.split_k)",
-        "slabs * (cta_rank + 1) / params.split_k + (cta_rank + 1 < params.split_k))",
+        "slabs * (rank + 1) >> log2_split}",
+        "(slabs * (rank + 1) >> log2_split) + (rank + 1 < params.split_k)}",
         EXACT,
     ),
 )
