@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
 SMALL = "tests/gpu/test_small_suite.py"
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
+PLACE = re.compile(r"^=========\s+at (.+)$", re.MULTILINE)
 DID_NOT_RUN = (
     "No attachable process found",
     "terminated before first instrumented API call",
@@ -25,8 +26,11 @@ DID_NOT_RUN = (
 )
 
 
-def findings(report: str) -> int:
+def findings(report: str, tool: str = "memcheck") -> int:
     """Number of errors or hazards in the output of compute-sanitizer.
+
+    Of initcheck's, those in our kernels: matrix products of other libraries, which the tests
+    compare with, are seen to read workspaces that nobody has written.
 
     Raises:
         ValueError: the tool did not do its work; the message says how that is known.
@@ -38,6 +42,11 @@ def findings(report: str) -> int:
                 raise ValueError(f"compute-sanitizer did not run: {line.lstrip('= ')}")
     if not counts:
         raise ValueError("compute-sanitizer did not run: its summary is missing")
+    if tool == "initcheck" and sum(counts):
+        places = PLACE.findall(report)
+        if not places:
+            raise ValueError("compute-sanitizer does not say where it found something")
+        return sum("liquidgemm" in place for place in places)
     return sum(counts)
 
 
@@ -50,7 +59,7 @@ def tests_passed(output: str) -> int:
 
 
 def command_of(tool: str, executable: str, package: Path | None, tests: list[str]) -> list[str]:
-    options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+    options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "1000"]
     if tool == "racecheck":  # the only one for which instrumenting torch's kernels takes minutes
         options += ["--kernel-name", "kns=gemm_kernel"]
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", *tests]
@@ -80,10 +89,11 @@ def sanitize(tool: str, package: Path | None, tests: list[str]) -> tuple[int, st
         text=True,
         check=False,
     )
-    found = findings(run.stdout)
+    found = findings(run.stdout, tool)
     if package is not None and str(package / "liquidgemm") not in run.stdout:
         raise ValueError(f"the library in use is not that of {package}")
-    if found == 0 and (tests_passed(run.stdout) == 0 or run.returncode != 0):
+    others = tool == "initcheck"  # findings of other libraries' kernels set the status, too
+    if found == 0 and (tests_passed(run.stdout) == 0 or (run.returncode != 0 and not others)):
         raise ValueError(f"the tests did not pass (status {run.returncode}):\n{run.stdout[-3000:]}")
     return found, run.stdout
 

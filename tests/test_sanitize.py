@@ -29,6 +29,20 @@ def test_findings_are_counted() -> None:
     assert sanitize.findings(RACE) == 2
 
 
+def test_of_initcheck_only_our_kernels_count() -> None:
+    """CHECKLIST 15."""
+    other = (
+        "========= Uninitialized __global__ memory read\n=========     at gemm_of_others()+0x1\n"
+    )
+    ours = "========= Uninitialized __global__ memory read\n=========     at liquidgemm::k()+0x1\n"
+    summary = "========= ERROR SUMMARY: 2 errors\n"
+    assert sanitize.findings(other + other + summary, "initcheck") == 0
+    assert sanitize.findings(other + ours + summary, "initcheck") == 1
+    assert sanitize.findings(other + ours + summary, "memcheck") == 2
+    with pytest.raises(ValueError, match="does not say where"):
+        sanitize.findings(summary, "initcheck")
+
+
 @pytest.mark.parametrize(
     "report",
     [

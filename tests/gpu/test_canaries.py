@@ -38,6 +38,7 @@ def test_around_the_output_of_gemm(dtype: torch.dtype, residue: int) -> None:
                 y = run(problem, dtype, bias, config, split_k, poisoned=False)
             arena.check(y, what=what)
             assert_equal(y, expected, what)
+            del y
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
