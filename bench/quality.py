@@ -61,6 +61,13 @@ RECIPES = {
     "gptq, smooth, augment 64, keep down_proj": {**_SMOOTH, **_DOWN, "augment": 64},
     "gptq, smooth, augment 128, keep down_proj": {**_SMOOTH, **_DOWN, "augment": 128},
     "gptq, smooth, augment 256, keep down_proj": {**_SMOOTH, **_DOWN, "augment": 256},
+    "gptq, smooth, tune": {**_SMOOTH, "tune": 100},
+    "gptq, smooth, augment 128, keep down_proj, tune": {
+        **_SMOOTH,
+        **_DOWN,
+        "augment": 128,
+        "tune": 100,
+    },
 }
 MINILM_RECIPES = {
     name: {key: value for key, value in fields.items() if key != "smooth"}

@@ -46,7 +46,9 @@ class LiquidConfig:
         damping: multiple of the mean of diag(H) that "gptq" adds to diag(H).
         shrinkage: fraction, 0 to 1, by which "gptq" shrinks H towards diag(H), and "hessian" and
             the grids of "gptq" shrink diag(H) towards its mean.
-        seed: of the random rotation.
+        tune: steps in which row scales and norm gains of each block are fitted to what the float
+            model gives, codes and grids staying as they are; 0 for none.
+        seed: of the random rotation and of the order of batches in tuning.
         gate: what to do if on held-out text the calibrated model is worse than one quantized
             without data: "raise", "warn" or "off".
 
@@ -64,6 +66,7 @@ class LiquidConfig:
     rotate_heads: bool = False
     damping: float = 0.02
     shrinkage: float = 0.1
+    tune: int = 0
     seed: int = 0
     gate: str = "raise"
 
@@ -99,6 +102,8 @@ class LiquidConfig:
             raise ValueError(f"damping: expected a finite number >= 0, got {self.damping!r}")
         if not (isinstance(self.shrinkage, int | float) and 0 <= self.shrinkage <= 1):
             raise ValueError(f"shrinkage: expected a number from 0 to 1, got {self.shrinkage!r}")
+        if type(self.tune) is not int or self.tune < 0:
+            raise ValueError(f"tune: expected an integer >= 0, got {self.tune!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed: expected an integer, got {self.seed!r}")
         if self.gate not in GATES:
@@ -106,7 +111,7 @@ class LiquidConfig:
 
     @property
     def needs_calibration(self) -> bool:
-        return self.method in CALIBRATED or bool(self.smooth)
+        return self.method in CALIBRATED or bool(self.smooth) or self.tune > 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -91,7 +91,9 @@ def quantize_(
     if dry_run:
         return QuantizationReport(tuple(names), skipped, plan=plan(model, names, config))
     if calibration is None and config.needs_calibration:
-        wanted = f"method {config.method!r}" if config.method in CALIBRATED else "smooth"
+        wanted = "smooth" if config.smooth else "tune"
+        if config.method in CALIBRATED:
+            wanted = f"method {config.method!r}"
         raise ValueError(f"calibration: expected token batches or texts for {wanted}, got None")
     batches = None if calibration is None else as_batches(calibration, tokenizer)
     unseen = None if held_out is None else as_batches(held_out, tokenizer, "held_out")

