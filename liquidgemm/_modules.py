@@ -28,10 +28,10 @@ def matches(name: str, pattern: str) -> bool:
 
 def attach(model: nn.Module) -> None:
     """Tells transformers, if the model is one of its, which layers are quantized."""
-    if is_from_transformers(model):
-        from .integrations import transformers
-
-        transformers.attach(model)
+    # Absent for versions of transformers with which it does not work; that has been warned of.
+    integration = sys.modules.get(f"{__package__}.integrations.transformers")
+    if integration is not None and is_from_transformers(model):
+        integration.attach(model)
 
 
 def is_from_transformers(model: nn.Module) -> bool:
