@@ -347,9 +347,15 @@ def _build_transformers_model(directory: Path, class_name: str | None) -> nn.Mod
             return None
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    config = model_class.config_class.from_pretrained(directory)
-    with register_module_parameter_registration_hook(to_meta):
-        model = model_class(config)
-    if (directory / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    file = directory / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file, though {MANIFEST_FILE} lies beside")
+    try:
+        config = model_class.config_class.from_pretrained(directory)
+        with register_module_parameter_registration_hook(to_meta):
+            model = model_class(config)
+        if (directory / "generation_config.json").exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # transformers raises whatever a wrong value leads to
+        raise ValueError(f"{file}: does not describe a {class_name} ({error})") from error
     return model

@@ -613,3 +613,26 @@ def test_an_unknown_transformers_class_is_refused(tmp_path, name):
     edit_manifest(transformers_class=name)(tmp_path)
     with pytest.raises(ValueError, match=f"no model {name}: pass an instance"):
         load_quantized(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (None, FileNotFoundError),
+        ("", ValueError),
+        ("{", ValueError),
+        ("[]", ValueError),
+        ('{"model_type": "llama", "hidden_size": "many"}', ValueError),
+        ('{"model_type": "llama", "hidden_act": "none"}', ValueError),
+    ],
+)
+def test_a_damaged_transformers_config_is_refused(tmp_path, text, error):
+    """CHECKLIST 19."""
+    model = make_llama()
+    quantize_(model, progress=False)
+    save_quantized(model, tmp_path)
+    (tmp_path / "config.json").unlink()
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(error, match=r"config\.json: "):
+        load_quantized(tmp_path)
