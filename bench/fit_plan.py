@@ -37,6 +37,7 @@ class Sweep:
     us: np.ndarray
     names: list[str]
     sms: int
+    memory_bytes_per_us: float  # peak of the GPU
 
     @classmethod
     def load(cls, path: str) -> Sweep:
@@ -62,6 +63,7 @@ class Sweep:
             column("us"),
             names,
             data["sms"],
+            data["memory_bytes_per_us"],
         )
 
     def problems(self) -> list[np.ndarray]:
@@ -73,7 +75,7 @@ class Sweep:
 def predict(s: Sweep, parameters: np.ndarray) -> np.ndarray:
     """µs of each row; parameters are logarithms, in the order that `report` prints."""
     values = np.exp(parameters)
-    launch, occupancy, bandwidth, share, octet, split2, split4 = values[:7]
+    launch, occupancy, efficiency, share, octet, split2, split4 = values[:7]
     block_us, tile_us = values[7:].reshape(2, -1)[:, s.tile]
     split_us = np.select([s.split_k == 2, s.split_k == 4], [split2, split4], 0.0)
 
@@ -87,6 +89,7 @@ def predict(s: Sweep, parameters: np.ndarray) -> np.ndarray:
 
     last_reach = np.minimum(1, last_wave * s.split_k * share / s.sms)
     weight_bytes = panels * k_blocks * BLOCK_BYTES
+    bandwidth = s.memory_bytes_per_us * efficiency
     memory = weight_bytes / bandwidth * ((tiles - last_wave) + last_wave / last_reach) / tiles
     slabs = ceil_div(k_blocks, s.stage_blocks)
     blocks = ceil_div(slabs, s.split_k) * s.stage_blocks
@@ -104,7 +107,7 @@ def fit(s: Sweep) -> np.ndarray:
         ratio = s.us[rows] / s.us[rows].min()
         weights[rows] = np.select([ratio < 1.12, ratio < 1.6], [3.0, 1.0], 0.25)
     tiles = len(s.names)
-    start = np.log([1, 1, 3.1e6, 2.5, 0.1, 0.8, 1.5] + [0.05] * tiles + [1.0] * tiles)
+    start = np.log([1, 1, 0.9, 2.5, 0.1, 0.8, 1.5] + [0.05] * tiles + [1.0] * tiles)
 
     def residuals(parameters: np.ndarray) -> np.ndarray:
         return weights * np.log(predict(s, parameters) / s.us)
@@ -115,7 +118,7 @@ def fit(s: Sweep) -> np.ndarray:
 def report(s: Sweep, parameters: np.ndarray) -> None:
     values = np.exp(parameters)
     names = (
-        "launch_us occupancy_us memory_bytes_per_us sm_memory_share split_per_octet split2 split4"
+        "launch_us occupancy_us memory_efficiency sm_memory_share split_per_octet split2 split4"
     )
     for name, value in zip(names.split(), values[:7], strict=True):
         print(f"{name} = {value:.4g}")

@@ -116,9 +116,12 @@ def main() -> None:
                     for (name, split_k), us in times.items()
                 ]
             del weights
+    device = torch.cuda.get_device_properties(0)
     result = {
-        "gpu": torch.cuda.get_device_name(),
-        "sms": torch.cuda.get_device_properties(0).multi_processor_count,
+        "gpu": device.name,
+        "sms": device.multi_processor_count,
+        # Two transfers per clock, kHz and bits: the peak.
+        "memory_bytes_per_us": device.memory_clock_rate * device.memory_bus_width / 4e3,
         "rows": rows,
     }
     with open(arguments.json, "w", encoding="utf-8") as file:

@@ -199,9 +199,10 @@ Tensor run_gemm(char const* op,
   if (m == 0)
     return y;
   const int sms = num_sms > 0 ? num_sms : device.num_sms;
-  const Plan plan = forced ? *forced : select_plan({m, n, k, sms});
+  const Problem problem{m, n, k, sms, device.memory_bytes_per_us};
+  const Plan plan = forced ? *forced : select_plan(problem);
   const cudaError_t error = gemm(arguments, plan, sms, stream);
-  check(error == cudaSuccess, op, ": ", explain(error), ", for ", describe({m, n, k, sms}, plan));
+  check(error == cudaSuccess, op, ": ", explain(error), ", for ", describe(problem, plan));
   return y;
 }
 
@@ -257,8 +258,8 @@ Tensor gemm_with_config(Tensor const& x,
                         int64_t num_sms) {
   check(config >= 0 && config < kNumTileShapes, "config: expected 0 to ", kNumTileShapes - 1,
         ", got ", config);
-  check(split_k == 1 || split_k == 2 || split_k == 4 || split_k == 8,
-        "split_k: expected 1, 2, 4 or 8, got ", split_k);
+  check(std::find(std::begin(kSplits), std::end(kSplits), split_k) != std::end(kSplits),
+        "split_k: expected 1, 2 or 4, got ", split_k);
   const Plan plan{static_cast<int>(config), static_cast<int>(split_k)};
   check(num_sms >= 0, "num_sms: expected 0 (all) or more, got ", num_sms);
   return checked_gemm("gemm_with_config", x, x_scale, weight, weight_scale, bias, out_dtype, plan,

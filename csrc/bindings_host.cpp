@@ -58,10 +58,11 @@ std::vector<std::string> config_names() {
   return names;
 }
 
-std::string select_config(int64_t m, int64_t n, int64_t k, int64_t num_sms) {
-  check(m > 0 && n > 0 && k > 0 && num_sms > 0, "select_config: expected positive sizes, got m=", m,
-        " n=", n, " k=", k, " num_sms=", num_sms);
-  const Problem problem{m, n, k, static_cast<int>(num_sms)};
+std::string select_config(int64_t m, int64_t n, int64_t k, int64_t num_sms, double memory_tbps) {
+  check(m > 0 && n > 0 && k > 0 && num_sms > 0 && memory_tbps > 0,
+        "select_config: expected positive sizes, got m=", m, " n=", n, " k=", k,
+        " num_sms=", num_sms, " memory_tbps=", memory_tbps);
+  const Problem problem{m, n, k, static_cast<int>(num_sms), memory_tbps * 1e6};
   return describe(problem, select_plan(problem));
 }
 
@@ -76,7 +77,7 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CPU, m) {
 // Not user API: what tests, benchmarks and `liquidgemm info` need to see of the library's inside.
 STABLE_TORCH_LIBRARY(liquidgemm_testing, m) {
   m.def("config_names() -> str[]");
-  m.def("select_config(int m, int n, int k, int num_sms) -> str");
+  m.def("select_config(int m, int n, int k, int num_sms, float memory_tbps=3.35) -> str");
   m.def(
       "gemm_with_config(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? "
       "bias, "

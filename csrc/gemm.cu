@@ -32,13 +32,13 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(encoder);
 }
 
-cudaError_t encode_tokens(CUtensorMap& map, GemmArguments const& a, int tokens) {
+cudaError_t encode_tokens(CUtensorMap& map, GemmArguments const& a, int tile_tokens) {
   const auto encode = tensor_map_encoder();
   if (!encode)
     return cudaErrorNotSupported;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(a.k), static_cast<cuuint64_t>(a.m)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(a.x_stride)};
-  const cuuint32_t box[2] = {128, static_cast<cuuint32_t>(tokens)};
+  const cuuint32_t box[2] = {128, static_cast<cuuint32_t>(tile_tokens)};
   const cuuint32_t element_strides[2] = {1, 1};
   const CUresult result =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<int8_t*>(a.x), sizes, strides, box,
@@ -54,7 +54,13 @@ cudaError_t query(int device, DeviceInfo& info) {
     error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&info.num_sms, cudaDevAttrMultiProcessorCount, device);
+  int kilohertz = 0, bits = 0;
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device);
   info.compute_capability = 10 * major + minor;
+  info.memory_bytes_per_us = 2e-3 * kilohertz * bits / 8;  // two transfers per clock
   return error;
 }
 
@@ -81,7 +87,9 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
     return cudaSuccess;
   TileShape const& tile = kTileShapes[plan.tile];
   KernelParams params{};
-  const cudaError_t error = encode_tokens(params.x_map, a, tile.tokens);
+  params.tile_tokens = static_cast<int>(ceil_div(a.m, ceil_div(a.m, tile.tokens)));
+  params.m_tiles = static_cast<int>(ceil_div(a.m, params.tile_tokens));
+  const cudaError_t error = encode_tokens(params.x_map, a, params.tile_tokens);
   if (error != cudaSuccess)
     return error;
   params.weight = a.weight;
@@ -96,7 +104,6 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
   params.n = static_cast<int>(a.n);
   params.panels = static_cast<int>(ceil_div(a.n, kBlockRows));
   params.k_blocks = static_cast<int>(ceil_div(a.k, kBlockK));
-  params.m_tiles = static_cast<int>(ceil_div(a.m, tile.tokens));
   params.n_tiles = static_cast<int>(ceil_div(params.panels, tile.panels));
   params.split_k = plan.split_k;
   return kLaunchers[plan.tile](params, num_sms, stream);

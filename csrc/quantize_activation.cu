@@ -1,11 +1,13 @@
-// Activation quantization: one CTA per token.
+// Activation quantization: one CTA per token, or for few long ones a cluster of them.
 //
 //   scale[m] = max_k |x[m, k]| / 127,  out[m, k] = clamp(rint(x[m, k] / scale[m]), -127, 127)
 //
-// in fp32 with IEEE division and ties to even. A row with a NaN or an infinity gets scale NaN and
-// zeros, so that its outputs, and no others, are NaN; a row of zeros gets scale 0. The row is read
-// once and held in registers, up to kHeldVectors per thread; what is longer is read again, from L1
-// or L2.
+// in fp32, rounded as IEEE division and rint are, ties to even. A row with a NaN or an infinity
+// gets scale NaN and zeros, so that its outputs, and no others, are NaN; a row of zeros gets scale
+// 0.
+//
+// For few tokens this kernel is latency and nothing else, much of it that of fetching instructions:
+// hence two short loops over the row, the second of which finds it in the L1 cache.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cutlass/arch/grid_dependency_control.h>
@@ -13,12 +15,14 @@
 #include <algorithm>
 
 #include "liquidgemm/gemm.hpp"
+#include "liquidgemm/kernel/ring.hpp"
 
 namespace liquidgemm {
 namespace {
 
 constexpr int kVector = 8;  // elements a thread loads, converts and stores at once
-constexpr int kHeldVectors = 4;
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxCluster = 4;
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 
 __device__ float to_float(float v) {
@@ -32,7 +36,7 @@ __device__ float to_float(__nv_bfloat16 v) {
 }
 
 template <class T>
-struct Vector {
+struct alignas(16) Vector {
   T values[kVector];
 
   // Elements past `count` are zeros: they change neither the maximum nor anything that is stored.
@@ -58,101 +62,196 @@ struct Vector {
       largest = max(largest, __float_as_uint(to_float(values[i])) & 0x7fffffffu);
     return largest;
   }
+};
 
-  __device__ void store_quantized(int8_t* out, float scale, int64_t count, bool aligned) const {
-    alignas(8) int8_t bytes[kVector];
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const int rounded = __float2int_rn(__fdiv_rn(to_float(values[i]), scale));
-      bytes[i] = scale > 0.f
-                     ? static_cast<int8_t>(max(-kMaxActivation, min(kMaxActivation, rounded)))
-                     : int8_t(0);
+// x / scale, rounded to an integer, for one scale and many x.
+class Quantizer {
+ public:
+  // Scales of a common size need neither of the two precautions of the general way.
+  __device__ static bool is_common(float scale) { return scale >= kSmallestCommon; }
+
+  __device__ explicit Quantizer(float scale) {
+    const bool valid = scale > 0.f;  // else everything becomes 0
+    // A power of two leaves the quotient as it is and keeps the reciprocal and remainders normal.
+    unit_ = scale < kSmallestCommon ? 1.f / kSmallestCommon : 1.f;
+    scale_ = valid ? scale * unit_ : 0.f;
+    reciprocal_ = valid ? __frcp_rn(scale_) : 0.f;
+  }
+
+  // The low byte is the result.
+  template <bool kCommon>
+  __device__ uint32_t quantize(float x) const {
+    if constexpr (kCommon) {
+      constexpr float kRound = 0x1.8p23f;  // leaves no bits for a fraction
+      return __float_as_uint(__fadd_rn(divide(x), kRound));
+    } else {
+      // A scale with few bits left, as of a row of denormals, can leave quotients beyond the range.
+      const int rounded = __float2int_rn(divide(x * unit_));
+      return max(-kMaxActivation, min(kMaxActivation, rounded));
     }
-    if (aligned && count >= kVector) {
-      *reinterpret_cast<uint2*>(out) = *reinterpret_cast<uint2 const*>(bytes);
+  }
+
+ private:
+  static constexpr float kSmallestCommon = 0x1p-64f;
+
+  // As IEEE division (Markstein, "Computation of elementary functions on the IBM RISC System/6000
+  // processor", 1990): with a correctly rounded reciprocal, one correction by the exact remainder
+  // rounds the quotient correctly.
+  __device__ float divide(float x) const {
+    const float approximate = __fmul_rn(x, reciprocal_);
+    const float remainder = __fmaf_rn(-approximate, scale_, x);
+    return __fmaf_rn(remainder, reciprocal_, approximate);
+  }
+
+  float unit_, scale_, reciprocal_;
+};
+
+__device__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// The threads of a cluster share a row, a vector at a time.
+__device__ int64_t first_element() {
+  return (int64_t(cute::block_rank_in_cluster()) * blockDim.x + threadIdx.x) * kVector;
+}
+__device__ int64_t step() {
+  return int64_t(cute::cluster_shape().x) * blockDim.x * kVector;
+}
+
+template <bool kCommon, class T>
+__device__ void quantize_row(
+    T const* row, int8_t* out, int64_t k, Quantizer const& quantizer, bool aligned) {
+#pragma unroll 2
+  for (int64_t at = first_element(); at < k; at += step()) {
+    Vector<T> vector;
+    vector.load(row + at, k - at, aligned);
+    uint32_t bytes[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      bytes[i] = quantizer.quantize<kCommon>(to_float(vector.values[i]));
+    if (aligned && k - at >= kVector) {
+      *reinterpret_cast<uint2*>(out + at) =
+          make_uint2(low_bytes(bytes[0], bytes[1], bytes[2], bytes[3]),
+                     low_bytes(bytes[4], bytes[5], bytes[6], bytes[7]));
     } else {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        if (i < count)
-          out[i] = bytes[i];
+        if (i < k - at)
+          out[at + i] = static_cast<int8_t>(bytes[i]);
       }
     }
   }
-};
-
-__device__ uint32_t block_max(uint32_t value) {
-  __shared__ uint32_t of_warp[32];
-  value = __reduce_max_sync(0xffffffffu, value);
-  if (threadIdx.x % 32 == 0)
-    of_warp[threadIdx.x / 32] = value;
-  __syncthreads();
-  const int warps = blockDim.x / 32;
-  return __reduce_max_sync(0xffffffffu, threadIdx.x % 32 < warps ? of_warp[threadIdx.x % 32] : 0u);
 }
 
+// The largest value of any thread of the cluster, for all of them.
+class ClusterMax {
+  using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+ public:
+  // Before anything else: peers must not be written to until they are set up.
+  __device__ ClusterMax() : size_(cute::cluster_shape().x) {
+    if (size_ > 1) {
+      if (threadIdx.x == 0) {
+        Barrier::init(&shared().arrived, 1);
+        cutlass::arch::fence_barrier_init();
+        Barrier::arrive_and_expect_tx(&shared().arrived, size_ * sizeof(int4));
+      }
+      cute::cluster_arrive_relaxed();
+      cute::cluster_wait();
+    }
+  }
+
+  __device__ uint32_t operator()(uint32_t value) const {
+    value = __reduce_max_sync(0xffffffffu, value);
+    if (threadIdx.x % 32 == 0)
+      shared().of_warp[threadIdx.x / 32] = value;
+    __syncthreads();
+    const int lane = threadIdx.x % 32;
+    const int warps = blockDim.x / 32;
+    value = __reduce_max_sync(0xffffffffu, lane < warps ? shared().of_warp[lane] : 0u);
+    if (size_ == 1)
+      return value;
+    if (threadIdx.x < size_) {
+      int4* const place = &shared().of_cta[cute::block_rank_in_cluster()];
+      store_at_cluster(peer_address(place, threadIdx.x), make_int4(value, 0, 0, 0),
+                       peer_address(&shared().arrived, threadIdx.x));
+    }
+    Barrier::wait(&shared().arrived, 0);
+    return __reduce_max_sync(0xffffffffu, lane < size_ ? shared().of_cta[lane].x : 0u);
+  }
+
+ private:
+  struct Shared {
+    int4 of_cta[kMaxCluster];
+    uint64_t arrived;
+    uint32_t of_warp[kMaxThreads / 32];
+  };
+  __device__ static Shared& shared() {
+    __shared__ Shared shared;
+    return shared;
+  }
+
+  uint32_t size_;
+};
+
 template <class T>
-__global__ void quantize_kernel(
+__global__ void __launch_bounds__(kMaxThreads) quantize_kernel(
     T const* x, int8_t* out, float* scales, int64_t k, int64_t out_stride, bool aligned) {
   // The next kernel, a GEMM, may start to fetch its weights. It waits for this one before it
   // touches anything else, and this one for the kernel before it.
   cutlass::arch::launch_dependent_grids();
+  const ClusterMax cluster_max;
   cutlass::arch::wait_on_dependent_grids();
 
-  T const* const row = x + blockIdx.x * k;
-  int8_t* const out_row = out + blockIdx.x * out_stride;
-  const int64_t first = int64_t(threadIdx.x) * kVector;
-  const int64_t step = int64_t(blockDim.x) * kVector;
-
-  Vector<T> held[kHeldVectors];
+  const int64_t token = cute::cluster_id_in_grid().x;
+  T const* const row = x + token * k;
   uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < kHeldVectors; ++i)
-    held[i].load(row + first + i * step, k - first - i * step, aligned);
-#pragma unroll
-  for (int i = 0; i < kHeldVectors; ++i)
-    largest = max(largest, held[i].max_abs_bits());
-  for (int64_t at = first + kHeldVectors * step; at < k; at += step) {
-    Vector<T> more;
-    more.load(row + at, k - at, aligned);
-    largest = max(largest, more.max_abs_bits());
+#pragma unroll 4
+  for (int64_t at = first_element(); at < k; at += step()) {
+    Vector<T> vector;
+    vector.load(row + at, k - at, aligned);
+    largest = max(largest, vector.max_abs_bits());
   }
-  largest = block_max(largest);
+  largest = cluster_max(largest);
 
-  const bool finite = largest < kInfinityBits;
-  const float scale = finite ? __fdiv_rn(__uint_as_float(largest), float(kMaxActivation))
-                             : __uint_as_float(0x7fc00000u);
-  if (threadIdx.x == 0)
-    scales[blockIdx.x] = scale;
-#pragma unroll
-  for (int i = 0; i < kHeldVectors; ++i) {
-    held[i].store_quantized(out_row + first + i * step, scale, k - first - i * step, aligned);
-  }
-  for (int64_t at = first + kHeldVectors * step; at < k; at += step) {
-    Vector<T> more;
-    more.load(row + at, k - at, aligned);
-    more.store_quantized(out_row + at, scale, k - at, aligned);
+  const float scale = largest < kInfinityBits
+                          ? __fdiv_rn(__uint_as_float(largest), float(kMaxActivation))
+                          : __uint_as_float(0x7fc00000u);
+  if (first_element() == 0)
+    scales[token] = scale;
+  int8_t* const out_row = out + token * out_stride;
+  const Quantizer quantizer(scale);
+  if (Quantizer::is_common(scale)) {
+    quantize_row<true>(row, out_row, k, quantizer, aligned);
+  } else {
+    quantize_row<false>(row, out_row, k, quantizer, aligned);
   }
 }
 
 template <class T>
 cudaError_t launch(QuantizeArguments const& a, cudaStream_t stream) {
-  // Few tokens: as many threads as the row has vectors, for latency. Many: fewer threads with more
-  // each, for throughput.
-  const int64_t vectors = ceil_div(a.k, kVector);
-  const int64_t threads = ceil_div(vectors, a.m >= 512 ? kHeldVectors : 1);
+  // Few tokens: as many threads as the row has vectors, for latency, in up to four CTAs where the
+  // GPU has room for them. Many: fewer threads with more each, for throughput.
+  const int64_t threads = ceil_div(ceil_div(a.k, kVector), a.m < 512 ? 1 : 4);
+  const bool room = a.m <= 64;
+  const int cluster = !room || threads <= kMaxThreads ? 1
+                      : threads <= 2 * kMaxThreads    ? 2
+                                                      : kMaxCluster;
   const bool aligned = reinterpret_cast<uintptr_t>(a.x) % 16 == 0 && a.k * sizeof(T) % 16 == 0 &&
                        reinterpret_cast<uintptr_t>(a.out) % kVector == 0 &&
                        a.out_stride % kVector == 0;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(a.m));
-  config.blockDim =
-      dim3(static_cast<unsigned>(std::min<int64_t>(1024, ceil_div(threads, 32) * 32)));
+  config.gridDim = dim3(static_cast<unsigned>(a.m * cluster));
+  config.blockDim = dim3(static_cast<unsigned>(
+      std::min<int64_t>(kMaxThreads, ceil_div(ceil_div(threads, cluster), 32) * 32)));
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, quantize_kernel<T>, static_cast<T const*>(a.x), a.out, a.scale,
                             a.k, a.out_stride, aligned);
 }

@@ -26,7 +26,8 @@ struct GemmArguments {
 
 struct DeviceInfo {
   int num_sms;
-  int compute_capability;  // 90 is what the kernels are compiled for
+  int compute_capability;      // 90 is what the kernels are compiled for
+  double memory_bytes_per_us;  // peak, from clock and bus width
 };
 // Of the current device; asked once per device.
 cudaError_t query_device(DeviceInfo& info);

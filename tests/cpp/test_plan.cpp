@@ -27,7 +27,7 @@ int main() {
     for (int64_t n : {1, 64, 576, 4096, 28672, 151936}) {
       for (int64_t k : {1, 64, 576, 4096, 14336, 132104}) {
         for (int64_t m : {1, 2, 8, 9, 16, 17, 64, 100, 128, 256, 257, 4096, 65537}) {
-          const Problem p{m, n, k, sms};
+          const Problem p{m, n, k, sms, 3.35e6};
           const Plan plan = select_plan(p);
           expect(plan.tile >= 0 && plan.tile < kNumTileShapes, "a compiled tile", p, plan);
           expect(valid_split(plan.split_k) && plan.split_k <= sms, "a possible split", p, plan);

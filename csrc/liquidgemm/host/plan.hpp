@@ -16,6 +16,7 @@ namespace liquidgemm {
 struct Problem {
   int64_t m, n, k;
   int num_sms;
+  double memory_bytes_per_us;  // peak of the GPU
 };
 
 struct Plan {
@@ -48,15 +49,13 @@ static_assert(sizeof(kTileCosts) / sizeof(kTileCosts[0]) == kNumTileShapes);
 
 struct CostModel {
   double launch_us = 1.04;
-  double occupancy_us = 1.07;  // a launch that leaves SMs idle overlaps with the next one
-  double memory_bytes_per_us = 2.97e6;
-  double sm_memory_share = 1.93;  // how far one SM can exceed its fair share of the bandwidth
+  double occupancy_us = 1.07;        // a launch that leaves SMs idle overlaps with the next one
+  double memory_efficiency = 0.886;  // of the peak
+  double sm_memory_share = 1.93;     // how far one SM can exceed its fair share of the bandwidth
   double split_us[3] = {0, 0.676, 1.014};  // per tile, for 1, 2 and 4 CTAs along K
   double split_per_octet = 0.458;          // and more with every 8 tokens, relative to split_us
   double quad_cluster_fit = 0.91;          // clusters of 4 do not tile the GPCs
 };
-inline constexpr int kMaxPlannedSplitK = 4;  // 8 can be forced; it was never the best
-
 // Time of one plan, in microseconds: the larger of streaming the weights and of what the busiest SM
 // has to do (softly: near the crossover the two get in each other's way), and what is fixed.
 struct Estimate {
@@ -83,7 +82,7 @@ inline Estimate estimate(Problem const& p, Plan const& plan, CostModel const& c 
   const double blocks = std::ceil(slabs / plan.split_k) * shape.stage_blocks;
   const double busy = std::min<double>(p.num_sms, std::min(tiles, workers) * plan.split_k);
   Estimate e;
-  e.memory = panels * k_blocks * kBlockBytes / c.memory_bytes_per_us *
+  e.memory = panels * k_blocks * kBlockBytes / (p.memory_bytes_per_us * c.memory_efficiency) *
              ((tiles - last_wave) + last_wave / last_reach) / tiles;
   e.sm = waves * (blocks * cost.block_us + cost.tile_us * (1 + tokens / shape.tokens) / 2 +
                   c.split_us[log2_split] * (1 + c.split_per_octet * tokens / 8));
@@ -107,7 +106,7 @@ inline Plan select_plan(Problem const& p) {
   for (int tile = 0; tile < kNumTileShapes; ++tile) {
     if (!is_plausible(kTileShapes[tile], p.m))
       continue;
-    for (int split_k = 1; split_k <= kMaxPlannedSplitK; split_k *= 2) {
+    for (int split_k : kSplits) {
       const Plan plan{tile, split_k};
       if (split_k > p.num_sms)
         continue;
@@ -126,13 +125,13 @@ inline Plan select_plan(Problem const& p) {
 inline std::string describe(Problem const& p, Plan const& plan) {
   const Estimate e = estimate(p, plan);
   char buffer[256];
-  std::snprintf(buffer, sizeof buffer,
-                "M=%lld N=%lld K=%lld on %d SMs: tile %s, split_k %d; estimated %.1f us: "
-                "memory %.1f, SMs %.1f, fixed %.1f; bound by %s",
-                static_cast<long long>(p.m), static_cast<long long>(p.n),
-                static_cast<long long>(p.k), p.num_sms, name(kTileShapes[plan.tile]).c_str(),
-                plan.split_k, e.total(), e.memory, e.sm, e.fixed,
-                e.memory >= e.sm ? "memory" : "the SMs");
+  std::snprintf(
+      buffer, sizeof buffer,
+      "M=%lld N=%lld K=%lld on %d SMs, %.2f TB/s: tile %s, split_k %d; estimated %.1f us: "
+      "memory %.1f, SMs %.1f, fixed %.1f; bound by %s",
+      static_cast<long long>(p.m), static_cast<long long>(p.n), static_cast<long long>(p.k),
+      p.num_sms, p.memory_bytes_per_us * 1e-6, name(kTileShapes[plan.tile]).c_str(), plan.split_k,
+      e.total(), e.memory, e.sm, e.fixed, e.memory >= e.sm ? "memory" : "the SMs");
   return buffer;
 }
 

@@ -54,25 +54,27 @@ struct Consumer {
     const int first = (k_group + kGroups - stages_done % kGroups) % kGroups;
     RingState<Tile> ring(stages_done + first);
     const WeightReader reader(&shared.weights[0][panel][0], thread);
+    // A group that takes every stage waits for the next one before its last multiplications of this
+    // one: the ring is ahead of it, and the next weights are at hand in time. Where groups take
+    // turns the next stage may be far away.
+    constexpr bool kLoadAhead = kGroups == 1;
     Weights next{};
-    if (first < slabs) {
-      cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);
-      next = reader.load(ring.slot, 0);
-    }
+    if (kLoadAhead && first < slabs)
+      next = wait_and_load(shared, reader, ring);
     for (int slab = first; slab < slabs; slab += kGroups) {
       const int slot = ring.slot;
       CUTE_UNROLL
       for (int block = 0; block < Tile::kStageBlocks; ++block) {
+        if (!kLoadAhead && block == 0)
+          next = wait_and_load(shared, reader, ring);
         const Weights weights = next;
         // On its way from shared memory while this block is dequantized.
         if (block + 1 < Tile::kStageBlocks) {
           next = reader.load(slot, block + 1);
         } else {
           ring.advance(kGroups);
-          if (slab + kGroups < slabs) {
-            cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);
-            next = reader.load(ring.slot, 0);
-          }
+          if (kLoadAhead && slab + kGroups < slabs)
+            next = wait_and_load(shared, reader, ring);
         }
         Tensor tCrW_block = tCrW(_, _, _, block % 2);
         dequantize(weights, tCrW_block);
@@ -127,6 +129,13 @@ struct Consumer {
    private:
     uint32_t codes_, params_;
   };
+
+  CUTE_DEVICE static Weights wait_and_load(SharedStorage<Tile>& shared,
+                                           WeightReader const& reader,
+                                           RingState<Tile> const& ring) {
+    cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);
+    return reader.load(ring.slot, 0);
+  }
 
   // Into 8 A registers.
   template <class Registers>

@@ -6,7 +6,7 @@
 //   weight producer           1, last group        empty[slot]             full[slot]: 1 and its bytes
 //   token producer            1, last group        previous kernel, empty  full[slot]: 1 and its bytes
 //   consumer warp-groups      panels * k_groups    full[slot]              empty[slot]: 1 per warp that read it
-//   epilogue (all consumers   k_groups groups      named barrier of the    with split K: staged (by bytes) and
+//   epilogue (all consumers   k_groups groups      named barrier of the    with split K: received (by bytes) and
 //   of a panel)               per panel            panel                   drained (1 per warp), cluster-wide
 //
 //   weight producer  | W W W W ...            | W as slots become free, across tiles
@@ -69,8 +69,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       cute::cluster_wait();
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tile::kConsumerRegisters>();
-    const int panel = warp / 4 / Tile::kKGroups;
-    const int k_group = warp / 4 % Tile::kKGroups;
+    // Asked again: held in a register up to here, it would be spilled.
+    const int group = cutlass::canonical_warp_group_idx();
+    const int panel = group / Tile::kKGroups;
+    const int k_group = group % Tile::kKGroups;
     const SlabRange range = slab_range<Tile>(params);
     const int slabs = range.end - range.begin;
     Epilogue<Tile> epilogue(params, shared, panel);

@@ -10,7 +10,7 @@ namespace liquidgemm {
 enum class Element : int { kBFloat16, kFloat16, kFloat32, kInt32 };
 
 struct KernelParams {
-  CUtensorMap x_map;          // int8 [m, k], box [tokens, 128], 128-byte swizzle, zero fill
+  CUtensorMap x_map;          // int8 [m, k], box [tile_tokens, 128], 128-byte swizzle, zero fill
                               // past the edges
   uint8_t const* weight;      // packed [panels, k_blocks, kBlockBytes]
   float const* x_scale;       // [m]
@@ -23,7 +23,9 @@ struct KernelParams {
   int m, n;
   int panels, k_blocks;
   int m_tiles, n_tiles;
-  int split_k;  // cluster size: CTAs that share an output tile along K
+  int tile_tokens;  // m tiles are of equal height, at most Tile::kTokens: no box lies half outside
+                    // x
+  int split_k;      // cluster size: CTAs that share an output tile along K
 };
 
 }  // namespace liquidgemm

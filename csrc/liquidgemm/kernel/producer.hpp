@@ -59,12 +59,13 @@ class Producer {
     cutlass::arch::wait_on_dependent_grids();
     // Only now may the next kernel start: what ran before this kernel is complete and visible then.
     cutlass::arch::launch_dependent_grids();
+    const int bytes = params_.tile_tokens * Tile::kStageK;
     for_each_tile([&](TileCoord coord, RingState<Tile>& ring) {
-      const int token = coord.m_tile * Tile::kTokens;
+      const int token = coord.m_tile * params_.tile_tokens;
       CUTE_NO_UNROLL
       for (int slab = range_.begin; slab < range_.end; ++slab) {
         Barrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);
-        Barrier::arrive_and_expect_tx(&shared_.full[ring.slot], Tile::kStageTokenBytes);
+        Barrier::arrive_and_expect_tx(&shared_.full[ring.slot], bytes);
         CUTE_UNROLL
         for (int box = 0; box < Tile::kStageBlocks / 2; ++box) {
           cute::SM90_TMA_LOAD_2D::copy(&params_.x_map, &shared_.full[ring.slot], kHint,

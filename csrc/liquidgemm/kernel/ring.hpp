@@ -39,13 +39,14 @@ CUTE_DEVICE void arrive_at_cluster_if(bool condition, uint64_t* barrier, int cta
       : "memory");
 }
 
-// Writes one word to a CTA of the cluster and counts its bytes at that CTA's barrier: visible to
-// whoever waits there, with no fence on either side. `address` and `barrier` are the peer's, see
+// Writes 16 bytes to a CTA of the cluster and counts them at that CTA's barrier: visible to whoever
+// waits there, with no fence on either side. `address` and `barrier` are the peer's, see
 // peer_address.
-CUTE_DEVICE void store_at_cluster(uint32_t address, int32_t value, uint32_t barrier) {
+CUTE_DEVICE void store_at_cluster(uint32_t address, int4 value, uint32_t barrier) {
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];" ::"r"(address),
-      "r"(value), "r"(barrier)
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
       : "memory");
 }
 
@@ -65,14 +66,14 @@ struct alignas(1024) SharedStorage {
   alignas(16) uint8_t weights[Tile::kStages][Tile::kPanels][Tile::kStageBlocks * kBlockBytes];
   alignas(16) float channel_values[Tile::kPanels][2][kBlockRows];  // weight scales, biases
   float token_scale[Tile::kPanels][Tile::kTokens];
-  alignas(16) uint8_t staging[Tile::kStagingBuffers][Tile::kPanels][Tile::kBufferBytes];
+  alignas(16) uint8_t staging[Tile::kPanels][Tile::kStagingBytes];
   // full: one arrival of each producer, plus the bytes of the stage. empty: kReleasesPerWarp
   // arrivals of each warp that read it.
   alignas(8) uint64_t full[Tile::kStages];
   uint64_t empty[Tile::kStages];
-  // Split K: the partial sums of every CTA of the cluster have arrived here (counted in bytes) /
+  // Split K: the other CTAs' parts of what this one sums up have arrived (counted in bytes) /
   // every CTA has read what this one sent (one arrival per reading warp).
-  uint64_t staged[Tile::kPanels];
+  uint64_t received[Tile::kPanels];
   uint64_t drained[Tile::kPanels];
 };
 

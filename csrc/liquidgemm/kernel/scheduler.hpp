@@ -32,6 +32,8 @@ class TileScheduler {
   CUTE_DEVICE int iteration() const { return iteration_; }
 
   CUTE_DEVICE TileCoord coord() const {
+    if (params_.m_tiles == 1)  // few tokens: spares them the divisions
+      return {0, tile()};
     const int band = tile() / (kBandTiles * params_.n_tiles);
     const int in_band = tile() - band * kBandTiles * params_.n_tiles;
     const int height = min(kBandTiles, params_.m_tiles - band * kBandTiles);
@@ -50,10 +52,10 @@ class TileScheduler {
 // This CTA's part of an even split of K's stages over the cluster; it may be empty.
 template <class Tile>
 CUTE_DEVICE SlabRange slab_range(KernelParams const& params) {
-  const int cta_rank = cute::block_rank_in_cluster();
-  const int64_t slabs = (params.k_blocks + Tile::kStageBlocks - 1) / Tile::kStageBlocks;
-  return {static_cast<int>(slabs * cta_rank / params.split_k),
-          static_cast<int>(slabs * (cta_rank + 1) / params.split_k)};
+  const int rank = cute::block_rank_in_cluster();
+  const int slabs = (params.k_blocks + Tile::kStageBlocks - 1) / Tile::kStageBlocks;
+  const int log2_split = __ffs(params.split_k) - 1;
+  return {slabs * rank >> log2_split, slabs * (rank + 1) >> log2_split};
 }
 
 }  // namespace liquidgemm

@@ -41,6 +41,20 @@ constexpr bool is_tile(int index, TileShape const& shape) {
          s.stage_blocks == shape.stage_blocks;
 }
 
+// How many CTAs may share a tile along K.
+inline constexpr int kSplits[] = {1, 2, 4};
+
+// Of so many octets, how many parts one CTA of a cluster receives at most: it sums up its share, of
+// which every other CTA has a part.
+constexpr int largest_share(int octets) {
+  int largest = 0;
+  for (int split : kSplits) {
+    const int received = (split - 1) * ((octets + split - 1) / split);
+    largest = received > largest ? received : largest;
+  }
+  return largest;
+}
+
 inline constexpr int kSharedBytesPerCta = 227 * 1024;  // sm_90's opt-in limit
 
 inline std::string name(TileShape const& shape) {
@@ -70,20 +84,22 @@ struct Tile {
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * (kConsumerGroups + 1) - kProducerRegisters) / kConsumerGroups / 8 * 8;
 
-  // Epilogue: results pass through shared memory, a chunk of tokens at a time, in two buffers if a
-  // tile needs more than one. Sums that have to be added up pass as int32, others may be rounded to
-  // 16 bits first. Both pitches keep both access patterns free of bank conflicts.
-  static constexpr int kLargestChunk = kKGroups < 4 ? 16 : 32;
-  static constexpr int kChunkTokens = kTokens < kLargestChunk ? kTokens : kLargestChunk;
-  static constexpr int kChunks = kTokens / kChunkTokens;
-  static constexpr int kStagingPitch = kBlockRows + 4;  // words
-  static constexpr int kRoundedChunkTokens = 32;
-  static constexpr int kRoundedPitch = kBlockRows + 8;  // 16-bit elements
-  static constexpr int kStagingBuffers = kChunks == 1 ? 1 : 2;
-  static constexpr int kSumBytes = kKGroups * kChunkTokens * kStagingPitch * 4;
-  static constexpr int kRoundedBytes = kKGroups == 1 ? kRoundedChunkTokens * kRoundedPitch * 2 : 0;
-  static constexpr int kBufferBytes = kSumBytes > kRoundedBytes ? kSumBytes : kRoundedBytes;
-  static constexpr int kStagingBytes = kStagingBuffers * kPanels * kBufferBytes;
+  // Epilogue. Accumulators are handled in octets of tokens: four values per thread, 16 bytes. Parts
+  // of sums meet in shared memory, those of a panel's k groups and those of a cluster's CTAs, in
+  // rounds of so many octets.
+  static constexpr int kOctets = kTokens / 8;
+  static constexpr int kRoundOctets = kKGroups > 1 ? kOctets : kTokens == 256 ? 2 : 4;
+  static constexpr int kRounds = kOctets / kRoundOctets;
+  static constexpr int kVectorBytes = 16 * kWarpGroupThreads;  // an octet of one panel
+  static constexpr int kGroupBytes = kRoundOctets * kKGroups * kVectorBytes;
+  static constexpr int kPeerBytes = largest_share(kRoundOctets) * kVectorBytes;
+  // Results of 16 bits that nobody else has a part of become rows, this many tokens at a time, in
+  // two buffers. The pitch keeps both access patterns free of bank conflicts.
+  static constexpr int kChunkTokens = 32;
+  static constexpr int kChunkPitch = kBlockRows + 8;  // elements
+  static constexpr int kChunkBytes = kKGroups == 1 ? 2 * kChunkTokens * kChunkPitch * 2 : 0;
+  static constexpr int kPartBytes = kGroupBytes + kPeerBytes;
+  static constexpr int kStagingBytes = kPartBytes > kChunkBytes ? kPartBytes : kChunkBytes;
 
   static constexpr int kStageWeightBytes = kPanels * kStageBlocks * kBlockBytes;
   static constexpr int kStageTokenBytes = kTokens * kStageK;
@@ -91,7 +107,7 @@ struct Tile {
   static constexpr int kBarrierBytes =
       1024;  // generous: 16 bytes per stage, 16 per panel, and alignment
   static constexpr int kStagesThatFit =
-      (kSharedBytesPerCta - kStagingBytes - kScaleBytes - kBarrierBytes) /
+      (kSharedBytesPerCta - kPanels * kStagingBytes - kScaleBytes - kBarrierBytes) /
       (kStageWeightBytes + kStageTokenBytes);
   // A multiple of the k groups, so that a slot always belongs to the same group. Were its next use
   // another group's, that group could come to wait for it while its present load is still on the
@@ -101,8 +117,9 @@ struct Tile {
   static_assert(kStages >= 2 * kKGroups, "a group keeps a stage until it has begun the next one");
   static_assert(kStageBlocks % 2 == 0,
                 "a stage is made of 128-byte rows of activations, and A registers alternate");
-  static_assert(kKGroups > 1 || kTokens % (2 * kRoundedChunkTokens) == 0, "two buffers take turns");
-  static_assert(kTokens % kChunkTokens == 0 && kTokens % 8 == 0 && kTokens <= 256);
+  static_assert(kTokens % 8 == 0 && kTokens <= 256);
+  static_assert(kKGroups > 1 || kTokens % (2 * kChunkTokens) == 0, "two buffers take turns");
+  static_assert(kOctets % kRoundOctets == 0);
   static_assert(kThreads <= 1024);
 };
 
