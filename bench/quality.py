@@ -40,6 +40,7 @@ from .quality_data import HOME, MINILM, QWEN, SMOLLM2, UNSEEN, read_texts
 from .quality_tables import render
 
 WINDOW, STRIDE = 1024, 512
+BATCH = 4  # windows of calibration text at a time
 SENTENCES = 1000
 MODELS = {"SmolLM2-135M": SMOLLM2, "Qwen2.5-Coder-0.5B": QWEN, "MiniLM-L6": MINILM}
 
@@ -100,16 +101,17 @@ def language_model(name: str, arguments: argparse.Namespace) -> Iterator[dict]:
     model, tokenizer = load_model(
         str(arguments.data / MODELS[name]), arguments.device, torch.float32
     )
-    calibration = [
-        window
-        for domain in HOME
-        for window in token_windows(
+    per_domain = [
+        token_windows(
             read_texts(arguments.data, domain, "calibration"),
             tokenizer,
             WINDOW,
             arguments.tokens // len(HOME),
         )
+        for domain in HOME
     ]
+    mixed = torch.cat([w for group in zip(*per_domain, strict=False) for w in group])
+    calibration = list(mixed.split(BATCH))
     judge = Judge(arguments.data, model, tokenizer, arguments.eval_tokens)
     for recipe, fields in chosen(RECIPES, arguments).items():
         config = LiquidConfig(**fields, gate="off")
@@ -235,10 +237,10 @@ def embeddings(arguments: argparse.Namespace) -> Iterator[dict]:
 
 
 def chosen(recipes: dict, arguments: argparse.Namespace) -> dict:
-    wanted = arguments.recipes
-    return (
-        recipes if wanted is None else {name: recipes[name] for name in wanted if name in recipes}
-    )
+    wanted = recipes if arguments.recipes is None else arguments.recipes
+    return {
+        name: recipes[name] for name in wanted if name in recipes and name not in arguments.done
+    }
 
 
 def line(row: dict) -> str:
@@ -261,6 +263,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("quality"), help="folder for the results")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, metavar="RECIPE")
+    parser.add_argument("--missing", action="store_true", help="only what results.json lacks")
     parser.add_argument("--tokens", type=int, default=65536, help="for calibration")
     parser.add_argument("--eval-tokens", type=int, default=32768, help="of each domain")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -286,6 +289,9 @@ def main() -> None:
     if path.exists():  # models may be measured one at a time
         results["rows"] = json.loads(path.read_text())["rows"]
     for name in arguments.models:
+        arguments.done = {
+            row["recipe"] for row in results["rows"] if arguments.missing and row["model"] == name
+        }
         rows = embeddings(arguments) if name == "MiniLM-L6" else language_model(name, arguments)
         for row in rows:
             print(line(row), row.get("kernel", ""), flush=True)

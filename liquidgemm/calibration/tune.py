@@ -15,7 +15,7 @@ from .blocks import Batch, run_block
 from .simulate import SimulatedLinear
 
 _RATE = 1e-3  # relative to the size of what is learned
-_BATCHES = 4  # per step
+_TOKENS = 4096  # per step, in whole batches
 _CHECKS = 10
 _ASIDE = 8  # every eighth batch is for choosing the step
 
@@ -52,6 +52,8 @@ def tune_block(
     for layer, factor in zip(layers, factors, strict=True):
         layer.factor = factor
     learned = [*factors, *gains]
+    per_batch = max(1, streams[0].hidden[..., 0].numel())
+    count = max(1, _TOKENS // per_batch)
 
     def loss(i: int) -> Tensor:
         target = targets[i]
@@ -66,7 +68,7 @@ def tune_block(
     best = [p.detach().clone() for p in learned]
     generator = torch.Generator().manual_seed(seed)
     for step in range(1, steps + 1):
-        chosen = torch.randperm(len(used), generator=generator)[:_BATCHES].tolist()
+        chosen = torch.randperm(len(used), generator=generator)[:count].tolist()
         optimizer.zero_grad()
         with torch.enable_grad():
             for i in chosen:
