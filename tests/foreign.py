@@ -4,9 +4,16 @@ Every function takes codes uint8 ``[N, K]`` of 0 to 15 and parameters ``[N, G]``
 layer's tensors by name. Loops on purpose: what is read back by reshaping is written by index here.
 """
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from liquidgemm import QuantizedWeight, dequantize_weight, import_checkpoint
 
 
 def words(nibbles: np.ndarray) -> Tensor:
@@ -113,3 +120,94 @@ def qqq(codes, s_channel, s_group=None) -> dict[str, Tensor]:
         rows = s_group.half().t().reshape(-1, 64)[:, channel]
         tensors["s_group"] = rows.reshape(k // (k // s_group.shape[1]), n).contiguous()
     return tensors
+
+
+# Folders with such layers, and what `import_checkpoint` makes of them.
+
+N, K = 64, 256
+
+
+def groups(group: int, k: int = K) -> int:
+    return 1 if group == -1 else k // group
+
+
+def random_grid(group: int, k: int = K, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, float16 scales and integer zeros ``[N, G]``; every code and zero occurs."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(16, (N, k), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(N, groups(group, k), generator=generator) + 0.5) * 0.01
+    zeros = torch.randint(16, scales.shape, generator=generator, dtype=torch.uint8)
+    return codes, scales.half(), zeros
+
+
+def weight_of(codes: Tensor, scales: Tensor, zeros: Tensor | int) -> Tensor:
+    """``scale * (code - zero)`` in float64."""
+    span = codes.shape[1] // scales.shape[1]
+    scales = scales.double().repeat_interleave(span, 1)
+    if isinstance(zeros, Tensor):
+        zeros = zeros.double().repeat_interleave(span, 1)
+    return scales * (codes.double() - zeros)
+
+
+def write(folder: Path, layers: dict[str, dict[str, Tensor]], settings: dict | None, **more):
+    """A model folder with these layers and a norm that nobody quantizes."""
+    folder.mkdir(exist_ok=True)
+    config = {"model_type": "llama", **({"quantization_config": settings} if settings else {})}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    state = {
+        f"{name}.{key}": tensor.clone()
+        for name, tensors in layers.items()
+        for key, tensor in tensors.items()
+    }
+    save_file({**state, "norm.weight": torch.ones(4), **more}, folder / "model.safetensors")
+    return folder
+
+
+SETTINGS = {
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "awq": {"quant_method": "awq", "bits": 4, "version": "gemm", "group_size": 128},
+    "qoq": None,
+    "qqq": {"quant_method": "qqq", "wbits": 4},
+}
+
+
+def gptq_settings(group: int, version: int = 1) -> dict:
+    name = {1: "gptq", 2: "gptq_v2"}[version]
+    return {"quant_method": "gptq", "bits": 4, "group_size": group, "checkpoint_format": name}
+
+
+def values_of(weight: QuantizedWeight) -> Tensor:
+    """The weight in float64, so without any rounding."""
+    unit = replace(weight, scale=torch.ones(weight.out_features))
+    return dequantize_weight(unit).double() * weight.scale.double().unsqueeze(1)
+
+
+def run(tmp_path: Path, tensors: dict[str, Tensor], settings: dict | None):
+    """Imports one layer; its weight in float64, its bias, and its entry in the report."""
+    source = write(tmp_path / "source", {"a.b": tensors}, settings)
+    report = import_checkpoint(source, tmp_path / "out", progress=False)
+    state = load_file(tmp_path / "out/model.safetensors")
+    (layer,) = report.layers
+    parts = (state[f"a.b.{key}"] for key in ("qweight", "qscale", "qoffset", "scale"))
+    weight = QuantizedWeight(*parts, in_features=layer.in_features)
+    values = values_of(weight)
+    assert layer.name == "a.b"
+    assert state["norm.weight"].equal(torch.ones(4))
+    return values, state.get("a.b.bias"), layer
+
+
+def packed(name: str, group: int, version: int = 1) -> tuple[dict[str, Tensor], dict, Tensor]:
+    """Tensors, settings and true weight of a random layer with float scales."""
+    codes, scales, zeros = random_grid(group)
+    if name == "ct-sym":
+        tensors = compressed_tensors(codes, scales)
+        return tensors, SETTINGS["compressed-tensors"], weight_of(codes, scales, 8)
+    weight = weight_of(codes, scales, zeros)
+    if name == "ct-asym":
+        tensors = compressed_tensors(codes, scales, zeros)
+        return tensors, SETTINGS["compressed-tensors"], weight
+    if name == "awq":
+        return awq(codes, scales, zeros), SETTINGS["awq"], weight
+    tensors = gptq(codes, scales, zeros, K // scales.shape[1], version)
+    return tensors, gptq_settings(group, version), weight

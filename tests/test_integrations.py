@@ -1,12 +1,9 @@
-"""transformers, PEFT and torchao on top of quantized layers, through their own interfaces."""
+"""transformers with quantized layers, through its own interfaces; how integrations register."""
 
-import copy
 import importlib
 import json
-import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import foreign
@@ -14,56 +11,18 @@ import pytest
 import reference
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_llama import IDS, float_model, liquid_layers, load, quantized, transformers
 from torch import nn
 
 import liquidgemm
 from liquidgemm import (
     LiquidConfig,
-    LiquidLinear,
     import_checkpoint,
     integrations,
     load_quantized,
     quantize_,
     save_quantized,
 )
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-IDS = torch.arange(24).view(2, 12) * 5 % 256
-
-
-def float_model(folder: Path, dtype=torch.bfloat16, **changes) -> Path:
-    """A folder with a random Llama: two layers, biases, sizes that are no multiples of 64."""
-    config = transformers.LlamaConfig(
-        vocab_size=256,
-        hidden_size=96,
-        intermediate_size=200,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-        pad_token_id=0,
-        **changes,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # they start as zeros
-            nn.init.normal_(parameter)
-    model.to(dtype).save_pretrained(folder)
-    return folder
-
-
-def load(folder: Path, auto=transformers.AutoModelForCausalLM, **options):
-    return auto.from_pretrained(folder, **options)
-
-
-def quantized(folder: Path, **fields):
-    return load(folder, quantization_config=liquidgemm.LiquidGemmConfig(**fields))
-
-
-def liquid_layers(model: nn.Module) -> list[str]:
-    return [name for name, layer in model.named_modules() if isinstance(layer, LiquidLinear)]
 
 
 def assert_same(model: nn.Module, expected: nn.Module) -> None:
@@ -333,100 +292,3 @@ def test_generate_with_a_static_cache(tmp_path, compiled):
         model.forward = torch.compile(model.forward, backend="aot_eager", dynamic=False)
     found = model.generate(IDS, cache_implementation="static", **options)
     assert torch.equal(found, expected)
-
-
-# PEFT.
-
-
-@pytest.fixture
-def peft():
-    return pytest.importorskip("peft", reason="peft is not installed")
-
-
-def lora(peft, model: nn.Module, **options):
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM", **options)
-    return peft.get_peft_model(model, config)
-
-
-def test_lora_trains_and_leaves_the_base_alone(tmp_path, peft):
-    model = quantized(float_model(tmp_path / "float", torch.float32))
-    layers = {name: model.get_submodule(name) for name in liquid_layers(model)}
-    before = {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        adapted = lora(peft, model)
-    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * 14
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=2e-2)
-    losses = []
-    for _ in range(30):
-        loss = adapted(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0], losses
-    for name, layer in layers.items():
-        for key, tensor in layer.state_dict().items():
-            reference.assert_same(tensor, before[name][key], key=f"{name}.{key}")
-
-    adapted.save_pretrained(tmp_path / "adapter")
-    adapted.eval()
-    other = peft.PeftModel.from_pretrained(quantized(tmp_path / "float"), tmp_path / "adapter")
-    with torch.no_grad():
-        expected = adapted(IDS).logits
-        reference.assert_same(other.eval()(IDS).logits, expected)
-        with adapted.disable_adapter():
-            assert not torch.equal(adapted(IDS).logits, expected)
-    pickle.loads(pickle.dumps(adapted))
-
-
-def test_what_lora_cannot_do_says_so(tmp_path, peft):
-    float_model(tmp_path)
-    adapted = lora(peft, quantized(tmp_path))
-    with pytest.raises(NotImplementedError, match="cannot be merged into 4-bit weights"):
-        adapted.merge_and_unload()
-    with pytest.raises(ValueError, match="use_dora: expected False"):
-        lora(peft, quantized(tmp_path), use_dora=True)
-
-
-def test_lora_on_a_plain_layer_is_as_ever(peft):
-    model = nn.Sequential(nn.Linear(8, 8))
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
-    assert type(adapted.base_model.model[0]).__module__ == "peft.tuners.lora.layer"
-    assert isinstance(adapted.merge_and_unload()[0], nn.Linear)
-
-
-# torchao.
-
-
-@pytest.fixture
-def torchao():
-    return pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-
-
-def test_torchao_dispatches_to_us(torchao):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(192, 96), nn.ReLU(), nn.Linear(96, 10, bias=False)).eval()
-    expected = copy.deepcopy(model)
-    quantize_(expected, LiquidConfig("rtn", 128), progress=False)
-    torchao.quantize_(model, LiquidConfig("rtn", 128))
-    x = torch.randn(3, 192)
-    assert [type(layer) for layer in model] == [LiquidLinear, nn.ReLU, LiquidLinear]
-    assert not model[0].training
-    reference.assert_same(model(x), expected(x))
-
-
-def test_torchao_filters(torchao):
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    torchao.quantize_(model, LiquidConfig(), filter_fn=lambda module, name: name == "1")
-    assert [type(layer) for layer in model] == [nn.Linear, LiquidLinear]
-
-
-def test_torchao_refuses_what_needs_more_than_a_layer(torchao):
-    model = nn.Sequential(nn.Linear(64, 64))
-    for config in (LiquidConfig("gptq"), LiquidConfig(keep=("0",)), LiquidConfig(rotate=True)):
-        with pytest.raises(ValueError, match=r"config: expected a method .* liquidgemm\.quantize_"):
-            torchao.quantize_(model, config)
-    assert type(model[0]) is nn.Linear

@@ -1,0 +1,49 @@
+"""A random Llama that is small, as a folder and as quantized models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import liquidgemm
+from liquidgemm import LiquidLinear
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+IDS = torch.arange(24).view(2, 12) * 5 % 256
+
+
+def float_model(folder: Path, dtype=torch.bfloat16, **changes) -> Path:
+    """A folder with a random Llama: two layers, biases, sizes that are no multiples of 64."""
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=96,
+        intermediate_size=200,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        pad_token_id=0,
+        **changes,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # they start as zeros
+            nn.init.normal_(parameter)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, auto=transformers.AutoModelForCausalLM, **options):
+    return auto.from_pretrained(folder, **options)
+
+
+def quantized(folder: Path, **fields):
+    return load(folder, quantization_config=liquidgemm.LiquidGemmConfig(**fields))
+
+
+def liquid_layers(model: nn.Module) -> list[str]:
+    return [name for name, layer in model.named_modules() if isinstance(layer, LiquidLinear)]
