@@ -17,7 +17,8 @@ from ._modules import attach, matches, paths_of_modules, replace_module
 from .calibration.data import as_batches
 from .calibration.driver import Calibrated, calibrate
 from .calibration.gate import check_gate
-from .calibration.layer import plan, quantize_layer
+from .calibration.layer import quantize_layer
+from .calibration.plan import plan
 from .calibration.report import LayerReport, QuantizationReport
 from .calibration.rotate import rotate_
 from .config import CALIBRATED, LiquidConfig

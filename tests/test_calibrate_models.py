@@ -547,12 +547,13 @@ def test_config_json_round_trip():
 def test_dry_run_changes_nothing():
     model = make()
     before = state(model)
-    config = LiquidConfig("gptq", augment=64, keep=("down_proj",))
+    config = LiquidConfig("gptq", smooth=True, augment=64, keep=("down_proj",))
     report = quantize_(model, config, dry_run=True)
     assert_same_state(model, before)
     text = str(report)
     assert "model.layers.0.self_attn.q_proj  96 x 96, gptq, 64 residual columns" in text
     assert "model.layers.1.mlp.down_proj     96 x 136, int8" in text
+    assert report.plan["model.layers.1.mlp.up_proj"].endswith("by post_attention_layernorm")
     assert "lm_head: matches the pattern 'lm_head'" in text
 
 

@@ -20,8 +20,9 @@ from liquidgemm import (
 )
 from liquidgemm.calibration import moments as moments_module
 from liquidgemm.calibration.gptq import add_residual, gptq, int8_weight, refit_scale
-from liquidgemm.calibration.layer import plan, quantize_layer, residual_columns
+from liquidgemm.calibration.layer import quantize_layer, residual_columns
 from liquidgemm.calibration.moments import Moments, inverse_factor, round_activation
+from liquidgemm.calibration.plan import plan
 from liquidgemm.calibration.rotate import random_hadamard
 from liquidgemm.calibration.simulate import SimulatedLinear
 

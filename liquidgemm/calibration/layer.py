@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._modules import matches
 from ..config import LiquidConfig
-from ..format import GROUP, padded
+from ..format import GROUP
 from ..quantize import quantize_weight
 from ..weight import QuantizedWeight, dequantize_weight
 from .gptq import add_residual, gptq, int8_weight, refit_scale, worst_columns
@@ -68,21 +68,6 @@ def quantize_layer(
             return refit_scale(weight, result, hessian), method
         method = "hessian"
     return (base if columns is None else add_residual(weight, base, columns)), method
-
-
-def plan(model: nn.Module, names: list[str], config: LiquidConfig) -> dict[str, str]:
-    """What would become of each named layer, in words."""
-    lines = {}
-    for name in names:
-        linear = model.get_submodule(name)
-        method = layer_method(config, name, has_data=True)
-        columns = padded(linear.in_features)
-        extra = columns if method == "int8" else residual_columns(config, name, linear.in_features)
-        bits = 4.25 * (columns + extra) / linear.in_features
-        residual = f", {extra} residual columns" if extra else ""
-        shape = f"{linear.out_features} x {linear.in_features}"
-        lines[name] = f"{shape}, {method}{residual}, {bits:.2f} bits per weight"
-    return lines
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
