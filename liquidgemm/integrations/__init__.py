@@ -39,18 +39,20 @@ class _AfterImport(MetaPathFinder):
         integration = _WAITING.pop(name, None)
         if integration is None:
             return None
-        # Popped already, so that a finder that asks all finders, as this one, ends the circle.
+        # Popped meanwhile, so that a finder that asks all finders, as this one, ends the circle.
         others = (finder for finder in sys.meta_path if finder is not self)
         specs = (finder.find_spec(name, path, target) for finder in others)
-        spec = next((spec for spec in specs if spec is not None), None)
-        if spec is None or spec.loader is None:
+        try:
+            spec = next((spec for spec in specs if spec is not None), None)
+        finally:
             _WAITING[name] = integration
+        if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
         def run_and_register(module: ModuleType) -> None:
             run(module)
-            if module.__name__ == name:
+            if module.__name__ == name and _WAITING.pop(name, None) is not None:
                 _register(integration)
 
         spec.loader.exec_module = run_and_register
