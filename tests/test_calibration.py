@@ -190,6 +190,14 @@ def test_without_a_factor_gptq_becomes_hessian(monkeypatch):
     reference.assert_same(quantized.qweight, expected.qweight)
 
 
+def test_with_few_tokens_gptq_becomes_hessian():
+    """As for an expert that few tokens reach."""
+    weight, x = problem(tokens=47)  # for 192 columns
+    with pytest.warns(UserWarning, match="expert: 47 tokens are too few for 192 columns"):
+        _, method = quantize_layer(weight, LiquidConfig("gptq"), "expert", Moments.of([x]))
+    assert method == "hessian"
+
+
 def test_moments():
     _, x = problem(tokens=100)
     whole, parts = Moments.of([x]), Moments.of([x[:30], x[30:30], x[30:]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,10 @@ from ..quantize import quantize_weight
 from ..weight import QuantizedWeight, dequantize_weight
 from .gptq import add_residual, gptq, int8_weight, refit_scale, worst_columns
 from .moments import Moments, inverse_factor
+
+# With fewer tokens than a quarter of the columns, H says more about them than about the layer: so
+# it is with experts that few tokens reach.
+_FEW = 4
 
 
 def residual_columns(config: LiquidConfig, name: str, in_features: int) -> int:
@@ -59,6 +65,13 @@ def quantize_layer(
     columns = None
     if count := residual_columns(config, name, weight.shape[1]):
         columns = worst_columns(weight, dequantize_weight(base), importance, count)
+    if method == "gptq" and _FEW * moments.tokens < weight.shape[1]:
+        warnings.warn(
+            f"{name}: {moments.tokens} tokens are too few for {weight.shape[1]} columns: quantized "
+            'with method "hessian" instead of "gptq"',
+            stacklevel=2,
+        )
+        method = "hessian"
     if method == "gptq":
         hessian = moments.regularized(config.damping, config.shrinkage)
         order = hessian.diagonal().argsort(descending=True, stable=True)
