@@ -29,9 +29,6 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MIN_CUDA = (12, 4)
-# One word may be spilled: ptxas parks the tile counter of some kernels in memory during the main
-# loop, which costs a load per tile. Accumulators or operands would be many.
-MAX_SPILL_BYTES = 4
 
 # The sources of each library: every pattern must match at least one file.
 SOURCES = {
@@ -206,7 +203,7 @@ def check_ptxas_report(report: str) -> list[str]:
         if name := re.search(r"Function properties for (\S+)", line):
             kernel = name[1]
         elif spill := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            if max(int(spill[1]), int(spill[2])) > MAX_SPILL_BYTES:
+            if spill[1] != "0" or spill[2] != "0":
                 problems.append(f"{kernel} spills registers: {spill[0]}")
         elif re.search(r"\(C75\d\d\)|Potential Performance Loss", line):
             problems.append(line.split(":", 1)[-1].strip())

@@ -52,7 +52,8 @@ def plausible_plans(names: list[str], m: int) -> Iterator[tuple[int, str, int]]:
     """Leaves out tiles far too large or too small for m tokens, and split K where tiles abound."""
     for config, name in enumerate(names):
         tokens = tile_tokens(name)
-        if tokens >= 4 * max(m, 8) or (m > 4 * tokens and tokens < 128):
+        too_large = tokens >= (2 if m <= 16 else 4) * max(m, 8)
+        if too_large or (m > 4 * tokens and tokens < 128):
             continue
         for split_k in SPLITS:
             if m <= 256 or split_k == 1:

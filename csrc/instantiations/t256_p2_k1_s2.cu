@@ -2,10 +2,10 @@
 
 namespace liquidgemm {
 
-static_assert(is_tile(10, {256, 2, 1, 2}), "this file is named after its tile");
+static_assert(is_tile(8, {256, 2, 1, 2}), "this file is named after its tile");
 template <>
-cudaError_t launch_tile<10>(KernelParams const& params, int num_sms, cudaStream_t stream) {
-  return launch_tile_impl<10>(params, num_sms, stream);
+cudaError_t launch_tile<8>(KernelParams const& params, int num_sms, cudaStream_t stream) {
+  return launch_tile_impl<8>(params, num_sms, stream);
 }
 
 }  // namespace liquidgemm

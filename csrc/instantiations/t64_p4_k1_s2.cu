@@ -2,10 +2,10 @@
 
 namespace liquidgemm {
 
-static_assert(is_tile(6, {64, 4, 1, 2}), "this file is named after its tile");
+static_assert(is_tile(4, {64, 4, 1, 2}), "this file is named after its tile");
 template <>
-cudaError_t launch_tile<6>(KernelParams const& params, int num_sms, cudaStream_t stream) {
-  return launch_tile_impl<6>(params, num_sms, stream);
+cudaError_t launch_tile<4>(KernelParams const& params, int num_sms, cudaStream_t stream) {
+  return launch_tile_impl<4>(params, num_sms, stream);
 }
 
 }  // namespace liquidgemm

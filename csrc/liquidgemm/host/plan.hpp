@@ -30,31 +30,29 @@ struct TileCost {
   double block_us, tile_us;
 };
 
-// All constants come from bench/fit_plan.py and a sweep over every plan on an H100 SXM. Only ratios
-// decide, so that they serve other Hopper parts as well.
+// All constants come from bench/fit_plan.py and a sweep over every plan on an H200, whose SMs are
+// those of an H100; the memory's bandwidth is asked of the GPU.
 inline constexpr TileCost kTileCosts[] = {
-    {0.0441, 0.638},  // t8_p1_k4
-    {0.0472, 0.744},  // t16_p1_k4
-    {0.0620, 0.841},  // t32_p1_k4
-    {0.1002, 1.158},  // t32_p2_k2
-    {0.0859, 1.149},  // t64_p1_k4
-    {0.1433, 1.571},  // t64_p2_k2
-    {0.2751, 1.886},  // t64_p4_k1
-    {0.2096, 2.482},  // t128_p2_k1
-    {0.2911, 2.378},  // t128_p3_k1
-    {0.3100, 2.500},  // t128_p4_k1
-    {0.3393, 6.984},  // t256_p2_k1
+    {0.0459, 1.081},  // t8_p1_k4
+    {0.0468, 1.093},  // t16_p1_k4
+    {0.0621, 1.017},  // t32_p1_k4
+    {0.0790, 1.392},  // t64_p1_k4
+    {0.2597, 2.301},  // t64_p4_k1
+    {0.1821, 1.852},  // t128_p2_k1
+    {0.2584, 2.104},  // t128_p3_k1
+    {0.3546, 2.304},  // t128_p4_k1
+    {0.3141, 2.702},  // t256_p2_k1
 };
 static_assert(sizeof(kTileCosts) / sizeof(kTileCosts[0]) == kNumTileShapes);
 
 struct CostModel {
-  double launch_us = 1.04;
-  double occupancy_us = 1.07;        // a launch that leaves SMs idle overlaps with the next one
-  double memory_efficiency = 0.886;  // of the peak
-  double sm_memory_share = 1.93;     // how far one SM can exceed its fair share of the bandwidth
-  double split_us[3] = {0, 0.676, 1.014};  // per tile, for 1, 2 and 4 CTAs along K
-  double split_per_octet = 0.458;          // and more with every 8 tokens, relative to split_us
-  double quad_cluster_fit = 0.91;          // clusters of 4 do not tile the GPCs
+  double launch_us = 0.6093;
+  double occupancy_us = 1.109;        // a launch that leaves SMs idle overlaps with the next one
+  double memory_efficiency = 0.9821;  // of the peak
+  double sm_memory_share = 2.538;     // how far one SM can exceed its fair share of the bandwidth
+  double split_us[3] = {0, 0.1132, 0.1951};  // per tile, for 1, 2 and 4 CTAs along K
+  double split_per_octet = 1.289;            // and more with every 8 tokens, relative to split_us
+  double quad_cluster_fit = 0.91;            // clusters of 4 do not tile the GPCs
 };
 // Time of one plan, in microseconds: the larger of streaming the weights and of what the busiest SM
 // has to do (softly: near the crossover the two get in each other's way), and what is fixed.
@@ -94,7 +92,7 @@ inline Estimate estimate(Problem const& p, Plan const& plan, CostModel const& c 
 // rule): the estimate says nothing of
 // them.
 inline bool is_plausible(TileShape const& shape, int64_t m) {
-  const bool too_large = shape.tokens >= 4 * std::max<int64_t>(m, 8);
+  const bool too_large = shape.tokens >= (m <= 16 ? 2 : 4) * std::max<int64_t>(m, 8);
   const bool too_small = m > 4 * shape.tokens && shape.tokens < 128;
   return !too_large && !too_small;
 }

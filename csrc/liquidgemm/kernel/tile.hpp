@@ -24,10 +24,8 @@ inline constexpr TileShape kTileShapes[] = {
     {8, 1, 4, 4},    // decode: one panel per CTA spreads any N over the most SMs
     {16, 1, 4, 4},   //
     {32, 1, 4, 2},   //
-    {32, 2, 2, 4},   // two panels share the tokens once their L2 traffic rivals the weights'
     {64, 1, 4, 2},   //
-    {64, 2, 2, 4},   //
-    {64, 4, 1, 2},   //
+    {64, 4, 1, 2},   // many panels share the tokens once their L2 traffic rivals the weights'
     {128, 2, 1, 2},  // small prefill, or few tiles
     {128, 3, 1, 2},  //
     {128, 4, 1, 2},  //
