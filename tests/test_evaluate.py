@@ -1,0 +1,123 @@
+"""liquidgemm.evaluate, and the commands ``quantize`` and ``eval``."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import batches, logits, make, transformers
+from typer.testing import CliRunner
+
+from liquidgemm import cli
+from liquidgemm.evaluate import evaluate, sliding_windows
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "stride"), [(50, 16, 8), (50, 16, 15), (9, 16, 4), (17, 16, 1)]
+)
+def test_sliding_windows_predict_each_token_once(count, length, stride):
+    tokens = torch.arange(count)
+    predicted = []
+    for window, first in sliding_windows(tokens, length, stride):
+        assert window.shape[1] <= length
+        assert first >= 1
+        if predicted and window.shape[1] == length:
+            assert first >= length - stride
+        predicted += window[0, first:].tolist()
+    assert predicted == list(range(1, count))
+
+
+def test_sliding_windows_are_checked():
+    with pytest.raises(ValueError, match="stride: "):
+        list(sliding_windows(torch.arange(9), 4, 4))
+    with pytest.raises(ValueError, match="tokens: "):
+        list(sliding_windows(torch.arange(1), 4, 2))
+
+
+def test_evaluate():
+    model, other = make(), make(seed=1)
+    tokens = batches(1)[0].flatten()[:24]
+    (window,) = sliding_windows(tokens, 24, 1)
+    log_p, log_r = (logits(m, tokens[None])[0, :-1].double().log_softmax(1) for m in (model, other))
+    result = evaluate(model, [window], other)
+    assert result.tokens == 23
+    nll = -log_p[range(23), tokens[1:]].mean()
+    assert result.perplexity == pytest.approx(nll.exp().item(), rel=1e-4)
+    assert result.agreement == (log_p.argmax(1) == log_r.argmax(1)).double().mean()
+    kl = (log_r.exp() * (log_r - log_p)).sum(1)
+    assert result.mean_kl == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert result.p99_kl == pytest.approx(kl.quantile(0.99).item(), rel=1e-4)
+    same = evaluate(model, [window], model)
+    assert (same.agreement, same.mean_kl) == (1, 0)
+    assert evaluate(model, [window]).mean_kl is None
+
+
+# The command line.
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny model of transformers on disk, with a tokenizer and texts."""
+    tokenizers = pytest.importorskip("tokenizers")
+    make().save_pretrained(tmp_path / "model")
+    vocabulary = {chr(97 + i): i for i in range(26)} | {"?": 26}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+    wrapped.save_pretrained(tmp_path / "model")
+    (tmp_path / "a.txt").write_text("a b c d e f g h i j k l m " * 9)
+    (tmp_path / "b.txt").write_text("z y x w v u t s r q p o n " * 9)
+    return tmp_path
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_quantize_and_eval_commands(folder):
+    model, out = folder / "model", folder / "out"
+    options = ["--method", "gptq", "--calib", folder / "a.txt", "--calib", folder / "b.txt"]
+    options += ["--smooth", "--augment", "64", "--keep", "down_proj", "--device", "cpu"]
+    dry = run("quantize", model, "-o", out, *options, "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert "mlp.down_proj" in dry.stdout
+    assert not out.exists()
+    gate = ["--held-out", folder / "b.txt", "--gate", "off"]
+    result = run("quantize", model, "-o", out, *options, *gate, "--resume", folder / "blocks")
+    assert result.exit_code == 0, result.output
+    assert "loss on held-out text" in result.stdout
+    assert json.loads((out / "quantization.json").read_text())["layers"]
+    result = run("eval", out, "--text", folder / "b.txt", "--reference", model, "--json",
+                 "--length", 32, "--stride", 16, "--device", "cpu")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    simulated = json.loads(result.stdout)
+    assert simulated["tokens"] == 9 * 13 - 1
+    assert 0.5 < simulated["agreement"] <= 1
+    result = run("eval", out, "--text", folder / "b.txt", "--exact", "--json", "--device", "cpu",
+                 "--length", 32, "--stride", 16)  # fmt: skip
+    exact = json.loads(result.stdout)
+    assert exact["perplexity"] == pytest.approx(simulated["perplexity"], rel=1e-3)
+    assert run("eval", out, "--text", folder / "b.txt", "--device", "cpu").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "nowhere.gguf", "--text", "a.txt"], "nowhere.gguf: no such file"),
+        (["eval", "model", "--text", "c.txt"], "c.txt: expected a UTF-8 text file"),
+        (
+            ["eval", "model", "--text", "a.txt", "--length", "8", "--stride", "8"],
+            "stride: expected",
+        ),
+        (["quantize", "model", "-o", "out", "--method", "gptq"], "--calib: expected text files"),
+        (["quantize", "model", "-o", "out", "--augment", "3"], "augment: expected a multiple"),
+        (["quantize", "model", "-o", "out", "--config", "{"], "Expecting"),
+    ],
+)
+def test_errors_of_the_commands_are_one_line(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    (line,) = (line for line in result.stderr.splitlines() if "error" in line)
+    assert line.startswith("liquidgemm: error: ")
+    assert message in line
+    assert not (folder / "out").exists()
