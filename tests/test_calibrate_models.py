@@ -106,7 +106,7 @@ def test_tuning_brings_blocks_closer_to_the_float_model():
         model = make()
         expected = logits(model)
         config = LiquidConfig("gptq", tune=tune)
-        quantize_(model, config, calibration=batches(12), progress=False)
+        quantize_(model, config, calibration=batches(24), progress=False)
         errors[tune] = error(model, expected)
     assert errors[50] < 0.97 * errors[0], errors
 
