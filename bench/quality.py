@@ -70,8 +70,9 @@ RECIPES = {
         "tune": 100,
     },
 }
+# A norm at the end of a branch feeds the residual stream too: BERT has no pairs to smooth.
 MINILM_RECIPES = {
-    name: {key: value for key, value in fields.items() if key != "smooth"}
+    name.replace(", smooth", ""): {key: v for key, v in fields.items() if key != "smooth"}
     for name, fields in RECIPES.items()
     if "rotate" not in name and "down_proj" not in name
 }
@@ -262,7 +263,9 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?", help="folder of bench.quality_data")
     parser.add_argument("--out", type=Path, default=Path("quality"), help="folder for the results")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, metavar="RECIPE")
+    parser.add_argument(
+        "--recipes", nargs="+", choices={**RECIPES, **MINILM_RECIPES}, metavar="RECIPE"
+    )
     parser.add_argument("--missing", action="store_true", help="only what results.json lacks")
     parser.add_argument("--tokens", type=int, default=65536, help="for calibration")
     parser.add_argument("--eval-tokens", type=int, default=32768, help="of each domain")
