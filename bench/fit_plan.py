@@ -117,9 +117,7 @@ def fit(s: Sweep) -> np.ndarray:
 
 def report(s: Sweep, parameters: np.ndarray) -> None:
     values = np.exp(parameters)
-    names = (
-        "launch_us occupancy_us memory_efficiency sm_memory_share split_per_octet split2 split4"
-    )
+    names = "launch_us occupancy_us memory_efficiency sm_memory_share split_per_octet split2 split4"
     for name, value in zip(names.split(), values[:7], strict=True):
         print(f"{name} = {value:.4g}")
     block_us, tile_us = values[7:].reshape(2, -1)

@@ -92,7 +92,5 @@ def test_results_and_tables(data, monkeypatch, capsys):
 
 
 def test_plain_text_of_a_page():
-    page = (
-        "<head><title>no</title></head><body><p>a &amp; b</p>\n\n<script>x</script>c"
-    )
+    page = "<head><title>no</title></head><body><p>a &amp; b</p>\n\n<script>x</script>c"
     assert quality_data.plain(page) == "a & b\nc"
