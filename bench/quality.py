@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -78,11 +79,27 @@ MINILM_RECIPES = {
 }
 
 
+class Reference(nn.Module):
+    """The float model; the last hidden state of each window is computed once and kept."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+        self._hidden: dict[bytes, Tensor] = {}
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        key = input_ids.cpu().numpy().tobytes()
+        if key not in self._hidden:
+            self._hidden[key] = self._model.base_model(input_ids).last_hidden_state.cpu()
+        hidden = self._hidden[key].to(input_ids.device)
+        return SimpleNamespace(logits=self._model.get_output_embeddings()(hidden))
+
+
 class Judge:
     """A language model on every domain, beside its float reference."""
 
     def __init__(self, folder: Path, model: nn.Module, tokenizer, tokens: int) -> None:
-        self._reference = model
+        self._reference = Reference(model)
         self._windows = {
             domain: windows(tokenizer, read_texts(folder, domain, "evaluation"), tokens)
             for domain in (*HOME, UNSEEN)

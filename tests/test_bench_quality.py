@@ -91,6 +91,17 @@ def test_results_and_tables(data, monkeypatch, capsys):
     assert 'Perplexity of "gptq, smooth, augment 64, keep down_proj" on' in text
 
 
+@torch.no_grad()
+def test_the_reference_is_the_model(data):
+    model = transformers.AutoModelForCausalLM.from_pretrained(data / "llama").eval()
+    reference = quality.Reference(model)
+    first, second = torch.randint(0, 28, (2, 1, 9))
+    for ids in (first, second, first):
+        assert torch.equal(reference(ids).logits, model(ids).logits)
+    model.base_model.forward = None  # not needed again
+    assert torch.equal(reference(second).logits, reference(second).logits)
+
+
 def test_plain_text_of_a_page():
     page = "<head><title>no</title></head><body><p>a &amp; b</p>\n\n<script>x</script>c"
     assert quality_data.plain(page) == "a & b\nc"
