@@ -10,8 +10,8 @@ themselves, expanded to float32: what is lost is lost in addition. MiniLM, which
 is calibrated on sentences of one home domain and judged by the cosine similarity of 1000 embeddings
 of the unseen one.
 
-Quantized layers are simulated in float32 (`SimulatedLinear`). With --kernel the best recipe is also
-run through the real layers, on the GPU and, for a part of the text, on the CPU's exact path.
+What is judged are the real layers: the kernel on a GPU, else the CPU's exact path. With --cpu-too a
+recipe is judged on both.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from liquidgemm import LiquidConfig, quantize_, save_quantized
+from liquidgemm import LiquidConfig, LiquidLinear, quantize_
 from liquidgemm.calibration.data import token_windows
-from liquidgemm.calibration.simulate import simulate_
 from liquidgemm.evaluate import Evaluation, evaluate, sliding_windows
 from liquidgemm.sources import load_model
 
@@ -108,6 +107,10 @@ class Judge:
     def __call__(self, model: nn.Module) -> dict[str, Evaluation]:
         return {domain: evaluate(model, w, self._reference) for domain, w in self._windows.items()}
 
+    def unseen(self, model: nn.Module) -> Evaluation:
+        """On the unseen domain, without the reference."""
+        return evaluate(model, self._windows[UNSEEN])
+
 
 def windows(tokenizer, texts: list[str], tokens: int) -> list[tuple[Tensor, int]]:
     """Pieces of four windows each, spread evenly over the texts, and windows sliding over each."""
@@ -134,12 +137,11 @@ def language_model(name: str, arguments: argparse.Namespace) -> Iterator[dict]:
     for recipe, fields in chosen(RECIPES, arguments).items():
         config = LiquidConfig(**fields, gate="off")
         quantized, row = measured(model, config, calibration, arguments)
-        saved = copy.deepcopy(quantized) if recipe == arguments.kernel else None
-        results = judge(simulate_(quantized))
+        results = judge(quantized)
         row |= {"model": name, "recipe": recipe}
         row["domains"] = {domain: asdict(result) for domain, result in results.items()}
-        if saved is not None:
-            row["kernel"] = through_the_kernel(saved, quantized, judge, arguments, name, tokenizer)
+        if recipe == arguments.cpu_too:
+            row["cpu"] = judge.unseen(quantized.cpu()).perplexity
         yield row
 
 
@@ -174,41 +176,13 @@ def measured(
     }
 
 
-def linears(model: nn.Module) -> list[nn.Module]:
-    from liquidgemm import LiquidLinear
-
+def linears(model: nn.Module) -> list[LiquidLinear]:
     return [module for module in model.modules() if isinstance(module, LiquidLinear)]
 
 
 def worst(report) -> list:
     layers = [layer for layer in report.layers if layer.output_error is not None]
     return sorted(layers, key=lambda layer: -layer.output_error)[:5]
-
-
-def through_the_kernel(
-    quantized: nn.Module,
-    simulated: nn.Module,
-    judge: Judge,
-    arguments: argparse.Namespace,
-    name: str,
-    tokenizer,
-) -> dict:
-    """Perplexity on the unseen domain: real layers where the model is, and exactly on the CPU.
-
-    The CPU's path is slow, so that it gets the first windows only, and the others those too.
-    """
-    checkpoint = arguments.out / name
-    save_quantized(quantized, checkpoint)
-    tokenizer.save_pretrained(checkpoint)
-    few = judge._windows[UNSEEN][: arguments.exact_windows]
-    result = {
-        "simulated": evaluate(simulated, few).perplexity,
-        f"real layers, {arguments.device}": evaluate(quantized, few).perplexity,
-        "tokens": evaluate(quantized, few).tokens,
-    }
-    if arguments.device != "cpu":
-        result["real layers, cpu"] = evaluate(quantized.cpu(), few).perplexity
-    return result
 
 
 def embeddings(arguments: argparse.Namespace) -> Iterator[dict]:
@@ -248,7 +222,7 @@ def embeddings(arguments: argparse.Namespace) -> Iterator[dict]:
     for recipe, fields in chosen(MINILM_RECIPES, arguments).items():
         config = LiquidConfig(**fields, gate="off")
         quantized, row = measured(model, config, calibration, arguments)
-        similarity = torch.cosine_similarity(embed(simulate_(quantized)), expected)
+        similarity = torch.cosine_similarity(embed(quantized), expected)
         row |= {"model": "MiniLM-L6", "recipe": recipe, "sentences": len(similarity)}
         row |= {"mean": similarity.mean().item(), "minimum": similarity.min().item()}
         yield row
@@ -287,8 +261,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536, help="for calibration")
     parser.add_argument("--eval-tokens", type=int, default=32768, help="of each domain")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--kernel", choices=RECIPES, metavar="RECIPE", help="to run exactly, too")
-    parser.add_argument("--exact-windows", type=int, default=4)
+    parser.add_argument("--cpu-too", choices=RECIPES, metavar="RECIPE", help="to judge on both")
     parser.add_argument("--commit", help="commit that is measured, where git is not at hand")
     parser.add_argument("--render", type=Path, help="write the tables of such a folder")
     arguments = parser.parse_args()
@@ -314,7 +287,7 @@ def main() -> None:
         }
         rows = embeddings(arguments) if name == "MiniLM-L6" else language_model(name, arguments)
         for row in rows:
-            print(line(row), row.get("kernel", ""), flush=True)
+            print(line(row), flush=True)
             key = (row["model"], row["recipe"])
             kept = [old for old in results["rows"] if (old["model"], old["recipe"]) != key]
             results["rows"] = [*kept, row]

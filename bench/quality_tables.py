@@ -69,16 +69,17 @@ def language_table(model: str, rows: list[dict]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     for row in rows:
-        if "kernel" in row:
-            values = ", ".join(
-                f"{name}: {value:.4f}" for name, value in row["kernel"].items() if name != "tokens"
-            )
+        if "cpu" in row:
             lines += [
                 "",
-                f'Perplexity of "{row["recipe"]}" on {row["kernel"]["tokens"]} tokens of {UNSEEN}: '
-                f"{values}.",
+                f'Perplexity of "{row["recipe"]}" on {UNSEEN}: {unseen_perplexity(row):.4f} through '
+                f"the kernel, {row['cpu']:.4f} through the CPU's exact path.",
             ]
     return "\n".join(lines)
+
+
+def unseen_perplexity(row: dict) -> float:
+    return row["domains"][UNSEEN]["perplexity"]
 
 
 def cosine_table(rows: list[dict]) -> str:

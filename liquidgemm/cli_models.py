@@ -15,7 +15,6 @@ from rich.table import Table
 
 from . import _library
 from .calibration.data import token_windows
-from .calibration.simulate import simulate_
 from .checkpoint import save_quantized
 from .config import GATES, METHODS, LiquidConfig
 from .evaluate import evaluate, sliding_windows
@@ -133,9 +132,6 @@ def eval_command(
     tokens: Annotated[int, typer.Option(min=2, help="At most this many, from the start.")] = 65536,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
     stride: Annotated[int, typer.Option(min=1, help="Tokens between windows.")] = 512,
-    exact: Annotated[
-        bool, typer.Option(help="On a CPU: the exact integer path, which is slow.")
-    ] = False,
     device: DEVICE = None,
     dtype: Annotated[Precision | None, typer.Option(help="Of what is in floats.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -148,8 +144,6 @@ def eval_command(
     where = default_device(device)
     precision = dtype and getattr(torch, dtype.value)
     network, tokenizer = load_model(model, where, precision)
-    if where.type == "cpu" and not exact:
-        simulate_(network)
     other = None if reference is None else load_model(reference, where, precision)[0]
     ids = [token for t in read_texts(text) for token in tokenizer(t)["input_ids"]][:tokens]
     windows = list(sliding_windows(torch.tensor(ids), length, stride))
@@ -162,6 +156,4 @@ def eval_command(
         if value is not None:
             shown = str(value) if isinstance(value, int) else f"{value:.5g}"
             table.add_row(name.replace("_", " "), shown)
-    if where.type == "cpu" and not exact:
-        table.caption = "quantized layers simulated in float32; --exact runs the integer path"
     Console().print(table, highlight=False)

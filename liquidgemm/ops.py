@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from . import _library
+from . import _int8, _library
 from .format import (
     BLOCK_BYTES,
     GROUP,
@@ -31,8 +31,8 @@ from .format import (
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32)
 
-# Size of the float64 copies that the exact CPU product works on at a time: small enough to stay in
-# a cache and to be allocated without fresh pages from the system, large enough for matmul.
+# Size of what the exact CPU product works on at a time, as float64: small enough to stay in a cache
+# and to be allocated without fresh pages from the system, large enough for matmul.
 _CHUNK_BYTES = 8 << 20
 
 _SCHEMAS = (
@@ -221,11 +221,8 @@ def _gemm_cpu(x, x_scale, weight, weight_scale, bias=None, out_dtype=None) -> Te
     for n_chunk in _row_chunks(n, 8 * k, PANEL):
         panels = weight[n_chunk.start // PANEL : ceil_div(n_chunk.stop, PANEL)]
         w8 = decode(*unpack_weight(panels, n_chunk.stop - n_chunk.start))
-        # float64 holds every partial sum exactly, in any order and on any processor. INT8 matmul
-        # on the CPU does not: without VNNI it saturates at 16 bits.
-        w64 = w8[:, :k].double().T
         for m_chunk in _row_chunks(len(rows), 8 * k):
-            acc = rows[m_chunk].double() @ w64
+            acc = _int8.product(rows[m_chunk], w8)
             if out_dtype != torch.int32:
                 acc = acc.float().mul_(row_scale[m_chunk]).mul_(weight_scale[n_chunk])
                 if bias is not None:

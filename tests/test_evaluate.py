@@ -89,13 +89,9 @@ def test_quantize_and_eval_commands(folder):
     result = run("eval", out, "--text", folder / "b.txt", "--reference", model, "--json",
                  "--length", 32, "--stride", 16, "--device", "cpu")  # fmt: skip
     assert result.exit_code == 0, result.output
-    simulated = json.loads(result.stdout)
-    assert simulated["tokens"] == 9 * 13 - 1
-    assert 0.5 < simulated["agreement"] <= 1
-    result = run("eval", out, "--text", folder / "b.txt", "--exact", "--json", "--device", "cpu",
-                 "--length", 32, "--stride", 16)  # fmt: skip
-    exact = json.loads(result.stdout)
-    assert exact["perplexity"] == pytest.approx(simulated["perplexity"], rel=1e-3)
+    found = json.loads(result.stdout)
+    assert found["tokens"] == 9 * 13 - 1
+    assert 0.5 < found["agreement"] <= 1
     assert run("eval", out, "--text", folder / "b.txt", "--device", "cpu").exit_code == 0
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import liquidgemm
-from liquidgemm import gemm, linear, pack_weight, quantize_activation, unpack_weight
+from liquidgemm import _int8, gemm, linear, pack_weight, quantize_activation, unpack_weight
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 OPS = torch.ops.liquidgemm
@@ -245,7 +245,9 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from test_ops import Case, reference
+from liquidgemm import _int8
 assert torch.backends.cpu.get_cpu_capability() == "DEFAULT", "the variable has no effect"
+assert not _int8.instructions_are_exact(), "they saturate here"
 for m, n, k in ((1, 64, 64), (33, 130, 896), (4, 64, 8192)):
     case = Case(m, n, k)
     case.x[:] = case.x.sign() * 127  # where 16-bit sums saturate
@@ -272,6 +274,36 @@ def test_exact_with_the_instruction_set_lowered():
         MKL_ENABLE_INSTRUCTIONS="AVX2",
     )
     assert result.stdout.strip() == "exact", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("instructions", [False, True])
+def test_exact_with_and_without_int8_instructions(instructions, monkeypatch):
+    """CHECKLIST 3: operands at the ends of their range, and K that torch's product gets wrong."""
+    if instructions and not _int8.instructions_are_exact():
+        pytest.skip("no exact INT8 instructions on this processor")
+    monkeypatch.setattr(_int8, "instructions_are_exact", lambda: instructions)
+    for m, n, k in ((1, 1, 1), (5, 64, 1), (1, 200, 63), (16, 7, 65), (33, 130, 4096)):
+        case = Case(m, n, k)
+        case.x[::2] = case.x[::2].sign() * 127
+        acc = reference.product(case.x, reference.decode(*case.logical))
+        for x in (case.x, case.x.T.contiguous().T):
+            sums = gemm(x, case.x_scale, case.weight, case.weight_scale, out_dtype=torch.int32)
+            reference.assert_same(sums, acc.int(), m=m, n=n, k=k)
+
+
+def test_int8_instructions_that_saturate_are_not_used(monkeypatch):
+    def saturating(x, w):
+        """As without VNNI: unsigned times signed bytes, added in pairs of 16 bits."""
+        products = (x.int() + 128).unsqueeze(2) * w.int()
+        pairs = products.unflatten(1, (-1, 2)).sum(2).clamp(-(2**15), 2**15 - 1)
+        return (pairs.sum(1) - 128 * w.int().sum(0)).int()
+
+    for product in (saturating, None):
+        if product is None:
+            monkeypatch.delattr(torch, "_int_mm")
+        else:
+            monkeypatch.setattr(torch, "_int_mm", product)
+        assert not _int8.instructions_are_exact.__wrapped__()
 
 
 def test_exact_whatever_the_matmul_precision():

@@ -1,4 +1,4 @@
-"""Quantized layers in plain floating point: what calibration and evaluation on a CPU run."""
+"""Quantized layers as calibration needs them: differentiable, on any device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._modules import paths_of_modules, replace_module
+from .. import _int8
 from ..linear import LiquidLinear
 from ..weight import QuantizedWeight, dequantize_weight
 from .moments import round_activation
@@ -17,8 +17,8 @@ from .moments import round_activation
 class SimulatedLinear(nn.Module):
     """A `LiquidLinear` whose product is a float matrix product of the dequantized operands.
 
-    It differs from the kernel by the rounding of float32 sums alone, and is much faster than the
-    exact path on a CPU.
+    It differs from the kernel by the rounding of float32 sums alone. Where the exact path is
+    faster, on a CPU with INT8 instructions, and no gradient is asked for, it is that.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
@@ -28,8 +28,14 @@ class SimulatedLinear(nn.Module):
         self.register_buffer("weight", dequantize_weight(weight), persistent=False)
         self.register_buffer("bias", bias)
         self.factor: Tensor | None = None  # of the outputs, while it is being learned
+        self._exact: LiquidLinear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu and not torch.is_grad_enabled() and self.factor is None:
+            if self._exact is None and _int8.instructions_are_exact():
+                self._exact = self.to_layer()
+            if self._exact is not None:
+                return self._exact(x)
         # Rounding is passed straight through, as `liquidgemm.linear` does.
         rounded = round_activation(x.detach())
         if torch.is_grad_enabled():
@@ -43,6 +49,7 @@ class SimulatedLinear(nn.Module):
     def scale_rows(self, factors: Tensor) -> None:
         """Multiply the rows of the weight by ``factors [N]``: only sigma changes."""
         self.quantized = replace(self.quantized, scale=self.quantized.scale * factors)
+        self._exact = None
         # Anew, as it will be when the layer is restored: not the old values multiplied.
         self.weight.copy_(dequantize_weight(self.quantized))
 
@@ -51,17 +58,7 @@ class SimulatedLinear(nn.Module):
         self.scale_rows(1 / factors)
         if self.bias is not None:
             self.bias.div_(factors)
+            self._exact = None
 
     def to_layer(self) -> LiquidLinear:
         return LiquidLinear.from_quantized(self.quantized, self.bias)
-
-
-@torch.no_grad()
-def simulate_(model: nn.Module) -> nn.Module:
-    """Replace every `LiquidLinear` of a model by a `SimulatedLinear`, in place."""
-    for module, paths in paths_of_modules(model).items():
-        if isinstance(module, LiquidLinear):
-            simulated = SimulatedLinear(module.quantized_weight(), module.bias)
-            for path in paths:
-                replace_module(model, path, simulated)
-    return model
