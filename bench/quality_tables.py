@@ -72,8 +72,8 @@ def language_table(model: str, rows: list[dict]) -> str:
         if "cpu" in row:
             lines += [
                 "",
-                f'Perplexity of "{row["recipe"]}" on {UNSEEN}: {unseen_perplexity(row):.4f} through '
-                f"the kernel, {row['cpu']:.4f} through the CPU's exact path.",
+                f'Perplexity of "{row["recipe"]}" on {UNSEEN}: {unseen_perplexity(row):.4f} '
+                f"through the kernel, {row['cpu']:.4f} through the CPU's exact path.",
             ]
     return "\n".join(lines)
 
