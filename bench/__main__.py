@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from liquidgemm import _library
 
-from . import stream_floor
+from . import machine, stream_floor
 from .peers import OURS, PEERS, parse_peers
 from .shapes import MODELS, TOKENS, argument, parse_shapes, parse_tokens
 
@@ -110,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
             seconds=options.seconds,
             json=options.json,
             floor_program=options.stream_floor,
-            command=shlex.join(["python", "-m", "bench", *words]),
+            command=machine.command_line("bench", words),
             commit=options.commit,
         )
     ).run()

@@ -7,13 +7,12 @@ JSON file anywhere (python -m bench.report).
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import microbench, programs
+from . import machine, microbench, programs
 from .results import BadResults
 from .shapes import MODELS, argument, parse_shapes
 
@@ -150,9 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     microbench.add_program_options(parser)
     options = parser.parse_args(words)
     microbench.require_gpu(parser)
-    record = programs.new_record(
-        shlex.join(["python", "-m", "bench.ablation", *words]), options.commit
-    )
+    record = programs.new_record(machine.command_line("bench.ablation", words), options.commit)
     jobs = {NAME: [str(shape) for shape in options.shapes]}
     try:
         microbench.build_and_run(record, jobs, options)

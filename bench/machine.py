@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import platform
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -49,6 +50,12 @@ _REASON_BITS = {
 def now() -> str:
     """UTC, to the second, in ISO 8601."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def command_line(module: str, words: list[str]) -> str:
+    """How a measurement was started. Paths from the root are cut to their names: where somebody
+    keeps files is no part of a result."""
+    return shlex.join(["python", "-m", module, *(re.sub(r"^/.*/", "", word) for word in words)])
 
 
 def run_text(command: list[str], **options) -> str | None:

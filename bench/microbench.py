@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
 import torch
 
-from . import programs
+from . import machine, programs
 from .shapes import argument, parse_shapes
 
 TITLES = {
@@ -125,9 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(words)
     require_gpu(parser)
-    record = programs.new_record(
-        shlex.join(["python", "-m", "bench.microbench", *words]), options.commit
-    )
+    record = programs.new_record(machine.command_line("bench.microbench", words), options.commit)
     try:
         build_and_run(record, {name: arguments_of(name) for name in options.only}, options)
     except programs.ProgramError as error:

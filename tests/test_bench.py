@@ -143,6 +143,12 @@ class TestRoofline:
 
 
 class TestMachine:
+    def test_a_command_line_names_no_folders_of_the_machine(self):
+        words = ["--shapes", "64x64", "--json", "/home/me/results.json", "--plot", "bench/plots"]
+        assert machine.command_line("bench", words) == (
+            "python -m bench --shapes 64x64 --json results.json --plot bench/plots"
+        )
+
     def test_snapshot_line(self):
         line = "1755, 2619, 612.35, 700.00, 61, P0, 0x0000000000000004"
         record = machine.parse_snapshot(line)
