@@ -138,7 +138,7 @@ def language_model(name: str, arguments: argparse.Namespace) -> Iterator[dict]:
         config = LiquidConfig(**fields, gate="off")
         quantized, row = measured(model, config, calibration, arguments)
         results = judge(quantized)
-        row |= {"model": name, "recipe": recipe}
+        row |= {"model": name, "recipe": recipe, "calibration_tokens": mixed.numel()}
         row["domains"] = {domain: asdict(result) for domain, result in results.items()}
         if recipe == arguments.cpu_too:
             row["cpu"] = judge.unseen(quantized.cpu()).perplexity
@@ -272,13 +272,8 @@ def main() -> None:
         parser.error("expected DATA or --render")
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "results.json"
-    results = {
-        "commit": arguments.commit or commit(),
-        "machine": machine(arguments.device),
-        "calibration_tokens": arguments.tokens,
-        "evaluation_tokens": arguments.eval_tokens,
-        "rows": [],
-    }
+    results = {"rows": []}
+    run = {"commit": arguments.commit or commit(), "machine": machine(arguments.device)}
     if path.exists():  # models may be measured one at a time
         results["rows"] = json.loads(path.read_text())["rows"]
     for name in arguments.models:
@@ -287,6 +282,7 @@ def main() -> None:
         }
         rows = embeddings(arguments) if name == "MiniLM-L6" else language_model(name, arguments)
         for row in rows:
+            row |= run
             print(line(row), flush=True)
             key = (row["model"], row["recipe"])
             kept = [old for old in results["rows"] if (old["model"], old["recipe"]) != key]

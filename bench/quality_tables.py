@@ -24,13 +24,12 @@ def render(folder: Path) -> None:
 
 
 def tables(results: dict, folder: Path) -> str:
+    rows = results["rows"]
+    runs = sorted({f"{row['machine']}, commit {row['commit'][:12]}" for row in rows})
     parts = [
-        f"{results['machine']}, commit {results['commit'][:12]}; language models calibrated on "
-        f"{results['calibration_tokens']} tokens ({' and '.join(HOME)}), judged on "
-        f"{results['evaluation_tokens']} tokens of each domain; raw figures in "
+        f"{'; '.join(runs)}. Language models are calibrated on {' and '.join(HOME)}. Raw figures: "
         f"[{folder.name}/results.json](../bench/results/quality/{folder.name}/results.json)."
     ]
-    rows = results["rows"]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         parts.append(language_table(model, own) if "domains" in own[0] else cosine_table(own))
@@ -44,7 +43,9 @@ def language_table(model: str, rows: list[dict]) -> str:
     )
     lines = [
         f"**{model}**, perplexity relative to the GGUF file's weights in float32 ({reference}); "
-        f"agreement of the most likely token and KL divergence on {UNSEEN}, which is unseen",
+        f"agreement of the most likely token and KL divergence on {UNSEEN}, which is unseen; "
+        f"{rows[0]['calibration_tokens']} tokens of calibration text, "
+        f"{rows[0]['domains'][UNSEEN]['tokens']} tokens judged of each domain",
         "",
         "| recipe | bits | "
         + " | ".join(f"{d} (unseen)" if d == UNSEEN else d for d in domains)
