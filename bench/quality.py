@@ -282,7 +282,7 @@ def main() -> None:
         }
         rows = embeddings(arguments) if name == "MiniLM-L6" else language_model(name, arguments)
         for row in rows:
-            row |= run
+            row.update(run)
             print(line(row), flush=True)
             key = (row["model"], row["recipe"])
             kept = [old for old in results["rows"] if (old["model"], old["recipe"]) != key]
