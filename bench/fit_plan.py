@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from scipy.optimize import least_squares
 
 BLOCK_BYTES = 2176
 SOFTNESS = 6.0
+QUAD_CLUSTER_FIT = 0.91
+SHARED = 5  # parameters that are not a tile's
 
 
 def ceil_div(a, b):
@@ -66,6 +68,22 @@ class Sweep:
             data["memory_bytes_per_us"],
         )
 
+    def workers(self) -> np.ndarray:
+        """Tiles that are computed at a time."""
+        fit = np.where(self.split_k == 4, QUAD_CLUSTER_FIT, 1.0)
+        return np.floor(self.sms * fit / self.split_k)
+
+    def considered(self) -> Sweep:
+        """Without what `select_plan` leaves out: clusters of 4 in several waves."""
+        panels = ceil_div(ceil_div(self.n, 64), self.panels)
+        keep = (self.split_k < 4) | (ceil_div(self.m, self.tokens) * panels <= self.workers())
+        columns = {
+            field.name: value[keep] if isinstance(value, np.ndarray) else value
+            for field in fields(self)
+            for value in [getattr(self, field.name)]
+        }
+        return Sweep(**columns)
+
     def problems(self) -> list[np.ndarray]:
         """Row indices of each (n, k, m)."""
         keys = np.stack([self.n, self.k, self.m], 1)
@@ -75,14 +93,13 @@ class Sweep:
 def predict(s: Sweep, parameters: np.ndarray) -> np.ndarray:
     """µs of each row; parameters are logarithms, in the order that `report` prints."""
     values = np.exp(parameters)
-    launch, occupancy, efficiency, share, octet, split2, split4 = values[:7]
-    block_us, tile_us = values[7:].reshape(2, -1)[:, s.tile]
-    split_us = np.select([s.split_k == 2, s.split_k == 4], [split2, split4], 0.0)
+    launch, occupancy, efficiency, share, m_tiles_share = values[:SHARED]
+    block_us, tile_us, split2_us, split4_us = values[SHARED:].reshape(4, -1)[:, s.tile]
+    split_us = np.select([s.split_k == 2, s.split_k == 4], [split2_us, split4_us], 0.0)
 
     panels, k_blocks = ceil_div(s.n, 64), ceil_div(s.k, 64)
-    tiles = ceil_div(s.m, s.tokens) * ceil_div(panels, s.panels)
-    fit = np.where(s.split_k == 4, 0.91, 1.0)
-    workers = np.floor(s.sms * fit / s.split_k)
+    m_tiles = ceil_div(s.m, s.tokens)
+    tiles, workers = m_tiles * ceil_div(panels, s.panels), s.workers()
     waves = ceil_div(tiles, workers)
     last_wave = tiles - (waves - 1) * workers
     tokens = np.minimum(s.m, s.tokens)
@@ -93,8 +110,8 @@ def predict(s: Sweep, parameters: np.ndarray) -> np.ndarray:
     memory = weight_bytes / bandwidth * ((tiles - last_wave) + last_wave / last_reach) / tiles
     slabs = ceil_div(k_blocks, s.stage_blocks)
     blocks = ceil_div(slabs, s.split_k) * s.stage_blocks
-    per_tile = tile_us * (1 + tokens / s.tokens) / 2 + split_us * (1 + octet * tokens / 8)
-    sm = waves * (blocks * block_us + per_tile)
+    tile_us = tile_us * (1 + tokens / s.tokens) / 2 * np.where(m_tiles > 1, 1 + m_tiles_share, 1)
+    sm = waves * (blocks * block_us + tile_us + split_us)
     busy = np.minimum(s.sms, np.minimum(tiles, workers) * s.split_k)
     soft_max = (memory**SOFTNESS + sm**SOFTNESS) ** (1 / SOFTNESS)
     return launch + occupancy * busy / s.sms + soft_max
@@ -107,7 +124,7 @@ def fit(s: Sweep) -> np.ndarray:
         ratio = s.us[rows] / s.us[rows].min()
         weights[rows] = np.select([ratio < 1.12, ratio < 1.6], [3.0, 1.0], 0.25)
     tiles = len(s.names)
-    start = np.log([1, 1, 0.9, 2.5, 0.1, 0.8, 1.5] + [0.05] * tiles + [1.0] * tiles)
+    start = np.log([1, 1, 0.9, 2.5, 0.2] + [0.05] * tiles + [1.0] * tiles + [0.5] * 2 * tiles)
 
     def residuals(parameters: np.ndarray) -> np.ndarray:
         return weights * np.log(predict(s, parameters) / s.us)
@@ -117,12 +134,11 @@ def fit(s: Sweep) -> np.ndarray:
 
 def report(s: Sweep, parameters: np.ndarray) -> None:
     values = np.exp(parameters)
-    names = "launch_us occupancy_us memory_efficiency sm_memory_share split_per_octet split2 split4"
-    for name, value in zip(names.split(), values[:7], strict=True):
+    names = "launch_us occupancy_us memory_efficiency sm_memory_share m_tiles_share"
+    for name, value in zip(names.split(), values[:SHARED], strict=True):
         print(f"{name} = {value:.4g}")
-    block_us, tile_us = values[7:].reshape(2, -1)
-    for name, block, tile in zip(s.names, block_us, tile_us, strict=True):
-        print(f"{{{block:.4f}, {tile:.3f}}},  // {name}")
+    for name, costs in zip(s.names, values[SHARED:].reshape(4, -1).T, strict=True):
+        print("{{{:.4f}, {:.3f}, {{{:.3f}, {:.3f}}}}},  // {}".format(*costs, name))
     predicted = predict(s, parameters)
     regrets = []
     for rows in s.problems():
@@ -130,7 +146,7 @@ def report(s: Sweep, parameters: np.ndarray) -> None:
         regrets.append((s.us[chosen] / s.us[rows].min(), chosen))
     regrets.sort(reverse=True)
     print(f"regret: mean {np.mean([r for r, _ in regrets]):.3f}; the worst:")
-    for regret, row in regrets[:8]:
+    for regret, row in regrets[:12]:
         print(
             f"  {regret:.3f}  {s.n[row]:.0f}x{s.k[row]:.0f} m={s.m[row]:.0f}: chose "
             f"{s.names[s.tile[row]]}, split_k {s.split_k[row]:.0f}"
@@ -140,7 +156,7 @@ def report(s: Sweep, parameters: np.ndarray) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("sweep", help="JSON of bench.plan_sweep")
-    sweep = Sweep.load(parser.parse_args().sweep)
+    sweep = Sweep.load(parser.parse_args().sweep).considered()
     report(sweep, fit(sweep))
 
 

@@ -1,6 +1,6 @@
 """Times every plan (tile and split of K) of the kernel: the data that the heuristic is fitted to.
 
-    python -m bench.plan_sweep --json sweep.json       on a Hopper GPU, about a minute
+    python -m bench.plan_sweep --json sweep.json       on a Hopper GPU, some two minutes
     python -m bench.fit_plan sweep.json                anywhere
 
 Cold weights, CUDA graphs and random data as in the benchmark, but unverified: the tests do that.
@@ -56,7 +56,7 @@ def plausible_plans(names: list[str], m: int) -> Iterator[tuple[int, str, int]]:
         if too_large or (m > 4 * tokens and tokens < 128):
             continue
         for split_k in SPLITS:
-            if m <= 256 or split_k == 1:
+            if m <= 1024 or split_k == 1:
                 yield config, name, split_k
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("scipy")
 from bench import fit_plan
 
 PLAN_HPP = Path(__file__).parent.parent / "csrc/liquidgemm/host/plan.hpp"
-TRUE = np.log([1.0, 0.9, 0.9, 2.0, 0.3, 0.7, 1.1, 0.05, 0.2, 0.8, 2.5])
+TRUE = np.log([1.0, 0.9, 0.9, 2.0, 0.3, 0.05, 0.2, 0.8, 2.5, 0.5, 3.0, 0.7, 3.5])
 
 
 def synthetic_sweep(path: Path) -> fit_plan.Sweep:
@@ -51,22 +51,15 @@ def test_formula_is_the_library_s() -> None:
         assert match, name
         return float(match[1])
 
-    costs = re.findall(r"\{([\d.]+), ([\d.]+)\},\s+// (t\d+_p\d+_k\d+)", source)
-    splits = re.search(r"split_us\[3\] = \{0, ([\d.]+), ([\d.]+)\}", source)
-    assert splits
-    names = [
-        "launch_us",
-        "occupancy_us",
-        "memory_efficiency",
-        "sm_memory_share",
-        "split_per_octet",
-    ]
-    constants = [constant(name) for name in names] + [float(splits[1]), float(splits[2])]
-    block_us = [float(cost[0]) for cost in costs]
-    tile_us = [float(cost[1]) for cost in costs]
-    parameters = np.log(constants + block_us + tile_us)
+    number = r"([\d.]+)"
+    costs = re.findall(
+        rf"\{{{number}, {number}, \{{{number}, {number}\}}\}},\s+// (t\d+_p\d+_k\d+)", source
+    )
+    names = ["launch_us", "occupancy_us", "memory_efficiency", "sm_memory_share", "m_tiles_share"]
+    by_kind = np.array([cost[:4] for cost in costs], dtype=float).T.ravel()
+    parameters = np.log([*map(constant, names), *by_kind])
     tiles = torch.ops.liquidgemm_testing.config_names()
-    assert [tile.rsplit("_", 1)[0] for tile in tiles] == [cost[2] for cost in costs]
+    assert [tile.rsplit("_", 1)[0] for tile in tiles] == [cost[4] for cost in costs]
 
     for m, n, k in [(1, 4096, 4096), (16, 10240, 8192), (64, 1024, 8192), (4096, 6144, 4096)]:
         text = torch.ops.liquidgemm_testing.select_config(m, n, k, 132, 4.9)

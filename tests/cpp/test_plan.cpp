@@ -1,5 +1,7 @@
 // The heuristic: a pure function that always names something the kernel can run.
+#include <algorithm>
 #include <cstdio>
+#include <iterator>
 
 #include "liquidgemm/host/plan.hpp"
 
@@ -17,7 +19,7 @@ void expect(bool condition, char const* what, Problem const& p, Plan const& plan
 }
 
 bool valid_split(int split_k) {
-  return split_k == 1 || split_k == 2 || split_k == 4 || split_k == 8;
+  return std::find(std::begin(kSplits), std::end(kSplits), split_k) != std::end(kSplits);
 }
 
 }  // namespace
@@ -34,6 +36,8 @@ int main() {
           const int64_t slabs = ceil_div(ceil_div(k, kBlockK), kTileShapes[plan.tile].stage_blocks);
           expect(plan.split_k <= slabs, "work for every CTA of a cluster", p, plan);
           expect(is_plausible(kTileShapes[plan.tile], m), "a tile of a fitting size", p, plan);
+          expect(plan.split_k < 4 || count_tiles(p, kTileShapes[plan.tile]) <= workers(p, plan),
+                 "clusters of 4 in one wave", p, plan);
           expect(estimate(p, plan).total() > 0, "a positive estimate", p, plan);
         }
       }
