@@ -133,5 +133,5 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/pip.stamp
 
 $(VENV)/demo.stamp: pyproject.toml | $(VENV)/dev.stamp
 	@$(call fetch,transformers for the demonstration,--group demo)
-	@$(call fetch,PEFT and torchao for the tests,--group integrations)
+	@$(call fetch,PEFT and other libraries for the tests,--group integrations)
 	@touch $@
