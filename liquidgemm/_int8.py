@@ -22,8 +22,9 @@ def instructions_are_exact() -> bool:
     k = 4 * GROUP
     for rows, columns in ((1, 64), (17, 192), (128, 64)):
         for x_value, w_value in ((127, -128), (-127, -128), (127, 127)):
-            x = torch.full((rows, k), x_value, dtype=torch.int8)
-            w = torch.full((columns, k), w_value, dtype=torch.int8)
+            # On the CPU whatever the default device is.
+            x = torch.full((rows, k), x_value, dtype=torch.int8, device="cpu")
+            w = torch.full((columns, k), w_value, dtype=torch.int8, device="cpu")
             try:
                 sums = torch._int_mm(x, w.T)
             except (AttributeError, RuntimeError):

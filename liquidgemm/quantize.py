@@ -184,7 +184,7 @@ def _column_weight(
     if importance is None:
         if k % span == 0:
             return None
-        importance = torch.ones(k)
+        importance = torch.ones(k, device=device)
     weight = importance.to(device, torch.float32)
     weight = weight / weight.max().clamp_min(torch.finfo(torch.float32).tiny)
     return F.pad(weight, (0, -k % span)).view(-1, span).t()

@@ -69,6 +69,15 @@ def test_the_simulation_is_the_real_path():
         torch.testing.assert_close(simulated(x), expected / 2)
 
 
+def test_the_default_device_does_not_matter():
+    expected, model = make(), make()
+    config, data = LiquidConfig(**RECIPES["all"], gate="off"), batches()
+    quantize_(expected, config, calibration=data, progress=False)
+    with torch.device("meta"):
+        quantize_(model, config, calibration=data, progress=False)
+    assert_same_state(model, state(expected))
+
+
 def test_int8_everywhere_is_close():
     model = make()
     expected = logits(model)

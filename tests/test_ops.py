@@ -291,6 +291,12 @@ def test_exact_with_and_without_int8_instructions(instructions, monkeypatch):
             reference.assert_same(sums, acc.int(), m=m, n=n, k=k)
 
 
+def test_the_default_device_does_not_matter():
+    expected = _int8.instructions_are_exact()
+    with torch.device("meta"):
+        assert _int8.instructions_are_exact.__wrapped__() == expected
+
+
 def test_int8_instructions_that_saturate_are_not_used(monkeypatch):
     def saturating(x, w):
         """As without VNNI: unsigned times signed bytes, added in pairs of 16 bits."""

@@ -28,14 +28,17 @@ def random_hadamard(size: int, seed: int, device: torch.device | None = None) ->
     """
     generator = torch.Generator().manual_seed(seed)
     two = size & -size
-    h = torch.ones(1, 1, dtype=torch.float64)
+    cpu = {"device": "cpu"}  # like the generator, whatever the default device is
+    h = torch.ones(1, 1, dtype=torch.float64, **cpu)
     while len(h) < two:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
     rest = size // two
     if rest > 1:
-        factor = torch.randn(rest, rest, generator=generator, dtype=torch.float64)
+        factor = torch.randn(rest, rest, generator=generator, dtype=torch.float64, **cpu)
         h = torch.kron(torch.linalg.qr(factor).Q.contiguous(), h)
-    left, right = (torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1 for _ in range(2))
+    left, right = (
+        torch.randint(0, 2, (size,), generator=generator, **cpu) * 2.0 - 1 for _ in range(2)
+    )
     return (h / two**0.5 * left.unsqueeze(1) * right).to(device)
 
 

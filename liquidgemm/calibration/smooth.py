@@ -232,7 +232,8 @@ def usable_sites(
         except ValueError as error:
             refused[site] = str(error)
             continue
-        m = torch.rand(heads, 1, size, generator=torch.Generator().manual_seed(0)).add_(0.5)
+        generator = torch.Generator().manual_seed(0)
+        m = torch.rand(heads, 1, size, generator=generator, device="cpu").add_(0.5)
         m = m.expand(heads, repeats, size).reshape(-1).to(expected.device)
         fold_into_source(trial.get_submodule(site.source), m, layout)
         for name in site.linears:

@@ -68,7 +68,7 @@ def tune_block(
     best = [p.detach().clone() for p in learned]
     generator = torch.Generator().manual_seed(seed)
     for step in range(1, steps + 1):
-        chosen = torch.randperm(len(used), generator=generator)[:count].tolist()
+        chosen = torch.randperm(len(used), generator=generator, device="cpu")[:count].tolist()
         optimizer.zero_grad()
         with torch.enable_grad():
             for i in chosen:
