@@ -7,8 +7,8 @@ python -m bench.quality --render bench/results/quality/DATE       (its tables in
 Language models are calibrated on the home domains and judged on other documents of those, and on a
 domain that calibration has never seen. Baseline are the weights of the GGUF file, 4 to 8 bits
 themselves, expanded to float32: what is lost is lost in addition. MiniLM, which comes in float32,
-is calibrated on sentences of one home domain and judged by the cosine similarity of 1000 embeddings
-of the unseen one.
+is calibrated on 1000 sentences of the home domains and judged by the cosine similarity of as many
+embeddings of the unseen one.
 
 What is judged are the real layers: the kernel on a GPU, else the CPU's exact path. With --cpu-too a
 recipe is judged on both.
@@ -75,6 +75,16 @@ MINILM_RECIPES = {
     name.replace(", smooth", ""): {key: v for key, v in fields.items() if key != "smooth"}
     for name, fields in RECIPES.items()
     if "rotate" not in name and "down_proj" not in name
+} | {
+    "gptq, keep value, attention.output.dense": {
+        **_GPTQ,
+        "keep": ("value", "attention.output.dense"),
+    },
+    "gptq, augment 128, keep value, output.dense": {
+        **_GPTQ,
+        "augment": 128,
+        "keep": ("value", "output.dense"),
+    },
 }
 
 
@@ -216,7 +226,9 @@ def embeddings(arguments: argparse.Namespace) -> Iterator[dict]:
             rows.append((hidden * mask).sum(1) / mask.sum(1))
         return torch.cat(rows)
 
-    calibration = batches(HOME[0], "calibration", SENTENCES)
+    calibration = [
+        batch for domain in HOME for batch in batches(domain, "calibration", SENTENCES // len(HOME))
+    ]
     unseen = batches(UNSEEN, "evaluation", SENTENCES)
     expected = embed(model)
     for recipe, fields in chosen(MINILM_RECIPES, arguments).items():
