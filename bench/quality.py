@@ -302,10 +302,15 @@ def main() -> None:
         for row in rows:
             row.update(run)
             print(line(row), flush=True)
-            key = (row["model"], row["recipe"])
-            kept = [old for old in results["rows"] if (old["model"], old["recipe"]) != key]
-            results["rows"] = [*kept, row]
+            by_key = {place(one): one for one in [*results["rows"], row]}
+            results["rows"] = [by_key[key] for key in sorted(by_key)]
             path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def place(row: dict) -> tuple[int, int]:
+    """Of a row in the tables, whenever it was measured."""
+    recipes = MINILM_RECIPES if row["model"] == "MiniLM-L6" else RECIPES
+    return list(MODELS).index(row["model"]), list(recipes).index(row["recipe"])
 
 
 def machine(device: str) -> str:
