@@ -49,6 +49,7 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     k = x.shape[1]
     if instructions_are_exact():
         # Whole groups and contiguous: torch 2.13's product is wrong for K = 1.
-        return torch._int_mm(F.pad(x, (0, padded(k) - k)).contiguous(), w.T)
+        whole = x.contiguous() if k % GROUP == 0 else F.pad(x, (0, padded(k) - k))
+        return torch._int_mm(whole, w.T)
     # float64 holds every partial sum exactly, in any order and on any processor.
     return x.double() @ w[:, :k].double().T
