@@ -47,6 +47,8 @@ MODELS = {"SmolLM2-135M": SMOLLM2, "Qwen2.5-Coder-0.5B": QWEN, "MiniLM-L6": MINI
 _GPTQ = {"method": "gptq"}
 _SMOOTH = {"method": "gptq", "smooth": True}
 _DOWN = {"keep": ("down_proj",)}
+# The keys and values of grouped heads are small, and all their query heads depend on them.
+_DOWN_KV = {"keep": ("down_proj", "k_proj", "v_proj")}
 RECIPES = {
     "W8A8": {"keep": ("*",)},
     "rtn": {"method": "rtn"},
@@ -56,16 +58,17 @@ RECIPES = {
     "gptq": _GPTQ,
     "gptq, smooth": _SMOOTH,
     "gptq, smooth, rotate": {**_SMOOTH, "rotate": True},
-    "gptq, smooth, keep down_proj": {**_SMOOTH, **_DOWN},
     "gptq, smooth, augment 64": {**_SMOOTH, "augment": 64},
     "gptq, smooth, augment 128": {**_SMOOTH, "augment": 128},
+    "gptq, smooth, keep down_proj": {**_SMOOTH, **_DOWN},
     "gptq, smooth, augment 64, keep down_proj": {**_SMOOTH, **_DOWN, "augment": 64},
     "gptq, smooth, augment 128, keep down_proj": {**_SMOOTH, **_DOWN, "augment": 128},
-    "gptq, smooth, augment 256, keep down_proj": {**_SMOOTH, **_DOWN, "augment": 256},
+    "gptq, smooth, augment 128, keep down, k, v_proj": {**_SMOOTH, **_DOWN_KV, "augment": 128},
+    "gptq, smooth, augment 256, keep down, k, v_proj": {**_SMOOTH, **_DOWN_KV, "augment": 256},
     "gptq, smooth, tune": {**_SMOOTH, "tune": 100},
-    "gptq, smooth, augment 128, keep down_proj, tune": {
+    "gptq, smooth, augment 128, keep down, k, v_proj, tune": {
         **_SMOOTH,
-        **_DOWN,
+        **_DOWN_KV,
         "augment": 128,
         "tune": 100,
     },
@@ -74,7 +77,7 @@ RECIPES = {
 MINILM_RECIPES = {
     name.replace(", smooth", ""): {key: v for key, v in fields.items() if key != "smooth"}
     for name, fields in RECIPES.items()
-    if "rotate" not in name and "down_proj" not in name
+    if "rotate" not in name and "down" not in name
 } | {
     "gptq, keep value, attention.output.dense": {
         **_GPTQ,
@@ -262,7 +265,7 @@ def line(row: dict) -> str:
     else:
         results = f"cosine mean {row['mean']:.5f} minimum {row['minimum']:.5f}"
     return (
-        f"{row['model']:20} {row['recipe']:45} {row['bits']:.2f} bits  {results}  "
+        f"{row['model']:20} {row['recipe']:53} {row['bits']:.2f} bits  {results}  "
         f"{row['seconds']:.0f} s  {row['peak_bytes'] / 1e9:.2f} GB"
     )
 
