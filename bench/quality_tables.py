@@ -25,9 +25,11 @@ def render(folder: Path) -> None:
 
 def tables(results: dict, folder: Path) -> str:
     rows = results["rows"]
-    runs = sorted({f"{row['machine']}, commit {row['commit'][:12]}" for row in rows})
+    machines = ", ".join(sorted({row["machine"] for row in rows}))
+    commits = ", ".join(sorted({row["commit"][:12] for row in rows}))
     parts = [
-        f"{'; '.join(runs)}. Language models are calibrated on {' and '.join(HOME)}. Raw figures: "
+        f"{machines}; commit {commits}. Language models are calibrated on {' and '.join(HOME)}. "
+        "Raw figures: "
         f"[{folder.name}/results.json](../bench/results/quality/{folder.name}/results.json)."
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
