@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -73,16 +73,17 @@ class Sweep:
         fit = np.where(self.split_k == 4, QUAD_CLUSTER_FIT, 1.0)
         return np.floor(self.sms * fit / self.split_k)
 
+    def m_tiles(self) -> np.ndarray:
+        return ceil_div(self.m, self.tokens)
+
+    def tiles(self) -> np.ndarray:
+        return self.m_tiles() * ceil_div(ceil_div(self.n, 64), self.panels)
+
     def considered(self) -> Sweep:
         """Without what `select_plan` leaves out: clusters of 4 in several waves."""
-        panels = ceil_div(ceil_div(self.n, 64), self.panels)
-        keep = (self.split_k < 4) | (ceil_div(self.m, self.tokens) * panels <= self.workers())
-        columns = {
-            field.name: value[keep] if isinstance(value, np.ndarray) else value
-            for field in fields(self)
-            for value in [getattr(self, field.name)]
-        }
-        return Sweep(**columns)
+        keep = (self.split_k < 4) | (self.tiles() <= self.workers())
+        columns = {k: v[keep] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+        return replace(self, **columns)
 
     def problems(self) -> list[np.ndarray]:
         """Row indices of each (n, k, m)."""
@@ -98,8 +99,7 @@ def predict(s: Sweep, parameters: np.ndarray) -> np.ndarray:
     split_us = np.select([s.split_k == 2, s.split_k == 4], [split2_us, split4_us], 0.0)
 
     panels, k_blocks = ceil_div(s.n, 64), ceil_div(s.k, 64)
-    m_tiles = ceil_div(s.m, s.tokens)
-    tiles, workers = m_tiles * ceil_div(panels, s.panels), s.workers()
+    tiles, workers = s.tiles(), s.workers()
     waves = ceil_div(tiles, workers)
     last_wave = tiles - (waves - 1) * workers
     tokens = np.minimum(s.m, s.tokens)
@@ -110,7 +110,8 @@ def predict(s: Sweep, parameters: np.ndarray) -> np.ndarray:
     memory = weight_bytes / bandwidth * ((tiles - last_wave) + last_wave / last_reach) / tiles
     slabs = ceil_div(k_blocks, s.stage_blocks)
     blocks = ceil_div(slabs, s.split_k) * s.stage_blocks
-    tile_us = tile_us * (1 + tokens / s.tokens) / 2 * np.where(m_tiles > 1, 1 + m_tiles_share, 1)
+    shared = np.where(s.m_tiles() > 1, 1 + m_tiles_share, 1)
+    tile_us = tile_us * (1 + tokens / s.tokens) / 2 * shared
     sm = waves * (blocks * block_us + tile_us + split_us)
     busy = np.minimum(s.sms, np.minimum(tiles, workers) * s.split_k)
     soft_max = (memory**SOFTNESS + sm**SOFTNESS) ** (1 / SOFTNESS)

@@ -58,7 +58,6 @@ class SimulatedLinear(nn.Module):
         self.scale_rows(1 / factors)
         if self.bias is not None:
             self.bias.div_(factors)
-            self._exact = None
 
     def to_layer(self) -> LiquidLinear:
         return LiquidLinear.from_quantized(self.quantized, self.bias)
