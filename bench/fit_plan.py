@@ -17,7 +17,14 @@ from scipy.optimize import least_squares
 BLOCK_BYTES = 2176
 SOFTNESS = 6.0
 QUAD_CLUSTER_FIT = 0.91
-SHARED = 5  # parameters that are not a tile's
+MANY_ROUNDS = 3  # CTAs fall out of step, and loads that pairs share begin to pay
+NAMES = (  # of the parameters that are not a tile's
+    "launch_us",
+    "occupancy_us",
+    "memory_efficiency",
+    "sm_memory_share",
+    "m_tiles_share",
+)
 
 
 def ceil_div(a, b):
@@ -35,9 +42,11 @@ class Sweep:
     panels: np.ndarray
     stage_blocks: np.ndarray
     split_k: np.ndarray
+    pairs: np.ndarray
     tile: np.ndarray  # index into names
     us: np.ndarray
-    names: list[str]
+    plans: np.ndarray  # names, such as t64_p1_k4_s2_split2
+    names: list[str]  # of the tiles, such as t64_p1_k4_s2
     sms: int
     memory_bytes_per_us: float  # peak of the GPU
 
@@ -45,43 +54,74 @@ class Sweep:
     def load(cls, path: str) -> Sweep:
         with open(path, encoding="utf-8") as file:
             data = json.load(file)
-        rows = data["rows"]
-        names = sorted({row["tile"] for row in rows}, key=lambda t: (int(t[1 : t.index("_")]), t))
-        shapes = [list(map(int, re.findall(r"\d+", row["tile"]))) for row in rows]
+        return cls.of(data["rows"], data["sms"], data["memory_bytes_per_us"])
 
-        def column(key: str) -> np.ndarray:
-            return np.array([row[key] for row in rows], dtype=float)
+    @classmethod
+    def of(cls, rows: list[dict], sms: int, memory_bytes_per_us: float) -> Sweep:
+        plans = [row["plan"] for row in rows]
+        shapes = [re.match(r"(t(\d+)_p(\d+)_k\d+_s(\d+))", plan) for plan in plans]
+        tiles = [shape[1] for shape in shapes]
+        names = sorted(set(tiles), key=lambda t: (int(t[1 : t.index("_")]), t))
+        splits = [re.search(r"split(\d+)$", plan) for plan in plans]
 
-        tokens, panels, _, stage_blocks = np.array(shapes, dtype=float).T
+        def column(values) -> np.ndarray:
+            return np.array(list(values), dtype=float)
+
         return cls(
-            column("n"),
-            column("k"),
-            column("m"),
-            tokens,
-            panels,
-            stage_blocks,
-            column("split_k"),
-            np.array([names.index(row["tile"]) for row in rows]),
-            column("us"),
+            *(column(row[key] for row in rows) for key in ("n", "k", "m")),
+            *(column(shape[i] for shape in shapes) for i in (2, 3, 4)),
+            column(int(split[1]) if split else 1 for split in splits),
+            np.array([plan.endswith("_pairs") for plan in plans]),
+            np.array([names.index(tile) for tile in tiles]),
+            column(row["us"] for row in rows),
+            np.array(plans),
             names,
-            data["sms"],
-            data["memory_bytes_per_us"],
+            sms,
+            memory_bytes_per_us,
         )
 
-    def workers(self) -> np.ndarray:
-        """Tiles that are computed at a time."""
-        fit = np.where(self.split_k == 4, QUAD_CLUSTER_FIT, 1.0)
-        return np.floor(self.sms * fit / self.split_k)
+    def cluster(self) -> np.ndarray:
+        return np.where(self.pairs, 2, self.split_k)
+
+    def most_workers(self) -> np.ndarray:
+        """Clusters that run at a time."""
+        fit = np.where(self.cluster() == 4, QUAD_CLUSTER_FIT, 1.0)
+        return np.maximum(1, np.floor(self.sms * fit / self.cluster()))
 
     def m_tiles(self) -> np.ndarray:
-        return ceil_div(self.m, self.tokens)
+        unit = np.where(self.pairs, 16, 1)
+        height = ceil_div(ceil_div(self.m, ceil_div(self.m, self.tokens)), unit) * unit
+        return ceil_div(self.m, height)
 
-    def tiles(self) -> np.ndarray:
-        return self.m_tiles() * ceil_div(ceil_div(self.n, 64), self.panels)
+    def units(self) -> np.ndarray:
+        """Tiles, or pairs of them."""
+        per_unit = self.panels * np.where(self.pairs, 2, 1)
+        return self.m_tiles() * ceil_div(ceil_div(self.n, 64), per_unit)
+
+    def rounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Units of a last round that is not full, whether pairs share it along K, whole rounds."""
+        units, most = self.units(), self.most_workers()
+        rest = units % most
+        stages = ceil_div(ceil_div(self.k, 64), self.stage_blocks)
+        # If half of the GPU would be idle.
+        splits = self.pairs & (rest > 0) & (2 * rest <= most) & (stages > 1)
+        return rest, splits, np.where(splits, np.floor(units / most), ceil_div(units, most))
+
+    def pair_gain(self) -> float:
+        """Time of pairs over that of single CTAs: median of good plans with as many rounds."""
+        _, splits, whole = self.rounds()
+        ratios = [
+            self.us[i] / self.us[j]
+            for rows in self.problems()
+            for i in rows[self.pairs[rows] & ~splits[rows] & (whole[rows] >= MANY_ROUNDS)]
+            for j in rows[self.plans[rows] == self.names[self.tile[i]]]
+            if self.us[i] < 1.1 * self.us[rows].min()
+        ]
+        return float(np.median(ratios)) if ratios else 1.0
 
     def considered(self) -> Sweep:
-        """Without what `select_plan` leaves out: clusters of 4 in several waves."""
-        keep = (self.split_k < 4) | (self.tiles() <= self.workers())
+        """Without what `select_plan` leaves out: clusters of 4 in several rounds."""
+        keep = (self.split_k < 4) | (self.units() <= self.most_workers())
         columns = {k: v[keep] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         return replace(self, **columns)
 
@@ -91,34 +131,40 @@ class Sweep:
         return [np.flatnonzero((keys == key).all(1)) for key in np.unique(keys, axis=0)]
 
 
-def predict(s: Sweep, parameters: np.ndarray) -> np.ndarray:
+def predict(s: Sweep, parameters: np.ndarray, pair_gain: float) -> np.ndarray:
     """µs of each row; parameters are logarithms, in the order that `report` prints."""
     values = np.exp(parameters)
-    launch, occupancy, efficiency, share, m_tiles_share = values[:SHARED]
-    block_us, tile_us, split2_us, split4_us = values[SHARED:].reshape(4, -1)[:, s.tile]
-    split_us = np.select([s.split_k == 2, s.split_k == 4], [split2_us, split4_us], 0.0)
+    launch, occupancy, efficiency, share, m_tiles_share = values[: len(NAMES)]
+    block_us, tile_us, split2_us, split4_us = values[len(NAMES) :].reshape(4, -1)[:, s.tile]
 
     panels, k_blocks = ceil_div(s.n, 64), ceil_div(s.k, 64)
-    tiles, workers = s.tiles(), s.workers()
-    waves = ceil_div(tiles, workers)
-    last_wave = tiles - (waves - 1) * workers
-    tokens = np.minimum(s.m, s.tokens)
+    stages = ceil_div(k_blocks, s.stage_blocks)
+    units, most = s.units(), s.most_workers()
+    rest, splits, whole = s.rounds()
+    workers = np.where(splits & (whole == 0), 2 * rest, np.minimum(units, most))
+    rounds = whole + splits
 
-    last_reach = np.minimum(1, last_wave * s.split_k * share / s.sms)
-    weight_bytes = panels * k_blocks * BLOCK_BYTES
-    bandwidth = s.memory_bytes_per_us * efficiency
-    memory = weight_bytes / bandwidth * ((tiles - last_wave) + last_wave / last_reach) / tiles
-    slabs = ceil_div(k_blocks, s.stage_blocks)
-    blocks = ceil_div(slabs, s.split_k) * s.stage_blocks
+    busiest = whole * ceil_div(stages, s.split_k) + splits * ceil_div(stages, 2)
+    block_us = block_us * np.where(s.pairs & (whole >= MANY_ROUNDS), pair_gain, 1)
     shared = np.where(s.m_tiles() > 1, 1 + m_tiles_share, 1)
-    tile_us = tile_us * (1 + tokens / s.tokens) / 2 * shared
-    sm = waves * (blocks * block_us + tile_us + split_us)
-    busy = np.minimum(s.sms, np.minimum(tiles, workers) * s.split_k)
+    tile_us = tile_us * (1 + np.minimum(s.m, s.tokens) / s.tokens) / 2 * shared
+    split_us = np.select(
+        [s.split_k == 4, s.split_k == 2, splits],
+        [rounds * split4_us, rounds * split2_us, split2_us],
+    )
+    sm = busiest * s.stage_blocks * block_us + rounds * tile_us + split_us
+
+    last = np.where(splits, rest, units - (whole - 1) * workers)
+    last_ctas = np.where(splits, 2 * rest, last) * s.cluster()
+    reach = np.minimum(1, last_ctas * share / s.sms)
+    bandwidth = s.memory_bytes_per_us * efficiency
+    memory = panels * k_blocks * BLOCK_BYTES / bandwidth * ((units - last) + last / reach) / units
+
     soft_max = (memory**SOFTNESS + sm**SOFTNESS) ** (1 / SOFTNESS)
-    return launch + occupancy * busy / s.sms + soft_max
+    return launch + occupancy * workers * s.cluster() / s.sms + soft_max
 
 
-def fit(s: Sweep) -> np.ndarray:
+def fit(s: Sweep, pair_gain: float) -> np.ndarray:
     """Least squares in the logarithm of the time; near the best plan, errors weigh more."""
     weights = np.empty_like(s.us)
     for rows in s.problems():
@@ -128,19 +174,22 @@ def fit(s: Sweep) -> np.ndarray:
     start = np.log([1, 1, 0.9, 2.5, 0.2] + [0.05] * tiles + [1.0] * tiles + [0.5] * 2 * tiles)
 
     def residuals(parameters: np.ndarray) -> np.ndarray:
-        return weights * np.log(predict(s, parameters) / s.us)
+        return weights * np.log(predict(s, parameters, pair_gain) / s.us)
 
     return least_squares(residuals, start, loss="soft_l1", f_scale=0.1, max_nfev=400).x
 
 
-def report(s: Sweep, parameters: np.ndarray) -> None:
+def report(s: Sweep, parameters: np.ndarray, pair_gain: float) -> None:
     values = np.exp(parameters)
-    names = "launch_us occupancy_us memory_efficiency sm_memory_share m_tiles_share"
-    for name, value in zip(names.split(), values[:SHARED], strict=True):
+    for name, value in zip(NAMES, values, strict=False):
         print(f"{name} = {value:.4g}")
-    for name, costs in zip(s.names, values[SHARED:].reshape(4, -1).T, strict=True):
-        print("{{{:.4f}, {:.3f}, {{{:.3f}, {:.3f}}}}},  // {}".format(*costs, name))
-    predicted = predict(s, parameters)
+    print(f"pair_gain = {pair_gain:.4g}")
+    for name, costs in zip(s.names, values[len(NAMES) :].reshape(4, -1).T, strict=True):
+        split4 = costs[3] if "_k1_" not in name else 0
+        print("{{{:.4f}, {:.3f}, {{{:.3f}, {:.3f}}}}},  // {}".format(*costs[:3], split4, name))
+    predicted = predict(s, parameters, pair_gain)
+    error = np.abs(np.log(predicted / s.us))
+    print(f"error of the estimate: median {np.median(error):.3f}")
     regrets = []
     for rows in s.problems():
         chosen = rows[predicted[rows].argmin()]
@@ -148,17 +197,15 @@ def report(s: Sweep, parameters: np.ndarray) -> None:
     regrets.sort(reverse=True)
     print(f"regret: mean {np.mean([r for r, _ in regrets]):.3f}; the worst:")
     for regret, row in regrets[:12]:
-        print(
-            f"  {regret:.3f}  {s.n[row]:.0f}x{s.k[row]:.0f} m={s.m[row]:.0f}: chose "
-            f"{s.names[s.tile[row]]}, split_k {s.split_k[row]:.0f}"
-        )
+        print(f"  {regret:.3f}  {s.n[row]:.0f}x{s.k[row]:.0f} m={s.m[row]:.0f}: {s.plans[row]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("sweep", help="JSON of bench.plan_sweep")
     sweep = Sweep.load(parser.parse_args().sweep).considered()
-    report(sweep, fit(sweep))
+    gain = sweep.pair_gain()
+    report(sweep, fit(sweep, gain), gain)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Times every plan (tile and split of K) of the kernel: the data that the heuristic is fitted to.
+"""Times every plan of the kernel: a tile, and how CTAs share it. What the heuristic is fitted to.
 
-    python -m bench.plan_sweep --json sweep.json       on a Hopper GPU, some two minutes
+    python -m bench.plan_sweep --json sweep.json       on a Hopper GPU, four minutes
     python -m bench.fit_plan sweep.json                anywhere
 
 Cold weights, CUDA graphs and random data as in the benchmark, but unverified: the tests do that.
@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import statistics
+import time
 from collections.abc import Iterator
 
 import torch
@@ -34,11 +35,10 @@ SHAPES = [
     "576x1536",
     "1536x576",
 ]
-TOKENS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
-SPLITS = (1, 2, 4)
+TOKENS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 4096)
 COLD_BYTES = 160e6  # more than three times the L2 cache
 CALLS = 48
-REPLAYS = 5
+REPLAYS = 4
 
 
 def tile_tokens(name: str) -> int:
@@ -48,16 +48,14 @@ def tile_tokens(name: str) -> int:
     return int(match[1])
 
 
-def plausible_plans(names: list[str], m: int) -> Iterator[tuple[int, str, int]]:
-    """Leaves out tiles far too large or too small for m tokens, and split K where tiles abound."""
+def plausible_plans(names: list[str], m: int) -> Iterator[tuple[int, str]]:
+    """Index and name, without tiles far too large or too small for m tokens."""
     for config, name in enumerate(names):
         tokens = tile_tokens(name)
         too_large = tokens >= (2 if m <= 16 else 4) * max(m, 8)
         if too_large or (m > 4 * tokens and tokens < 128):
             continue
-        for split_k in SPLITS:
-            if m <= 1024 or split_k == 1:
-                yield config, name, split_k
+        yield config, name
 
 
 def random_weights(n: int, k: int) -> list[torch.Tensor]:
@@ -70,25 +68,28 @@ def random_weights(n: int, k: int) -> list[torch.Tensor]:
     return [packed, *(packed.clone() for _ in range(copies - 1))]
 
 
-def time_plan(m: int, k: int, weights: list[torch.Tensor], scale: torch.Tensor, plan) -> float:
+def time_plan(
+    m: int, k: int, weights: list[torch.Tensor], scale: torch.Tensor, config: int
+) -> float:
     """Median time of one call in µs."""
-    config, split_k = plan
     x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device="cuda")
     x_scale = torch.rand(m, device="cuda")
     run = torch.ops.liquidgemm_testing.gemm_with_config
     calls = [
-        lambda w=w: run(x, x_scale, w, scale, None, torch.bfloat16, config, split_k, 0)
-        for w in weights
+        lambda w=w: run(x, x_scale, w, scale, None, torch.bfloat16, config, 0) for w in weights
     ]
     calls[0]()
     graph = capture(calls, max(len(calls), int(CALLS * min(1, 512 / m))))
     times = []
-    for _ in range(REPLAYS + 1):
+    for _ in range(REPLAYS):
+        # Many tokens heat the GPU up to its power limit: the plan measured last would lose most.
+        time.sleep(0 if m < 128 else 0.01)
+        graph.timed_replay()  # an idle GPU takes longer for the first
         events = graph.timed_replay()
         events[1].synchronize()
         times.append(graph.time_us(events))
     graph.release()
-    return statistics.median(times[1:])
+    return statistics.median(times)
 
 
 def main() -> None:
@@ -99,25 +100,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     names = torch.ops.liquidgemm_testing.config_names()
-    rows = []
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for shape in arguments.shapes.split(","):
-            n, k = map(int, shape.split("x"))
-            weights = random_weights(n, k)
-            scale = torch.rand(n, device="cuda")
-            for m in map(int, arguments.m.split(",")):
-                times = {
-                    (name, split_k): time_plan(m, k, weights, scale, (config, split_k))
-                    for config, name, split_k in plausible_plans(names, m)
-                }
-                (name, split_k), us = min(times.items(), key=lambda item: item[1])
-                print(f"{shape} m={m}: best {name}, split_k {split_k}: {us:.2f} us", flush=True)
-                rows += [
-                    {"n": n, "k": k, "m": m, "tile": name, "split_k": split_k, "us": us}
-                    for (name, split_k), us in times.items()
-                ]
-            del weights
     device = torch.cuda.get_device_properties(0)
+    rows: list[dict] = []
     result = {
         "gpu": device.name,
         "sms": device.multi_processor_count,
@@ -125,8 +109,25 @@ def main() -> None:
         "memory_bytes_per_us": device.memory_clock_rate * device.memory_bus_width / 4e3,
         "rows": rows,
     }
-    with open(arguments.json, "w", encoding="utf-8") as file:
-        json.dump(result, file)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for shape in arguments.shapes.split(","):
+            n, k = map(int, shape.split("x"))
+            weights = random_weights(n, k)
+            scale = torch.rand(n, device="cuda")
+            for m in map(int, arguments.m.split(",")):
+                times = {
+                    name: time_plan(m, k, weights, scale, config)
+                    for config, name in plausible_plans(names, m)
+                }
+                name, us = min(times.items(), key=lambda item: item[1])
+                print(f"{shape} m={m}: best {name}: {us:.2f} us", flush=True)
+                rows += [
+                    {"n": n, "k": k, "m": m, "plan": plan, "us": us} for plan, us in times.items()
+                ]
+                torch.cuda.empty_cache()  # the graphs' memory
+            del weights
+            with open(arguments.json, "w", encoding="utf-8") as file:
+                json.dump(result, file)
 
 
 if __name__ == "__main__":

@@ -253,13 +253,10 @@ Tensor gemm_with_config(Tensor const& x,
                         OptionalTensor const& bias,
                         OptionalType const& out_dtype,
                         int64_t config,
-                        int64_t split_k,
                         int64_t num_sms) {
-  check(config >= 0 && config < kNumTileShapes, "config: expected 0 to ", kNumTileShapes - 1,
-        ", got ", config);
-  check(std::find(std::begin(kSplits), std::end(kSplits), split_k) != std::end(kSplits),
-        "split_k: expected 1, 2 or 4, got ", split_k);
-  const Plan plan{static_cast<int>(config), static_cast<int>(split_k)};
+  const int64_t plans = all_plans().size();
+  check(config >= 0 && config < plans, "config: expected 0 to ", plans - 1, ", got ", config);
+  const Plan plan = all_plans()[config];
   check(num_sms >= 0, "num_sms: expected 0 (all) or more, got ", num_sms);
   return checked_gemm("gemm_with_config", x, x_scale, weight, weight_scale, bias, out_dtype, plan,
                       static_cast<int>(num_sms));

@@ -53,8 +53,8 @@ std::tuple<Tensor, Tensor, Tensor> unpack_weight(Tensor const& packed, int64_t n
 
 std::vector<std::string> config_names() {
   std::vector<std::string> names;
-  for (TileShape const& shape : kTileShapes)
-    names.push_back(name(shape));
+  for (Plan const& plan : all_plans())
+    names.push_back(name(plan));
   return names;
 }
 
@@ -81,7 +81,7 @@ STABLE_TORCH_LIBRARY(liquidgemm_testing, m) {
   m.def(
       "gemm_with_config(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? "
       "bias, "
-      "ScalarType? out_dtype, int config, int split_k, int num_sms) -> Tensor");
+      "ScalarType? out_dtype, int config, int num_sms) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm_testing, CompositeExplicitAutograd, m) {

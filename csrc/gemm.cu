@@ -12,7 +12,7 @@
 namespace liquidgemm {
 namespace {
 
-using Launcher = cudaError_t (*)(KernelParams const&, int, cudaStream_t);
+using Launcher = cudaError_t (*)(KernelParams const&, int, cudaStream_t);  // int: clusters
 
 template <int... I>
 constexpr std::array<Launcher, sizeof...(I)> launchers(std::integer_sequence<int, I...>) {
@@ -85,11 +85,10 @@ cudaError_t query_device(DeviceInfo& info) {
 cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStream_t stream) {
   if (a.m == 0 || a.n == 0)
     return cudaSuccess;
-  TileShape const& tile = kTileShapes[plan.tile];
+  const Division division = divide(a.m, a.n, a.k, plan, std::max(1, num_sms / plan.cluster()));
   KernelParams params{};
-  params.tile_tokens = static_cast<int>(ceil_div(a.m, ceil_div(a.m, tile.tokens)));
-  params.m_tiles = static_cast<int>(ceil_div(a.m, params.tile_tokens));
-  const cudaError_t error = encode_tokens(params.x_map, a, params.tile_tokens);
+  const cudaError_t error =
+      encode_tokens(params.x_map, a, division.tile_tokens / (plan.pairs ? 2 : 1));
   if (error != cudaSuccess)
     return error;
   params.weight = a.weight;
@@ -104,9 +103,14 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
   params.n = static_cast<int>(a.n);
   params.panels = static_cast<int>(ceil_div(a.n, kBlockRows));
   params.k_blocks = static_cast<int>(ceil_div(a.k, kBlockK));
-  params.n_tiles = static_cast<int>(ceil_div(params.panels, tile.panels));
+  params.m_tiles = division.m_tiles;
+  params.n_tiles = division.n_tiles;
+  params.tile_tokens = division.tile_tokens;
   params.split_k = plan.split_k;
-  return kLaunchers[plan.tile](params, num_sms, stream);
+  params.pairs = plan.pairs;
+  params.whole_rounds = division.whole_rounds;
+  params.split_tiles = division.split_tiles;
+  return kLaunchers[plan.tile](params, division.workers, stream);
 }
 
 }  // namespace liquidgemm

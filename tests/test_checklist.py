@@ -87,8 +87,9 @@ def test_configurations_are_those_that_the_library_dispatches_from() -> None:
     compiled = {file.stem for file in (ROOT.parent / "csrc/instantiations").glob("*.cu")}
     header = (ROOT.parent / variants.TILE_HEADER).read_text()
     rows = variants.rows_of(header, "kTileShapes")[2]
-    assert [variants.tile_name(row) for row in rows] == names
-    assert compiled == set(names)
+    tiles = [variants.tile_name(row) for row in rows]
+    assert list(dict.fromkeys("_".join(name.split("_")[:4]) for name in names)) == tiles
+    assert compiled == set(tiles)
     for file in ("test_gemm.py", "test_canaries.py", "test_overtaking.py", "test_few_sms.py"):
         assert "testing.config_names()" in (ROOT / "gpu" / file).read_text()
 

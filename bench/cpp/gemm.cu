@@ -33,6 +33,7 @@ class Benchmark {
       : n_(shape.n),
         k_(shape.k),
         num_sms_(gpu.multiProcessorCount),
+        memory_bytes_per_us_(memory_bandwidth()),
         weight_bytes_(ceil_div(n_, kBlockRows) * (k_ / kBlockK) * kBlockBytes),
         copies_(bench::cold_copies(weight_bytes_, gpu)),
         weights_(copies_ * weight_bytes_),
@@ -48,18 +49,23 @@ class Benchmark {
   }
 
   void run(int64_t m) const {
-    const Plan plan = select_plan({m, n_, k_, num_sms_});
+    const Plan plan = select_plan({m, n_, k_, num_sms_, memory_bytes_per_us_});
     verify(plan, static_cast<int>(std::min<int64_t>(m, kCheckedTokens)));
     const double us = bench::graph_us(stream_, copies_, m > 256 ? 8 : 48, [&](int copy) {
       enqueue(arguments(m, copy, y_.data(), Element::kBFloat16), plan);
     });
-    std::printf("%" PRId64 "\t%" PRId64 "\t%" PRId64 "\t%s\t%d\t%.3f\t%.3f\t%.1f\n", n_, k_, m,
-                name(kTileShapes[plan.tile]).c_str(), plan.split_k, us, weight_bytes_ / us / 1e6,
-                2e-6 * m * n_ * k_ / us);
+    std::printf("%" PRId64 "\t%" PRId64 "\t%" PRId64 "\t%s\t%.3f\t%.3f\t%.1f\n", n_, k_, m,
+                name(plan).c_str(), us, weight_bytes_ / us / 1e6, 2e-6 * m * n_ * k_ / us);
     std::fflush(stdout);
   }
 
  private:
+  static double memory_bandwidth() {
+    DeviceInfo info;
+    check(query_device(info), "query_device");
+    return info.memory_bytes_per_us;
+  }
+
   GemmArguments arguments(int64_t m, int copy, void* y, Element y_type) const {
     GemmArguments a{};
     a.x = x_.data();
@@ -96,6 +102,7 @@ class Benchmark {
 
   int64_t n_, k_;
   int num_sms_;
+  double memory_bytes_per_us_;
   int64_t weight_bytes_;
   int copies_;
   bench::Stream stream_;
@@ -112,7 +119,7 @@ int main(int argc, char** argv) {
     require(argc > 1, "usage: gemm NxK ...");
     const cudaDeviceProp gpu = bench::hopper();
     std::printf("# %s, %d SMs\n", gpu.name, gpu.multiProcessorCount);
-    std::printf("N\tK\tM\ttile\tsplit_k\tus\tweights_TBps\ttops\n");
+    std::printf("N\tK\tM\tplan\tus\tweights_TBps\ttops\n");
     for (int i = 1; i < argc; ++i) {
       const Benchmark benchmark(bench::parse_shape(argv[i]), gpu);
       for (int64_t m : kTokens)

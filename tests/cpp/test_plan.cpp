@@ -18,8 +18,25 @@ void expect(bool condition, char const* what, Problem const& p, Plan const& plan
     std::printf("FAILED: %s: %s\n", what, describe(p, plan).c_str());
 }
 
-bool valid_split(int split_k) {
-  return std::find(std::begin(kSplits), std::end(kSplits), split_k) != std::end(kSplits);
+bool is_listed(Plan const& plan) {
+  return std::any_of(all_plans().begin(), all_plans().end(),
+                     [&](Plan const& listed) { return name(listed) == name(plan); });
+}
+
+// Every tile is computed once: whole by one CTA, or along K by all CTAs of a cluster.
+void expect_all_tiles(Problem const& p, Plan const& plan, int workers) {
+  const Division d = divide(p.m, p.n, p.k, plan, workers);
+  TileShape const& shape = kTileShapes[plan.tile];
+  const int64_t units = int64_t(d.m_tiles) * d.n_tiles;
+  const int64_t per_pair = plan.pairs ? 2 : 1;
+  expect(int64_t(d.m_tiles) * d.tile_tokens >= p.m && d.tile_tokens <= shape.tokens,
+         "tiles cover all tokens", p, plan);
+  expect(d.n_tiles * per_pair * shape.panels * kBlockRows >= p.n, "tiles cover all channels", p,
+         plan);
+  expect(d.workers >= 1 && d.workers <= workers, "no more workers than fit", p, plan);
+  expect(d.split_tiles <= d.workers && d.split_tiles % 2 == 0, "one shared tile per pair", p, plan);
+  const int64_t whole = std::min(units, int64_t(d.whole_rounds) * d.workers);
+  expect(whole * per_pair + d.split_tiles == units * per_pair, "every tile once", p, plan);
 }
 
 }  // namespace
@@ -32,13 +49,14 @@ int main() {
           const Problem p{m, n, k, sms, 3.35e6};
           const Plan plan = select_plan(p);
           expect(plan.tile >= 0 && plan.tile < kNumTileShapes, "a compiled tile", p, plan);
-          expect(valid_split(plan.split_k) && plan.split_k <= sms, "a possible split", p, plan);
-          const int64_t slabs = ceil_div(ceil_div(k, kBlockK), kTileShapes[plan.tile].stage_blocks);
-          expect(plan.split_k <= slabs, "work for every CTA of a cluster", p, plan);
+          expect(is_listed(plan) && plan.cluster() <= sms, "a possible plan", p, plan);
+          const Division d = divide(m, n, k, plan, most_workers(p, plan));
+          expect(plan.split_k <= d.stages, "work for every CTA of a cluster", p, plan);
           expect(is_plausible(kTileShapes[plan.tile], m), "a tile of a fitting size", p, plan);
-          expect(plan.split_k < 4 || count_tiles(p, kTileShapes[plan.tile]) <= workers(p, plan),
-                 "clusters of 4 in one wave", p, plan);
+          expect(plan.split_k < 4 || d.whole_rounds == 1, "clusters of 4 in one round", p, plan);
           expect(estimate(p, plan).total() > 0, "a positive estimate", p, plan);
+          for (Plan const& any : all_plans())
+            expect_all_tiles(p, any, std::max(1, sms / any.cluster()));
         }
       }
     }

@@ -28,7 +28,6 @@ class Case:
     n: int
     k: int
     config: int | None
-    split_k: int
     num_sms: int
     out_dtype: torch.dtype
     bias_dtype: torch.dtype | None
@@ -72,7 +71,6 @@ def cases(draw) -> Case:
         n=n,
         k=k,
         config=config,
-        split_k=draw(st.sampled_from([1, 2, 4])),
         num_sms=draw(st.sampled_from(SMS)),
         out_dtype=out_dtype,
         bias_dtype=None if out_dtype == torch.int32 else draw(st.sampled_from(BIAS_DTYPES)),
@@ -199,7 +197,7 @@ def check(case: Case, device: str = DEVICE) -> None:
     if case.config is None:
         y = liquidgemm.gemm(*arguments)
     else:
-        y = testing.gemm_with_config(*arguments, case.config, case.split_k, case.num_sms)
+        y = testing.gemm_with_config(*arguments, case.config, case.num_sms)
     shape = (*rows.shape[:-1], case.n)
     assert y.shape == shape, f"{case}: {list(y.shape)}"
     assert math.prod(shape) == 0 or y.is_contiguous()

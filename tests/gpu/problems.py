@@ -8,7 +8,6 @@ import liquidgemm
 
 DEVICE = "cuda"
 testing = torch.ops.liquidgemm_testing
-SPLITS = [1, 2, 4]  # how many CTAs may share a tile along K
 
 
 @dataclass
@@ -81,7 +80,6 @@ def run(
     dtype: torch.dtype = torch.int32,
     bias: bool = False,
     config: int | None = None,
-    split_k: int = 1,
     num_sms: int = 0,
     poisoned: bool = True,
 ) -> torch.Tensor:
@@ -99,7 +97,7 @@ def run(
     )
     if config is None:
         return torch.ops.liquidgemm.gemm(*arguments)
-    return testing.gemm_with_config(*arguments, config, split_k, num_sms)
+    return testing.gemm_with_config(*arguments, config, num_sms)
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:

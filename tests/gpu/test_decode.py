@@ -31,5 +31,5 @@ def test_every_step_offset_and_code(config: int, name: str) -> None:
     weight = liquidgemm.pack_weight(*(t.to(DEVICE) for t in logical))
     unit = torch.eye(64, dtype=torch.int8, device=DEVICE)
     ones = torch.ones(len(w8), device=DEVICE)
-    y = testing.gemm_with_config(unit, ones[:64], weight, ones, None, torch.int32, config, 1, 0)
+    y = testing.gemm_with_config(unit, ones[:64], weight, ones, None, torch.int32, config, 0)
     assert_equal(y.T, w8.to(DEVICE), name)

@@ -1,11 +1,10 @@
 """The kernel against an exact integer reference."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from problems import DEVICE, SPLITS, assert_equal, random_problem, run, testing
+from problems import DEVICE, assert_equal, random_problem, run, testing
 
 import liquidgemm
 
@@ -17,10 +16,9 @@ def tile_tokens(name: str) -> int:
     return int(name.split("_")[0][1:])
 
 
-@pytest.mark.parametrize("split_k", SPLITS)
 @pytest.mark.parametrize(("config", "name"), CONFIGS, ids=lambda v: str(v))
-def test_every_configuration_is_exact(config: int, name: str, split_k: int) -> None:
-    """CHECKLIST 1: every compiled configuration and split, whole tiles and ragged edges."""
+def test_every_configuration_is_exact(config: int, name: str) -> None:
+    """CHECKLIST 1: every compiled configuration, whole tiles and ragged edges."""
     tokens = tile_tokens(name)
     sizes = [
         (1, 64, 64),
@@ -32,11 +30,9 @@ def test_every_configuration_is_exact(config: int, name: str, split_k: int) -> N
     for m, n, k in sizes:
         problem = random_problem(m, n, k, seed=m + n + k)
         expected = problem.accumulator()
-        for num_sms in (0, 8):
-            actual = run(problem, config=config, split_k=split_k, num_sms=num_sms)
-            assert_equal(
-                actual, expected, f"{name} split_k={split_k} num_sms={num_sms} {m=} {n=} {k=}"
-            )
+        for num_sms in (0, 8, 3):
+            actual = run(problem, config=config, num_sms=num_sms)
+            assert_equal(actual, expected, f"{name} num_sms={num_sms} {m=} {n=} {k=}")
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -48,9 +44,8 @@ def test_epilogue_is_the_documented_formula(
     """CHECKLIST 1: scales, bias and rounding, bit for bit."""
     for n in (136, 137, 138):  # rows of y aligned to four elements, and not
         problem = random_problem(tile_tokens(name) + 3, n, 640)
-        for split_k in (1, 2):
-            actual = run(problem, dtype, bias, config, split_k)
-            assert_equal(actual, problem.output(dtype, bias), f"{name} split_k={split_k} n={n}")
+        actual = run(problem, dtype, bias, config)
+        assert_equal(actual, problem.output(dtype, bias), f"{name} n={n}")
 
 
 SPECIAL = [1.0, 0.0, -0.0, -0.75, 1e-30, 1e-40, -1e-44, 3e38, float("inf"), float("nan")]
@@ -69,9 +64,9 @@ def test_epilogue_of_special_scales(dtype: torch.dtype, bias: bool) -> None:
         problem.bias = special.repeat(14)[:n] if bias else problem.bias
         expected = problem.output(dtype, bias)
         assert_equal(run(problem, dtype, bias), expected, f"{n=}")
-        for (config, name), split_k in itertools.product(CONFIGS, (1, 2)):
-            actual = run(problem, dtype, bias, config, split_k)
-            assert_equal(actual, expected, f"{name} split_k={split_k} {n=}")
+        for config, name in CONFIGS:
+            actual = run(problem, dtype, bias, config)
+            assert_equal(actual, expected, f"{name} {n=}")
 
 
 def test_every_m() -> None:
@@ -140,27 +135,27 @@ def test_saturation(m: int, k: int) -> None:
         y = liquidgemm.gemm(x, ones[:m], weight, ones[:n], out_dtype=torch.int32)
         expected = torch.full((m, n), x_value * w_value * k, dtype=torch.int32, device=DEVICE)
         assert_equal(y, expected, f"x={x_value} w={w_value} {m=} {k=}")
-        for (config, name), split_k in itertools.product(CONFIGS, (1, 2)):
+        for config, name in CONFIGS:
             y = testing.gemm_with_config(
-                x, ones[:m], weight, ones[:n], None, torch.int32, config, split_k, 0
+                x, ones[:m], weight, ones[:n], None, torch.int32, config, 0
             )
-            assert_equal(y, expected, f"{name} split_k={split_k} x={x_value} w={w_value} {m=} {k=}")
+            assert_equal(y, expected, f"{name} x={x_value} w={w_value} {m=} {k=}")
 
 
 @pytest.mark.parametrize("n", [72, 512])
 def test_batch_invariance(n: int) -> None:
     """CHECKLIST 9: a row alone equals the same row at any place of any batch, under any
-    configuration and split, on all SMs and on few."""
+    configuration, on all SMs and on few."""
     problem = random_problem(300, n, 1088)
     alone = torch.cat([run(row_of(problem, i), torch.bfloat16, True) for i in (0, 7, 150, 299)])
     for m_begin, m_end in [(0, 300), (0, 8), (7, 8), (100, 200), (150, 300)]:
         part = rows_of(problem, m_begin, m_end)
-        for (config, name), split_k in itertools.product(CONFIGS, SPLITS):
+        for config, name in CONFIGS:
             for num_sms in (0, 24):
-                y = run(part, torch.bfloat16, True, config, split_k, num_sms)
+                y = run(part, torch.bfloat16, True, config, num_sms)
                 for expected, i in zip(alone, (0, 7, 150, 299), strict=True):
                     if m_begin <= i < m_end:
-                        assert_equal(y[i - m_begin], expected, f"{name} split_k={split_k} row {i}")
+                        assert_equal(y[i - m_begin], expected, f"{name} row {i}")
 
 
 def row_of(problem, i: int):
@@ -266,7 +261,6 @@ def test_back_to_back_launches(m: int) -> None:
     problem = random_problem(m, 28_672, 4096)
     expected = problem.accumulator()
     for config, name in CONFIGS:
-        for split_k in SPLITS:
-            for _ in range(60):
-                y = run(problem, config=config, split_k=split_k, poisoned=False)
-            assert_equal(y, expected, f"{name} split_k={split_k} {m=}")
+        for _ in range(60):
+            y = run(problem, config=config, poisoned=False)
+        assert_equal(y, expected, f"{name} {m=}")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fresh_process import run_python
-from problems import DEVICE, SPLITS, assert_equal, random_problem, testing
+from problems import DEVICE, assert_equal, random_problem, testing
 
 import liquidgemm
 
@@ -27,10 +27,9 @@ def capture(function):
 
 # No kernel of ours has run: each is loaded and launched for the first time under capture.
 for config, name in enumerate(testing.config_names()):
-    for split_k in (1, 2, 4):
-        y = capture(lambda: testing.gemm_with_config(
-            x8, x_scale, weight, scale, None, torch.bfloat16, config, split_k, 0))
-        assert torch.equal(y, cases["y"]), f"{name} split_k={split_k}"
+    y = capture(lambda: testing.gemm_with_config(
+        x8, x_scale, weight, scale, None, torch.bfloat16, config, 0))
+    assert torch.equal(y, cases["y"]), name
 assert torch.equal(capture(lambda: liquidgemm.gemm(x8, x_scale, weight, scale)), cases["y"])
 assert torch.equal(capture(lambda: liquidgemm.linear(x, weight, scale)), cases["linear"])
 print("same")
@@ -80,14 +79,14 @@ def test_replay_with_changed_inputs(m: int) -> None:
     fresh = [random_problem(m, 1024, 1088, seed) for seed in range(3)]
     problem = fresh[0]
     x, x_scale = torch.zeros_like(problem.x), torch.zeros_like(problem.x_scale)
-    plans = [(c, s) for c in range(len(testing.config_names())) for s in SPLITS]
+    names = testing.config_names()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = [
             testing.gemm_with_config(
-                x, x_scale, problem.weight, problem.weight_scale, None, torch.bfloat16, c, s, 0
+                x, x_scale, problem.weight, problem.weight_scale, None, torch.bfloat16, c, 0
             )
-            for c, s in plans
+            for c in range(len(names))
         ]
     for inputs in fresh:
         x.copy_(inputs.x)
@@ -96,8 +95,8 @@ def test_replay_with_changed_inputs(m: int) -> None:
         for y in outputs:
             y.fill_(float("nan"))
         graph.replay()
-        for y, plan in zip(outputs, plans, strict=True):
-            assert_equal(y, eager, f"(config, split_k) = {plan}, {m=}")
+        for y, name in zip(outputs, names, strict=True):
+            assert_equal(y, eager, f"{name} {m=}")
 
 
 def test_a_graph_replayed_back_to_back() -> None:

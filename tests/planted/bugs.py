@@ -179,8 +179,8 @@ BUGS = (
         (
             Patch(
                 f"{KERNEL}/epilogue.hpp",
-                "stage_parts(acc, round, k_group);\n      panel_barrier();",
-                "stage_parts(acc, round, k_group);",
+                "octet_of(acc, i);\n    panel_barrier();",
+                "octet_of(acc, i);",
             ),
             *EVERY_LANE.patches,
         ),
@@ -190,23 +190,52 @@ BUGS = (
     Bug(
         "sums are sent while a slow peer still adds up those before",
         (
-            Patch(f"{KERNEL}/epilogue.hpp", "Barrier::wait(drained, phase ^ 1);", ""),
+            Patch(f"{KERNEL}/epilogue.hpp", "Barrier::wait(drained, phase(item) ^ 1);", ""),
             Patch(
                 f"{KERNEL}/epilogue.hpp",
-                "Barrier::wait(received, phase);",
-                "Barrier::wait(received, phase);\n      __nanosleep(rank * 2000);",
+                "Barrier::wait(received, phase(item));",
+                "Barrier::wait(received, phase(item));\n      __nanosleep(rank * 2000);",
             ),
         ),
         (EXACT, BACK_TO_BACK),
-        units=("instantiations/t128_p2_k1_s2.cu",),
     ),
     # The split of K.
     bug(
         "a stage is counted twice where K is split",
         "scheduler.hpp",
-        "slabs * (rank + 1) >> log2_split}",
-        "(slabs * (rank + 1) >> log2_split) + (rank + 1 < params.split_k)}",
+        "work.end = stages * (part + 1) >> log2_split;",
+        "work.end = (stages * (part + 1) >> log2_split) + (part + 1 < 1 << log2_split);",
         EXACT,
+    ),
+    # Pairs.
+    Bug(
+        "a CTA of a pair sends its sums into a ring that is still read",
+        (
+            Patch(f"{KERNEL}/epilogue.hpp", "Barrier::wait(&shared_.multiplied, 0);", ""),
+            Patch(
+                f"{KERNEL}/consumer.hpp",
+                "if (block == 0) {",
+                "if (block == 0) {\n          __nanosleep(pairs * Scheduler<Tile>::rank() * 2000);",
+            ),
+        ),
+        (EXACT, BACK_TO_BACK),
+        units=("instantiations/t128_p2_k1_s2.cu",),
+    ),
+    bug(
+        "the other CTA of a pair does not hear that a stage is free",
+        "consumer.hpp",
+        "arrives && pairs",
+        "false",
+        EXACT,
+        units=("instantiations/t128_p2_k1_s2.cu",),
+    ),
+    bug(
+        "both CTAs of a pair load the same half of the tokens",
+        "producer.hpp",
+        "half * Scheduler<Tile>::rank()",
+        "0",
+        EXACT,
+        units=("instantiations/t128_p2_k1_s2.cu",),
     ),
 )
 
@@ -241,8 +270,8 @@ DELAY = Bug(
         ),
         Patch(
             f"{KERNEL}/consumer.hpp",
-            "    __syncwarp();\n    arrive_if(",
-            "    random_delay();\n    __syncwarp();\n    arrive_if(",
+            "    __syncwarp();\n    const bool arrives",
+            "    random_delay();\n    __syncwarp();\n    const bool arrives",
         ),
         Patch(
             f"{KERNEL}/producer.hpp",
@@ -258,18 +287,18 @@ DELAY = Bug(
         ),
         Patch(
             f"{KERNEL}/epilogue.hpp",
-            "Barrier::wait(drained, phase ^ 1);",
-            "random_delay();\n      Barrier::wait(drained, phase ^ 1);",
+            "Barrier::wait(drained, phase(item) ^ 1);",
+            "random_delay();\n      Barrier::wait(drained, phase(item) ^ 1);",
         ),
         Patch(
             f"{KERNEL}/epilogue.hpp",
-            "Barrier::wait(received, phase);",
-            "Barrier::wait(received, phase);\n      random_delay();",
+            "Barrier::wait(received, phase(item));",
+            "Barrier::wait(received, phase(item));\n      random_delay();",
         ),
         Patch(
             f"{KERNEL}/epilogue.hpp",
-            "arrive_at_cluster_if(lane",
-            "random_delay();\n      arrive_at_cluster_if(lane",
+            "arrive_at_cluster_if(",
+            "random_delay();\n    arrive_at_cluster_if(",
         ),
     ),
     (),

@@ -9,12 +9,11 @@
 namespace liquidgemm {
 
 template <int TileIndex>
-cudaError_t launch_tile(KernelParams const& params, int num_sms, cudaStream_t stream);
+cudaError_t launch_tile(KernelParams const& params, int clusters, cudaStream_t stream);
 
-// `num_sms` limits the persistent grid; a cluster that does not fit is reported as an error by the
-// runtime.
+// A cluster that does not fit is reported as an error by the runtime.
 template <int TileIndex>
-cudaError_t launch_tile_impl(KernelParams const& params, int num_sms, cudaStream_t stream) {
+cudaError_t launch_tile_impl(KernelParams const& params, int clusters, cudaStream_t stream) {
   using TileT = Tile<TileIndex>;
   constexpr int kSharedBytes = sizeof(SharedStorage<TileT>);
   static_assert(kSharedBytes <= kSharedBytesPerCta);
@@ -28,8 +27,7 @@ cudaError_t launch_tile_impl(KernelParams const& params, int num_sms, cudaStream
 
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
-  const int cluster = params.split_k;
-  const int clusters = std::min(params.m_tiles * params.n_tiles, std::max(1, num_sms / cluster));
+  const int cluster = params.pairs ? 2 : params.split_k;
   config.gridDim = dim3(clusters * cluster);
   config.blockDim = dim3(TileT::kThreads);
   config.dynamicSmemBytes = kSharedBytes;

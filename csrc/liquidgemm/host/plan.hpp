@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include "liquidgemm/kernel/tile.hpp"
 #include "liquidgemm/quant/pack.hpp"
@@ -20,9 +21,37 @@ struct Problem {
 };
 
 struct Plan {
-  int tile;     // index into kTileShapes
-  int split_k;  // CTAs of a cluster that share one output tile along K
+  int tile;            // index into kTileShapes
+  int split_k = 1;     // CTAs of a cluster that share every output tile along K
+  bool pairs = false;  // clusters of two: neighbouring tiles, then tiles that both share along K
+
+  int cluster() const { return pairs ? 2 : split_k; }
 };
+
+inline std::string name(Plan const& plan) {
+  return name(kTileShapes[plan.tile]) + (plan.pairs ? "_pairs"
+                                         : plan.split_k > 1
+                                             ? "_split" + std::to_string(plan.split_k)
+                                             : "");
+}
+
+// Every plan that can be run: see kernel/scheduler.hpp.
+inline std::vector<Plan> const& all_plans() {
+  static const std::vector<Plan> plans = [] {
+    std::vector<Plan> result;
+    for (int tile = 0; tile < kNumTileShapes; ++tile) {
+      if (kTileShapes[tile].k_groups > 1) {
+        for (int split_k : kSplits)
+          result.push_back({tile, split_k});
+      } else {
+        result.push_back({tile});
+        result.push_back({tile, 1, true});
+      }
+    }
+    return result;
+  }();
+  return plans;
+}
 
 // Measured costs of a tile, in the order of kTileShapes: one 64-deep block of K of all its panels,
 // everything that a tile costs beside its blocks (pipeline fill, epilogue), and what it costs more
@@ -31,38 +60,71 @@ struct TileCost {
   double block_us, tile_us, split_us[2];
 };
 
-// All constants come from bench/fit_plan.py and a sweep over every plan on an H200, whose SMs are
-// those of an H100; the memory's bandwidth is asked of the GPU.
+// All constants come from bench/fit_plan.py and a sweep over every plan on an H100; the memory's
+// bandwidth is asked of the GPU.
 inline constexpr TileCost kTileCosts[] = {
-    {0.0461, 0.554, {0.562, 0.593}},    // t8_p1_k4
-    {0.0472, 0.690, {0.444, 0.491}},    // t16_p1_k4
-    {0.0620, 0.823, {0.379, 0.487}},    // t32_p1_k4
-    {0.0794, 1.150, {0.558, 0.724}},    // t64_p1_k4
-    {0.2614, 1.105, {2.363, 2.481}},    // t64_p4_k1
-    {0.1822, 1.219, {3.821, 3.659}},    // t128_p2_k1
-    {0.2556, 1.444, {4.132, 4.057}},    // t128_p3_k1
-    {0.3542, 1.522, {4.386, 4.544}},    // t128_p4_k1
-    {0.3114, 1.927, {10.402, 12.698}},  // t256_p2_k1
+    {0.0433, 0.699, {0.568, 0.633}},  // t8_p1_k4_s4
+    {0.0458, 0.798, {0.439, 0.454}},  // t16_p1_k4_s4
+    {0.0606, 0.901, {0.364, 0.498}},  // t32_p1_k4_s2
+    {0.0818, 1.220, {0.543, 0.743}},  // t64_p1_k4_s2
+    {0.2679, 1.337, {0.769, 0.000}},  // t64_p4_k1_s2
+    {0.1833, 1.520, {0.828, 0.000}},  // t128_p2_k1_s2
+    {0.2572, 1.743, {1.128, 0.000}},  // t128_p3_k1_s2
+    {0.3426, 2.153, {1.021, 0.000}},  // t128_p4_k1_s2
+    {0.3018, 2.423, {1.127, 0.000}},  // t256_p2_k1_s2
 };
 static_assert(sizeof(kTileCosts) / sizeof(kTileCosts[0]) == kNumTileShapes);
 
 struct CostModel {
-  double launch_us = 0.8654;
-  double occupancy_us = 1.038;        // a launch that leaves SMs idle overlaps with the next one
-  double memory_efficiency = 0.9742;  // of the peak
+  double launch_us = 0.7904;
+  double occupancy_us = 1.033;        // a launch that leaves SMs idle overlaps with the next one
+  double memory_efficiency = 0.8944;  // of the peak
   double sm_memory_share = 2.538;     // how far one SM can exceed its fair share of the bandwidth
-  double m_tiles_share = 0.3415;      // of tile_us, and more where tiles share their weights
+  double m_tiles_share = 0.283;       // of tile_us, and more where tiles share their weights
   double quad_cluster_fit = 0.91;     // clusters of 4 do not tile the GPCs
+  double pair_gain = 0.9908;          // time of a block where pairs share tokens ...
+  int many_rounds = 3;                // ... for so many rounds: CTAs fall out of step
 };
 
-// Tiles that are computed at a time.
-inline double workers(Problem const& p, Plan const& plan, CostModel const& c = {}) {
-  const double fit = plan.split_k == 4 ? c.quad_cluster_fit : 1.0;
-  return std::max(1.0, std::floor(p.num_sms * fit / plan.split_k));
+// Clusters that run at a time.
+inline int most_workers(Problem const& p, Plan const& plan, CostModel const& c = {}) {
+  const double fit = plan.cluster() == 4 ? c.quad_cluster_fit : 1.0;
+  return std::max(1, static_cast<int>(p.num_sms * fit / plan.cluster()));
 }
 
-inline double count_tiles(Problem const& p, TileShape const& shape) {
-  return double(ceil_div(p.m, shape.tokens)) * ceil_div(ceil_div(p.n, kBlockRows), shape.panels);
+// How a plan divides a problem among workers: CTAs, or clusters of them.
+struct Division {
+  int tile_tokens;  // m tiles are of equal height: no box of TMA lies half outside of x
+  int m_tiles;
+  int n_tiles;  // with pairs, pairs of tiles
+  int stages;   // of a tile, along K
+  int workers;
+  int whole_rounds;  // of a tile, or a pair of them, per worker
+  int split_tiles;   // one per worker, along K
+};
+
+inline Division divide(int64_t m, int64_t n, int64_t k, Plan const& plan, int most_workers) {
+  TileShape const& shape = kTileShapes[plan.tile];
+  // Each CTA of a pair loads half of the tokens, whole rows of the 8-row swizzle pattern.
+  const int64_t unit = plan.pairs ? 16 : 1;
+  const int64_t height = ceil_div(m, ceil_div(m, shape.tokens));
+  Division d{};
+  d.tile_tokens = static_cast<int>(ceil_div(height, unit) * unit);
+  d.m_tiles = static_cast<int>(ceil_div(m, d.tile_tokens));
+  d.n_tiles =
+      static_cast<int>(ceil_div(ceil_div(n, kBlockRows), shape.panels * (plan.pairs ? 2 : 1)));
+  d.stages = static_cast<int>(ceil_div(ceil_div(k, kBlockK), shape.stage_blocks));
+  const int units = d.m_tiles * d.n_tiles;
+  const int rest = units % most_workers;
+  if (plan.pairs && 2 * rest <= most_workers && d.stages > 1) {
+    d.whole_rounds = units / most_workers;
+    d.split_tiles = 2 * rest;
+    d.workers = d.whole_rounds ? most_workers : d.split_tiles;
+  } else {
+    d.workers = std::min(units, most_workers);
+    d.whole_rounds = static_cast<int>(ceil_div(units, d.workers));
+  }
+  return d;
 }
 
 // Time of one plan, in microseconds: the larger of streaming the weights and of what the busiest SM
@@ -75,27 +137,35 @@ struct Estimate {
 inline Estimate estimate(Problem const& p, Plan const& plan, CostModel const& c = {}) {
   TileShape const& shape = kTileShapes[plan.tile];
   TileCost const& cost = kTileCosts[plan.tile];
+  const int at_a_time = most_workers(p, plan, c);
+  const Division d = divide(p.m, p.n, p.k, plan, at_a_time);
+  const double units = double(d.m_tiles) * d.n_tiles;
   const double panels = ceil_div(p.n, kBlockRows);
   const double k_blocks = ceil_div(p.k, kBlockK);
-  const double slabs = std::ceil(k_blocks / shape.stage_blocks);
-  const double tiles = count_tiles(p, shape);
-  const double at_a_time = workers(p, plan, c);
-  const double waves = std::ceil(tiles / at_a_time);
-  const double last_wave = tiles - (waves - 1) * at_a_time;
   const double tokens = std::min<double>(p.m, shape.tokens);
 
-  // A last wave on few SMs cannot use all of the bandwidth.
-  const double last_reach = std::min(1.0, last_wave * plan.split_k * c.sm_memory_share / p.num_sms);
-  const double blocks = std::ceil(slabs / plan.split_k) * shape.stage_blocks;
-  const double busy = std::min<double>(p.num_sms, std::min(tiles, at_a_time) * plan.split_k);
-  const double tile_us = cost.tile_us * (1 + tokens / shape.tokens) / 2 *
-                         (p.m > shape.tokens ? 1 + c.m_tiles_share : 1);
-  const double split_us = plan.split_k == 1 ? 0 : cost.split_us[plan.split_k == 4];
+  // What the busiest SM does.
+  const double rounds = d.whole_rounds + (d.split_tiles > 0);
+  const double stages = d.whole_rounds * std::ceil(double(d.stages) / plan.split_k) +
+                        (d.split_tiles ? std::ceil(d.stages / 2.0) : 0);
+  const double block_us =
+      cost.block_us * (plan.pairs && d.whole_rounds >= c.many_rounds ? c.pair_gain : 1);
+  const double tile_us =
+      cost.tile_us * (1 + tokens / shape.tokens) / 2 * (d.m_tiles > 1 ? 1 + c.m_tiles_share : 1);
+  const double split_us = plan.split_k > 1 ? rounds * cost.split_us[plan.split_k == 4]
+                          : d.split_tiles  ? cost.split_us[0]
+                                           : 0;
+
+  // A last round on few SMs cannot use all of the bandwidth.
+  const double last_units =
+      d.split_tiles ? d.split_tiles / 2.0 : units - (d.whole_rounds - 1.0) * d.workers;
+  const double last_ctas = (d.split_tiles ? d.split_tiles : last_units) * plan.cluster();
+  const double last_reach = std::min(1.0, last_ctas * c.sm_memory_share / p.num_sms);
   Estimate e;
   e.memory = panels * k_blocks * kBlockBytes / (p.memory_bytes_per_us * c.memory_efficiency) *
-             ((tiles - last_wave) + last_wave / last_reach) / tiles;
-  e.sm = waves * (blocks * cost.block_us + tile_us + split_us);
-  e.fixed = c.launch_us + c.occupancy_us * busy / p.num_sms;
+             ((units - last_units) + last_units / last_reach) / units;
+  e.sm = stages * shape.stage_blocks * block_us + rounds * tile_us + split_us;
+  e.fixed = c.launch_us + c.occupancy_us * (d.workers * plan.cluster()) / p.num_sms;
   return e;
 }
 
@@ -108,26 +178,22 @@ inline bool is_plausible(TileShape const& shape, int64_t m) {
 }
 
 inline Plan select_plan(Problem const& p) {
-  Plan best{0, 1};
+  Plan best{};
   double best_us = 1e300;
-  const int64_t k_blocks = ceil_div(p.k, kBlockK);
-  for (int tile = 0; tile < kNumTileShapes; ++tile) {
-    if (!is_plausible(kTileShapes[tile], p.m))
+  for (Plan const& plan : all_plans()) {
+    if (!is_plausible(kTileShapes[plan.tile], p.m) || plan.cluster() > p.num_sms)
       continue;
-    for (int split_k : kSplits) {
-      const Plan plan{tile, split_k};
-      if (split_k > p.num_sms)
-        continue;
-      if (split_k > 1 && k_blocks < int64_t(split_k) * kTileShapes[tile].stage_blocks)
-        continue;
-      // Clusters of 4 that have to take turns were always slower than the model says.
-      if (split_k == 4 && count_tiles(p, kTileShapes[tile]) > workers(p, plan))
-        continue;
-      const double us = estimate(p, plan).total();
-      if (us < best_us) {
-        best_us = us;
-        best = plan;
-      }
+    const int workers = most_workers(p, plan);
+    const Division d = divide(p.m, p.n, p.k, plan, workers);
+    if (plan.split_k > d.stages)
+      continue;
+    // Clusters of 4 that have to take turns were always slower than the model says.
+    if (plan.split_k == 4 && d.m_tiles * d.n_tiles > workers)
+      continue;
+    const double us = estimate(p, plan).total();
+    if (us < best_us) {
+      best_us = us;
+      best = plan;
     }
   }
   return best;
@@ -136,13 +202,13 @@ inline Plan select_plan(Problem const& p) {
 inline std::string describe(Problem const& p, Plan const& plan) {
   const Estimate e = estimate(p, plan);
   char buffer[256];
-  std::snprintf(
-      buffer, sizeof buffer,
-      "M=%lld N=%lld K=%lld on %d SMs, %.2f TB/s: tile %s, split_k %d; estimated %.1f us: "
-      "memory %.1f, SMs %.1f, fixed %.1f; bound by %s",
-      static_cast<long long>(p.m), static_cast<long long>(p.n), static_cast<long long>(p.k),
-      p.num_sms, p.memory_bytes_per_us * 1e-6, name(kTileShapes[plan.tile]).c_str(), plan.split_k,
-      e.total(), e.memory, e.sm, e.fixed, e.memory >= e.sm ? "memory" : "the SMs");
+  std::snprintf(buffer, sizeof buffer,
+                "M=%lld N=%lld K=%lld on %d SMs, %.2f TB/s: plan %s; estimated %.1f us: "
+                "memory %.1f, SMs %.1f, fixed %.1f; bound by %s",
+                static_cast<long long>(p.m), static_cast<long long>(p.n),
+                static_cast<long long>(p.k), p.num_sms, p.memory_bytes_per_us * 1e-6,
+                name(plan).c_str(), e.total(), e.memory, e.sm, e.fixed,
+                e.memory >= e.sm ? "memory" : "the SMs");
   return buffer;
 }
 

@@ -9,6 +9,7 @@
 #include <cute/tensor.hpp>
 
 #include "liquidgemm/kernel/ring.hpp"
+#include "liquidgemm/kernel/scheduler.hpp"
 
 namespace liquidgemm {
 
@@ -39,6 +40,7 @@ struct Consumer {
                                    int slabs,
                                    int panel,
                                    int k_group,
+                                   bool pairs,
                                    Accumulator& acc) {
     using namespace cute;
     const int thread = threadIdx.x % kWarpGroupThreads;
@@ -90,13 +92,13 @@ struct Consumer {
         // stage the stage before.
         warpgroup_wait<1>();
         if (block == 0) {
-          release(shared, ring.behind(kGroups), slab != first);
+          release(shared, ring.behind(kGroups), slab != first, pairs);
         }
       }
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc);
-    release(shared, ring.behind(kGroups), slabs > first);
+    release(shared, ring.behind(kGroups), slabs > first, pairs);
   }
 
  private:
@@ -157,9 +159,15 @@ struct Consumer {
   }
 
   // Without a branch: ptxas serializes wgmmas whose pipeline crosses a divergent one.
-  CUTE_DEVICE static void release(SharedStorage<Tile>& shared, int slot, bool condition) {
+  CUTE_DEVICE static void release(SharedStorage<Tile>& shared,
+                                  int slot,
+                                  bool condition,
+                                  bool pairs) {
     __syncwarp();
-    arrive_if(condition && threadIdx.x % 32 < kReleasesPerWarp, &shared.empty[slot]);
+    const bool arrives = condition && threadIdx.x % 32 < kReleasesPerWarp;
+    arrive_if(arrives, &shared.empty[slot]);
+    if constexpr (Tile::kPairs)  // the other CTA fills this one's ring, too
+      arrive_at_peer_if(arrives && pairs, &shared.empty[slot], Scheduler<Tile>::rank() ^ 1);
   }
 };
 

@@ -62,21 +62,22 @@ class Epilogue {
       : params_(params), shared_(shared), panel_(panel) {}
 
   CUTE_DEVICE static void init_barriers(SharedStorage<Tile>& shared, int split_k) {
+    Barrier::init(&shared.multiplied, Tile::kConsumerThreads / 32);
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
       Barrier::init(&shared.received[panel], 1);
       Barrier::init(&shared.drained[panel], kWarps * split_k);
     }
   }
 
-  // After `iteration` tiles: peers address this CTA's staging no more, it may exit.
-  CUTE_DEVICE void finish_cluster(int iteration) const {
+  // After `items` tiles: peers address this CTA's staging no more, it may exit.
+  CUTE_DEVICE void finish_cluster(int items) const {
     if (params_.split_k > 1)
-      Barrier::wait(&shared_.drained[panel_], round_phase(iteration, -1));
+      Barrier::wait(&shared_.drained[panel_], phase(items - 1));
   }
 
   // Requests what does not depend on the sums, to arrive under the main loop.
-  CUTE_DEVICE void prefetch(TileCoord coord) {
-    locate(coord);
+  CUTE_DEVICE void prefetch(WorkItem const& work) {
+    locate(work);
     // One register each: the first 64 threads carry the channels' scales, the next 64 their biases.
     const int channel = first_channel_ + thread() % kBlockRows;
     channel_value_ = -0.f;  // the bias that changes no bit of what it is added to
@@ -93,28 +94,38 @@ class Epilogue {
   }
 
   template <class Accumulator>
-  CUTE_DEVICE void store(TileScheduler const& scheduler, Accumulator const& acc, int k_group) {
-    locate(scheduler.coord());  // again, rather than hold registers during the main loop
+  CUTE_DEVICE void store(Scheduler<Tile> const& scheduler, Accumulator& acc, int k_group) {
+    const WorkItem work = scheduler.work();  // again, rather than hold registers in the main loop
+    locate(work);
     // Scales and staging are in use until everybody is done with the tile before this one.
     panel_barrier();
     stage_scales();
-    if (Tile::kKGroups == 1 && params_.split_k == 1 && rows_are_vectors()) {
-      if (params_.y_type == Element::kBFloat16)
-        return store_rows<__nv_bfloat162>(acc);
-      if (params_.y_type == Element::kFloat16)
-        return store_rows<__half2>(acc);
+    if constexpr (Tile::kKGroups > 1) {
+      panel_barrier();
+      store_parts(scheduler.item(), acc, k_group);
+    } else {
+      if (Tile::kPairs && split_)
+        exchange(acc);
+      panel_barrier();
+      if (rows_are_vectors() && params_.y_type == Element::kBFloat16) {
+        store_rows<__nv_bfloat162>(acc);
+      } else if (rows_are_vectors() && params_.y_type == Element::kFloat16) {
+        store_rows<__half2>(acc);
+      } else {
+        store_octets(acc);
+      }
     }
-    store_parts(scheduler.iteration(), acc, k_group);
   }
 
  private:
   // -----------------------------------------------------------------------------------------------
   // Where this thread's values are, and what they become.
 
-  CUTE_DEVICE void locate(TileCoord coord) {
-    first_token_ = coord.m_tile * params_.tile_tokens;
+  CUTE_DEVICE void locate(WorkItem const& work) {
+    first_token_ = work.m_tile * params_.tile_tokens;
     tokens_ = min(params_.tile_tokens, params_.m - first_token_);
-    first_channel_ = (coord.n_tile * Tile::kPanels + panel_) * kBlockRows;
+    first_channel_ = (work.n_tile * Tile::kPanels + panel_) * kBlockRows;
+    split_ = work.split;
   }
 
   // Asked again rather than held in registers during the main loop.
@@ -174,7 +185,6 @@ class Epilogue {
     constexpr int kVector = 8;  // elements
     constexpr int kThreadsPerRow = kBlockRows / kVector;
     constexpr int kRowsAtOnce = kWarpGroupThreads / kThreadsPerRow;
-    panel_barrier();  // the scales
     auto* const staging = reinterpret_cast<uint16_t*>(shared_.staging[panel_]);
     const ChannelValues channels = channel_values();
     // stmatrix takes the address of a row of 16 bytes from every lane: lanes 0-7 and 8-15 those of
@@ -188,9 +198,10 @@ class Epilogue {
     uint16_t* const y = static_cast<uint16_t*>(params_.y) +
                         (first_token_ + row) * params_.y_stride + first_channel_ + column;
     CUTE_UNROLL
-    for (int chunk = 0; chunk < Tile::kTokens / kChunk; ++chunk) {
-      if (chunk * kChunk < tokens_) {
-        uint16_t* const buffer = staging + chunk % 2 * kChunk * Tile::kChunkPitch;
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+      if (chunk * kChunk < tokens_ && owns(chunk)) {
+        const int turn = Tile::kPairs && split_ ? chunk / 2 : chunk;
+        uint16_t* const buffer = staging + turn % 2 * kChunk * Tile::kChunkPitch;
         CUTE_UNROLL
         for (int pair = 0; pair < kChunk / 16; ++pair) {
           uint32_t rounded[4];
@@ -222,79 +233,136 @@ class Epilogue {
     }
   }
 
-  // The octets of a round are dealt out in turns to the k groups, which add up the parts of their
-  // CTA, and to the CTAs of the cluster, which add up those of all.
+  // Other types and alignments, in rounds of a chunk: registers cannot be indexed at run time.
   template <class Accumulator>
-  CUTE_DEVICE void store_parts(int iteration, Accumulator const& acc, int k_group) const {
+  CUTE_DEVICE void store_octets(Accumulator const& acc) const {
+    constexpr int kOctets = Tile::kChunkTokens / 8;
+    CUTE_NO_UNROLL
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+      CUTE_UNROLL
+      for (int c = 0; c < Tile::kChunks; ++c) {
+        if (c == chunk) {
+          CUTE_UNROLL
+          for (int i = 0; i < kOctets; ++i)
+            *part(i) = octet_of(acc, c * kOctets + i);
+        }
+      }
+      if (owns(chunk)) {
+        CUTE_NO_UNROLL
+        for (int i = 0; i < kOctets; ++i)
+          store_octet(chunk * kOctets + i, *part(i));
+      }
+    }
+  }
+
+  // -----------------------------------------------------------------------------------------------
+  // A tile that a pair shares along K, its last one: the two CTAs own the chunks in turns. Each
+  // sends the chunks of the other from its registers, to where that one's ring was, and adds what
+  // it gets to its own.
+
+  CUTE_DEVICE bool owns(int chunk) const {
+    return !(Tile::kPairs && split_) || chunk % 2 == Scheduler<Tile>::rank();
+  }
+
+  template <class Accumulator>
+  CUTE_DEVICE void exchange(Accumulator& acc) {
+    constexpr int kOctets = Tile::kChunkTokens / 8;
+    const int peer = Scheduler<Tile>::rank() ^ 1;
+    uint64_t* const received = &shared_.received[panel_];
+    __syncwarp();
+    arrive_at_cluster_if(threadIdx.x % 32 == 0, &shared_.multiplied, peer);
+    if (thread() == 0) {
+      const int chunks = (tokens_ + Tile::kChunkTokens - 1) / Tile::kChunkTokens;
+      TransactionBarrier::arrive_and_expect_tx(received,
+                                               (chunks + peer) / 2 * kOctets * Tile::kVectorBytes);
+    }
+    int4* const parts =
+        reinterpret_cast<int4*>(&shared_.tokens[0][0] + panel_ * Tile::kExchangeBytes) +
+        threadIdx.x % kWarpGroupThreads;
+    const uint32_t to = peer_address(parts, peer);
+    const uint32_t barrier = peer_address(received, peer);
+    Barrier::wait(&shared_.multiplied, 0);
+    CUTE_UNROLL
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+      if (!owns(chunk) && chunk * Tile::kChunkTokens < tokens_) {
+        CUTE_UNROLL
+        for (int i = 0; i < kOctets; ++i)
+          store_at_cluster(to + (chunk / 2 * kOctets + i) * Tile::kVectorBytes,
+                           octet_of(acc, chunk * kOctets + i), barrier);
+      }
+    }
+    Barrier::wait(received, 0);
+    CUTE_UNROLL
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+      if (owns(chunk) && chunk * Tile::kChunkTokens < tokens_) {
+        CUTE_UNROLL
+        for (int i = 0; i < kOctets; ++i) {
+          const int octet = chunk * kOctets + i;
+          int4 sum = octet_of(acc, octet);
+          add(sum, parts[(chunk / 2 * kOctets + i) * kWarpGroupThreads]);
+          acc(4 * octet) = sum.x;
+          acc(4 * octet + 1) = sum.y;
+          acc(4 * octet + 2) = sum.z;
+          acc(4 * octet + 3) = sum.w;
+        }
+      }
+    }
+  }
+
+  // -----------------------------------------------------------------------------------------------
+  // Sums of which k groups have parts, and CTAs of a cluster: parts meet in shared memory. The
+  // octets are dealt out in turns to the k groups, which add up the parts of their CTA, and to the
+  // CTAs, which add up those of all.
+  template <class Accumulator>
+  CUTE_DEVICE void store_parts(int item, Accumulator const& acc, int k_group) const {
     const int rank = cute::block_rank_in_cluster();
     uint64_t* const received = &shared_.received[panel_];
     uint64_t* const drained = &shared_.drained[panel_];
-    CUTE_NO_UNROLL
-    for (int round = 0; round < Tile::kRounds; ++round) {
-      const uint32_t phase = round_phase(iteration, round);
-      if (round > 0)
-        panel_barrier();
-      stage_parts(acc, round, k_group);
-      panel_barrier();
-      if (params_.split_k > 1) {
-        Barrier::wait(drained, phase ^ 1);
-        if (thread() == 0) {
-          const int octets = turns(Tile::kRoundOctets + params_.split_k - 1 - rank_in_turn(round));
-          TransactionBarrier::arrive_and_expect_tx(
-              received, octets * (params_.split_k - 1) * Tile::kVectorBytes);
-        }
-        for (int i = k_group; i < Tile::kRoundOctets; i += Tile::kKGroups) {
-          const int owner = owning_rank(round, i);
-          if (owner != rank) {
-            store_at_cluster(peer_address(peer_part(i, rank - (rank > owner)), owner),
-                             sum_of_groups(i), peer_address(received, owner));
-          }
-        }
-        Barrier::wait(received, phase);
-      }
-      for (int i = k_group; i < Tile::kRoundOctets; i += Tile::kKGroups) {
-        if (owning_rank(round, i) == rank) {
-          int4 sum = sum_of_groups(i);
-          for (int peer = 0; peer < params_.split_k - 1; ++peer)
-            add(sum, *peer_part(i, peer));
-          store_octet(round * Tile::kRoundOctets + i, sum);
-        }
-      }
-      if (params_.split_k > 1) {
-        __syncwarp();
-        const int lane = threadIdx.x % 32;
-        arrive_at_cluster_if(lane < params_.split_k, drained, lane);
-      }
-    }
-  }
-
-  template <class Accumulator>
-  CUTE_DEVICE void stage_parts(Accumulator const& acc, int round, int k_group) const {
-    using cute::make_coord;
     CUTE_UNROLL
-    for (int r = 0; r < Tile::kRounds; ++r) {  // registers cannot be indexed at run time
-      if (r == round) {
-        CUTE_UNROLL
-        for (int i = 0; i < Tile::kRoundOctets; ++i)
-          *group_part(i, k_group) = octet_of(acc, r * Tile::kRoundOctets + i);
+    for (int i = 0; i < Tile::kOctets; ++i)
+      *group_part(i, k_group) = octet_of(acc, i);
+    panel_barrier();
+    if (params_.split_k > 1) {
+      Barrier::wait(drained, phase(item) ^ 1);
+      if (thread() == 0) {
+        const int octets = turns(Tile::kOctets + params_.split_k - 1 - rank);
+        TransactionBarrier::arrive_and_expect_tx(
+            received, octets * (params_.split_k - 1) * Tile::kVectorBytes);
       }
+      for (int i = k_group; i < Tile::kOctets; i += Tile::kKGroups) {
+        const int owner = owning_rank(i);
+        if (owner != rank) {
+          store_at_cluster(peer_address(peer_part(i, rank - (rank > owner)), owner),
+                           sum_of_groups(i), peer_address(received, owner));
+        }
+      }
+      Barrier::wait(received, phase(item));
+    }
+    for (int i = k_group; i < Tile::kOctets; i += Tile::kKGroups) {
+      if (owning_rank(i) == rank) {
+        int4 sum = sum_of_groups(i);
+        for (int peer = 0; peer < params_.split_k - 1; ++peer)
+          add(sum, *peer_part(i, peer));
+        store_octet(i, sum);
+      }
+    }
+    // CTAs may send the next tile's parts once all warps have said so: those of the receiver too,
+    // or a CTA that owns nothing, and so waits for nothing, could complete the phase after the one
+    // that its peer waits for.
+    if (params_.split_k > 1) {
+      __syncwarp();
+      const int lane = threadIdx.x % 32;
+      arrive_at_cluster_if(lane < params_.split_k, drained, lane);
     }
   }
 
-  // This CTA's turn: the first octet of the round that it owns.
-  CUTE_DEVICE int rank_in_turn(int round) const {
-    const int rank = cute::block_rank_in_cluster();
-    return (rank - round * Tile::kRoundOctets) & (params_.split_k - 1);
-  }
   CUTE_DEVICE int turns(int octets) const { return octets >> (__ffs(params_.split_k) - 1); }
-  CUTE_DEVICE int owning_rank(int round, int i) const {
-    return (round * Tile::kRoundOctets + i) & (params_.split_k - 1);
-  }
+  CUTE_DEVICE int owning_rank(int i) const { return i & (params_.split_k - 1); }
 
-  // This thread's place in the buffer of octet i of a round and a sender.
+  // This thread's place in the buffer of octet i and a sender.
   CUTE_DEVICE int4* group_part(int i, int group) const { return part(i * Tile::kKGroups + group); }
   CUTE_DEVICE int4* peer_part(int i, int sender) const {
-    return part(Tile::kRoundOctets * Tile::kKGroups + turns(i) * (params_.split_k - 1) + sender);
+    return part(Tile::kOctets * Tile::kKGroups + turns(i) * (params_.split_k - 1) + sender);
   }
   CUTE_DEVICE int4* part(int index) const {
     return reinterpret_cast<int4*>(shared_.staging[panel_]) + index * kWarpGroupThreads +
@@ -323,10 +391,8 @@ class Epilogue {
             acc(make_coord(0, 1, octet), 0, 0), acc(make_coord(1, 1, octet), 0, 0)};
   }
 
-  // Every tile has all its rounds, so the phase need not be carried.
-  CUTE_DEVICE static uint32_t round_phase(int iteration, int round) {
-    return (iteration * Tile::kRounds + round) & 1;
-  }
+  // Of `received` and `drained`: once per tile.
+  CUTE_DEVICE static uint32_t phase(int item) { return item & 1; }
 
   CUTE_DEVICE void store_octet(int octet, int4 const& sum) const {
     if (params_.y_type == Element::kInt32)
@@ -366,6 +432,7 @@ class Epilogue {
   SharedStorage<Tile>& shared_;
   int panel_;
   int first_token_, tokens_, first_channel_;
+  bool split_;
   float channel_value_;
   float token_scale_[kScalesPerThread];
 };

@@ -38,23 +38,26 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int warp = cutlass::canonical_warp_idx_sync();
   const int producer_warp = warp - 4 * Tile::kConsumerGroups;  // of the last group; two are used
   const bool split = params.split_k > 1;
+  const bool pairs = Tile::kPairs && params.pairs;
 
   if (producer_warp == 0 && cute::elect_one_sync()) {
     cute::prefetch_tma_descriptor(&params.x_map);
     using cutlass::arch::ClusterBarrier;
     for (int slot = 0; slot < Tile::kStages; ++slot) {
       ClusterBarrier::init(&shared.full[slot], Producer<Tile>::kThreads);
-      ClusterBarrier::init(&shared.empty[slot],
-                           Tile::kPanels * kWarpGroupThreads / 32 * kReleasesPerWarp);
+      ClusterBarrier::init(&shared.empty[slot], Tile::kPanels * kWarpGroupThreads / 32 *
+                                                    kReleasesPerWarp * (pairs ? 2 : 1));
     }
     Epilogue<Tile>::init_barriers(shared, params.split_k);
     cutlass::arch::fence_barrier_init();
     cutlass::arch::fence_view_async_shared();
   }
   __syncwarp();
-  // Peers' barriers are addressed in the epilogue only: wait for them there.
-  if (split)
+  // With split K, peers' barriers are addressed in the epilogue only: wait for them there.
+  if (split || pairs)
     cute::cluster_arrive_relaxed();
+  if (pairs)
+    cute::cluster_wait();
   __syncthreads();
 
   if (producer_warp >= 0) {
@@ -73,22 +76,27 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const int group = cutlass::canonical_warp_group_idx();
     const int panel = group / Tile::kKGroups;
     const int k_group = group % Tile::kKGroups;
-    const SlabRange range = slab_range<Tile>(params);
-    const int slabs = range.end - range.begin;
     Epilogue<Tile> epilogue(params, shared, panel);
     cutlass::arch::wait_on_dependent_grids();  // x_scale is read and y written below
-    TileScheduler scheduler(params);
+    Scheduler<Tile> scheduler(params);
     CUTE_NO_UNROLL
     for (; scheduler.valid(); scheduler.advance()) {
-      epilogue.prefetch(scheduler.coord());
+      const WorkItem work = scheduler.work();
+      epilogue.prefetch(work);
       auto acc = Consumer<Tile>::make_accumulator();
       cute::clear(acc);
-      Consumer<Tile>::multiply(shared, scheduler.iteration() * slabs, slabs, panel, k_group, acc);
-      if (split && scheduler.iteration() == 0)
+      Consumer<Tile>::multiply(shared, work.stages_done, work.end - work.begin, panel, k_group,
+                               pairs, acc);
+      if (split && scheduler.item() == 0)
         cute::cluster_wait();
       epilogue.store(scheduler, acc, k_group);
     }
-    epilogue.finish_cluster(scheduler.iteration());
+    epilogue.finish_cluster(scheduler.item());
+  }
+  if (pairs) {  // the other CTA writes to this one's memory, and arrives at its barriers
+    __syncwarp();
+    cute::cluster_arrive_relaxed();
+    cute::cluster_wait();
   }
 }
 

@@ -25,7 +25,11 @@ struct KernelParams {
   int m_tiles, n_tiles;
   int tile_tokens;  // m tiles are of equal height, at most Tile::kTokens: no box lies half outside
                     // x
-  int split_k;      // cluster size: CTAs that share an output tile along K
+  int split_k;      // CTAs of a cluster that share every output tile along K
+  // Clusters of two that compute two neighbouring tiles along N for so many rounds, n_tiles
+  // counting such pairs, and then share single tiles along K, so many in all.
+  bool pairs;
+  int whole_rounds, split_tiles;
 };
 
 }  // namespace liquidgemm

@@ -23,20 +23,20 @@ class Producer {
   static constexpr int kThreads = 2;  // arrivals at `full`
 
   CUTE_DEVICE Producer(KernelParams const& params, SharedStorage<Tile>& shared)
-      : params_(params), shared_(shared), range_(slab_range<Tile>(params)) {}
+      : params_(params), shared_(shared) {}
 
   // Blocks past the end of K or N are not loaded: what the slot holds there meets activations that
   // TMA filled with zeros, or output channels that are not stored.
   CUTE_DEVICE void load_weights() const {
     const int64_t panel_bytes = int64_t(params_.k_blocks) * kBlockBytes;
-    for_each_tile([&](TileCoord coord, RingState<Tile>& ring) {
-      const int first_panel = coord.n_tile * Tile::kPanels;
+    for_each_item([&](WorkItem const& work, RingState<Tile>& ring) {
+      const int first_panel = work.n_tile * Tile::kPanels;
       const int panels = max(0, min(Tile::kPanels, params_.panels - first_panel));
-      int blocks_left = params_.k_blocks - range_.begin * Tile::kStageBlocks;
+      int blocks_left = params_.k_blocks - work.begin * Tile::kStageBlocks;
       uint8_t const* from = params_.weight + first_panel * panel_bytes +
-                            int64_t(range_.begin) * Tile::kStageBlocks * kBlockBytes;
+                            int64_t(work.begin) * Tile::kStageBlocks * kBlockBytes;
       CUTE_NO_UNROLL
-      for (int slab = range_.begin; slab < range_.end; ++slab) {
+      for (int slab = work.begin; slab < work.end; ++slab) {
         const int bytes = min(Tile::kStageBlocks, blocks_left) * kBlockBytes;
         Barrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);
         Barrier::arrive_and_expect_tx(&shared_.full[ring.slot], panels * bytes);
@@ -60,17 +60,30 @@ class Producer {
     // Only now may the next kernel start: what ran before this kernel is complete and visible then.
     cutlass::arch::launch_dependent_grids();
     const int bytes = params_.tile_tokens * Tile::kStageK;
-    for_each_tile([&](TileCoord coord, RingState<Tile>& ring) {
-      const int token = coord.m_tile * params_.tile_tokens;
+    const bool pairs = Tile::kPairs && params_.pairs;
+    const int half = params_.tile_tokens / 2;  // with pairs, the rows of a box
+    for_each_item([&](WorkItem const& work, RingState<Tile>& ring) {
+      const int token = work.m_tile * params_.tile_tokens;
       CUTE_NO_UNROLL
-      for (int slab = range_.begin; slab < range_.end; ++slab) {
+      for (int slab = work.begin; slab < work.end; ++slab) {
         Barrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);
         Barrier::arrive_and_expect_tx(&shared_.full[ring.slot], bytes);
         CUTE_UNROLL
         for (int box = 0; box < Tile::kStageBlocks / 2; ++box) {
-          cute::SM90_TMA_LOAD_2D::copy(&params_.x_map, &shared_.full[ring.slot], kHint,
-                                       shared_.tokens[ring.slot] + box * Tile::kTokens * 128,
-                                       slab * Tile::kStageK + box * 128, token);
+          int8_t* const to = shared_.tokens[ring.slot] + box * Tile::kTokens * 128;
+          const int k = slab * Tile::kStageK + box * 128;
+          if (pairs && !work.split) {  // one half, for both
+            const int row = half * Scheduler<Tile>::rank();
+            cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&params_.x_map, &shared_.full[ring.slot], 0b11,
+                                                   kHint, to + row * 128, k, token + row);
+          } else {
+            cute::SM90_TMA_LOAD_2D::copy(&params_.x_map, &shared_.full[ring.slot], kHint, to, k,
+                                         token);
+            if (pairs) {
+              cute::SM90_TMA_LOAD_2D::copy(&params_.x_map, &shared_.full[ring.slot], kHint,
+                                           to + half * 128, k, token + half);
+            }
+          }
         }
         ring.advance(1);
       }
@@ -79,16 +92,15 @@ class Producer {
 
  private:
   template <class Body>
-  CUTE_DEVICE void for_each_tile(Body const& body) const {
+  CUTE_DEVICE void for_each_item(Body const& body) const {
     RingState<Tile> ring(0);
-    for (TileScheduler scheduler(params_); scheduler.valid(); scheduler.advance()) {
-      body(scheduler.coord(), ring);
+    for (Scheduler<Tile> scheduler(params_); scheduler.valid(); scheduler.advance()) {
+      body(scheduler.work(), ring);
     }
   }
 
   KernelParams const& params_;
   SharedStorage<Tile>& shared_;
-  SlabRange range_;
 };
 
 }  // namespace liquidgemm

@@ -23,6 +23,20 @@ CUTE_DEVICE void arrive_if(bool condition, uint64_t* barrier) {
       : "memory");
 }
 
+// At the same barrier of another CTA.
+CUTE_DEVICE void arrive_at_peer_if(bool condition, uint64_t* barrier, int cta_rank) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      ".reg .b32 peer;\n"
+      "setp.ne.b32 p, %2, 0;\n"
+      "mapa.shared::cluster.u32 peer, %0, %1;\n"
+      "@p mbarrier.arrive.shared::cluster.b64 _, [peer];\n"
+      "}\n" ::"r"(cute::cast_smem_ptr_to_uint(barrier)),
+      "r"(cta_rank), "r"(static_cast<int>(condition))
+      : "memory");
+}
+
 // At the same barrier of another CTA (or this one). Relaxed: it says that this thread has the
 // values it read, and publishes nothing. A release would wait for this thread's stores to global
 // memory.
@@ -75,6 +89,7 @@ struct alignas(1024) SharedStorage {
   // every CTA has read what this one sent (one arrival per reading warp).
   uint64_t received[Tile::kPanels];
   uint64_t drained[Tile::kPanels];
+  uint64_t multiplied;  // pairs: the other CTA's warps need their ring no more
 };
 
 // Arrivals at `empty` per warp. One lane speaks for its warp, whose lanes have all read when it

@@ -39,7 +39,7 @@ constexpr bool is_tile(int index, TileShape const& shape) {
          s.stage_blocks == shape.stage_blocks;
 }
 
-// How many CTAs may share a tile along K.
+// How many CTAs may share every tile along K, where k groups take turns.
 inline constexpr int kSplits[] = {1, 2, 4};
 
 // Of so many octets, how many parts one CTA of a cluster receives at most: it sums up its share, of
@@ -82,22 +82,22 @@ struct Tile {
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * (kConsumerGroups + 1) - kProducerRegisters) / kConsumerGroups / 8 * 8;
 
+  // Whether CTAs can work in pairs, see scheduler.hpp: if their groups hold whole sums. The other
+  // tiles are for few tokens, and their clusters share K.
+  static constexpr bool kPairs = kKGroups == 1;
+
   // Epilogue. Accumulators are handled in octets of tokens: four values per thread, 16 bytes. Parts
-  // of sums meet in shared memory, those of a panel's k groups and those of a cluster's CTAs, in
-  // rounds of so many octets.
+  // of sums meet in shared memory, those of a panel's k groups and those of a cluster's CTAs.
   static constexpr int kOctets = kTokens / 8;
-  static constexpr int kRoundOctets = kKGroups > 1 ? kOctets : kTokens == 256 ? 2 : 4;
-  static constexpr int kRounds = kOctets / kRoundOctets;
   static constexpr int kVectorBytes = 16 * kWarpGroupThreads;  // an octet of one panel
-  static constexpr int kGroupBytes = kRoundOctets * kKGroups * kVectorBytes;
-  static constexpr int kPeerBytes = largest_share(kRoundOctets) * kVectorBytes;
-  // Results of 16 bits that nobody else has a part of become rows, this many tokens at a time, in
-  // two buffers. The pitch keeps both access patterns free of bank conflicts.
+  static constexpr int kPartBytes = (kOctets * kKGroups + largest_share(kOctets)) * kVectorBytes;
+  // Groups that hold whole sums proceed in chunks of tokens. Results of 16 bits become rows in two
+  // buffers; the pitch keeps both access patterns free of bank conflicts.
   static constexpr int kChunkTokens = 32;
+  static constexpr int kChunks = kTokens / kChunkTokens;
   static constexpr int kChunkPitch = kBlockRows + 8;  // elements
-  static constexpr int kChunkBytes = kKGroups == 1 ? 2 * kChunkTokens * kChunkPitch * 2 : 0;
-  static constexpr int kPartBytes = kGroupBytes + kPeerBytes;
-  static constexpr int kStagingBytes = kPartBytes > kChunkBytes ? kPartBytes : kChunkBytes;
+  static constexpr int kChunkBytes = 2 * kChunkTokens * kChunkPitch * 2;
+  static constexpr int kStagingBytes = kPairs ? kChunkBytes : kPartBytes;
 
   static constexpr int kStageWeightBytes = kPanels * kStageBlocks * kBlockBytes;
   static constexpr int kStageTokenBytes = kTokens * kStageK;
@@ -112,12 +112,15 @@ struct Tile {
   // way, and a wait for the phase after next passes at once: phases are known by their parity only.
   static constexpr int kStages = kStagesThatFit / kKGroups * kKGroups;
 
+  // A pair's parts of sums, half of a panel's, in what was the ring.
+  static constexpr int kExchangeBytes = kOctets / 2 * kVectorBytes;
+  static_assert(!kPairs || kPanels * kExchangeBytes <= kStages * kStageTokenBytes);
+
   static_assert(kStages >= 2 * kKGroups, "a group keeps a stage until it has begun the next one");
   static_assert(kStageBlocks % 2 == 0,
                 "a stage is made of 128-byte rows of activations, and A registers alternate");
   static_assert(kTokens % 8 == 0 && kTokens <= 256);
   static_assert(kKGroups > 1 || kTokens % (2 * kChunkTokens) == 0, "two buffers take turns");
-  static_assert(kOctets % kRoundOctets == 0);
   static_assert(kThreads <= 1024);
 };
 
