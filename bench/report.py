@@ -7,11 +7,12 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from . import ablation, microbench, programs, tables
+from . import ablation, microbench, programs, sustained, tables
 from .results import BadResults, Run, load
 from .roofline import ceilings_of
 
 RESULTS, MICROBENCHMARKS, ABLATION = "results*.json", "microbench.json", "ablation.json"
+SUSTAINED = "sustained.json"
 
 
 class NoPlots(Exception):
@@ -56,6 +57,8 @@ def write_folder(folder: Path) -> list[Path]:
         written += write_plots(run, plots, measured)
     if measured.exists():
         write_text("microbench.md", microbench.markdown(programs.load(measured)))
+    if (folder / SUSTAINED).exists():
+        write_text("sustained.md", sustained.markdown(programs.load(folder / SUSTAINED)))
     if (folder / ABLATION).exists():
         from . import ablation_plot
 
@@ -63,7 +66,7 @@ def write_folder(folder: Path) -> list[Path]:
         write_text("ablation.md", ablation.markdown(record))
         written += ablation_plot.write(record, folder / "plots")
     if not written:
-        names = ", ".join((RESULTS, MICROBENCHMARKS, ABLATION))
+        names = ", ".join((RESULTS, MICROBENCHMARKS, SUSTAINED, ABLATION))
         raise BadResults(f"{folder} has none of {names}")
     return written
 
@@ -79,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         "results",
         type=Path,
         help="the JSON file of python -m bench; or a folder of such files, named "
-        f"{RESULTS}, {MICROBENCHMARKS} and {ABLATION}, where tables and plots go as well",
+        f"{RESULTS}, {MICROBENCHMARKS}, {SUSTAINED} and {ABLATION}, where tables and plots go "
+        "as well",
     )
     parser.add_argument("--markdown", type=Path, metavar="OUT", help="where to write the table")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="where to write PNG and SVG")
