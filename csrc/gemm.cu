@@ -32,19 +32,34 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(encoder);
 }
 
-cudaError_t encode_tokens(CUtensorMap& map, GemmArguments const& a, int tile_tokens) {
-  const auto encode = tensor_map_encoder();
-  if (!encode)
+// Of a row-major matrix: boxes of rows x 128 bytes, with the swizzle of that size.
+cudaError_t encode(CUtensorMap& map,
+                   CUtensorMapDataType type,
+                   int type_bytes,
+                   void const* base,
+                   int64_t rows,
+                   int64_t columns,
+                   int64_t stride_bytes,
+                   int box_rows) {
+  const auto encoder = tensor_map_encoder();
+  if (!encoder)
     return cudaErrorNotSupported;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(a.k), static_cast<cuuint64_t>(a.m)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(a.x_stride)};
-  const cuuint32_t box[2] = {128, static_cast<cuuint32_t>(tile_tokens)};
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride_bytes)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / type_bytes),
+                             static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t element_strides[2] = {1, 1};
   const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<int8_t*>(a.x), sizes, strides, box,
-             element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encoder(&map, type, 2, const_cast<void*>(base), sizes, strides, box, element_strides,
+              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Rows of y are vectors of 16 bytes: see Epilogue.
+bool stores_by_tma(GemmArguments const& a) {
+  const bool two_bytes = a.y_type == Element::kBFloat16 || a.y_type == Element::kFloat16;
+  return two_bytes && (reinterpret_cast<uintptr_t>(a.y) | a.y_stride * 2 | a.n * 2) % 16 == 0;
 }
 
 cudaError_t query(int device, DeviceInfo& info) {
@@ -87,8 +102,11 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
     return cudaSuccess;
   const Division division = divide(a.m, a.n, a.k, plan, std::max(1, num_sms / plan.cluster()));
   KernelParams params{};
-  const cudaError_t error =
-      encode_tokens(params.x_map, a, division.tile_tokens / (plan.pairs ? 2 : 1));
+  cudaError_t error = encode(params.x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.x, a.m, a.k,
+                             a.x_stride, division.tile_tokens / (plan.pairs ? 2 : 1));
+  if (error == cudaSuccess && stores_by_tma(a))
+    error = encode(params.y_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, a.m, a.n, a.y_stride * 2,
+                   kStoreTokens);
   if (error != cudaSuccess)
     return error;
   params.weight = a.weight;

@@ -23,6 +23,7 @@ namespace {
 constexpr int kVector = 8;  // elements a thread loads, converts and stores at once
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxCluster = 4;
+constexpr int64_t kManyVectors = 1 << 19;  // some two for every thread that an H100 can hold
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 
 __device__ float to_float(float v) {
@@ -230,9 +231,10 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_kernel(
 
 template <class T>
 cudaError_t launch(QuantizeArguments const& a, cudaStream_t stream) {
-  // Few tokens: as many threads as the row has vectors, for latency, in up to four CTAs where the
-  // GPU has room for them. Many: fewer threads with more each, for throughput.
-  const int64_t threads = ceil_div(ceil_div(a.k, kVector), a.m < 512 ? 1 : 4);
+  // Few vectors: a thread for each, for latency, in up to four CTAs per row where the GPU has room
+  // for them. Many: fewer threads with more each, for throughput.
+  const int64_t vectors = ceil_div(a.k, kVector);
+  const int64_t threads = a.m * vectors <= kManyVectors ? vectors : ceil_div(vectors, 4);
   const bool room = a.m <= 64;
   const int cluster = !room || threads <= kMaxThreads ? 1
                       : threads <= 2 * kMaxThreads    ? 2

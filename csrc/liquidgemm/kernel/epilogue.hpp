@@ -4,8 +4,8 @@
 // The accumulators hold Y transposed: for every octet of tokens a thread has two tokens of two
 // channels, four words. There are two ways to y:
 //
-//   store_rows   whole sums of 16-bit results: transposed by stmatrix, a chunk of tokens at a time,
-//                so that eight threads write the 64 channels of a token
+//   store_rows   whole sums of 16-bit results: transposed by stmatrix and stored by TMA, a chunk of
+//                tokens at a time
 //   store_parts  sums of which k groups or CTAs of a cluster have parts, and other types: parts
 //   meet
 //                in shared memory, four words at a time; each octet has one warp-group that adds
@@ -21,6 +21,7 @@
 
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/tensor.hpp>
 
 #include "liquidgemm/kernel/params.hpp"
@@ -69,8 +70,10 @@ class Epilogue {
     }
   }
 
-  // After `items` tiles: peers address this CTA's staging no more, it may exit.
-  CUTE_DEVICE void finish_cluster(int items) const {
+  // After `items` tiles: nobody uses this CTA's staging any more, it may exit.
+  CUTE_DEVICE void finish(int items) const {
+    if (Tile::kPairs && thread() == 0)
+      cute::tma_store_wait<0>();
     if (params_.split_k > 1)
       Barrier::wait(&shared_.drained[panel_], phase(items - 1));
   }
@@ -97,7 +100,10 @@ class Epilogue {
   CUTE_DEVICE void store(Scheduler<Tile> const& scheduler, Accumulator& acc, int k_group) {
     const WorkItem work = scheduler.work();  // again, rather than hold registers in the main loop
     locate(work);
-    // Scales and staging are in use until everybody is done with the tile before this one.
+    // Scales and staging are in use until everybody, TMA too, is done with the tile before this
+    // one.
+    if (Tile::kPairs && thread() == 0)
+      cute::tma_store_wait<0>();
     panel_barrier();
     stage_scales();
     if constexpr (Tile::kKGroups > 1) {
@@ -177,31 +183,24 @@ class Epilogue {
     return (address | (params_.y_stride * 2) | (params_.n * 2)) % 16 == 0;
   }
 
-  // While a chunk is read and stored, the next one is staged in the other buffer: one barrier per
-  // chunk.
+  // A chunk of tokens at a time, by TMA, which goes on while the next tile is computed.
   template <class Pair, class Accumulator>
   CUTE_DEVICE void store_rows(Accumulator const& acc) {
     constexpr int kChunk = Tile::kChunkTokens;
-    constexpr int kVector = 8;  // elements
-    constexpr int kThreadsPerRow = kBlockRows / kVector;
-    constexpr int kRowsAtOnce = kWarpGroupThreads / kThreadsPerRow;
-    auto* const staging = reinterpret_cast<uint16_t*>(shared_.staging[panel_]);
+    constexpr int kRowBytes = kBlockRows * 2;
     const ChannelValues channels = channel_values();
     // stmatrix takes the address of a row of 16 bytes from every lane: lanes 0-7 and 8-15 those of
     // the tokens of an octet, for the upper and the lower eight channels; 16-31 of the next octet.
+    // The swizzle of TMA keeps them free of bank conflicts.
     const int lane = threadIdx.x % 32;
     const int stage_at =
-        (lane / 16 * 8 + lane % 8) * Tile::kChunkPitch + thread() / 32 * 16 + lane / 8 % 2 * 8;
-    const int row = thread() / kThreadsPerRow;
-    const int column = thread() % kThreadsPerRow * kVector;
-    const bool inside = first_channel_ + column < params_.n;
-    uint16_t* const y = static_cast<uint16_t*>(params_.y) +
-                        (first_token_ + row) * params_.y_stride + first_channel_ + column;
+        (lane / 16 * 8 + lane % 8) * kRowBytes + swizzled(thread() / 32 * 2 + lane / 8 % 2, lane);
     CUTE_UNROLL
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
       if (chunk * kChunk < tokens_ && owns(chunk)) {
-        const int turn = Tile::kPairs && split_ ? chunk / 2 : chunk;
-        uint16_t* const buffer = staging + turn % 2 * kChunk * Tile::kChunkPitch;
+        const int turn = split_ ? chunk / 2 : chunk;
+        uint8_t* const buffer =
+            shared_.staging[panel_] + turn % Tile::kChunkBuffers * Tile::kChunkBytes;
         CUTE_UNROLL
         for (int pair = 0; pair < kChunk / 16; ++pair) {
           uint32_t rounded[4];
@@ -217,21 +216,48 @@ class Epilogue {
                 scaled(sum.z, token_scale.x, channels.scale[1], channels.bias[1]),
                 scaled(sum.w, token_scale.y, channels.scale[1], channels.bias[1]), Pair{});
           }
-          cute::SM90_U16x8_STSM_T::copy(rounded[0], rounded[1], rounded[2], rounded[3],
-                                        *reinterpret_cast<cute::uint128_t*>(
-                                            &buffer[stage_at + pair * 16 * Tile::kChunkPitch]));
+          cute::SM90_U16x8_STSM_T::copy(
+              rounded[0], rounded[1], rounded[2], rounded[3],
+              *reinterpret_cast<cute::uint128_t*>(&buffer[stage_at + pair * 16 * kRowBytes]));
         }
+        cute::tma_store_fence();
+        if (thread() == 0)  // the buffer of the next chunk has been read
+          cute::tma_store_wait<Tile::kChunkBuffers - 2>();
         panel_barrier();
-        CUTE_UNROLL
-        for (int i = 0; i < kChunk; i += kRowsAtOnce) {
-          const uint4 vector =
-              *reinterpret_cast<uint4 const*>(&buffer[(row + i) * Tile::kChunkPitch + column]);
-          if (inside && chunk * kChunk + i + row < tokens_)
-            *reinterpret_cast<uint4*>(y + (chunk * kChunk + i) * params_.y_stride) = vector;
+        // Rows past the last of x are clipped; those of the next tile are not this one's.
+        if ((chunk + 1) * kChunk <= tokens_ || first_token_ + tokens_ == params_.m) {
+          if (thread() == 0) {
+            cute::SM90_TMA_STORE_2D::copy(&params_.y_map, buffer, first_channel_,
+                                          first_token_ + chunk * kChunk);
+            cute::tma_store_arrive();
+          }
+        } else {
+          store_chunk(buffer, chunk);
         }
       }
     }
   }
+
+  // Without TMA: eight threads write the 64 channels of a token.
+  CUTE_DEVICE void store_chunk(uint8_t const* buffer, int chunk) const {
+    constexpr int kThreadsPerRow = kBlockRows * 2 / 16;
+    const int vector = thread() % kThreadsPerRow;
+    const int channel = first_channel_ + vector * 8;
+    CUTE_NO_UNROLL
+    for (int row = thread() / kThreadsPerRow; row < Tile::kChunkTokens;
+         row += kWarpGroupThreads / kThreadsPerRow) {
+      const int token = chunk * Tile::kChunkTokens + row;
+      if (channel < params_.n && token < tokens_) {
+        auto* const y =
+            static_cast<uint16_t*>(params_.y) + (first_token_ + token) * params_.y_stride + channel;
+        *reinterpret_cast<uint4*>(y) =
+            *reinterpret_cast<uint4 const*>(&buffer[row * kBlockRows * 2 + swizzled(vector, row)]);
+      }
+    }
+  }
+
+  // Where a vector of 16 bytes is in a row of 128, by TMA's swizzle.
+  CUTE_DEVICE static int swizzled(int vector, int row) { return (vector ^ row % 8) * 16; }
 
   // Other types and alignments, in rounds of a chunk: registers cannot be indexed at run time.
   template <class Accumulator>

@@ -42,6 +42,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   if (producer_warp == 0 && cute::elect_one_sync()) {
     cute::prefetch_tma_descriptor(&params.x_map);
+    if (Tile::kPairs)
+      cute::prefetch_tma_descriptor(&params.y_map);
     using cutlass::arch::ClusterBarrier;
     for (int slot = 0; slot < Tile::kStages; ++slot) {
       ClusterBarrier::init(&shared.full[slot], Producer<Tile>::kThreads);
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         cute::cluster_wait();
       epilogue.store(scheduler, acc, k_group);
     }
-    epilogue.finish_cluster(scheduler.item());
+    epilogue.finish(scheduler.item());
   }
   if (pairs) {  // the other CTA writes to this one's memory, and arrives at its barriers
     __syncwarp();

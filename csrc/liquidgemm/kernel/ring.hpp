@@ -77,10 +77,10 @@ template <class Tile>
 struct alignas(1024) SharedStorage {
   // Tokens first: the 128-byte swizzle wants 1024-byte alignment.
   alignas(1024) int8_t tokens[Tile::kStages][Tile::kStageTokenBytes];
+  alignas(1024) uint8_t staging[Tile::kPanels][Tile::kStagingBytes];  // swizzled, too
   alignas(16) uint8_t weights[Tile::kStages][Tile::kPanels][Tile::kStageBlocks * kBlockBytes];
   alignas(16) float channel_values[Tile::kPanels][2][kBlockRows];  // weight scales, biases
   float token_scale[Tile::kPanels][Tile::kTokens];
-  alignas(16) uint8_t staging[Tile::kPanels][Tile::kStagingBytes];
   // full: one arrival of each producer, plus the bytes of the stage. empty: kReleasesPerWarp
   // arrivals of each warp that read it.
   alignas(8) uint64_t full[Tile::kStages];

@@ -53,6 +53,8 @@ constexpr int largest_share(int octets) {
   return largest;
 }
 
+inline constexpr int kStoreTokens = 32;  // of a box of y
+
 inline constexpr int kSharedBytesPerCta = 227 * 1024;  // sm_90's opt-in limit
 
 inline std::string name(TileShape const& shape) {
@@ -91,22 +93,31 @@ struct Tile {
   static constexpr int kOctets = kTokens / 8;
   static constexpr int kVectorBytes = 16 * kWarpGroupThreads;  // an octet of one panel
   static constexpr int kPartBytes = (kOctets * kKGroups + largest_share(kOctets)) * kVectorBytes;
-  // Groups that hold whole sums proceed in chunks of tokens. Results of 16 bits become rows in two
-  // buffers; the pitch keeps both access patterns free of bank conflicts.
-  static constexpr int kChunkTokens = 32;
+  // Groups that hold whole sums proceed in chunks of tokens: boxes of a TMA store, if results have
+  // 16 bits. They leave while the next tile is computed, so there are as many buffers as chunks, or
+  // as many as leave the ring four stages.
+  static constexpr int kChunkTokens = kStoreTokens;
   static constexpr int kChunks = kTokens / kChunkTokens;
-  static constexpr int kChunkPitch = kBlockRows + 8;  // elements
-  static constexpr int kChunkBytes = 2 * kChunkTokens * kChunkPitch * 2;
-  static constexpr int kStagingBytes = kPairs ? kChunkBytes : kPartBytes;
+  static constexpr int kChunkBytes = kChunkTokens * kBlockRows * 2;
 
   static constexpr int kStageWeightBytes = kPanels * kStageBlocks * kBlockBytes;
   static constexpr int kStageTokenBytes = kTokens * kStageK;
   static constexpr int kScaleBytes = kPanels * (kTokens + 2 * kBlockRows) * 4;
   static constexpr int kBarrierBytes =
-      1024;  // generous: 16 bytes per stage, 16 per panel, and alignment
-  static constexpr int kStagesThatFit =
-      (kSharedBytesPerCta - kPanels * kStagingBytes - kScaleBytes - kBarrierBytes) /
-      (kStageWeightBytes + kStageTokenBytes);
+      2048;  // generous: 16 bytes per stage, 16 per panel, and alignment
+  static constexpr int stages_beside(int staging_bytes) {
+    return (kSharedBytesPerCta - kPanels * staging_bytes - kScaleBytes - kBarrierBytes) /
+           (kStageWeightBytes + kStageTokenBytes);
+  }
+  static constexpr int most_buffers() {
+    int buffers = kChunks;
+    while (buffers > 2 && stages_beside(buffers * kChunkBytes) < 4)
+      --buffers;
+    return buffers;
+  }
+  static constexpr int kChunkBuffers = kPairs ? most_buffers() : 0;
+  static constexpr int kStagingBytes = kPairs ? kChunkBuffers * kChunkBytes : kPartBytes;
+  static constexpr int kStagesThatFit = stages_beside(kStagingBytes);
   // A multiple of the k groups, so that a slot always belongs to the same group. Were its next use
   // another group's, that group could come to wait for it while its present load is still on the
   // way, and a wait for the phase after next passes at once: phases are known by their parity only.
@@ -120,7 +131,7 @@ struct Tile {
   static_assert(kStageBlocks % 2 == 0,
                 "a stage is made of 128-byte rows of activations, and A registers alternate");
   static_assert(kTokens % 8 == 0 && kTokens <= 256);
-  static_assert(kKGroups > 1 || kTokens % (2 * kChunkTokens) == 0, "two buffers take turns");
+  static_assert(!kPairs || kTokens % (2 * kChunkTokens) == 0, "a pair shares the chunks");
   static_assert(kThreads <= 1024);
 };
 
