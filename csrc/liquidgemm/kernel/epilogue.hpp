@@ -4,8 +4,8 @@
 // The accumulators hold Y transposed: for every octet of tokens a thread has two tokens of two
 // channels, four words. There are two ways to y:
 //
-//   store_rows   whole sums of 16-bit results: transposed by stmatrix and stored by TMA, a chunk of
-//                tokens at a time
+//   store_rows   whole sums of 16-bit results: transposed by stmatrix, a chunk of tokens at a time,
+//                and stored by TMA, or so that eight threads write the 64 channels of a token
 //   store_parts  sums of which k groups or CTAs of a cluster have parts, and other types: parts
 //   meet
 //                in shared memory, four words at a time; each octet has one warp-group that adds
@@ -72,7 +72,7 @@ class Epilogue {
 
   // After `items` tiles: nobody uses this CTA's staging any more, it may exit.
   CUTE_DEVICE void finish(int items) const {
-    if (Tile::kPairs && thread() == 0)
+    if (Tile::kStoresByTma && thread() == 0)
       cute::tma_store_wait<0>();
     if (params_.split_k > 1)
       Barrier::wait(&shared_.drained[panel_], phase(items - 1));
@@ -102,7 +102,7 @@ class Epilogue {
     locate(work);
     // Scales and staging are in use until everybody, TMA too, is done with the tile before this
     // one.
-    if (Tile::kPairs && thread() == 0)
+    if (Tile::kStoresByTma && thread() == 0)
       cute::tma_store_wait<0>();
     panel_barrier();
     stage_scales();
@@ -183,7 +183,7 @@ class Epilogue {
     return (address | (params_.y_stride * 2) | (params_.n * 2)) % 16 == 0;
   }
 
-  // A chunk of tokens at a time, by TMA, which goes on while the next tile is computed.
+  // A chunk of tokens at a time; by TMA, it goes on while the next tile is computed.
   template <class Pair, class Accumulator>
   CUTE_DEVICE void store_rows(Accumulator const& acc) {
     constexpr int kChunk = Tile::kChunkTokens;
@@ -220,12 +220,15 @@ class Epilogue {
               rounded[0], rounded[1], rounded[2], rounded[3],
               *reinterpret_cast<cute::uint128_t*>(&buffer[stage_at + pair * 16 * kRowBytes]));
         }
-        cute::tma_store_fence();
-        if (thread() == 0)  // the buffer of the next chunk has been read
-          cute::tma_store_wait<Tile::kChunkBuffers - 2>();
+        if constexpr (Tile::kStoresByTma) {
+          cute::tma_store_fence();
+          if (thread() == 0)  // the buffer of the next chunk has been read
+            cute::tma_store_wait<Tile::kChunkBuffers - 2>();
+        }
         panel_barrier();
         // Rows past the last of x are clipped; those of the next tile are not this one's.
-        if ((chunk + 1) * kChunk <= tokens_ || first_token_ + tokens_ == params_.m) {
+        const bool clipped = (chunk + 1) * kChunk <= tokens_ || first_token_ + tokens_ == params_.m;
+        if (Tile::kStoresByTma && clipped) {
           if (thread() == 0) {
             cute::SM90_TMA_STORE_2D::copy(&params_.y_map, buffer, first_channel_,
                                           first_token_ + chunk * kChunk);
@@ -243,7 +246,7 @@ class Epilogue {
     constexpr int kThreadsPerRow = kBlockRows * 2 / 16;
     const int vector = thread() % kThreadsPerRow;
     const int channel = first_channel_ + vector * 8;
-    CUTE_NO_UNROLL
+    CUTE_UNROLL
     for (int row = thread() / kThreadsPerRow; row < Tile::kChunkTokens;
          row += kWarpGroupThreads / kThreadsPerRow) {
       const int token = chunk * Tile::kChunkTokens + row;

@@ -95,7 +95,8 @@ struct Tile {
   static constexpr int kPartBytes = (kOctets * kKGroups + largest_share(kOctets)) * kVectorBytes;
   // Groups that hold whole sums proceed in chunks of tokens: boxes of a TMA store, if results have
   // 16 bits. They leave while the next tile is computed, so there are as many buffers as chunks, or
-  // as many as leave the ring four stages.
+  // as many as leave the ring five stages: four cost more than the stores gain. With only two
+  // buffers for many chunks the group would wait for TMA, and stores for itself.
   static constexpr int kChunkTokens = kStoreTokens;
   static constexpr int kChunks = kTokens / kChunkTokens;
   static constexpr int kChunkBytes = kChunkTokens * kBlockRows * 2;
@@ -111,11 +112,12 @@ struct Tile {
   }
   static constexpr int most_buffers() {
     int buffers = kChunks;
-    while (buffers > 2 && stages_beside(buffers * kChunkBytes) < 4)
+    while (buffers > 2 && stages_beside(buffers * kChunkBytes) < 5)
       --buffers;
     return buffers;
   }
   static constexpr int kChunkBuffers = kPairs ? most_buffers() : 0;
+  static constexpr bool kStoresByTma = kPairs && (kChunkBuffers > 2 || kChunkBuffers == kChunks);
   static constexpr int kStagingBytes = kPairs ? kChunkBuffers * kChunkBytes : kPartBytes;
   static constexpr int kStagesThatFit = stages_beside(kStagingBytes);
   // A multiple of the k groups, so that a slot always belongs to the same group. Were its next use
