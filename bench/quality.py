@@ -37,11 +37,12 @@ from liquidgemm.sources import load_model
 
 from .machine import commit
 from .quality_data import HOME, MINILM, QWEN, SMOLLM2, UNSEEN, read_texts
-from .quality_tables import render
+from .quality_tables import processor_of, render
 
 WINDOW, STRIDE = 1024, 512
 BATCH = 4  # windows of calibration text at a time
 SENTENCES = 1000
+PERTURBATIONS = 4
 MODELS = {"SmolLM2-135M": SMOLLM2, "Qwen2.5-Coder-0.5B": QWEN, "MiniLM-L6": MINILM}
 
 _GPTQ = {"method": "gptq"}
@@ -124,6 +125,23 @@ class Judge:
         """On the unseen domain, without the reference."""
         return evaluate(model, self._windows[UNSEEN])
 
+    @torch.no_grad()
+    def perturbed(self, model: nn.Module) -> dict:
+        """Perplexities on the unseen domain: as it is, then with embeddings changed by 1e-6."""
+        weight = model.get_input_embeddings().weight
+        kept = weight.clone()
+        results = [self.unseen(model)]
+        for seed in range(PERTURBATIONS):
+            generator = torch.Generator(weight.device).manual_seed(seed + 1)
+            noise = torch.randn(kept.shape, generator=generator, device=weight.device)
+            weight.copy_(kept * (1 + 1e-6 * noise))
+            results.append(self.unseen(model))
+        weight.copy_(kept)
+        return {
+            "tokens": results[0].tokens,
+            "perplexities": [result.perplexity for result in results],
+        }
+
 
 def windows(tokenizer, texts: list[str], tokens: int) -> list[tuple[Tensor, int]]:
     """Pieces of four windows each, spread evenly over the texts, and windows sliding over each."""
@@ -153,6 +171,8 @@ def language_model(name: str, arguments: argparse.Namespace) -> Iterator[dict]:
         results = judge(quantized)
         row |= {"model": name, "recipe": recipe, "calibration_tokens": mixed.numel()}
         row["domains"] = {domain: asdict(result) for domain, result in results.items()}
+        if recipe == arguments.perturb:
+            row["perturbed"] = judge.perturbed(quantized)
         if recipe == arguments.cpu_too:
             row["cpu"] = judge.unseen(quantized.cpu()).perplexity
         yield row
@@ -278,11 +298,14 @@ def main() -> None:
     parser.add_argument(
         "--recipes", nargs="+", choices={**RECIPES, **MINILM_RECIPES}, metavar="RECIPE"
     )
-    parser.add_argument("--missing", action="store_true", help="only what results.json lacks")
+    parser.add_argument("--missing", action="store_true", help="only what quality.json lacks")
     parser.add_argument("--tokens", type=int, default=65536, help="for calibration")
     parser.add_argument("--eval-tokens", type=int, default=32768, help="of each domain")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cpu-too", choices=RECIPES, metavar="RECIPE", help="to judge on both")
+    parser.add_argument(
+        "--perturb", choices=RECIPES, metavar="RECIPE", help="to judge with rounding errors, too"
+    )
     parser.add_argument("--commit", help="commit that is measured, where git is not at hand")
     parser.add_argument("--render", type=Path, help="write the tables of such a folder")
     arguments = parser.parse_args()
@@ -292,7 +315,7 @@ def main() -> None:
     if arguments.data is None:
         parser.error("expected DATA or --render")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "results.json"
+    path = arguments.out / "quality.json"
     results = {"rows": []}
     run = {"commit": arguments.commit or commit(), "machine": machine(arguments.device)}
     if path.exists():  # models may be measured one at a time
@@ -305,15 +328,16 @@ def main() -> None:
         for row in rows:
             row.update(run)
             print(line(row), flush=True)
-            by_key = {place(one): one for one in [*results["rows"], row]}
-            results["rows"] = [by_key[key] for key in sorted(by_key)]
+            by_place = {place(one): one for one in [*results["rows"], row]}
+            results["rows"] = [by_place[key] for key in sorted(by_place)]
             path.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def place(row: dict) -> tuple[int, int]:
+def place(row: dict) -> tuple[int, str, int]:
     """Of a row in the tables, whenever it was measured."""
     recipes = MINILM_RECIPES if row["model"] == "MiniLM-L6" else RECIPES
-    return list(MODELS).index(row["model"]), list(recipes).index(row["recipe"])
+    model, recipe = list(MODELS).index(row["model"]), list(recipes).index(row["recipe"])
+    return model, processor_of(row), recipe
 
 
 def machine(device: str) -> str:

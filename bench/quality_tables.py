@@ -12,10 +12,10 @@ BEGIN, END = "<!-- tables: python -m bench.quality --render -->", "<!-- end of t
 
 
 def render(folder: Path) -> None:
-    """Write results.md beside results.json, and its tables into docs/quality.md."""
-    results = json.loads((folder / "results.json").read_text())
+    """Write quality.md beside quality.json, and its tables into docs/quality.md."""
+    results = json.loads((folder / "quality.json").read_text())
     content = tables(results, folder)
-    (folder / "results.md").write_text(content + "\n")
+    (folder / "quality.md").write_text(content + "\n")
     before, begin, rest = DOCUMENT.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -30,29 +30,35 @@ def tables(results: dict, folder: Path) -> str:
     parts = [
         f"{machines}; commit {commits}. Language models are calibrated on {' and '.join(HOME)}. "
         "Raw figures: "
-        f"[{folder.name}/results.json](../bench/results/quality/{folder.name}/results.json)."
+        f"[{folder.name}/quality.json](../bench/results/quality/{folder.name}/quality.json)."
     ]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        parts.append(language_table(model, own) if "domains" in own[0] else cosine_table(own))
+    for model, processor in dict.fromkeys((row["model"], processor_of(row)) for row in rows):
+        own = [row for row in rows if (row["model"], processor_of(row)) == (model, processor)]
+        parts.append(language_table(own) if "domains" in own[0] else cosine_table(own))
     return "\n\n".join(parts)
 
 
-def language_table(model: str, rows: list[dict]) -> str:
+def processor_of(row: dict) -> str:
+    """Of the machine that a row was measured on, however many threads it used."""
+    return row["machine"].split(", ")[0]
+
+
+def language_table(rows: list[dict]) -> str:
     domains = (*HOME, UNSEEN)
     reference = ", ".join(
         f"{domain} {rows[0]['domains'][domain]['reference_perplexity']:.2f}" for domain in domains
     )
     lines = [
-        f"**{model}**, perplexity relative to the GGUF file's weights in float32 ({reference}); "
+        f"**{rows[0]['model']}** on {processor_of(rows[0])}, perplexity relative to the GGUF "
+        f"file's weights in float32 ({reference}); "
         f"agreement of the most likely token and KL divergence on {UNSEEN}, which is unseen; "
-        f"{rows[0]['calibration_tokens']} tokens of calibration text, "
-        f"{rows[0]['domains'][UNSEEN]['tokens']} tokens judged of each domain",
+        f"{rows[0]['domains'][UNSEEN]['tokens']} tokens judged of each domain; text: tokens for "
+        "calibration",
         "",
-        "| recipe | bits | "
+        "| recipe | text | bits | "
         + " | ".join(f"{d} (unseen)" if d == UNSEEN else d for d in domains)
         + " | same token | KL mean | KL p99 | time, s | peak, GB |",
-        "|---|" + "---:|" * (6 + len(domains)),
+        "|---|" + "---:|" * (7 + len(domains)),
     ]
     for row in rows:
         change = [
@@ -62,6 +68,7 @@ def language_table(model: str, rows: list[dict]) -> str:
         unseen = row["domains"][UNSEEN]
         cells = [
             row["recipe"],
+            f"{row['calibration_tokens'] // 1024}k",
             f"{row['bits']:.2f}",
             *change,
             f"{unseen['agreement']:.1%}",
@@ -78,6 +85,15 @@ def language_table(model: str, rows: list[dict]) -> str:
                 f'Perplexity of "{row["recipe"]}" on {UNSEEN}: {unseen_perplexity(row):.4f} '
                 f"through the kernel, {row['cpu']:.4f} through the CPU's exact path.",
             ]
+    for row in rows:
+        if "perturbed" in row:
+            first, *others = row["perturbed"]["perplexities"]
+            lines += [
+                "",
+                f'Perplexity of "{row["recipe"]}" on {row["perturbed"]["tokens"]} tokens of '
+                f"{UNSEEN}: {first:.2f}; with embeddings changed by one part in a million, "
+                f"{len(others)} times: {', '.join(f'{value:.2f}' for value in others)}.",
+            ]
     return "\n".join(lines)
 
 
@@ -87,8 +103,8 @@ def unseen_perplexity(row: dict) -> float:
 
 def cosine_table(rows: list[dict]) -> str:
     lines = [
-        f"**{rows[0]['model']}**, cosine similarity of {rows[0]['sentences']} sentence embeddings "
-        "to those of the float32 model",
+        f"**{rows[0]['model']}** on {processor_of(rows[0])}, cosine similarity of "
+        f"{rows[0]['sentences']} sentence embeddings to those of the float32 model",
         "",
         "| recipe | bits | mean | minimum | time, s | peak, GB |",
         "|---|" + "---:|" * 5,

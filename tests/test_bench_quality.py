@@ -58,9 +58,9 @@ def run(monkeypatch, *arguments):
 def test_results_and_tables(data, monkeypatch, capsys):
     out = data / "out"
     options = ["--tokens", 512, "--eval-tokens", 256, "--device", "cpu", "--commit", "c0ffee"]
-    options += ["--out", out, "--cpu-too", RECIPES[2], "--recipes"]
+    options += ["--out", out, "--cpu-too", RECIPES[2], "--perturb", RECIPES[2], "--recipes"]
     run(monkeypatch, data, *options, *RECIPES)
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "quality.json").read_text())
     assert [(row["model"], row["recipe"]) for row in results["rows"]] == [
         *(("SmolLM2-135M", recipe) for recipe in RECIPES),
         *(("MiniLM-L6", recipe) for recipe in RECIPES[:2]),
@@ -71,6 +71,10 @@ def test_results_and_tables(data, monkeypatch, capsys):
         for result in row["domains"].values():
             assert result["perplexity"] == pytest.approx(result["reference_perplexity"], rel=0.1)
     assert best["cpu"] == best["domains"]["debian"]["perplexity"]  # here both are the CPU
+    unchanged, *perturbed = best["perturbed"]["perplexities"]
+    assert unchanged == best["cpu"]
+    assert len(set(perturbed)) > 1
+    assert perturbed == pytest.approx([unchanged] * len(perturbed), rel=0.05)
     assert results["rows"][3]["mean"] > 0.99
 
     capsys.readouterr()
@@ -88,6 +92,7 @@ def test_results_and_tables(data, monkeypatch, capsys):
     assert text.count("| search |") == 2
     assert "commit c0ffee" in text
     assert 'Perplexity of "gptq, smooth, augment 64, keep down_proj" on debian' in text
+    assert "one part in a million, 4 times:" in text
 
 
 @torch.no_grad()
