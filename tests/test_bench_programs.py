@@ -11,7 +11,17 @@ import pytest
 import torch
 
 import setup as build
-from bench import ablation, machine, microbench, programs, report, results, roofline, shapes
+from bench import (
+    ablation,
+    machine,
+    microbench,
+    programs,
+    report,
+    results,
+    roofline,
+    shapes,
+    sustained,
+)
 from bench.peers import PEERS, Unsupported
 from bench.peers.base import check_result
 
@@ -282,6 +292,9 @@ class TestFolders:
         (tmp_path / "results_other.json").write_text(json.dumps(data))
         record(**MICROBENCHMARKS).save(tmp_path / "microbench.json")
         record(ablation=ablation_rows()).save(tmp_path / "ablation.json")
+        state = {"sm_mhz": 1500.0, "power_w": 699.0, "slowed_by": ["power cap"]}
+        row = sustained.row_of("fp8 row", 4096, 4096, 4096, [100.0] * 5 + [125.0] * 5, state)
+        record(**{"N = 4096": [row]}).save(tmp_path / "sustained.json")
         assert report.main([str(tmp_path)]) == 0
         written = [Path(line) for line in capsys.readouterr().out.splitlines()]
         assert all(path.stat().st_size > 0 for path in written)
@@ -289,6 +302,8 @@ class TestFolders:
         assert {"results.md", "microbench.md", "ablation.md", "ablation.png"} <= names
         assert tmp_path / "results_other.md" in written
         assert tmp_path / "plots_other/time_4096x4096.png" in written
+        text = (tmp_path / "sustained.md").read_text()
+        assert "| fp8 row | 1374.4 | 1099.5 | 1500.0 | 699.0 | - | power cap |" in text
         text = (tmp_path / "results.md").read_text()
         assert "4 TB/s, 1600 TOPS, dequantization 8 TB/s; of this Made-up GPU" in text
         assert "| **2.23** / 1.11 / 0.02 |" in text
