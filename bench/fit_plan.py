@@ -161,7 +161,8 @@ def predict(s: Sweep, parameters: np.ndarray, pair_gain: float) -> np.ndarray:
     memory = panels * k_blocks * BLOCK_BYTES / bandwidth * ((units - last) + last / reach) / units
 
     soft_max = (memory**SOFTNESS + sm**SOFTNESS) ** (1 / SOFTNESS)
-    return launch + occupancy * workers * s.cluster() / s.sms + soft_max
+    busy = workers * s.cluster() / s.sms
+    return launch + occupancy * busy**3 + soft_max
 
 
 def fit(s: Sweep, pair_gain: float) -> np.ndarray:

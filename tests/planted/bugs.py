@@ -189,7 +189,7 @@ BUGS = (
         (
             Patch(
                 f"{KERNEL}/epilogue.hpp",
-                "octet_of(acc, i);\n    panel_barrier();",
+                "octet_of(acc, i);\n    panel_barrier();  // the parts, and the scales",
                 "octet_of(acc, i);",
             ),
             *EVERY_LANE.patches,

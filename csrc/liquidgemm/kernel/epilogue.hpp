@@ -2,14 +2,18 @@
 // bias[n]), rounded after each operation, left to right.
 //
 // The accumulators hold Y transposed: for every octet of tokens a thread has two tokens of two
-// channels, four words. There are two ways to y:
+// channels, four words. Sums that others have parts of are completed first, in memory that both
+// reach; integer addition makes any order exact:
 //
-//   store_rows   whole sums of 16-bit results: transposed by stmatrix, a chunk of tokens at a time,
-//                and stored by TMA, or so that eight threads write the 64 channels of a token
-//   store_parts  sums of which k groups or CTAs of a cluster have parts, and other types: parts
-//   meet
-//                in shared memory, four words at a time; each octet has one warp-group that adds
-//                them up and writes the elements. Integer addition makes any order exact
+//   store_parts  k groups that take turns, and the CTAs of a cluster: through staging buffers
+//   exchange     the two CTAs of a pair: from registers into what was the other's ring
+//
+// Then there are three ways to y:
+//
+//   store_rows   results of 16 bits: transposed by stmatrix, a chunk of tokens at a time; stored by
+//                TMA, or so that eight threads write the 64 channels of a token
+//   store_octets other types and alignments: element by element
+//   store_parts  does the same with the octets that it has added up
 //
 // The code is short on purpose: every tile runs it once, and fetching it costs more than the
 // arithmetic in it.
@@ -107,12 +111,11 @@ class Epilogue {
     panel_barrier();
     stage_scales();
     if constexpr (Tile::kKGroups > 1) {
-      panel_barrier();
       store_parts(scheduler.item(), acc, k_group);
     } else {
       if (Tile::kPairs && split_)
         exchange(acc);
-      panel_barrier();
+      panel_barrier();  // the scales
       if (rows_are_vectors() && params_.y_type == Element::kBFloat16) {
         store_rows<__nv_bfloat162>(acc);
       } else if (rows_are_vectors() && params_.y_type == Element::kFloat16) {
@@ -350,7 +353,7 @@ class Epilogue {
     CUTE_UNROLL
     for (int i = 0; i < Tile::kOctets; ++i)
       *group_part(i, k_group) = octet_of(acc, i);
-    panel_barrier();
+    panel_barrier();  // the parts, and the scales
     if (params_.split_k > 1) {
       Barrier::wait(drained, phase(item) ^ 1);
       if (thread() == 0) {
