@@ -11,7 +11,7 @@ is calibrated on 1000 sentences of the home domains and judged by the cosine sim
 embeddings of the unseen one.
 
 What is judged are the real layers: the kernel on a GPU, else the CPU's exact path. With --cpu-too a
-recipe is judged on both.
+recipe is judged on both: with the layers alone on the CPU, and with the whole model there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import platform
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,6 +175,8 @@ def language_model(name: str, arguments: argparse.Namespace) -> Iterator[dict]:
         if recipe == arguments.perturb:
             row["perturbed"] = judge.perturbed(quantized)
         if recipe == arguments.cpu_too:
+            with layers_on_cpu(quantized):
+                row["cpu_layers"] = judge.unseen(quantized).perplexity
             row["cpu"] = judge.unseen(quantized.cpu()).perplexity
         yield row
 
@@ -213,6 +216,28 @@ def resident(line: str) -> int:
     """Memory of this process in bytes, now (VmRSS) or at its peak (VmHWM)."""
     kilobytes = re.search(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * int(kilobytes[1])
+
+
+@contextmanager
+def layers_on_cpu(model: nn.Module) -> Iterator[None]:
+    """Quantized layers compute on the CPU meanwhile, and everything else where it did.
+
+    What a whole model makes of the same bits depends on everything else, too.
+    """
+    device = next(model.parameters()).device
+    hooks = []
+    for layer in linears(model):
+        layer.cpu()
+        hooks += [
+            layer.register_forward_pre_hook(lambda _, inputs: tuple(x.cpu() for x in inputs)),
+            layer.register_forward_hook(lambda _, inputs, y: y.to(device)),
+        ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.to(device)
 
 
 def linears(model: nn.Module) -> list[LiquidLinear]:

@@ -83,7 +83,12 @@ def language_table(rows: list[dict]) -> str:
             lines += [
                 "",
                 f'Perplexity of "{row["recipe"]}" on {UNSEEN}: {unseen_perplexity(row):.4f} '
-                f"through the kernel, {row['cpu']:.4f} through the CPU's exact path.",
+                f"through the kernel, {row['cpu']:.4f} with the whole model on a CPU"
+                + (
+                    f", {row['cpu_layers']:.4f} with its layers alone there."
+                    if "cpu_layers" in row
+                    else "."
+                ),
             ]
     for row in rows:
         if "perturbed" in row:

@@ -70,7 +70,8 @@ def test_results_and_tables(data, monkeypatch, capsys):
         assert row["domains"].keys() == {"anarchism", "pydoc", "debian"}
         for result in row["domains"].values():
             assert result["perplexity"] == pytest.approx(result["reference_perplexity"], rel=0.1)
-    assert best["cpu"] == best["domains"]["debian"]["perplexity"]  # here both are the CPU
+    unseen = best["domains"]["debian"]["perplexity"]
+    assert best["cpu"] == best["cpu_layers"] == unseen  # here all are the CPU
     unchanged, *perturbed = best["perturbed"]["perplexities"]
     assert unchanged == best["cpu"]
     assert len(set(perturbed)) > 1
