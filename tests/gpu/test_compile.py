@@ -79,4 +79,5 @@ def test_export_and_load_in_a_fresh_process(tmp_path, aot_inductor: bool) -> Non
         inputs = [torch.randn(m, 200, device=DEVICE) for m in (2, 9, 100)]
         torch.save([(x, model(x)) for x in inputs], tmp_path / "data.pt")
     result = run_python(LOAD_EXPORTED, file, tmp_path / "data.pt")
-    assert result.stdout.strip() == "same", result.stdout + result.stderr
+    said = f"exit code {result.returncode}: {result.stdout}{result.stderr}"
+    assert result.stdout.strip() == "same", said
