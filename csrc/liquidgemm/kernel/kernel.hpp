@@ -8,6 +8,10 @@
 //   consumer warp-groups      panels * k_groups    full[slot]              empty[slot]: 1 per warp that read it
 //   epilogue (all consumers   k_groups groups      named barrier of the    with split K: received (by bytes) and
 //   of a panel)               per panel            panel                   drained (1 per warp), cluster-wide
+//                                                                          pairs: multiplied (1 per warp) and
+//                                                                          received (by bytes) of the other CTA
+//
+//   In a pair, empty[slot] is that of both CTAs: each fills half of the other's ring.
 //
 //   weight producer  | W W W W ...            | W as slots become free, across tiles
 //   token producer   | wait for the previous kernel | X X X X ... | X as slots become free, across tiles

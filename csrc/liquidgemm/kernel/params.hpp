@@ -10,8 +10,8 @@ namespace liquidgemm {
 enum class Element : int { kBFloat16, kFloat16, kFloat32, kInt32 };
 
 struct KernelParams {
-  CUtensorMap x_map;      // int8 [m, k], box [tile_tokens, 128], 128-byte swizzle, zero fill
-                          // past the edges
+  CUtensorMap x_map;      // int8 [m, k], box [tile_tokens, 128], with pairs half as many tokens;
+                          // 128-byte swizzle, zero fill past the edges
   CUtensorMap y_map;      // 16-bit y, if its rows are vectors of 16 bytes: box [kStoreTokens, 64],
                           // 128-byte swizzle
   uint8_t const* weight;  // packed [panels, k_blocks, kBlockBytes]
