@@ -3,8 +3,8 @@
     python -m bench.sustained --json sustained.json
 
 Each candidate runs for --seconds without a pause, twice, in turn with the others. A row says how
-fast it was in the first and in the last second, and what clocks and power were then. Data, weights
-and checks are those of the benchmark.
+fast it was in the first and in the last fifth of that time, and what clocks and power were then.
+Data, weights and checks are those of the benchmark.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def candidates(names: list[str], n: int, k: int, m: int) -> Iterator[tuple[str, 
 
 
 def run_for(graph, seconds: float) -> tuple[list[float], dict]:
-    """Times of one call in µs over so many seconds, and the GPU's state in the last of them."""
+    """Times of one call in µs over so many seconds, and the GPU's state near their end."""
     graph.timed_replay()[1].synchronize()
     events = graph.timed_replay()
     events[1].synchronize()
@@ -63,7 +63,7 @@ def run_for(graph, seconds: float) -> tuple[list[float], dict]:
     replays = max(4, int(seconds * 1e6 / one_us))
     pairs = [graph.timed_replay() for _ in range(replays)]
     pairs[int(0.8 * replays)][1].synchronize()
-    state = machine.snapshot("last second", torch.device("cuda", torch.cuda.current_device()))
+    state = machine.snapshot("last fifth", torch.device("cuda", torch.cuda.current_device()))
     pairs[-1][1].synchronize()
     return [graph.time_us(pair) for pair in pairs], state
 
@@ -72,12 +72,12 @@ def row_of(name: str, m: int, n: int, k: int, times: list[float], state: dict) -
     def tops(some: list[float]) -> float:
         return round(2e-6 * m * n * k / statistics.median(some), 1)
 
-    a_second = max(1, len(times) // 5)
+    a_fifth = max(1, len(times) // 5)
     slowed = state.get("slowed_by") or []
     return {
         "candidate": name,
-        "tops_first": tops(times[:a_second]),
-        "tops_last": tops(times[-a_second:]),
+        "tops_first": tops(times[:a_fifth]),
+        "tops_last": tops(times[-a_fifth:]),
         "sm_mhz": state.get("sm_mhz"),
         "power_w": state.get("power_w"),
         "temperature_c": state.get("temperature_c"),

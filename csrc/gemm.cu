@@ -56,12 +56,6 @@ cudaError_t encode(CUtensorMap& map,
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Rows of y are vectors of 16 bytes: see Epilogue.
-bool stores_by_tma(GemmArguments const& a) {
-  const bool two_bytes = a.y_type == Element::kBFloat16 || a.y_type == Element::kFloat16;
-  return two_bytes && (reinterpret_cast<uintptr_t>(a.y) | a.y_stride * 2 | a.n * 2) % 16 == 0;
-}
-
 cudaError_t query(int device, DeviceInfo& info) {
   int major = 0, minor = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -102,13 +96,6 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
     return cudaSuccess;
   const Division division = divide(a.m, a.n, a.k, plan, std::max(1, num_sms / plan.cluster()));
   KernelParams params{};
-  cudaError_t error = encode(params.x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.x, a.m, a.k,
-                             a.x_stride, division.tile_tokens / (plan.pairs ? 2 : 1));
-  if (error == cudaSuccess && stores_by_tma(a))
-    error = encode(params.y_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, a.m, a.n, a.y_stride * 2,
-                   kStoreTokens);
-  if (error != cudaSuccess)
-    return error;
   params.weight = a.weight;
   params.x_scale = a.x_scale;
   params.weight_scale = a.weight_scale;
@@ -128,6 +115,15 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
   params.pairs = plan.pairs;
   params.whole_rounds = division.whole_rounds;
   params.split_tiles = division.split_tiles;
+  cudaError_t error = encode(params.x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.x, a.m, a.k,
+                             a.x_stride, division.tile_tokens / (plan.pairs ? 2 : 1));
+  const bool two_bytes = a.y_type == Element::kBFloat16 || a.y_type == Element::kFloat16;
+  if (error == cudaSuccess && kTileShapes[plan.tile].can_pair() && two_bytes &&
+      params.rows_are_vectors())
+    error = encode(params.y_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, a.m, a.n, a.y_stride * 2,
+                   kStoreTokens);
+  if (error != cudaSuccess)
+    return error;
   return kLaunchers[plan.tile](params, division.workers, stream);
 }
 

@@ -1,7 +1,6 @@
 // The heuristic: a pure function that always names something the kernel can run.
 #include <algorithm>
 #include <cstdio>
-#include <iterator>
 
 #include "liquidgemm/host/plan.hpp"
 
@@ -50,11 +49,11 @@ int main() {
           const Plan plan = select_plan(p);
           expect(plan.tile >= 0 && plan.tile < kNumTileShapes, "a compiled tile", p, plan);
           expect(is_listed(plan) && plan.cluster() <= sms, "a possible plan", p, plan);
-          const Division d = divide(m, n, k, plan, most_workers(p, plan));
+          const Division d = divide(p, plan);
           expect(plan.split_k <= d.stages, "work for every CTA of a cluster", p, plan);
           expect(is_plausible(kTileShapes[plan.tile], m), "a tile of a fitting size", p, plan);
           expect(plan.split_k < 4 || d.whole_rounds == 1, "clusters of 4 in one round", p, plan);
-          expect(estimate(p, plan).total() > 0, "a positive estimate", p, plan);
+          expect(estimate(p, plan, d).total() > 0, "a positive estimate", p, plan);
           for (Plan const& any : all_plans())
             expect_all_tiles(p, any, std::max(1, sms / any.cluster()));
         }

@@ -40,12 +40,12 @@ inline std::vector<Plan> const& all_plans() {
   static const std::vector<Plan> plans = [] {
     std::vector<Plan> result;
     for (int tile = 0; tile < kNumTileShapes; ++tile) {
-      if (kTileShapes[tile].k_groups > 1) {
-        for (int split_k : kSplits)
-          result.push_back({tile, split_k});
-      } else {
+      if (kTileShapes[tile].can_pair()) {
         result.push_back({tile});
         result.push_back({tile, 1, true});
+      } else {
+        for (int split_k : kSplits)
+          result.push_back({tile, split_k});
       }
     }
     return result;
@@ -127,6 +127,10 @@ inline Division divide(int64_t m, int64_t n, int64_t k, Plan const& plan, int mo
   return d;
 }
 
+inline Division divide(Problem const& p, Plan const& plan, CostModel const& c = {}) {
+  return divide(p.m, p.n, p.k, plan, most_workers(p, plan, c));
+}
+
 // Time of one plan, in microseconds: the larger of streaming the weights and of what the busiest SM
 // has to do (softly: near the crossover the two get in each other's way), and what is fixed.
 struct Estimate {
@@ -134,11 +138,12 @@ struct Estimate {
   double total() const { return fixed + std::pow(std::pow(memory, 6) + std::pow(sm, 6), 1.0 / 6); }
 };
 
-inline Estimate estimate(Problem const& p, Plan const& plan, CostModel const& c = {}) {
+inline Estimate estimate(Problem const& p,
+                         Plan const& plan,
+                         Division const& d,
+                         CostModel const& c = {}) {
   TileShape const& shape = kTileShapes[plan.tile];
   TileCost const& cost = kTileCosts[plan.tile];
-  const int at_a_time = most_workers(p, plan, c);
-  const Division d = divide(p.m, p.n, p.k, plan, at_a_time);
   const double units = double(d.m_tiles) * d.n_tiles;
   const double panels = ceil_div(p.n, kBlockRows);
   const double k_blocks = ceil_div(p.k, kBlockK);
@@ -185,14 +190,13 @@ inline Plan select_plan(Problem const& p) {
   for (Plan const& plan : all_plans()) {
     if (!is_plausible(kTileShapes[plan.tile], p.m) || plan.cluster() > p.num_sms)
       continue;
-    const int workers = most_workers(p, plan);
-    const Division d = divide(p.m, p.n, p.k, plan, workers);
+    const Division d = divide(p, plan);
     if (plan.split_k > d.stages)
       continue;
     // Clusters of 4 that have to take turns were always slower than the model says.
-    if (plan.split_k == 4 && d.m_tiles * d.n_tiles > workers)
+    if (plan.split_k == 4 && d.whole_rounds > 1)
       continue;
-    const double us = estimate(p, plan).total();
+    const double us = estimate(p, plan, d).total();
     if (us < best_us) {
       best_us = us;
       best = plan;
@@ -202,7 +206,7 @@ inline Plan select_plan(Problem const& p) {
 }
 
 inline std::string describe(Problem const& p, Plan const& plan) {
-  const Estimate e = estimate(p, plan);
+  const Estimate e = estimate(p, plan, divide(p, plan));
   char buffer[256];
   std::snprintf(buffer, sizeof buffer,
                 "M=%lld N=%lld K=%lld on %d SMs, %.2f TB/s: plan %s; estimated %.1f us: "

@@ -110,15 +110,15 @@ class Epilogue {
       cute::tma_store_wait<0>();
     panel_barrier();
     stage_scales();
-    if constexpr (Tile::kKGroups > 1) {
+    if constexpr (!Tile::kPairs) {
       store_parts(scheduler.item(), acc, k_group);
     } else {
-      if (Tile::kPairs && split_)
+      if (split_)
         exchange(acc);
       panel_barrier();  // the scales
-      if (rows_are_vectors() && params_.y_type == Element::kBFloat16) {
+      if (params_.rows_are_vectors() && params_.y_type == Element::kBFloat16) {
         store_rows<__nv_bfloat162>(acc);
-      } else if (rows_are_vectors() && params_.y_type == Element::kFloat16) {
+      } else if (params_.rows_are_vectors() && params_.y_type == Element::kFloat16) {
         store_rows<__half2>(acc);
       } else {
         store_octets(acc);
@@ -179,12 +179,6 @@ class Epilogue {
 
   // -----------------------------------------------------------------------------------------------
   // Ways to y.
-
-  // Whether every row of y is a whole number of aligned 16-byte vectors, for elements of 2 bytes.
-  CUTE_DEVICE bool rows_are_vectors() const {
-    const auto address = reinterpret_cast<uintptr_t>(params_.y);
-    return (address | (params_.y_stride * 2) | (params_.n * 2)) % 16 == 0;
-  }
 
   // A chunk of tokens at a time; by TMA, it goes on while the next tile is computed.
   template <class Pair, class Accumulator>
@@ -292,9 +286,7 @@ class Epilogue {
   // sends the chunks of the other from its registers, to where that one's ring was, and adds what
   // it gets to its own.
 
-  CUTE_DEVICE bool owns(int chunk) const {
-    return !(Tile::kPairs && split_) || chunk % 2 == Scheduler<Tile>::rank();
-  }
+  CUTE_DEVICE bool owns(int chunk) const { return !split_ || chunk % 2 == Scheduler<Tile>::rank(); }
 
   template <class Accumulator>
   CUTE_DEVICE void exchange(Accumulator& acc) {
@@ -330,12 +322,11 @@ class Epilogue {
         CUTE_UNROLL
         for (int i = 0; i < kOctets; ++i) {
           const int octet = chunk * kOctets + i;
-          int4 sum = octet_of(acc, octet);
-          add(sum, parts[(chunk / 2 * kOctets + i) * kWarpGroupThreads]);
-          acc(4 * octet) = sum.x;
-          acc(4 * octet + 1) = sum.y;
-          acc(4 * octet + 2) = sum.z;
-          acc(4 * octet + 3) = sum.w;
+          const int4 part = parts[(chunk / 2 * kOctets + i) * kWarpGroupThreads];
+          acc(4 * octet) += part.x;
+          acc(4 * octet + 1) += part.y;
+          acc(4 * octet + 2) += part.z;
+          acc(4 * octet + 3) += part.w;
         }
       }
     }
@@ -418,9 +409,7 @@ class Epilogue {
 
   template <class Accumulator>
   CUTE_DEVICE static int4 octet_of(Accumulator const& acc, int octet) {
-    using cute::make_coord;
-    return {acc(make_coord(0, 0, octet), 0, 0), acc(make_coord(1, 0, octet), 0, 0),
-            acc(make_coord(0, 1, octet), 0, 0), acc(make_coord(1, 1, octet), 0, 0)};
+    return {acc(4 * octet), acc(4 * octet + 1), acc(4 * octet + 2), acc(4 * octet + 3)};
   }
 
   // Of `received` and `drained`: once per tile.

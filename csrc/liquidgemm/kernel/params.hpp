@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include <cute/config.hpp>
+
 namespace liquidgemm {
 
 enum class Element : int { kBFloat16, kFloat16, kFloat32, kInt32 };
@@ -12,7 +14,7 @@ enum class Element : int { kBFloat16, kFloat16, kFloat32, kInt32 };
 struct KernelParams {
   CUtensorMap x_map;      // int8 [m, k], box [tile_tokens, 128], with pairs half as many tokens;
                           // 128-byte swizzle, zero fill past the edges
-  CUtensorMap y_map;      // 16-bit y, if its rows are vectors of 16 bytes: box [kStoreTokens, 64],
+  CUtensorMap y_map;      // y of 16 bits, if rows_are_vectors: box [kStoreTokens, 64],
                           // 128-byte swizzle
   uint8_t const* weight;  // packed [panels, k_blocks, kBlockBytes]
   float const* x_scale;   // [m]
@@ -32,6 +34,11 @@ struct KernelParams {
   // counting such pairs, and then share single tiles along K, so many in all.
   bool pairs;
   int whole_rounds, split_tiles;
+
+  // Whether every row of y is a whole number of aligned 16-byte vectors, for elements of 2 bytes.
+  CUTE_HOST_DEVICE bool rows_are_vectors() const {
+    return (reinterpret_cast<uintptr_t>(y) | (y_stride * 2) | (n * 2)) % 16 == 0;
+  }
 };
 
 }  // namespace liquidgemm

@@ -23,17 +23,24 @@ CUTE_DEVICE void arrive_if(bool condition, uint64_t* barrier) {
       : "memory");
 }
 
+// The place in another CTA's shared memory that `pointer` is in this one's.
+CUTE_DEVICE uint32_t peer_address(void const* pointer, int cta_rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(cute::cast_smem_ptr_to_uint(pointer)), "r"(cta_rank));
+  return address;
+}
+
 // At the same barrier of another CTA.
 CUTE_DEVICE void arrive_at_peer_if(bool condition, uint64_t* barrier, int cta_rank) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      ".reg .b32 peer;\n"
-      "setp.ne.b32 p, %2, 0;\n"
-      "mapa.shared::cluster.u32 peer, %0, %1;\n"
-      "@p mbarrier.arrive.shared::cluster.b64 _, [peer];\n"
-      "}\n" ::"r"(cute::cast_smem_ptr_to_uint(barrier)),
-      "r"(cta_rank), "r"(static_cast<int>(condition))
+      "setp.ne.b32 p, %1, 0;\n"
+      "@p mbarrier.arrive.shared::cluster.b64 _, [%0];\n"
+      "}\n" ::"r"(peer_address(barrier, cta_rank)),
+      "r"(static_cast<int>(condition))
       : "memory");
 }
 
@@ -44,12 +51,10 @@ CUTE_DEVICE void arrive_at_cluster_if(bool condition, uint64_t* barrier, int cta
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      ".reg .b32 peer;\n"
-      "setp.ne.b32 p, %2, 0;\n"
-      "mapa.shared::cluster.u32 peer, %0, %1;\n"
-      "@p mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [peer];\n"
-      "}\n" ::"r"(cute::cast_smem_ptr_to_uint(barrier)),
-      "r"(cta_rank), "r"(static_cast<int>(condition))
+      "setp.ne.b32 p, %1, 0;\n"
+      "@p mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];\n"
+      "}\n" ::"r"(peer_address(barrier, cta_rank)),
+      "r"(static_cast<int>(condition))
       : "memory");
 }
 
@@ -62,15 +67,6 @@ CUTE_DEVICE void store_at_cluster(uint32_t address, int4 value, uint32_t barrier
       "[%5];" ::"r"(address),
       "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
       : "memory");
-}
-
-// The place in another CTA's shared memory that `pointer` is in this one's.
-CUTE_DEVICE uint32_t peer_address(void const* pointer, int cta_rank) {
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(address)
-      : "r"(cute::cast_smem_ptr_to_uint(pointer)), "r"(cta_rank));
-  return address;
 }
 
 template <class Tile>

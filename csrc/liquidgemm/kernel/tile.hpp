@@ -17,6 +17,10 @@ struct TileShape {
   int panels;        // 64-channel panels per CTA
   int k_groups;      // consumer warp-groups per panel, alternating along K
   int stage_blocks;  // 64-deep blocks per pipeline stage
+
+  // Whether a group has all of K, and CTAs can work in pairs: see scheduler.hpp. The other tiles
+  // are for few tokens, and their clusters share K.
+  constexpr bool can_pair() const { return k_groups == 1; }
 };
 
 // Sorted by tokens; a comment says what a row and those below it are for.
@@ -84,9 +88,7 @@ struct Tile {
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * (kConsumerGroups + 1) - kProducerRegisters) / kConsumerGroups / 8 * 8;
 
-  // Whether CTAs can work in pairs, see scheduler.hpp: if their groups hold whole sums. The other
-  // tiles are for few tokens, and their clusters share K.
-  static constexpr bool kPairs = kKGroups == 1;
+  static constexpr bool kPairs = kShape.can_pair();
 
   // Epilogue. Accumulators are handled in octets of tokens: four values per thread, 16 bytes. Parts
   // of sums meet in shared memory, those of a panel's k groups and those of a cluster's CTAs.
