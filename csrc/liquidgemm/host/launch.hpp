@@ -27,7 +27,7 @@ cudaError_t launch_tile_impl(KernelParams const& params, int clusters, cudaStrea
 
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
-  const int cluster = params.pairs ? 2 : params.split_k;
+  const int cluster = params.cluster();
   config.gridDim = dim3(clusters * cluster);
   config.blockDim = dim3(TileT::kThreads);
   config.dynamicSmemBytes = kSharedBytes;

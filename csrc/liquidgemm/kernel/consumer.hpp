@@ -33,14 +33,15 @@ struct Consumer {
   }
 
   // Adds this group's share of `slabs` stages to acc: those whose number, counted from the first
-  // tile on, is k_group modulo kKGroups. The tile begins at number `stages_done`.
+  // tile on, is k_group modulo kKGroups. The tile begins at number `stages_done`. `pair_rank` is the
+  // CTA whose ring its warps release, too, or negative.
   template <class Accumulator>
   CUTE_DEVICE static void multiply(SharedStorage<Tile>& shared,
                                    int stages_done,
                                    int slabs,
                                    int panel,
                                    int k_group,
-                                   bool pairs,
+                                   int pair_rank,
                                    Accumulator& acc) {
     using namespace cute;
     const int thread = threadIdx.x % kWarpGroupThreads;
@@ -92,13 +93,13 @@ struct Consumer {
         // stage the stage before.
         warpgroup_wait<1>();
         if (block == 0) {
-          release(shared, ring.behind(kGroups), slab != first, pairs);
+          release(shared, ring.behind(kGroups), slab != first, pair_rank);
         }
       }
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc);
-    release(shared, ring.behind(kGroups), slabs > first, pairs);
+    release(shared, ring.behind(kGroups), slabs > first, pair_rank);
   }
 
  private:
@@ -162,12 +163,12 @@ struct Consumer {
   CUTE_DEVICE static void release(SharedStorage<Tile>& shared,
                                   int slot,
                                   bool condition,
-                                  bool pairs) {
+                                  int pair_rank) {
     __syncwarp();
     const bool arrives = condition && threadIdx.x % 32 < kReleasesPerWarp;
     arrive_if(arrives, &shared.empty[slot]);
-    if constexpr (Tile::kPairs)  // the other CTA fills this one's ring, too
-      arrive_at_peer_if(arrives && pairs, &shared.empty[slot], Scheduler<Tile>::rank() ^ 1);
+    if constexpr (Tile::kPairs)
+      arrive_at_peer_if(arrives && pair_rank >= 0, &shared.empty[slot], pair_rank);
   }
 };
 

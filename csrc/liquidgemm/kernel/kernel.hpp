@@ -11,7 +11,8 @@
 //                                                                          pairs: multiplied (1 per warp) and
 //                                                                          received (by bytes) of the other CTA
 //
-//   In a pair, empty[slot] is that of both CTAs: each fills half of the other's ring.
+//   In a pair, empty[slot] is that of both CTAs: each fills half of the other's ring. For a tile that
+//   they share along K each fills its own, and its warps arrive twice.
 //
 //   weight producer  | W W W W ...            | W as slots become free, across tiles
 //   token producer   | wait for the previous kernel | X X X X ... | X as slots become free, across tiles
@@ -41,12 +42,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   const int warp = cutlass::canonical_warp_idx_sync();
   const int producer_warp = warp - 4 * Tile::kConsumerGroups;  // of the last group; two are used
-  const bool split = params.split_k > 1;
   const bool pairs = Tile::kPairs && params.pairs;
+  const bool cluster = params.split_k > 1 || pairs;
 
   if (producer_warp == 0 && cute::elect_one_sync()) {
     cute::prefetch_tma_descriptor(&params.x_map);
-    if (Tile::kPairs)
+    if (Tile::kStoresByTma)
       cute::prefetch_tma_descriptor(&params.y_map);
     using cutlass::arch::ClusterBarrier;
     for (int slot = 0; slot < Tile::kStages; ++slot) {
@@ -59,12 +60,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     cutlass::arch::fence_view_async_shared();
   }
   __syncwarp();
-  // With split K, peers' barriers are addressed in the epilogue only: wait for them there.
-  if (split || pairs)
+  // The CTAs of a cluster address each other's barriers. All warps wait for them but the weight
+  // producer's, which needs only its own CTA's and has no time to lose.
+  if (cluster)
     cute::cluster_arrive_relaxed();
-  if (pairs)
-    cute::cluster_wait();
   __syncthreads();
+  if (cluster && producer_warp != 0)
+    cute::cluster_wait();
 
   if (producer_warp >= 0) {
     cutlass::arch::warpgroup_reg_dealloc<Tile::kProducerRegisters>();
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (producer_warp == 1 && cute::elect_one_sync())
       producer.load_tokens();
     __syncwarp();
-    if (split)
+    if (cluster && producer_warp == 0)
       cute::cluster_wait();
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tile::kConsumerRegisters>();
@@ -91,18 +93,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       epilogue.prefetch(work);
       auto acc = Consumer<Tile>::make_accumulator();
       cute::clear(acc);
+      // The CTAs of a pair fill each other's rings, but each its own for a tile that they share.
+      const int pair_rank = pairs ? Scheduler<Tile>::rank() ^ !work.split : -1;
       Consumer<Tile>::multiply(shared, work.stages_done, work.end - work.begin, panel, k_group,
-                               pairs, acc);
-      if (split && scheduler.item() == 0)
-        cute::cluster_wait();
+                               pair_rank, acc);
       epilogue.store(scheduler, acc, k_group);
     }
     epilogue.finish(scheduler.item());
-  }
-  if (pairs) {  // the other CTA writes to this one's memory, and arrives at its barriers
-    __syncwarp();
-    cute::cluster_arrive_relaxed();
-    cute::cluster_wait();
   }
 }
 

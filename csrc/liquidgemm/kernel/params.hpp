@@ -35,6 +35,8 @@ struct KernelParams {
   bool pairs;
   int whole_rounds, split_tiles;
 
+  CUTE_HOST_DEVICE int cluster() const { return pairs ? 2 : split_k; }
+
   // Whether every row of y is a whole number of aligned 16-byte vectors, for elements of 2 bytes.
   CUTE_HOST_DEVICE bool rows_are_vectors() const {
     return (reinterpret_cast<uintptr_t>(y) | (y_stride * 2) | (n * 2)) % 16 == 0;

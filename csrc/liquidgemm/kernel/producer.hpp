@@ -62,7 +62,7 @@ class Producer {
     const int bytes = params_.tile_tokens * Tile::kStageK;
     const bool pairs = Tile::kPairs && params_.pairs;
     const int half = params_.tile_tokens / 2;  // with pairs, the rows of a box
-    for_each_item([&](WorkItem const& work, RingState<Tile>& ring) {
+    RingState<Tile> ring = for_each_item([&](WorkItem const& work, RingState<Tile>& ring) {
       const int token = work.m_tile * params_.tile_tokens;
       CUTE_NO_UNROLL
       for (int slab = work.begin; slab < work.end; ++slab) {
@@ -88,15 +88,22 @@ class Producer {
         ring.advance(1);
       }
     });
+    // The other CTA arrives at this one's barriers, which must not be gone by then.
+    for (int slot = 0; pairs && slot < Tile::kStages; ++slot) {
+      Barrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);
+      ring.advance(1);
+    }
   }
 
  private:
+  // Returns where in the ring the last item ended.
   template <class Body>
-  CUTE_DEVICE void for_each_item(Body const& body) const {
+  CUTE_DEVICE RingState<Tile> for_each_item(Body const& body) const {
     RingState<Tile> ring(0);
     for (Scheduler<Tile> scheduler(params_); scheduler.valid(); scheduler.advance()) {
       body(scheduler.work(), ring);
     }
+    return ring;
   }
 
   KernelParams const& params_;
