@@ -121,7 +121,7 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
   if (error == cudaSuccess && kTileShapes[plan.tile].can_pair() && two_bytes &&
       params.rows_are_vectors())
     error = encode(params.y_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, a.m, a.n, a.y_stride * 2,
-                   kStoreTokens);
+                   kTileShapes[plan.tile].store_tokens());
   if (error != cudaSuccess)
     return error;
   return kLaunchers[plan.tile](params, division.workers, stream);

@@ -3,6 +3,10 @@
 // The A registers are double-buffered, and the loop waits for the multiplication before the last
 // one only: block i + 1 is dequantized while the tensor cores multiply block i. Consumers
 // synchronize with the producer alone, never with one another.
+//
+// Where k groups take turns, a group has time between its stages: it waits for its multiplications
+// and gives the stage back at once, since at few tokens all depends on how much is on the way. A
+// group that takes every stage gives it back after the first multiplication of the next one.
 #pragma once
 
 #include <cute/atom/mma_atom.hpp>
@@ -58,17 +62,16 @@ struct Consumer {
     RingState<Tile> ring(stages_done + first);
     const WeightReader reader(&shared.weights[0][panel][0], thread);
     // A group that takes every stage waits for the next one before its last multiplications of this
-    // one: the ring is ahead of it, and the next weights are at hand in time. Where groups take
-    // turns the next stage may be far away.
-    constexpr bool kLoadAhead = kGroups == 1;
+    // one: the ring is ahead of it, and the next weights are at hand in time.
+    constexpr bool kTakesTurns = kGroups > 1;
     Weights next{};
-    if (kLoadAhead && first < slabs)
+    if (!kTakesTurns && first < slabs)
       next = wait_and_load(shared, reader, ring);
     for (int slab = first; slab < slabs; slab += kGroups) {
       const int slot = ring.slot;
       CUTE_UNROLL
       for (int block = 0; block < Tile::kStageBlocks; ++block) {
-        if (!kLoadAhead && block == 0)
+        if (kTakesTurns && block == 0)
           next = wait_and_load(shared, reader, ring);
         const Weights weights = next;
         // On its way from shared memory while this block is dequantized.
@@ -76,7 +79,7 @@ struct Consumer {
           next = reader.load(slot, block + 1);
         } else {
           ring.advance(kGroups);
-          if (kLoadAhead && slab + kGroups < slabs)
+          if (!kTakesTurns && slab + kGroups < slabs)
             next = wait_and_load(shared, reader, ring);
         }
         Tensor tCrW_block = tCrW(_, _, _, block % 2);
@@ -89,17 +92,22 @@ struct Consumer {
         gemm(mma, tCrW_block(_, _, 0), tCrX(_, _, 2 * block, slot), acc);
         gemm(mma, tCrW_block(_, _, 1), tCrX(_, _, 2 * block + 1, slot), acc);
         warpgroup_commit_batch();
-        // The block before this one is done: its registers are free, and with the first block of a
-        // stage the stage before.
-        warpgroup_wait<1>();
-        if (block == 0) {
-          release(shared, ring.behind(kGroups), slab != first, pair_rank);
+        if (kTakesTurns && block + 1 == Tile::kStageBlocks) {
+          warpgroup_wait<0>();
+          release(shared, slot, true, pair_rank);
+        } else {
+          // The block before this one is done: its registers are free, and with the first block of
+          // a stage the stage before.
+          warpgroup_wait<1>();
+          if (!kTakesTurns && block == 0)
+            release(shared, ring.behind(kGroups), slab != first, pair_rank);
         }
       }
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc);
-    release(shared, ring.behind(kGroups), slabs > first, pair_rank);
+    if (!kTakesTurns)
+      release(shared, ring.behind(kGroups), slabs > first, pair_rank);
   }
 
  private:

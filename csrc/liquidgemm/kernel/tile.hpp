@@ -21,6 +21,8 @@ struct TileShape {
   // Whether a group has all of K, and CTAs can work in pairs: see scheduler.hpp. The other tiles
   // are for few tokens, and their clusters share K.
   constexpr bool can_pair() const { return k_groups == 1; }
+  // Rows of a box of y. A pair shares them, so there are two at least.
+  constexpr int store_tokens() const { return tokens < 64 ? 16 : 32; }
 };
 
 // Sorted by tokens; a comment says what a row and those below it are for.
@@ -28,8 +30,13 @@ inline constexpr TileShape kTileShapes[] = {
     {8, 1, 4, 4},    // decode: one panel per CTA spreads any N over the most SMs
     {16, 1, 4, 4},   //
     {32, 1, 4, 2},   //
+    {32, 2, 1, 2},   // many panels share the tokens once their L2 traffic rivals the weights'
+    {32, 3, 1, 2},   //
+    {32, 4, 1, 2},   //
     {64, 1, 4, 2},   //
-    {64, 4, 1, 2},   // many panels share the tokens once their L2 traffic rivals the weights'
+    {64, 2, 1, 2},   //
+    {64, 3, 1, 2},   //
+    {64, 4, 1, 2},   //
     {128, 2, 1, 2},  // small prefill, or few tiles
     {128, 3, 1, 2},  //
     {128, 4, 1, 2},  //
@@ -56,8 +63,6 @@ constexpr int largest_share(int octets) {
   }
   return largest;
 }
-
-inline constexpr int kStoreTokens = 32;  // of a box of y
 
 inline constexpr int kSharedBytesPerCta = 227 * 1024;  // sm_90's opt-in limit
 
@@ -99,7 +104,7 @@ struct Tile {
   // 16 bits. They leave while the next tile is computed, so there are as many buffers as chunks, or
   // as many as leave the ring five stages: four cost more than the stores gain. With only two
   // buffers for many chunks the group would wait for TMA, and stores for itself.
-  static constexpr int kChunkTokens = kStoreTokens;
+  static constexpr int kChunkTokens = kShape.store_tokens();
   static constexpr int kChunks = kTokens / kChunkTokens;
   static constexpr int kChunkBytes = kChunkTokens * kBlockRows * 2;
 
