@@ -48,9 +48,11 @@ def tile_tokens(name: str) -> int:
     return int(match[1])
 
 
-def plausible_plans(names: list[str], m: int) -> Iterator[tuple[int, str]]:
+def plausible_plans(names: list[str], m: int, wanted: str) -> Iterator[tuple[int, str]]:
     """Index and name, without tiles far too large or too small for m tokens."""
     for config, name in enumerate(names):
+        if not re.search(wanted, name):
+            continue
         tokens = tile_tokens(name)
         too_large = tokens >= (2 if m <= 16 else 4) * max(m, 8)
         if too_large or (m > 4 * tokens and tokens < 128):
@@ -97,6 +99,7 @@ def main() -> None:
     parser.add_argument("--json", required=True, help="where the times go")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="N x K, for example 4096x4096")
     parser.add_argument("--m", default=",".join(map(str, TOKENS)), help="numbers of tokens")
+    parser.add_argument("--plans", default="", help="regular expression, all plans by default")
     arguments = parser.parse_args()
 
     names = torch.ops.liquidgemm_testing.config_names()
@@ -117,8 +120,10 @@ def main() -> None:
             for m in map(int, arguments.m.split(",")):
                 times = {
                     name: time_plan(m, k, weights, scale, config)
-                    for config, name in plausible_plans(names, m)
+                    for config, name in plausible_plans(names, m, arguments.plans)
                 }
+                if not times:
+                    continue
                 name, us = min(times.items(), key=lambda item: item[1])
                 print(f"{shape} m={m}: best {name}: {us:.2f} us", flush=True)
                 rows += [

@@ -110,6 +110,9 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
   params.k_blocks = static_cast<int>(ceil_div(a.k, kBlockK));
   params.m_tiles = division.m_tiles;
   params.n_tiles = division.n_tiles;
+  params.band_units = cutlass::FastDivmod(kBandTiles * division.n_tiles);
+  params.band_height = cutlass::FastDivmod(kBandTiles);
+  params.last_band_height = cutlass::FastDivmod(std::max(1, division.m_tiles % kBandTiles));
   params.tile_tokens = division.tile_tokens;
   params.split_k = plan.split_k;
   params.pairs = plan.pairs;

@@ -192,31 +192,26 @@ class Epilogue {
     const int lane = threadIdx.x % 32;
     const int stage_at =
         (lane / 16 * 8 + lane % 8) * kRowBytes + swizzled(thread() / 32 * 2 + lane / 8 % 2, lane);
+    // One chunk is on its way to shared memory and out of it while the next one is rounded.
+    Rounded<kChunk> rounded = round_chunk<Pair>(acc, 0, channels);
     CUTE_UNROLL
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-      if (chunk * kChunk < tokens_ && owns(chunk)) {
-        const int turn = split_ ? chunk / 2 : chunk;
-        uint8_t* const buffer =
-            shared_.staging[panel_] + turn % Tile::kChunkBuffers * Tile::kChunkBytes;
+      if (chunk * kChunk >= tokens_)
+        break;
+      const int turn = split_ ? chunk / 2 : chunk;
+      uint8_t* const buffer =
+          shared_.staging[panel_] + turn % Tile::kChunkBuffers * Tile::kChunkBytes;
+      if (owns(chunk)) {
         CUTE_UNROLL
-        for (int pair = 0; pair < kChunk / 16; ++pair) {
-          uint32_t rounded[4];
-          CUTE_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            const int octet = chunk * (kChunk / 8) + 2 * pair + i;
-            const int4 sum = octet_of(acc, octet);
-            const float2 token_scale = token_scales(octet);
-            rounded[2 * i] = round_pair(
-                scaled(sum.x, token_scale.x, channels.scale[0], channels.bias[0]),
-                scaled(sum.y, token_scale.y, channels.scale[0], channels.bias[0]), Pair{});
-            rounded[2 * i + 1] = round_pair(
-                scaled(sum.z, token_scale.x, channels.scale[1], channels.bias[1]),
-                scaled(sum.w, token_scale.y, channels.scale[1], channels.bias[1]), Pair{});
-          }
+        for (int i = 0; i < kChunk / 16; ++i) {
           cute::SM90_U16x8_STSM_T::copy(
-              rounded[0], rounded[1], rounded[2], rounded[3],
-              *reinterpret_cast<cute::uint128_t*>(&buffer[stage_at + pair * 16 * kRowBytes]));
+              rounded[4 * i], rounded[4 * i + 1], rounded[4 * i + 2], rounded[4 * i + 3],
+              *reinterpret_cast<cute::uint128_t*>(&buffer[stage_at + i * 16 * kRowBytes]));
         }
+      }
+      if (chunk + 1 < Tile::kChunks)
+        rounded = round_chunk<Pair>(acc, chunk + 1, channels);
+      if (owns(chunk)) {
         if constexpr (Tile::kStoresByTma) {
           cute::tma_store_fence();
           if (thread() == 0)  // the buffer of the next chunk has been read
@@ -236,6 +231,32 @@ class Epilogue {
         }
       }
     }
+  }
+
+  // A thread's results of a chunk of tokens, two to a word: for every octet two words, of its two
+  // channels.
+  template <int kTokens>
+  using Rounded = cute::array<uint32_t, kTokens / 4>;
+
+  template <class Pair, class Accumulator>
+  CUTE_DEVICE auto round_chunk(Accumulator const& acc,
+                               int chunk,
+                               ChannelValues const& channels) const {
+    constexpr int kOctets = Tile::kChunkTokens / 8;
+    Rounded<Tile::kChunkTokens> rounded;
+    CUTE_UNROLL
+    for (int i = 0; i < kOctets; ++i) {
+      const int octet = chunk * kOctets + i;
+      const int4 sum = octet_of(acc, octet);
+      const float2 token_scale = token_scales(octet);
+      rounded[2 * i] =
+          round_pair(scaled(sum.x, token_scale.x, channels.scale[0], channels.bias[0]),
+                     scaled(sum.y, token_scale.y, channels.scale[0], channels.bias[0]), Pair{});
+      rounded[2 * i + 1] =
+          round_pair(scaled(sum.z, token_scale.x, channels.scale[1], channels.bias[1]),
+                     scaled(sum.w, token_scale.y, channels.scale[1], channels.bias[1]), Pair{});
+    }
+    return rounded;
   }
 
   // Without TMA: eight threads write the 64 channels of a token.

@@ -5,11 +5,15 @@
 
 #include <cstdint>
 
+#include <cutlass/fast_math.h>
+
 #include <cute/config.hpp>
 
 namespace liquidgemm {
 
 enum class Element : int { kBFloat16, kFloat16, kFloat32, kInt32 };
+
+inline constexpr int kBandTiles = 8;
 
 struct KernelParams {
   CUtensorMap x_map;      // int8 [m, k], box [tile_tokens, 128], with pairs half as many tokens;
@@ -27,6 +31,8 @@ struct KernelParams {
   int m, n;
   int panels, k_blocks;
   int m_tiles, n_tiles;
+  // Bands of kBandTiles m tiles, see scheduler.hpp: tiles of a band, its height, that of the last.
+  cutlass::FastDivmod band_units, band_height, last_band_height;
   int tile_tokens;  // m tiles are of equal height, at most Tile::kTokens: no box lies half outside
                     // x
   int split_k;      // CTAs of a cluster that share every output tile along K

@@ -28,8 +28,6 @@ struct WorkItem {
 template <class Tile>
 class Scheduler {
  public:
-  static constexpr int kBandTiles = 8;
-
   CUTE_DEVICE explicit Scheduler(KernelParams const& params) : params_(params) {}
 
   CUTE_DEVICE bool valid() const {
@@ -72,12 +70,12 @@ class Scheduler {
 
   CUTE_DEVICE void locate(WorkItem& work, int unit, int side) const {
     int m_tile = 0, n_tile = unit;
-    if (params_.m_tiles > 1) {  // spares few tokens the divisions
-      const int band = unit / (kBandTiles * params_.n_tiles);
-      const int in_band = unit - band * kBandTiles * params_.n_tiles;
-      const int height = min(kBandTiles, params_.m_tiles - band * kBandTiles);
-      m_tile = band * kBandTiles + in_band % height;
-      n_tile = in_band / height;
+    if (params_.m_tiles > 1) {
+      int band, in_band;
+      params_.band_units(band, in_band, unit);
+      const bool whole = (band + 1) * kBandTiles <= params_.m_tiles;
+      (whole ? params_.band_height : params_.last_band_height)(n_tile, m_tile, in_band);
+      m_tile += band * kBandTiles;
     }
     work.m_tile = m_tile;
     work.n_tile = Tile::kPairs && params_.pairs ? 2 * n_tile + side : n_tile;

@@ -30,11 +30,9 @@ inline constexpr TileShape kTileShapes[] = {
     {8, 1, 4, 4},    // decode: one panel per CTA spreads any N over the most SMs
     {16, 1, 4, 4},   //
     {32, 1, 4, 2},   //
-    {32, 2, 1, 2},   // many panels share the tokens once their L2 traffic rivals the weights'
-    {32, 3, 1, 2},   //
+    {32, 3, 1, 2},   // many panels share the tokens once their L2 traffic rivals the weights'
     {32, 4, 1, 2},   //
     {64, 1, 4, 2},   //
-    {64, 2, 1, 2},   //
     {64, 3, 1, 2},   //
     {64, 4, 1, 2},   //
     {128, 2, 1, 2},  // small prefill, or few tiles
