@@ -224,8 +224,9 @@ BUGS = (
             Patch(f"{KERNEL}/epilogue.hpp", "Barrier::wait(&shared_.multiplied, 0);", ""),
             Patch(
                 f"{KERNEL}/consumer.hpp",
-                "if (block == 0) {",
-                "if (block == 0) {\n          __nanosleep(pairs * Scheduler<Tile>::rank() * 2000);",
+                "if (!kTakesTurns && block == 0)\n",
+                "__nanosleep((pair_rank >= 0) * Scheduler<Tile>::rank() * 2000);\n"
+                "          if (!kTakesTurns && block == 0)\n",
             ),
         ),
         (EXACT, BACK_TO_BACK),
@@ -234,9 +235,31 @@ BUGS = (
     bug(
         "the other CTA of a pair does not hear that a stage is free",
         "consumer.hpp",
-        "arrives && pairs",
+        "arrives && pair_rank >= 0",
         "false",
         EXACT,
+        units=("instantiations/t128_p2_k1_s2.cu",),
+    ),
+    bug(
+        "the CTAs of a pair release each other's rings for a tile that they share",
+        "kernel.hpp",
+        "Scheduler<Tile>::rank() ^ !work.split",
+        "Scheduler<Tile>::rank() ^ 1",
+        EXACT,
+        units=("instantiations/t128_p2_k1_s2.cu",),
+    ),
+    Bug(
+        "a CTA of a pair leaves before the other has arrived at its barriers",
+        (
+            Patch(f"{KERNEL}/producer.hpp", "pairs && slot < Tile::kStages", "false"),
+            Patch(
+                f"{KERNEL}/consumer.hpp",
+                "    __syncwarp();\n    const bool arrives",
+                "    if (pair_rank == 0)\n      __nanosleep(20000);\n"
+                "    __syncwarp();\n    const bool arrives",
+            ),
+        ),
+        (EXACT,),
         units=("instantiations/t128_p2_k1_s2.cu",),
     ),
     bug(
