@@ -124,12 +124,16 @@ def test_the_producer_can_be_overtaken(slow_copy) -> None:
     launch = launcher_with_programmatic_serialization()
     fresh = torch.ones(4, dtype=torch.int32, device=DEVICE)
     stale, seen = torch.zeros_like(fresh), torch.zeros_like(fresh)
-    torch.cuda.synchronize()
-    slow_copy(fresh, stale)
-    launch(hasty.func, stale, seen)
-    torch.cuda.synchronize()
-    assert stale[0].item() == 1
-    assert seen[0].item() == 0
+    for _ in range(20):  # a busy machine may be late with the second launch
+        stale.zero_()
+        torch.cuda.synchronize()
+        slow_copy(fresh, stale)
+        launch(hasty.func, stale, seen)
+        torch.cuda.synchronize()
+        assert stale[0].item() == 1
+        if seen[0].item() == 0:
+            return
+    pytest.fail("no kernel got ahead of the one before it")
 
 
 def launcher_with_programmatic_serialization():

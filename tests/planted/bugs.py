@@ -100,13 +100,18 @@ BUGS = (
         EXACT,
         BACK_TO_BACK,
     ),
-    bug(
+    Bug(
+        # In a ring as short as this, loads that overtake one another are enough.
         "depth of the ring is no multiple of the k groups",
-        "tile.hpp",
-        "kStages = kStagesThatFit / kKGroups * kKGroups",
-        "kStages = kStagesThatFit",
-        EXACT,
-        BACK_TO_BACK,
+        (
+            Patch(
+                f"{KERNEL}/tile.hpp",
+                "kStages = kStagesThatFit / kKGroups * kKGroups",
+                "kStages = kKGroups + 1",
+            ),
+            Patch(f"{KERNEL}/tile.hpp", "kStages >= 2 * kKGroups", "kStages > kKGroups"),
+        ),
+        (EXACT, BACK_TO_BACK),
     ),
     # Fences.
     bug(

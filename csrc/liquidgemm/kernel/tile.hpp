@@ -134,7 +134,7 @@ struct Tile {
   static constexpr int kExchangeBytes = kOctets / 2 * kVectorBytes;
   static_assert(!kPairs || kPanels * kExchangeBytes <= kStages * kStageTokenBytes);
 
-  static_assert(kStages >= 2 * kKGroups, "a group keeps a stage until it has begun the next one");
+  static_assert(kStages >= 2 * kKGroups, "while one stage is multiplied the next is loaded");
   static_assert(kStageBlocks % 2 == 0,
                 "a stage is made of 128-byte rows of activations, and A registers alternate");
   static_assert(kTokens % 8 == 0 && kTokens <= 256);
