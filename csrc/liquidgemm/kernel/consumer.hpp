@@ -37,8 +37,8 @@ struct Consumer {
   }
 
   // Adds this group's share of `slabs` stages to acc: those whose number, counted from the first
-  // tile on, is k_group modulo kKGroups. The tile begins at number `stages_done`. `pair_rank` is the
-  // CTA whose ring its warps release, too, or negative.
+  // tile on, is k_group modulo kKGroups. The tile begins at number `stages_done`. `pair_rank` is
+  // the CTA whose ring its warps release, too, or negative.
   template <class Accumulator>
   CUTE_DEVICE static void multiply(SharedStorage<Tile>& shared,
                                    int stages_done,
