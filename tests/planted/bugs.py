@@ -168,8 +168,8 @@ BUGS = (
     bug(
         "a whole vector is stored in the row past the last",
         "epilogue.hpp",
-        "channel < params_.n && token < tokens_",
-        "channel < params_.n && token <= tokens_",
+        "first_token + row < rows_",
+        "first_token + row <= rows_",
         CANARIES,
         units=("instantiations/t256_p2_k1_s2.cu",),
     ),

@@ -113,7 +113,7 @@ class Epilogue {
     if constexpr (!Tile::kPairs) {
       store_parts(scheduler.item(), acc, k_group);
     } else {
-      if (split_)
+      if (split())
         exchange(acc);
       panel_barrier();  // the scales
       if (params_.rows_are_vectors() && params_.y_type == Element::kBFloat16) {
@@ -134,7 +134,7 @@ class Epilogue {
     first_token_ = work.m_tile * params_.tile_tokens;
     tokens_ = min(params_.tile_tokens, params_.m - first_token_);
     first_channel_ = (work.n_tile * Tile::kPanels + panel_) * kBlockRows;
-    split_ = work.split;
+    foreign_chunks_ = work.split ? Scheduler<Tile>::rank() ^ 1 : 2;
   }
 
   // Asked again rather than held in registers during the main loop.
@@ -192,13 +192,14 @@ class Epilogue {
     const int lane = threadIdx.x % 32;
     const int stage_at =
         (lane / 16 * 8 + lane % 8) * kRowBytes + swizzled(thread() / 32 * 2 + lane / 8 % 2, lane);
+    const RowStore rows(*this);
     // One chunk is on its way to shared memory and out of it while the next one is rounded.
     Rounded<kChunk> rounded = round_chunk<Pair>(acc, 0, channels);
     CUTE_UNROLL
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
       if (chunk * kChunk >= tokens_)
         break;
-      const int turn = split_ ? chunk / 2 : chunk;
+      const int turn = split() ? chunk / 2 : chunk;
       uint8_t* const buffer =
           shared_.staging[panel_] + turn % Tile::kChunkBuffers * Tile::kChunkBytes;
       if (owns(chunk)) {
@@ -227,7 +228,7 @@ class Epilogue {
             cute::tma_store_arrive();
           }
         } else {
-          store_chunk(buffer, chunk);
+          rows.store(buffer, chunk * kChunk);
         }
       }
     }
@@ -259,23 +260,39 @@ class Epilogue {
     return rounded;
   }
 
-  // Without TMA: eight threads write the 64 channels of a token.
-  CUTE_DEVICE void store_chunk(uint8_t const* buffer, int chunk) const {
-    constexpr int kThreadsPerRow = kBlockRows * 2 / 16;
-    const int vector = thread() % kThreadsPerRow;
-    const int channel = first_channel_ + vector * 8;
-    CUTE_UNROLL
-    for (int row = thread() / kThreadsPerRow; row < Tile::kChunkTokens;
-         row += kWarpGroupThreads / kThreadsPerRow) {
-      const int token = chunk * Tile::kChunkTokens + row;
-      if (channel < params_.n && token < tokens_) {
-        auto* const y =
-            static_cast<uint16_t*>(params_.y) + (first_token_ + token) * params_.y_stride + channel;
-        *reinterpret_cast<uint4*>(y) =
-            *reinterpret_cast<uint4 const*>(&buffer[row * kBlockRows * 2 + swizzled(vector, row)]);
+  // Without TMA: eight threads write the 64 channels of a token, sixteen tokens at a time.
+  class RowStore {
+    static constexpr int kRowBytes = kBlockRows * 2;
+    static constexpr int kRows = kWarpGroupThreads / (kRowBytes / 16);
+
+   public:
+    CUTE_DEVICE explicit RowStore(Epilogue const& e) : row_bytes_(e.params_.y_stride * 2) {
+      const int row = thread() / (kRowBytes / 16), vector = thread() % (kRowBytes / 16);
+      const int channel = e.first_channel_ + vector * 8;
+      rows_ = channel < e.params_.n ? e.tokens_ - row : 0;
+      staged_at_ = row * kRowBytes + swizzled(vector, row);
+      y_ = static_cast<uint8_t*>(e.params_.y) + (e.first_token_ + row) * row_bytes_ + channel * 2;
+      // Hides where it comes from: the compiler would compute it anew for every row.
+      asm volatile("" : "+l"(y_), "+l"(row_bytes_));
+      __builtin_assume(__isGlobal(y_));
+    }
+
+    CUTE_DEVICE void store(uint8_t const* buffer, int first_token) const {
+      CUTE_UNROLL
+      for (int row = 0; row < Tile::kChunkTokens; row += kRows) {
+        if (first_token + row < rows_) {
+          *reinterpret_cast<uint4*>(y_ + (first_token + row) * row_bytes_) =
+              *reinterpret_cast<uint4 const*>(&buffer[staged_at_ + row * kRowBytes]);
+        }
       }
     }
-  }
+
+   private:
+    uint8_t* y_;
+    int64_t row_bytes_;
+    int rows_;  // of this thread's rows, how many from its first one on are to be stored
+    int staged_at_;
+  };
 
   // Where a vector of 16 bytes is in a row of 128, by TMA's swizzle.
   CUTE_DEVICE static int swizzled(int vector, int row) { return (vector ^ row % 8) * 16; }
@@ -307,7 +324,8 @@ class Epilogue {
   // sends the chunks of the other from its registers, to where that one's ring was, and adds what
   // it gets to its own.
 
-  CUTE_DEVICE bool owns(int chunk) const { return !split_ || chunk % 2 == Scheduler<Tile>::rank(); }
+  CUTE_DEVICE bool split() const { return foreign_chunks_ != 2; }
+  CUTE_DEVICE bool owns(int chunk) const { return chunk % 2 != foreign_chunks_; }
 
   template <class Accumulator>
   CUTE_DEVICE void exchange(Accumulator& acc) {
@@ -474,7 +492,7 @@ class Epilogue {
   SharedStorage<Tile>& shared_;
   int panel_;
   int first_token_, tokens_, first_channel_;
-  bool split_;
+  int foreign_chunks_;  // parity of those that the other CTA of a pair owns; 2: none
   float channel_value_;
   float token_scale_[kScalesPerThread];
 };
