@@ -50,6 +50,8 @@ bench: build
 	set -x; \
 	$(BIN)/python -m bench.microbench --json "$$folder/microbench.json" || status=1; \
 	$(BIN)/python -m bench --against $(PEERS) --json "$$folder/results.json" || status=1; \
+	$(BIN)/python -m bench --against fp8 --m 256,512,1024,2048,4096 --ops gemm --rest 20 \
+	  --json "$$folder/results_bursts.json" || status=1; \
 	$(BIN)/python -m bench.sustained --json "$$folder/sustained.json" || status=1; \
 	$(BIN)/python -m bench.ablation --json "$$folder/ablation.json" || status=1; \
 	$(BIN)/python -m bench.report "$$folder" && exit $$status

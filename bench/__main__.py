@@ -35,6 +35,10 @@ def positive(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    return 0.0 if float(text) == 0 else positive(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
@@ -73,6 +77,14 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     parser.add_argument(
+        "--rest",
+        type=argument(not_negative),
+        default=0.0,
+        metavar="MS",
+        help="the GPU idles for so long before each sample: bursts, without a limit of power "
+        "(default: %(default)s, under load)",
+    )
+    parser.add_argument(
         "--stream-floor",
         type=Path,
         metavar="PATH",
@@ -107,6 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
             peers=[OURS, *options.against],
             ops=options.ops,
             seconds=options.seconds,
+            rest_ms=options.rest,
             json=options.json,
             floor_program=options.stream_floor,
             command=machine.command_line("bench", words),

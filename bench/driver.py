@@ -46,6 +46,7 @@ class Options:
     floor_program: Path
     command: str
     commit: str | None = None
+    rest_ms: float = 0.0  # of an idle GPU before each sample
     say: Callable[[str], None] = print_line
 
 
@@ -127,7 +128,8 @@ class Driver:
             commit=options.commit or machine.commit(),
             started=machine.now(),
             machine=machine.describe(self.device),
-            protocol=protocol() | {"seconds": options.seconds, "ops": options.ops},
+            protocol=protocol()
+            | {"seconds": options.seconds, "ops": options.ops, "rest_ms": options.rest_ms},
             shapes=[{"n": s.n, "k": s.k, "labels": list(s.labels)} for s in options.shapes],
         )
         self.present: list[type[Peer]] = []
@@ -276,7 +278,7 @@ class Driver:
         self, graphs: list[CallGraph], seconds: float, snapshot: Callable[[], None] | None
     ) -> list[list[float]]:
         try:
-            return timing.interleave(graphs, seconds, snapshot)
+            return timing.interleave(graphs, seconds, snapshot, self.options.rest_ms / 1e3)
         except RuntimeError as error:  # asynchronous: whose fault it is cannot be told
             raise DeviceLost(first_line(error)) from error
 

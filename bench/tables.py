@@ -63,6 +63,11 @@ def heading(run: Run, ceilings: Ceilings) -> str:
         "alone; the largest, in bold, is the roofline that the measured time is compared with. "
         f"Ceilings: {ceilings}; of {ceilings.source}.",
     ]
+    if rest_ms := run.protocol.get("rest_ms"):
+        lines.append(
+            f"- Bursts: the GPU idles for {rest_ms:g} ms before each sample, so that its limit of "
+            "power does not act."
+        )
     if run.partial:
         lines.append(f"- **Partial**: {run.problem or 'the run is not over'}.")
     if run.floor_problem:

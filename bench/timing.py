@@ -99,19 +99,29 @@ def interleave(
     graphs: Sequence[CallGraph],
     seconds: float,
     while_busy: Callable[[], None] | None = None,
+    rest_seconds: float = 0.0,
 ) -> list[list[float]]:
     """Times in µs per call of each graph, measured in turn (ABAB...) for about `seconds`.
 
     A tenth of the time warms up first. `while_busy` is called while replays are queued on the GPU.
+    With a rest, the GPU idles for so long before every replay that is timed, which follows one that
+    is not: bursts, in which no limit of power acts.
     """
     stream = torch.cuda.current_stream()
+
+    def burst(graph: CallGraph):
+        if rest_seconds:
+            stream.synchronize()
+            time.sleep(rest_seconds)
+            graph.graph.replay()
+        return graph.timed_replay()
 
     def run(rounds: int, busy: Callable[[], None] | None = None) -> list[list[float]]:
         times: list[list[float]] = [[] for _ in graphs]
         for first in range(0, rounds, QUEUED_ROUNDS):
             graphs[0].graph.replay()  # leads in: the GPU is busy when the first event is queued
             queued = [
-                [graph.timed_replay() for graph in graphs]
+                [burst(graph) for graph in graphs]
                 for _ in range(min(QUEUED_ROUNDS, rounds - first))
             ]
             if busy is not None:

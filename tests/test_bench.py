@@ -17,6 +17,7 @@ from bench import (
     roofline,
     shapes,
     stream_floor,
+    tables,
     timing,
 )
 from bench.__main__ import main
@@ -401,6 +402,22 @@ class TestDriver:
         assert kept.partial
         assert kept.problem == "interrupted"
         assert len(kept.cases) == 1
+
+    def test_bursts(self, fake_gpu, tmp_path, monkeypatch):
+        slept = []
+        monkeypatch.setattr(timing.time, "sleep", slept.append)
+        run, _ = run_driver(tmp_path, rest_ms=20)
+        samples = sum(
+            one.time.rounds for case in run.cases for one in case.measurements if one.time
+        )
+        assert set(slept) == {0.02}
+        assert len(slept) > samples  # the warm-up, too
+        assert run.protocol["rest_ms"] == 20
+        assert "idles for 20 ms" in tables.markdown(run)
+        slept.clear()
+        run, _ = run_driver(tmp_path)
+        assert not slept
+        assert "idles" not in tables.markdown(run)
 
     def test_a_lost_gpu_ends_the_run(self, fake_gpu, tmp_path, monkeypatch):
         def lost(*arguments):
