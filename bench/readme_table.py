@@ -6,6 +6,7 @@ python -m bench.readme_table [bench/results/h100-sxm/2026-11-22/results.json]
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from . import machine
@@ -25,7 +26,7 @@ def table(run: Run, path: str) -> str:
         "µs per GEMM: liquidgemm / cuBLAS bf16 / cuBLAS FP8 (the faster of tensor-wise and "
         f"row-wise scales). {run.machine['gpu']}, weights not in the L2 cache, CUDA graphs, "
         f"medians of one interleaved run; commit {run.commit}, {run.started[:10]}, "
-        f"`{run.command}`. All of that run, with plots, is in [{folder}]({folder}).",
+        f"`{reproduce(run.command)}`. All of that run, with plots, is in [{folder}]({folder}).",
         "",
         "| N x K | " + " | ".join(f"M = {m}" for m in TOKENS) + " |",
         "|---|" + "---|" * len(TOKENS),
@@ -36,6 +37,11 @@ def table(run: Run, path: str) -> str:
         cells = [cell(cases[m]) if m in cases else MISSING for m in TOKENS]
         lines.append(f"| {n} x {k} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def reproduce(command: str) -> str:
+    """Without what only says where a program was and which commit it came from."""
+    return re.sub(r" --(stream-floor|commit) \S+", "", command)
 
 
 def cell(case) -> str:

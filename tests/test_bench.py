@@ -534,6 +534,11 @@ class TestReport:
         assert "none.json" in capsys.readouterr().err
 
 
+def test_readme_table_says_how_to_repeat_the_run():
+    command = "python -m bench --m 1 --stream-floor x/floor --commit abc --json r.json"
+    assert readme_table.reproduce(command) == "python -m bench --m 1 --json r.json"
+
+
 def test_readme_table_stands_between_its_markers():
     text = f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n"
     content = readme_table.table(results.load(RECORD), "bench/results/x/results.json")
