@@ -1,6 +1,6 @@
 """Writes the README's table of times from a run's JSON, between its two marker lines.
 
-python -m bench.readme_table [bench/results/h100-sxm/2026-11-22/results.json]
+python -m bench.readme_table [bench/results/h100-sxm/2026-11-26/results.json]
 """
 
 from __future__ import annotations
