@@ -53,6 +53,7 @@ bench: build
 	$(BIN)/python -m bench --against fp8 --m 256,512,1024,2048,4096 --ops gemm --rest 20 \
 	  --json "$$folder/results_bursts.json" || status=1; \
 	$(BIN)/python -m bench.sustained --json "$$folder/sustained.json" || status=1; \
+	$(BIN)/python -m bench.counters --json "$$folder/counters.json" || status=1; \
 	$(BIN)/python -m bench.ablation --json "$$folder/ablation.json" || status=1; \
 	$(BIN)/python -m bench.report "$$folder" && exit $$status
 

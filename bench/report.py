@@ -7,12 +7,12 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from . import ablation, microbench, programs, sustained, tables
+from . import ablation, counters, microbench, programs, sustained, tables
 from .results import BadResults, Run, load
 from .roofline import ceilings_of
 
 RESULTS, MICROBENCHMARKS, ABLATION = "results*.json", "microbench.json", "ablation.json"
-SUSTAINED = "sustained.json"
+SUSTAINED, COUNTERS = "sustained.json", "counters.json"
 
 
 class NoPlots(Exception):
@@ -59,6 +59,8 @@ def write_folder(folder: Path) -> list[Path]:
         write_text("microbench.md", microbench.markdown(programs.load(measured)))
     if (folder / SUSTAINED).exists():
         write_text("sustained.md", sustained.markdown(programs.load(folder / SUSTAINED)))
+    if (folder / COUNTERS).exists():
+        write_text("counters.md", counters.markdown(programs.load(folder / COUNTERS)))
     if (folder / ABLATION).exists():
         from . import ablation_plot
 
@@ -66,7 +68,7 @@ def write_folder(folder: Path) -> list[Path]:
         write_text("ablation.md", ablation.markdown(record))
         written += ablation_plot.write(record, folder / "plots")
     if not written:
-        names = ", ".join((RESULTS, MICROBENCHMARKS, SUSTAINED, ABLATION))
+        names = ", ".join((RESULTS, MICROBENCHMARKS, SUSTAINED, COUNTERS, ABLATION))
         raise BadResults(f"{folder} has none of {names}")
     return written
 
@@ -82,8 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         "results",
         type=Path,
         help="the JSON file of python -m bench; or a folder of such files, named "
-        f"{RESULTS}, {MICROBENCHMARKS}, {SUSTAINED} and {ABLATION}, where tables and plots go "
-        "as well",
+        f"{RESULTS}, {MICROBENCHMARKS}, {SUSTAINED}, {COUNTERS} and {ABLATION}, where tables "
+        "and plots go as well",
     )
     parser.add_argument("--markdown", type=Path, metavar="OUT", help="where to write the table")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="where to write PNG and SVG")

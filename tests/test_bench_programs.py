@@ -13,6 +13,7 @@ import torch
 import setup as build
 from bench import (
     ablation,
+    counters,
     machine,
     microbench,
     programs,
@@ -295,6 +296,8 @@ class TestFolders:
         state = {"sm_mhz": 1500.0, "power_w": 699.0, "slowed_by": ["power cap"]}
         row = sustained.row_of("fp8 row", 4096, 4096, 4096, [100.0] * 5 + [125.0] * 5, state)
         record(**{"N = 4096": [row]}).save(tmp_path / "sustained.json")
+        counted = counters.read_report((Path(__file__).parent / "data/ncu.csv").read_text())
+        record(counters=counted).save(tmp_path / "counters.json")
         assert report.main([str(tmp_path)]) == 0
         written = [Path(line) for line in capsys.readouterr().out.splitlines()]
         assert all(path.stat().st_size > 0 for path in written)
@@ -304,9 +307,39 @@ class TestFolders:
         assert tmp_path / "plots_other/time_4096x4096.png" in written
         text = (tmp_path / "sustained.md").read_text()
         assert "| fp8 row | 1374.4 | 1099.5 | 1500.0 | 699.0 | - | power cap |" in text
+        assert "| 635.8 | 1753.6 | 79.9 |" in (tmp_path / "counters.md").read_text()
         text = (tmp_path / "results.md").read_text()
         assert "4 TB/s, 1600 TOPS, dequantization 8 TB/s; of this Made-up GPU" in text
         assert "| **2.23** / 1.11 / 0.02 |" in text
+
+    def test_counters(self):
+        """What Nsight Compute printed of a product of 64 tokens and of one of 4096."""
+        text = (Path(__file__).parent / "data/ncu.csv").read_text()
+        few, many = counters.read_report(text)
+        assert few["us"] == 53.7
+        assert few["stalls"].startswith("long_scoreboard 60, ")
+        assert many == {
+            "us": 635.8,
+            "sm_mhz": 1753.6,
+            "tensor": 79.9,
+            "issue": 29.4,
+            "shared": 51.6,
+            "l2": 51.8,
+            "dram": 17.4,
+            "stalls": "barrier 37, wait 14, selected 13",
+        }
+        with pytest.raises(counters.NoCounters, match="printed no table: ==ERROR== The user"):
+            counters.read_report("==ERROR== The user does not have permission")
+
+    def test_counters_without_the_tool(self, monkeypatch):
+        monkeypatch.setattr(counters.shutil, "which", lambda name: None)
+        with pytest.raises(counters.NoCounters, match="ncu is not on PATH"):
+            counters.measure([(64, 64, 1)])
+
+    @pytest.mark.parametrize("text", ["64x64", "64x64:", "64x64:0", "a", "64x64:1:2", ""])
+    def test_products_that_are_none(self, text):
+        with pytest.raises(ValueError, match="is not NxK:M"):
+            counters.parse_products(text)
 
     def test_report_of_an_empty_folder(self, tmp_path, capsys):
         assert report.main([str(tmp_path)]) == 1
