@@ -193,7 +193,7 @@ BUGS = (
         "no barrier between staging and adding the sums",
         (
             Patch(
-                f"{KERNEL}/epilogue.hpp",
+                f"{KERNEL}/partial_sums.hpp",
                 "octet_of(acc, i);\n    panel_barrier();  // the parts, and the scales",
                 "octet_of(acc, i);",
             ),
@@ -205,9 +205,9 @@ BUGS = (
     Bug(
         "sums are sent while a slow peer still adds up those before",
         (
-            Patch(f"{KERNEL}/epilogue.hpp", "Barrier::wait(drained, phase(item) ^ 1);", ""),
+            Patch(f"{KERNEL}/partial_sums.hpp", "Barrier::wait(drained, phase(item) ^ 1);", ""),
             Patch(
-                f"{KERNEL}/epilogue.hpp",
+                f"{KERNEL}/partial_sums.hpp",
                 "Barrier::wait(received, phase(item));",
                 "Barrier::wait(received, phase(item));\n      __nanosleep(rank * 2000);",
             ),
@@ -226,7 +226,7 @@ BUGS = (
     Bug(
         "a CTA of a pair sends its sums into a ring that is still read",
         (
-            Patch(f"{KERNEL}/epilogue.hpp", "Barrier::wait(&shared_.multiplied, 0);", ""),
+            Patch(f"{KERNEL}/partial_sums.hpp", "Barrier::wait(&shared_.multiplied, 0);", ""),
             Patch(
                 f"{KERNEL}/consumer.hpp",
                 "if (!kTakesTurns && block == 0)\n",
@@ -319,22 +319,22 @@ DELAY = Bug(
             "        random_delay();",
         ),
         Patch(
-            f"{KERNEL}/epilogue.hpp",
+            f"{KERNEL}/partial_sums.hpp",
             "CUTE_DEVICE void panel_barrier() const {\n",
             "CUTE_DEVICE void panel_barrier() const {\n    random_delay();\n",
         ),
         Patch(
-            f"{KERNEL}/epilogue.hpp",
+            f"{KERNEL}/partial_sums.hpp",
             "Barrier::wait(drained, phase(item) ^ 1);",
             "random_delay();\n      Barrier::wait(drained, phase(item) ^ 1);",
         ),
         Patch(
-            f"{KERNEL}/epilogue.hpp",
+            f"{KERNEL}/partial_sums.hpp",
             "Barrier::wait(received, phase(item));",
             "Barrier::wait(received, phase(item));\n      random_delay();",
         ),
         Patch(
-            f"{KERNEL}/epilogue.hpp",
+            f"{KERNEL}/partial_sums.hpp",
             "arrive_at_cluster_if(",
             "random_delay();\n    arrive_at_cluster_if(",
         ),

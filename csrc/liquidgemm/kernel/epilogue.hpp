@@ -2,18 +2,12 @@
 // bias[n]), rounded after each operation, left to right.
 //
 // The accumulators hold Y transposed: for every octet of tokens a thread has two tokens of two
-// channels, four words. Sums that others have parts of are completed first, in memory that both
-// reach; integer addition makes any order exact:
-//
-//   store_parts  k groups that take turns, and the CTAs of a cluster: through staging buffers
-//   exchange     the two CTAs of a pair: from registers into what was the other's ring
-//
-// Then there are three ways to y:
+// channels, four words. Sums that others have parts of are completed first, see partial_sums.hpp.
+// Then there are two ways to y:
 //
 //   store_rows   results of 16 bits: transposed by stmatrix, a chunk of tokens at a time; stored by
 //                TMA, or so that eight threads write the 64 channels of a token
-//   store_octets other types and alignments: element by element
-//   store_parts  does the same with the octets that it has added up
+//   store_octet  other types and alignments, and sums of groups that took turns: by element
 //
 // The code is short on purpose: every tile runs it once, and fetching it costs more than the
 // arithmetic in it.
@@ -21,14 +15,13 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cutlass/arch/barrier.h>
 
-#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/tensor.hpp>
 
 #include "liquidgemm/kernel/params.hpp"
+#include "liquidgemm/kernel/partial_sums.hpp"
 #include "liquidgemm/kernel/ring.hpp"
 #include "liquidgemm/kernel/scheduler.hpp"
 
@@ -56,30 +49,19 @@ CUTE_DEVICE uint32_t round_pair(float low, float high, __half2) {
 
 template <class Tile>
 class Epilogue {
-  static constexpr int kThreads = Tile::kKGroups * kWarpGroupThreads;  // that share a panel
-  static constexpr int kWarps = kThreads / 32;
+  using Sums = PartialSums<Tile>;
+  static constexpr int kThreads = Sums::kThreads;
   static constexpr int kScalesPerThread = (Tile::kTokens + kThreads - 1) / kThreads;
-  using Barrier = cutlass::arch::ClusterBarrier;
-  using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
 
  public:
   CUTE_DEVICE Epilogue(KernelParams const& params, SharedStorage<Tile>& shared, int panel)
       : params_(params), shared_(shared), panel_(panel) {}
 
-  CUTE_DEVICE static void init_barriers(SharedStorage<Tile>& shared, int split_k) {
-    Barrier::init(&shared.multiplied, Tile::kConsumerThreads / 32);
-    for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      Barrier::init(&shared.received[panel], 1);
-      Barrier::init(&shared.drained[panel], kWarps * split_k);
-    }
-  }
-
   // After `items` tiles: nobody uses this CTA's staging any more, it may exit.
   CUTE_DEVICE void finish(int items) const {
     if (Tile::kStoresByTma && thread() == 0)
       cute::tma_store_wait<0>();
-    if (params_.split_k > 1)
-      Barrier::wait(&shared_.drained[panel_], phase(items - 1));
+    sums().finish(items);
   }
 
   // Requests what does not depend on the sums, to arrive under the main loop.
@@ -111,10 +93,11 @@ class Epilogue {
     panel_barrier();
     stage_scales();
     if constexpr (!Tile::kPairs) {
-      store_parts(scheduler.item(), acc, k_group);
+      sums().add_up(scheduler.item(), acc, k_group,
+                    [this](int octet, int4 const& sum) { store_octet(octet, sum); });
     } else {
       if (split())
-        exchange(acc);
+        sums().exchange(acc, tokens_, foreign_chunks_);
       panel_barrier();  // the scales
       if (params_.rows_are_vectors() && params_.y_type == Element::kBFloat16) {
         store_rows<__nv_bfloat162>(acc);
@@ -134,21 +117,24 @@ class Epilogue {
     first_token_ = work.m_tile * params_.tile_tokens;
     tokens_ = min(params_.tile_tokens, params_.m - first_token_);
     first_channel_ = (work.n_tile * Tile::kPanels + panel_) * kBlockRows;
-    foreign_chunks_ = work.split ? Scheduler<Tile>::rank() ^ 1 : 2;
+    foreign_chunks_ = work.split ? Scheduler<Tile>::rank() ^ 1 : Sums::kNoChunks;
   }
 
+  CUTE_DEVICE Sums sums() const { return {params_, shared_, panel_}; }
+  // Of a tile that a pair shares along K each CTA stores every other chunk.
+  CUTE_DEVICE bool split() const { return foreign_chunks_ != Sums::kNoChunks; }
+  CUTE_DEVICE bool owns(int chunk) const { return chunk % 2 != foreign_chunks_; }
+
   // Asked again rather than held in registers during the main loop.
-  CUTE_DEVICE static int thread() { return threadIdx.x % kThreads; }  // within the panel
-  CUTE_DEVICE static int first_row() {                                // of two, eight apart
+  CUTE_DEVICE static int thread() { return Sums::thread(); }
+  CUTE_DEVICE static int first_row() {  // of two, eight apart
     return threadIdx.x % kWarpGroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
   }
   CUTE_DEVICE static int first_token(int octet) {  // of two neighbours
     return 8 * octet + threadIdx.x % 4 * 2;
   }
 
-  CUTE_DEVICE void panel_barrier() const {
-    cutlass::arch::NamedBarrier::arrive_and_wait(kThreads, panel_);
-  }
+  CUTE_DEVICE void panel_barrier() const { sums().panel_barrier(); }
 
   CUTE_DEVICE void stage_scales() {
     if (thread() < 2 * kBlockRows)
@@ -308,151 +294,19 @@ class Epilogue {
         if (c == chunk) {
           CUTE_UNROLL
           for (int i = 0; i < kOctets; ++i)
-            *part(i) = octet_of(acc, c * kOctets + i);
+            *sums().staged(i) = octet_of(acc, c * kOctets + i);
         }
       }
       if (owns(chunk)) {
         CUTE_NO_UNROLL
         for (int i = 0; i < kOctets; ++i)
-          store_octet(chunk * kOctets + i, *part(i));
+          store_octet(chunk * kOctets + i, *sums().staged(i));
       }
     }
   }
 
   // -----------------------------------------------------------------------------------------------
-  // A tile that a pair shares along K, its last one: the two CTAs own the chunks in turns. Each
-  // sends the chunks of the other from its registers, to where that one's ring was, and adds what
-  // it gets to its own.
-
-  CUTE_DEVICE bool split() const { return foreign_chunks_ != 2; }
-  CUTE_DEVICE bool owns(int chunk) const { return chunk % 2 != foreign_chunks_; }
-
-  template <class Accumulator>
-  CUTE_DEVICE void exchange(Accumulator& acc) {
-    constexpr int kOctets = Tile::kChunkTokens / 8;
-    const int peer = Scheduler<Tile>::rank() ^ 1;
-    uint64_t* const received = &shared_.received[panel_];
-    __syncwarp();
-    arrive_at_cluster_if(threadIdx.x % 32 == 0, &shared_.multiplied, peer);
-    if (thread() == 0) {
-      const int chunks = (tokens_ + Tile::kChunkTokens - 1) / Tile::kChunkTokens;
-      TransactionBarrier::arrive_and_expect_tx(received,
-                                               (chunks + peer) / 2 * kOctets * Tile::kVectorBytes);
-    }
-    int4* const parts =
-        reinterpret_cast<int4*>(&shared_.tokens[0][0] + panel_ * Tile::kExchangeBytes) +
-        threadIdx.x % kWarpGroupThreads;
-    const uint32_t to = peer_address(parts, peer);
-    const uint32_t barrier = peer_address(received, peer);
-    Barrier::wait(&shared_.multiplied, 0);
-    CUTE_UNROLL
-    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-      if (!owns(chunk) && chunk * Tile::kChunkTokens < tokens_) {
-        CUTE_UNROLL
-        for (int i = 0; i < kOctets; ++i)
-          store_at_cluster(to + (chunk / 2 * kOctets + i) * Tile::kVectorBytes,
-                           octet_of(acc, chunk * kOctets + i), barrier);
-      }
-    }
-    Barrier::wait(received, 0);
-    CUTE_UNROLL
-    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-      if (owns(chunk) && chunk * Tile::kChunkTokens < tokens_) {
-        CUTE_UNROLL
-        for (int i = 0; i < kOctets; ++i) {
-          const int octet = chunk * kOctets + i;
-          const int4 part = parts[(chunk / 2 * kOctets + i) * kWarpGroupThreads];
-          acc(4 * octet) += part.x;
-          acc(4 * octet + 1) += part.y;
-          acc(4 * octet + 2) += part.z;
-          acc(4 * octet + 3) += part.w;
-        }
-      }
-    }
-  }
-
-  // -----------------------------------------------------------------------------------------------
-  // Sums of which k groups have parts, and CTAs of a cluster: parts meet in shared memory. The
-  // octets are dealt out in turns to the k groups, which add up the parts of their CTA, and to the
-  // CTAs, which add up those of all.
-  template <class Accumulator>
-  CUTE_DEVICE void store_parts(int item, Accumulator const& acc, int k_group) const {
-    const int rank = cute::block_rank_in_cluster();
-    uint64_t* const received = &shared_.received[panel_];
-    uint64_t* const drained = &shared_.drained[panel_];
-    CUTE_UNROLL
-    for (int i = 0; i < Tile::kOctets; ++i)
-      *group_part(i, k_group) = octet_of(acc, i);
-    panel_barrier();  // the parts, and the scales
-    if (params_.split_k > 1) {
-      Barrier::wait(drained, phase(item) ^ 1);
-      if (thread() == 0) {
-        const int octets = turns(Tile::kOctets + params_.split_k - 1 - rank);
-        TransactionBarrier::arrive_and_expect_tx(
-            received, octets * (params_.split_k - 1) * Tile::kVectorBytes);
-      }
-      for (int i = k_group; i < Tile::kOctets; i += Tile::kKGroups) {
-        const int owner = owning_rank(i);
-        if (owner != rank) {
-          store_at_cluster(peer_address(peer_part(i, rank - (rank > owner)), owner),
-                           sum_of_groups(i), peer_address(received, owner));
-        }
-      }
-      Barrier::wait(received, phase(item));
-    }
-    for (int i = k_group; i < Tile::kOctets; i += Tile::kKGroups) {
-      if (owning_rank(i) == rank) {
-        int4 sum = sum_of_groups(i);
-        for (int peer = 0; peer < params_.split_k - 1; ++peer)
-          add(sum, *peer_part(i, peer));
-        store_octet(i, sum);
-      }
-    }
-    // CTAs may send the next tile's parts once all warps have said so: those of the receiver too,
-    // or a CTA that owns nothing, and so waits for nothing, could complete the phase after the one
-    // that its peer waits for.
-    if (params_.split_k > 1) {
-      __syncwarp();
-      const int lane = threadIdx.x % 32;
-      arrive_at_cluster_if(lane < params_.split_k, drained, lane);
-    }
-  }
-
-  CUTE_DEVICE int turns(int octets) const { return octets >> (__ffs(params_.split_k) - 1); }
-  CUTE_DEVICE int owning_rank(int i) const { return i & (params_.split_k - 1); }
-
-  // This thread's place in the buffer of octet i and a sender.
-  CUTE_DEVICE int4* group_part(int i, int group) const { return part(i * Tile::kKGroups + group); }
-  CUTE_DEVICE int4* peer_part(int i, int sender) const {
-    return part(Tile::kOctets * Tile::kKGroups + turns(i) * (params_.split_k - 1) + sender);
-  }
-  CUTE_DEVICE int4* part(int index) const {
-    return reinterpret_cast<int4*>(shared_.staging[panel_]) + index * kWarpGroupThreads +
-           threadIdx.x % kWarpGroupThreads;
-  }
-
-  CUTE_DEVICE int4 sum_of_groups(int i) const {
-    int4 sum = *group_part(i, 0);
-    CUTE_UNROLL
-    for (int group = 1; group < Tile::kKGroups; ++group)
-      add(sum, *group_part(i, group));
-    return sum;
-  }
-
-  CUTE_DEVICE static void add(int4& sum, int4 const& part) {
-    sum.x += part.x;
-    sum.y += part.y;
-    sum.z += part.z;
-    sum.w += part.w;
-  }
-
-  template <class Accumulator>
-  CUTE_DEVICE static int4 octet_of(Accumulator const& acc, int octet) {
-    return {acc(4 * octet), acc(4 * octet + 1), acc(4 * octet + 2), acc(4 * octet + 3)};
-  }
-
-  // Of `received` and `drained`: once per tile.
-  CUTE_DEVICE static uint32_t phase(int item) { return item & 1; }
+  // Element by element.
 
   CUTE_DEVICE void store_octet(int octet, int4 const& sum) const {
     if (params_.y_type == Element::kInt32)
@@ -492,7 +346,7 @@ class Epilogue {
   SharedStorage<Tile>& shared_;
   int panel_;
   int first_token_, tokens_, first_channel_;
-  int foreign_chunks_;  // parity of those that the other CTA of a pair owns; 2: none
+  int foreign_chunks_;  // parity of those that the other CTA of a pair stores, or kNoChunks
   float channel_value_;
   float token_scale_[kScalesPerThread];
 };

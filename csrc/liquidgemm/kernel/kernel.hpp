@@ -27,6 +27,7 @@
 #include "liquidgemm/kernel/consumer.hpp"
 #include "liquidgemm/kernel/epilogue.hpp"
 #include "liquidgemm/kernel/params.hpp"
+#include "liquidgemm/kernel/partial_sums.hpp"
 #include "liquidgemm/kernel/producer.hpp"
 #include "liquidgemm/kernel/scheduler.hpp"
 
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ClusterBarrier::init(&shared.empty[slot], Tile::kPanels * kWarpGroupThreads / 32 *
                                                     kReleasesPerWarp * (pairs ? 2 : 1));
     }
-    Epilogue<Tile>::init_barriers(shared, params.split_k);
+    PartialSums<Tile>::init_barriers(shared, params.split_k);
     cutlass::arch::fence_barrier_init();
     cutlass::arch::fence_view_async_shared();
   }

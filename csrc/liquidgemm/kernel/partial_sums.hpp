@@ -1,0 +1,190 @@
+// Sums that several have parts of, completed in memory that all of them reach. Integer addition
+// makes any order exact.
+//
+//   add_up    k groups that take turns, and the CTAs of a cluster: through staging buffers
+//   exchange  the two CTAs of a pair: from registers into what was the other's ring
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cute/arch/cluster_sm90.hpp>
+
+#include "liquidgemm/kernel/params.hpp"
+#include "liquidgemm/kernel/ring.hpp"
+#include "liquidgemm/kernel/scheduler.hpp"
+
+namespace liquidgemm {
+
+// A thread's sums of eight tokens: two tokens of two channels.
+template <class Accumulator>
+CUTE_DEVICE int4 octet_of(Accumulator const& acc, int octet) {
+  return {acc(4 * octet), acc(4 * octet + 1), acc(4 * octet + 2), acc(4 * octet + 3)};
+}
+
+template <class Tile>
+class PartialSums {
+  using Barrier = cutlass::arch::ClusterBarrier;
+  using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
+
+ public:
+  static constexpr int kThreads = Tile::kKGroups * kWarpGroupThreads;  // that share a panel
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kNoChunks = 2;  // a parity that no chunk has
+
+  CUTE_DEVICE PartialSums(KernelParams const& params, SharedStorage<Tile>& shared, int panel)
+      : params_(params), shared_(shared), panel_(panel) {}
+
+  CUTE_DEVICE static void init_barriers(SharedStorage<Tile>& shared, int split_k) {
+    Barrier::init(&shared.multiplied, Tile::kConsumerThreads / 32);
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      Barrier::init(&shared.received[panel], 1);
+      Barrier::init(&shared.drained[panel], kWarps * split_k);
+    }
+  }
+
+  // After `items` tiles: no CTA will arrive here any more.
+  CUTE_DEVICE void finish(int items) const {
+    if (params_.split_k > 1)
+      Barrier::wait(&shared_.drained[panel_], phase(items - 1));
+  }
+
+  CUTE_DEVICE static int thread() { return threadIdx.x % kThreads; }  // within the panel
+  CUTE_DEVICE void panel_barrier() const {
+    cutlass::arch::NamedBarrier::arrive_and_wait(kThreads, panel_);
+  }
+  // This thread's place in an octet's staging buffer.
+  CUTE_DEVICE int4* staged(int index) const {
+    return reinterpret_cast<int4*>(shared_.staging[panel_]) + index * kWarpGroupThreads +
+           threadIdx.x % kWarpGroupThreads;
+  }
+
+  // A tile that a pair shares along K, its last one. The two CTAs own the chunks of tokens in
+  // turns: each sends those of the other's parity from its registers, to where that one's ring was,
+  // and adds what it gets to its own.
+  template <class Accumulator>
+  CUTE_DEVICE void exchange(Accumulator& acc, int tokens, int foreign_chunks) const {
+    constexpr int kOctets = Tile::kChunkTokens / 8;
+    const int peer = Scheduler<Tile>::rank() ^ 1;
+    uint64_t* const received = &shared_.received[panel_];
+    __syncwarp();
+    arrive_at_cluster_if(threadIdx.x % 32 == 0, &shared_.multiplied, peer);
+    if (thread() == 0) {
+      const int chunks = (tokens + Tile::kChunkTokens - 1) / Tile::kChunkTokens;
+      TransactionBarrier::arrive_and_expect_tx(received,
+                                               (chunks + peer) / 2 * kOctets * Tile::kVectorBytes);
+    }
+    int4* const parts =
+        reinterpret_cast<int4*>(&shared_.tokens[0][0] + panel_ * Tile::kExchangeBytes) +
+        threadIdx.x % kWarpGroupThreads;
+    const uint32_t to = peer_address(parts, peer);
+    const uint32_t barrier = peer_address(received, peer);
+    Barrier::wait(&shared_.multiplied, 0);
+    CUTE_UNROLL
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+      if (chunk % 2 == foreign_chunks && chunk * Tile::kChunkTokens < tokens) {
+        CUTE_UNROLL
+        for (int i = 0; i < kOctets; ++i)
+          store_at_cluster(to + (chunk / 2 * kOctets + i) * Tile::kVectorBytes,
+                           octet_of(acc, chunk * kOctets + i), barrier);
+      }
+    }
+    Barrier::wait(received, 0);
+    CUTE_UNROLL
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+      if (chunk % 2 != foreign_chunks && chunk * Tile::kChunkTokens < tokens) {
+        CUTE_UNROLL
+        for (int i = 0; i < kOctets; ++i) {
+          const int octet = chunk * kOctets + i;
+          const int4 part = parts[(chunk / 2 * kOctets + i) * kWarpGroupThreads];
+          acc(4 * octet) += part.x;
+          acc(4 * octet + 1) += part.y;
+          acc(4 * octet + 2) += part.z;
+          acc(4 * octet + 3) += part.w;
+        }
+      }
+    }
+  }
+
+  // Sums of which k groups have parts, and CTAs of a cluster: parts meet in shared memory. The
+  // octets are dealt out in turns to the k groups, which add up the parts of their CTA, and to the
+  // CTAs, which add up those of all and hand them to use(octet, sum). All threads of the panel are
+  // in step by then, so that `use` can read what they have staged before.
+  template <class Accumulator, class Use>
+  CUTE_DEVICE void add_up(int item, Accumulator const& acc, int k_group, Use const& use) const {
+    const int rank = cute::block_rank_in_cluster();
+    uint64_t* const received = &shared_.received[panel_];
+    uint64_t* const drained = &shared_.drained[panel_];
+    CUTE_UNROLL
+    for (int i = 0; i < Tile::kOctets; ++i)
+      *group_part(i, k_group) = octet_of(acc, i);
+    panel_barrier();  // the parts, and the scales
+    if (params_.split_k > 1) {
+      Barrier::wait(drained, phase(item) ^ 1);
+      if (thread() == 0) {
+        const int octets = turns(Tile::kOctets + params_.split_k - 1 - rank);
+        TransactionBarrier::arrive_and_expect_tx(
+            received, octets * (params_.split_k - 1) * Tile::kVectorBytes);
+      }
+      for (int i = k_group; i < Tile::kOctets; i += Tile::kKGroups) {
+        const int owner = owning_rank(i);
+        if (owner != rank) {
+          store_at_cluster(peer_address(peer_part(i, rank - (rank > owner)), owner),
+                           sum_of_groups(i), peer_address(received, owner));
+        }
+      }
+      Barrier::wait(received, phase(item));
+    }
+    for (int i = k_group; i < Tile::kOctets; i += Tile::kKGroups) {
+      if (owning_rank(i) == rank) {
+        int4 sum = sum_of_groups(i);
+        for (int peer = 0; peer < params_.split_k - 1; ++peer)
+          add(sum, *peer_part(i, peer));
+        use(i, sum);
+      }
+    }
+    // CTAs may send the next tile's parts once all warps have said so: those of the receiver too,
+    // or a CTA that owns nothing, and so waits for nothing, could complete the phase after the one
+    // that its peer waits for.
+    if (params_.split_k > 1) {
+      __syncwarp();
+      const int lane = threadIdx.x % 32;
+      arrive_at_cluster_if(lane < params_.split_k, drained, lane);
+    }
+  }
+
+ private:
+  CUTE_DEVICE int turns(int octets) const { return octets >> (__ffs(params_.split_k) - 1); }
+  CUTE_DEVICE int owning_rank(int i) const { return i & (params_.split_k - 1); }
+
+  // This thread's place in the buffer of octet i and a sender.
+  CUTE_DEVICE int4* group_part(int i, int group) const {
+    return staged(i * Tile::kKGroups + group);
+  }
+  CUTE_DEVICE int4* peer_part(int i, int sender) const {
+    return staged(Tile::kOctets * Tile::kKGroups + turns(i) * (params_.split_k - 1) + sender);
+  }
+
+  CUTE_DEVICE int4 sum_of_groups(int i) const {
+    int4 sum = *group_part(i, 0);
+    CUTE_UNROLL
+    for (int group = 1; group < Tile::kKGroups; ++group)
+      add(sum, *group_part(i, group));
+    return sum;
+  }
+
+  CUTE_DEVICE static void add(int4& sum, int4 const& part) {
+    sum.x += part.x;
+    sum.y += part.y;
+    sum.z += part.z;
+    sum.w += part.w;
+  }
+
+  // Of `received` and `drained`: once per tile.
+  CUTE_DEVICE static uint32_t phase(int item) { return item & 1; }
+
+  KernelParams const& params_;
+  SharedStorage<Tile>& shared_;
+  int panel_;
+};
+
+}  // namespace liquidgemm
