@@ -135,12 +135,12 @@ def measure(products: list[tuple[int, int, int]]) -> list[programs.Row]:
     counted = read_report(done.stdout)
     if len(counted) != len(products):
         raise NoCounters(f"ncu saw {len(counted)} kernels, expected {len(products)}")
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    plan = torch.ops.liquidgemm_testing.select_config
-    return [
-        {"N": n, "K": k, "M": m, "plan": re.search(r"plan (\S+);", plan(m, n, k, sms))[1]} | row
-        for (n, k, m), row in zip(products, counted, strict=True)
-    ]
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows = []
+    for (n, k, m), row in zip(products, counted, strict=True):
+        plan = re.search(r"plan (\S+);", machine.chosen_plan(m, n, k, device))
+        rows.append({"N": n, "K": k, "M": m, "plan": plan[1]} | row)
+    return rows
 
 
 def markdown(record: programs.Record) -> str:

@@ -98,6 +98,19 @@ def newest_results(root: Path = ROOT, name: str = "results.json") -> Path | None
     return found[-1].relative_to(root) if found else None
 
 
+def memory_bytes_per_us(properties) -> float:
+    """Peak of the memory, from torch's properties of a device: two transfers per clock."""
+    return properties.memory_clock_rate * properties.memory_bus_width / 4e3  # kHz, bits
+
+
+def chosen_plan(m: int, n: int, k: int, device: torch.device) -> str:
+    """How the library describes the plan that it runs on this GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    return torch.ops.liquidgemm_testing.select_config(
+        m, n, k, properties.multi_processor_count, 1e-6 * memory_bytes_per_us(properties)
+    )
+
+
 def describe(device: torch.device) -> dict:
     """GPU and software, for the record."""
     gpu = torch.cuda.get_device_properties(device)

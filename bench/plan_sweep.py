@@ -20,6 +20,8 @@ import torch
 import liquidgemm
 from liquidgemm._timing import capture
 
+from . import machine
+
 SHAPES = [
     "4096x4096",
     "6144x4096",
@@ -41,23 +43,12 @@ CALLS = 48
 REPLAYS = 4
 
 
-def tile_tokens(name: str) -> int:
-    """Tokens per tile, from the name of a configuration."""
-    match = re.match(r"t(\d+)_", name)
-    assert match, name
-    return int(match[1])
-
-
-def plausible_plans(names: list[str], m: int, wanted: str) -> Iterator[tuple[int, str]]:
+def plausible_plans(m: int, wanted: str) -> Iterator[tuple[int, str]]:
     """Index and name, without tiles far too large or too small for m tokens."""
-    for config, name in enumerate(names):
-        if not re.search(wanted, name):
-            continue
-        tokens = tile_tokens(name)
-        too_large = tokens >= (2 if m <= 16 else 4) * max(m, 8)
-        if too_large or (m > 4 * tokens and tokens < 128):
-            continue
-        yield config, name
+    names = torch.ops.liquidgemm_testing.config_names()
+    for config in torch.ops.liquidgemm_testing.plausible_configs(m):
+        if re.search(wanted, names[config]):
+            yield config, names[config]
 
 
 def random_weights(n: int, k: int) -> list[torch.Tensor]:
@@ -102,14 +93,12 @@ def main() -> None:
     parser.add_argument("--plans", default="", help="regular expression, all plans by default")
     arguments = parser.parse_args()
 
-    names = torch.ops.liquidgemm_testing.config_names()
     device = torch.cuda.get_device_properties(0)
     rows: list[dict] = []
     result = {
         "gpu": device.name,
         "sms": device.multi_processor_count,
-        # Two transfers per clock, kHz and bits: the peak.
-        "memory_bytes_per_us": device.memory_clock_rate * device.memory_bus_width / 4e3,
+        "memory_bytes_per_us": machine.memory_bytes_per_us(device),
         "rows": rows,
     }
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -120,7 +109,7 @@ def main() -> None:
             for m in map(int, arguments.m.split(",")):
                 times = {
                     name: time_plan(m, k, weights, scale, config)
-                    for config, name in plausible_plans(names, m, arguments.plans)
+                    for config, name in plausible_plans(m, arguments.plans)
                 }
                 if not times:
                     continue

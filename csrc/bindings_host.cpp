@@ -58,6 +58,15 @@ std::vector<std::string> config_names() {
   return names;
 }
 
+std::vector<int64_t> plausible_configs(int64_t m) {
+  std::vector<int64_t> configs;
+  for (size_t i = 0; i < all_plans().size(); ++i) {
+    if (is_plausible(kTileShapes[all_plans()[i].tile], m))
+      configs.push_back(static_cast<int64_t>(i));
+  }
+  return configs;
+}
+
 std::string select_config(int64_t m, int64_t n, int64_t k, int64_t num_sms, double memory_tbps) {
   check(m > 0 && n > 0 && k > 0 && num_sms > 0 && memory_tbps > 0,
         "select_config: expected positive sizes, got m=", m, " n=", n, " k=", k,
@@ -77,6 +86,7 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CPU, m) {
 // Not user API: what tests, benchmarks and `liquidgemm info` need to see of the library's inside.
 STABLE_TORCH_LIBRARY(liquidgemm_testing, m) {
   m.def("config_names() -> str[]");
+  m.def("plausible_configs(int m) -> int[]");
   m.def("select_config(int m, int n, int k, int num_sms, float memory_tbps=3.35) -> str");
   m.def(
       "gemm_with_config(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? "
@@ -86,5 +96,6 @@ STABLE_TORCH_LIBRARY(liquidgemm_testing, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm_testing, CompositeExplicitAutograd, m) {
   m.impl("config_names", TORCH_BOX(&liquidgemm::binding::config_names));
+  m.impl("plausible_configs", TORCH_BOX(&liquidgemm::binding::plausible_configs));
   m.impl("select_config", TORCH_BOX(&liquidgemm::binding::select_config));
 }

@@ -290,6 +290,8 @@ def fake_gpu(monkeypatch):
         multi_processor_count=132,
         L2_cache_size=10_000,
         total_memory=1,
+        memory_clock_rate=3_201_000,  # an H200's: 4.92 TB/s
+        memory_bus_width=6144,
     )
     stream = types.SimpleNamespace(synchronize=lambda: None)
     for name, value in {
@@ -334,6 +336,7 @@ class TestDriver:
         assert [(c.n, c.m) for c in run.cases] == [(64, 1), (64, 20), (128, 1), (128, 20)]
         first, second = run.cases[:2]
         assert first.best("liquidgemm", "gemm").error == 0
+        assert "on 132 SMs, 4.92 TB/s: plan t8" in first.best("liquidgemm", "gemm").detail
         assert first.best("liquidgemm", "linear").time.rounds >= timing.MIN_ROUNDS
         assert first.best("bf16", "gemm") is first.best("bf16", "linear") is not None
         assert first.best("int8", "gemm") is None

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("scipy")
-from bench import fit_plan
+from bench import fit_plan, plan_sweep
 
 PLAN_HPP = Path(__file__).parent.parent / "csrc/liquidgemm/host/plan.hpp"
 PLANS = [
@@ -46,10 +47,6 @@ def test_fit_recovers_the_constants(tmp_path: Path) -> None:
 
 def test_formula_is_the_library_s() -> None:
     """`estimate` in plan.hpp and `predict` agree, with the constants that plan.hpp holds."""
-    import torch
-
-    import liquidgemm  # noqa: F401
-
     source = PLAN_HPP.read_text()
 
     def constant(name: str) -> float:
@@ -83,3 +80,16 @@ def test_formula_is_the_library_s() -> None:
         estimate = fit_plan.predict(sweep, parameters, constant("pair_gain"))[0]
         assert estimate == pytest.approx(float(match[2]), abs=0.06), text
     assert {plan.rsplit("_", 1)[-1] for plan in chosen} >= {"pairs", "split4", "s2", "s4"}
+
+
+def test_only_plausible_plans_are_swept_and_chosen():
+    for m in (1, 16, 17, 64, 100, 128, 1000, 4096):
+        plans = dict(plan_sweep.plausible_plans(m, ""))
+        tokens = {int(re.match(r"t(\d+)_", name)[1]) for name in plans.values()}
+        assert max(tokens) < (2 if m <= 16 else 4) * max(m, 8)
+        assert min(tokens) >= min(m / 4, 128)
+        text = torch.ops.liquidgemm_testing.select_config(m, 4096, 4096, 132)
+        assert re.search(r"plan (\w+);", text)[1] in plans.values()
+    assert set(dict(plan_sweep.plausible_plans(64, "t64_p1")).values()) == {
+        f"t64_p1_k4_s2{split}" for split in ("", "_split2", "_split4")
+    }

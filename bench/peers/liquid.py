@@ -11,6 +11,7 @@ import liquidgemm
 from liquidgemm import _library
 from liquidgemm.format import decode
 
+from .. import machine
 from .base import Peer, Way, exact_product
 
 
@@ -65,8 +66,6 @@ class Liquid(Peer):
         return (sums * x_scale.unsqueeze(1) * self.scale).to(torch.bfloat16)
 
     def describe(self, way: Way, m: int) -> str:
-        sms = torch.cuda.get_device_properties(self.w8.device).multi_processor_count
         with suppress(AttributeError, RuntimeError):  # a build without the testing ops
-            n, k = self.w8.shape
-            return torch.ops.liquidgemm_testing.select_config(m, n, k, sms)
+            return machine.chosen_plan(m, *self.w8.shape, self.w8.device)
         return ""

@@ -179,8 +179,8 @@ inline Estimate estimate(Problem const& p,
   return e;
 }
 
-// Tiles far too large or too small for m tokens were not measured (bench/plan_sweep.py has the same
-// rule): the estimate says nothing of them.
+// Tiles far too large or too small for m tokens are not measured (bench/plan_sweep.py asks here):
+// the estimate says nothing of them.
 inline bool is_plausible(TileShape const& shape, int64_t m) {
   const bool too_large = shape.tokens >= (m <= 16 ? 2 : 4) * std::max<int64_t>(m, 8);
   const bool too_small = m > 4 * shape.tokens && shape.tokens < 128;
