@@ -22,7 +22,7 @@ from pathlib import Path
 
 from . import machine, programs
 from .microbench import require_gpu
-from .shapes import argument
+from .shapes import argument, parse_shapes, parse_tokens
 
 # The worst of few tokens, a large product, and two that leave ragged rounds.
 PRODUCTS = "4096x4096:64,6144x4096:128,28672x4096:64,28672x4096:4096,10240x8192:256,10240x8192:512"
@@ -44,16 +44,20 @@ class NoCounters(Exception):
     """Nsight Compute did not do its work; the message says why."""
 
 
-def parse_product(text: str) -> tuple[int, int, int]:
-    """N, K and M of "4096x14336:64"."""
-    match = re.fullmatch(r"(\d+)x(\d+):(\d+)", text)
-    if not match or not all(map(int, match.groups())):
-        raise ValueError(f"{text!r} is not NxK:M, such as 4096x14336:64")
-    return tuple(map(int, match.groups()))
-
-
 def parse_products(text: str) -> list[tuple[int, int, int]]:
-    return [parse_product(part) for part in text.split(",")]
+    """N, K and M of each part of "4096x14336:64,llama3-8b:16".
+
+    Raises:
+        ValueError: a part is not of that kind.
+    """
+    products = []
+    for part in text.split(","):
+        shapes, _, tokens = part.partition(":")
+        try:
+            products += [(s.n, s.k, m) for s in parse_shapes(shapes) for m in parse_tokens(tokens)]
+        except ValueError as error:
+            raise ValueError(f"{part!r} is not NxK:M, such as 4096x14336:64: {error}") from error
+    return products
 
 
 def read_report(text: str) -> list[programs.Row]:
@@ -144,15 +148,13 @@ def measure(products: list[tuple[int, int, int]]) -> list[programs.Row]:
 
 
 def markdown(record: programs.Record) -> str:
-    gpu = record.machine
-    head = (
-        f"# Counters on {gpu['gpu']}\n\n"
-        f"{gpu['sms']} SMs, driver {gpu['driver'] or 'unknown'}; commit {record.commit}, "
-        f"{record.started[:10]}: `{record.command}`. One run of each product under Nsight Compute, "
-        "cold; percent of what the GPU could do over the kernel's time, and what warps waited for, "
-        "in percent of samples. bench/counters.py says what each column counts.\n\n"
+    text = (
+        "One run of each product under Nsight Compute, cold; percent of what the GPU could do over "
+        "the kernel's time, and what warps waited for, in percent of samples. bench/counters.py "
+        "says what each column counts."
     )
-    return head + "\n".join(programs.markdown_table(record.tables["counters"])) + "\n"
+    table = "\n".join(programs.markdown_table(record.tables["counters"]))
+    return f"{programs.heading(record, 'Counters', text)}\n\n{table}\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

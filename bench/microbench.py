@@ -39,13 +39,8 @@ def parse_names(text: str) -> list[str]:
 
 def markdown(record: programs.Record) -> str:
     """All tables; what the columns mean is said at the head of each program's source."""
-    machine = record.machine
-    parts = [
-        f"# Microbenchmarks on {machine['gpu']}",
-        f"{machine['sms']} SMs, driver {machine['driver'] or 'unknown'}; commit {record.commit}, "
-        f"{record.started[:10]}: `{record.command}`. Each program's source in bench/cpp says what "
-        "its columns mean.",
-    ]
+    text = "Each program's source in bench/cpp says what its columns mean."
+    parts = [programs.heading(record, "Microbenchmarks", text)]
     for name, title in TITLES.items():
         rows, problem = record.tables.get(name), record.problems.get(name)
         if rows or problem:

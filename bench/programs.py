@@ -147,6 +147,16 @@ def _value(text: str) -> int | float | str | None:
     return text
 
 
+def heading(record: Record, title: str, text: str) -> str:
+    """Two paragraphs of Markdown: what was measured on which machine, and how to read it."""
+    gpu = record.machine
+    return (
+        f"# {title} on {gpu['gpu']}\n\n"
+        f"{gpu['sms']} SMs, driver {gpu['driver'] or 'unknown'}; commit {record.commit}, "
+        f"{record.started[:10]}: `{record.command}`. {text}"
+    )
+
+
 def markdown_table(rows: Sequence[Row]) -> list[str]:
     """Lines of a Markdown table with the rows' own columns."""
     if not rows:

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from . import machine, programs, timing
+from .driver import SAMPLED_ROWS
 from .microbench import require_gpu
 from .peers import OURS, PEERS, parse_peers
 from .peers.base import check_result, poison, sample_rows
 from .shapes import argument, parse_shapes
 
 ROUNDS = 2
-ROWS = 64  # of the output that are checked
 
 
 def candidates(names: list[str], n: int, k: int, m: int) -> Iterator[tuple[str, object]]:
@@ -36,7 +36,7 @@ def candidates(names: list[str], n: int, k: int, m: int) -> Iterator[tuple[str, 
         torch.empty(rows, k, dtype=torch.bfloat16, device=device).normal_(generator=generator)
         for rows in (n, m)
     )
-    rows = sample_rows(m, ROWS, device)
+    rows = sample_rows(m, SAMPLED_ROWS, device)
     for name in names:
         peer = PEERS[name](weight)
         count = timing.copies_for_cold_l2(peer.weight_bytes(), l2_bytes)
@@ -86,15 +86,12 @@ def row_of(name: str, m: int, n: int, k: int, times: list[float], state: dict) -
 
 
 def markdown(record: programs.Record) -> str:
-    gpu = record.machine
-    head = (
-        f"# Sustained rate on {gpu['gpu']}\n\n"
-        f"{gpu['sms']} SMs, driver {gpu['driver'] or 'unknown'}; commit {record.commit}, "
-        f"{record.started[:10]}: `{record.command}`. Candidates in turn, each without a pause; "
-        "tops: 1e12 operations per second, medians of the first and of the last fifth of the time; "
-        "clock, power and temperature in the last fifth.\n"
+    text = (
+        "Candidates in turn, each without a pause; tops: 1e12 operations per second, medians of "
+        "the first and of the last fifth of the time; clock, power and temperature in the last "
+        "fifth."
     )
-    parts = [head]
+    parts = [programs.heading(record, "Sustained rate", text), "\n"]
     for shape, rows in record.tables.items():
         parts += [f"\n## {shape}\n\n", "\n".join(programs.markdown_table(rows)), "\n"]
     return "".join(parts)

@@ -20,6 +20,12 @@ constexpr std::array<Launcher, sizeof...(I)> launchers(std::integer_sequence<int
 }
 constexpr auto kLaunchers = launchers(std::make_integer_sequence<int, kNumTileShapes>{});
 
+template <int... I>
+constexpr std::array<bool, sizeof...(I)> stores_by_tma(std::integer_sequence<int, I...>) {
+  return {Tile<I>::kStoresByTma...};
+}
+constexpr auto kStoresByTma = stores_by_tma(std::make_integer_sequence<int, kNumTileShapes>{});
+
 // The driver's function without linking libcuda, which build machines lack.
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto encoder = [] {
@@ -121,8 +127,7 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
   cudaError_t error = encode(params.x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.x, a.m, a.k,
                              a.x_stride, division.tile_tokens / (plan.pairs ? 2 : 1));
   const bool two_bytes = a.y_type == Element::kBFloat16 || a.y_type == Element::kFloat16;
-  if (error == cudaSuccess && kTileShapes[plan.tile].can_pair() && two_bytes &&
-      params.rows_are_vectors())
+  if (error == cudaSuccess && kStoresByTma[plan.tile] && two_bytes && params.rows_are_vectors())
     error = encode(params.y_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, a.m, a.n, a.y_stride * 2,
                    kTileShapes[plan.tile].store_tokens());
   if (error != cudaSuccess)

@@ -336,6 +336,9 @@ class TestFolders:
         with pytest.raises(counters.NoCounters, match="ncu is not on PATH"):
             counters.measure([(64, 64, 1)])
 
+    def test_products(self):
+        assert counters.parse_products("64x128:4,8192x64:16") == [(64, 128, 4), (8192, 64, 16)]
+
     @pytest.mark.parametrize("text", ["64x64", "64x64:", "64x64:0", "a", "64x64:1:2", ""])
     def test_products_that_are_none(self, text):
         with pytest.raises(ValueError, match="is not NxK:M"):

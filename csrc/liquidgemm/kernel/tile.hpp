@@ -32,8 +32,8 @@ inline constexpr TileShape kTileShapes[] = {
     {32, 1, 4, 2},   //
     {32, 3, 1, 2},   // many panels share the tokens once their L2 traffic rivals the weights'
     {32, 4, 1, 2},   //
-    {64, 1, 4, 2},   //
-    {64, 3, 1, 2},   //
+    {64, 1, 4, 2},   // few panels, or a long K
+    {64, 3, 1, 2},   // many panels again
     {64, 4, 1, 2},   //
     {128, 2, 1, 2},  // small prefill, or few tiles
     {128, 3, 1, 2},  //
