@@ -20,8 +20,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+import liquidgemm
+
 from . import machine, programs
 from .microbench import require_gpu
+from .plan_sweep import random_weights
 from .shapes import argument, parse_shapes, parse_tokens
 
 # The worst of few tokens, a large product, and two that leave ragged rounds.
@@ -99,12 +104,6 @@ def _stalls(values: dict[str, str]) -> str:
 
 def run_products(products: list[tuple[int, int, int]]) -> None:
     """What ncu looks at: every product once."""
-    import torch
-
-    import liquidgemm
-
-    from .plan_sweep import random_weights
-
     for n, k, m in products:
         weights = random_weights(n, k)
         # As a quantizer leaves them: normally distributed.
@@ -121,8 +120,6 @@ def measure(products: list[tuple[int, int, int]]) -> list[programs.Row]:
     Raises:
         NoCounters: ncu is missing or failed.
     """
-    import torch
-
     ncu = shutil.which("ncu")
     if ncu is None:
         raise NoCounters("ncu is not on PATH: it comes with the CUDA toolkit")

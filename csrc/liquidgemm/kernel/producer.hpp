@@ -28,6 +28,10 @@ class Producer {
   // Blocks past the end of K or N are not loaded: what the slot holds there meets activations that
   // TMA filled with zeros, or output channels that are not stored.
   CUTE_DEVICE void load_weights() const {
+    // Weights that only one row of tiles needs would push activations out of the L2 cache.
+    const auto hint = static_cast<uint64_t>(params_.m_tiles == 1
+                                                ? cute::TMA::CacheHintSm90::EVICT_FIRST
+                                                : cute::TMA::CacheHintSm90::EVICT_NORMAL);
     const int64_t panel_bytes = int64_t(params_.k_blocks) * kBlockBytes;
     for_each_item([&](WorkItem const& work, RingState<Tile>& ring) {
       const int first_panel = work.n_tile * Tile::kPanels;
@@ -43,8 +47,8 @@ class Producer {
         CUTE_UNROLL
         for (int panel = 0; panel < Tile::kPanels; ++panel) {
           if (panel < panels) {
-            cute::SM90_BULK_COPY_G2S::copy(from + panel * panel_bytes, &shared_.full[ring.slot],
-                                           shared_.weights[ring.slot][panel], bytes);
+            bulk_load(shared_.weights[ring.slot][panel], from + panel * panel_bytes, bytes,
+                      &shared_.full[ring.slot], hint);
           }
         }
         from += Tile::kStageBlocks * kBlockBytes;
@@ -96,6 +100,16 @@ class Producer {
   }
 
  private:
+  // One bulk copy, its bytes counted at `full`; CuTe's has no cache hint.
+  CUTE_DEVICE static void bulk_load(
+      void* to, void const* from, int bytes, uint64_t* full, uint64_t hint) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(cute::cast_smem_ptr_to_uint(to)),
+        "l"(from), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(full)), "l"(hint)
+        : "memory");
+  }
+
   // Returns where in the ring the last item ended.
   template <class Body>
   CUTE_DEVICE RingState<Tile> for_each_item(Body const& body) const {
