@@ -29,9 +29,9 @@ class Producer {
   // TMA filled with zeros, or output channels that are not stored.
   CUTE_DEVICE void load_weights() const {
     // Weights that only one row of tiles needs would push activations out of the L2 cache.
-    const auto hint = static_cast<uint64_t>(params_.m_tiles == 1
-                                                ? cute::TMA::CacheHintSm90::EVICT_FIRST
-                                                : cute::TMA::CacheHintSm90::EVICT_NORMAL);
+    const auto hint =
+        static_cast<uint64_t>(params_.m_tiles == 1 ? cute::TMA::CacheHintSm90::EVICT_FIRST
+                                                   : cute::TMA::CacheHintSm90::EVICT_NORMAL);
     const int64_t panel_bytes = int64_t(params_.k_blocks) * kBlockBytes;
     for_each_item([&](WorkItem const& work, RingState<Tile>& ring) {
       const int first_panel = work.n_tile * Tile::kPanels;

@@ -38,6 +38,9 @@ inline constexpr TileShape kTileShapes[] = {
     {128, 2, 1, 2},  // small prefill, or few tiles
     {128, 3, 1, 2},  //
     {128, 4, 1, 2},  //
+    {192, 2, 1, 2},  // heights in between: little of the last m tile is wasted
+    {192, 3, 1, 2},  //
+    {224, 2, 1, 2},  //
     {256, 2, 1, 2},  // prefill: least dequantization per multiplication
 };
 inline constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
@@ -130,15 +133,16 @@ struct Tile {
   // way, and a wait for the phase after next passes at once: phases are known by their parity only.
   static constexpr int kStages = kStagesThatFit / kKGroups * kKGroups;
 
-  // A pair's parts of sums, half of a panel's, in what was the ring.
-  static constexpr int kExchangeBytes = kOctets / 2 * kVectorBytes;
+  // A pair's parts of sums in what was the ring: of a panel's chunks half, or one more than that.
+  static constexpr int kExchangeBytes = (kChunks + 1) / 2 * kChunkTokens / 8 * kVectorBytes;
   static_assert(!kPairs || kPanels * kExchangeBytes <= kStages * kStageTokenBytes);
 
   static_assert(kStages >= 2 * kKGroups, "while one stage is multiplied the next is loaded");
   static_assert(kStageBlocks % 2 == 0,
                 "a stage is made of 128-byte rows of activations, and A registers alternate");
   static_assert(kTokens % 8 == 0 && kTokens <= 256);
-  static_assert(!kPairs || kTokens % (2 * kChunkTokens) == 0, "a pair shares the chunks");
+  static_assert(!kPairs || (kTokens % kChunkTokens == 0 && kChunks > 1),
+                "a pair shares the chunks");
   static_assert(kThreads <= 1024);
 };
 
