@@ -17,10 +17,12 @@ from scipy.optimize import least_squares
 BLOCK_BYTES = 2176
 SOFTNESS = 6.0
 QUAD_CLUSTER_FIT = 0.91
+HALF_SM_BYTES = 160_000
 MANY_ROUNDS = 3  # CTAs fall out of step, and loads that pairs share begin to pay
 NAMES = (  # of the parameters that are not a tile's
     "launch_us",
     "occupancy_us",
+    "half_sm_occupancy",
     "memory_efficiency",
     "sm_memory_share",
     "m_tiles_share",
@@ -40,6 +42,7 @@ class Sweep:
     m: np.ndarray
     tokens: np.ndarray
     panels: np.ndarray
+    half_sm: np.ndarray  # whether a CTA takes half an SM
     stage_blocks: np.ndarray
     split_k: np.ndarray
     pairs: np.ndarray
@@ -59,7 +62,7 @@ class Sweep:
     @classmethod
     def of(cls, rows: list[dict], sms: int, memory_bytes_per_us: float) -> Sweep:
         plans = [row["plan"] for row in rows]
-        shapes = [re.match(r"(t(\d+)_p(\d+)_k\d+_s(\d+))", plan) for plan in plans]
+        shapes = [re.match(r"(t(\d+)_p(\d+)_k(\d+)_s(\d+))", plan) for plan in plans]
         tiles = [shape[1] for shape in shapes]
         names = sorted(set(tiles), key=lambda t: (int(t[1 : t.index("_")]), t))
         splits = [re.search(r"split(\d+)$", plan) for plan in plans]
@@ -69,7 +72,9 @@ class Sweep:
 
         return cls(
             *(column(row[key] for row in rows) for key in ("n", "k", "m")),
-            *(column(shape[i] for shape in shapes) for i in (2, 3, 4)),
+            *(column(shape[i] for shape in shapes) for i in (2, 3)),
+            np.array([shape[4] == "2" for shape in shapes]),  # k groups, see tile.hpp
+            column(shape[5] for shape in shapes),
             column(int(split[1]) if split else 1 for split in splits),
             np.array([plan.endswith("_pairs") for plan in plans]),
             np.array([names.index(tile) for tile in tiles]),
@@ -120,8 +125,15 @@ class Sweep:
         return float(np.median(ratios)) if ratios else 1.0
 
     def considered(self) -> Sweep:
-        """Without what `select_plan` leaves out: clusters of 4 in several rounds."""
-        keep = (self.split_k < 4) | (self.units() <= self.most_workers())
+        """Without what `select_plan` leaves out.
+
+        Clusters of 4 in several rounds; half SMs in several rounds, or with too much to read.
+        """
+        one_round = self.units() <= self.most_workers()
+        stages = ceil_div(ceil_div(ceil_div(self.k, 64), self.stage_blocks), self.split_k)
+        read = stages * self.stage_blocks * (BLOCK_BYTES + 64 * self.tokens)
+        keep = (self.split_k < 4) | one_round
+        keep &= ~self.half_sm | (one_round & (read <= HALF_SM_BYTES))
         columns = {k: v[keep] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         return replace(self, **columns)
 
@@ -134,7 +146,7 @@ class Sweep:
 def predict(s: Sweep, parameters: np.ndarray, pair_gain: float) -> np.ndarray:
     """µs of each row; parameters are logarithms, in the order that `report` prints."""
     values = np.exp(parameters)
-    launch, occupancy, efficiency, share, m_tiles_share = values[: len(NAMES)]
+    launch, occupancy, half_sm, efficiency, share, m_tiles_share = values[: len(NAMES)]
     block_us, tile_us, split2_us, split4_us = values[len(NAMES) :].reshape(4, -1)[:, s.tile]
 
     panels, k_blocks = ceil_div(s.n, 64), ceil_div(s.k, 64)
@@ -162,7 +174,7 @@ def predict(s: Sweep, parameters: np.ndarray, pair_gain: float) -> np.ndarray:
 
     soft_max = (memory**SOFTNESS + sm**SOFTNESS) ** (1 / SOFTNESS)
     busy = workers * s.cluster() / s.sms
-    return launch + occupancy * busy**3 + soft_max
+    return launch + occupancy * np.where(s.half_sm, half_sm, 1) * busy**3 + soft_max
 
 
 def fit(s: Sweep, pair_gain: float) -> np.ndarray:
@@ -172,7 +184,7 @@ def fit(s: Sweep, pair_gain: float) -> np.ndarray:
         ratio = s.us[rows] / s.us[rows].min()
         weights[rows] = np.select([ratio < 1.12, ratio < 1.6], [3.0, 1.0], 0.25)
     tiles = len(s.names)
-    start = np.log([1, 1, 0.9, 2.5, 0.2] + [0.05] * tiles + [1.0] * tiles + [0.5] * 2 * tiles)
+    start = np.log([1, 1, 0.5, 0.9, 2.5, 0.2] + [0.05] * tiles + [1.0] * tiles + [0.5] * 2 * tiles)
 
     def residuals(parameters: np.ndarray) -> np.ndarray:
         return weights * np.log(predict(s, parameters, pair_gain) / s.us)

@@ -100,7 +100,7 @@ cudaError_t query_device(DeviceInfo& info) {
 cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStream_t stream) {
   if (a.m == 0 || a.n == 0)
     return cudaSuccess;
-  const Division division = divide(a.m, a.n, a.k, plan, std::max(1, num_sms / plan.cluster()));
+  const Division division = divide(a.m, a.n, a.k, plan, plan.workers(num_sms));
   KernelParams params{};
   params.weight = a.weight;
   params.x_scale = a.x_scale;

@@ -13,15 +13,17 @@ from bench import fit_plan, plan_sweep
 
 PLAN_HPP = Path(__file__).parent.parent / "csrc/liquidgemm/host/plan.hpp"
 PLANS = [
+    *("t8_p1_k2_s4", "t8_p1_k2_s4_split2", "t8_p1_k2_s4_split4"),
     *("t8_p1_k4_s4", "t8_p1_k4_s4_split2", "t8_p1_k4_s4_split4"),
     *("t128_p2_k1_s2", "t128_p2_k1_s2_pairs"),
 ]
 PAIR_GAIN = 0.97
-TRUE = np.log([1.0, 0.9, 0.9, 2.0, 0.3, 0.05, 0.2, 0.8, 2.5, 0.5, 3.0, 0.7, 3.5])
+OF_TILES = ([0.06, 0.05, 0.2], [0.6, 0.8, 2.5], [0.4, 0.5, 3.0], [0.5, 0.7, 3.5])
+TRUE = np.log([1.0, 0.9, 0.5, 0.9, 2.0, 0.3, *np.ravel(OF_TILES)])
 
 
 def synthetic_sweep(path: Path) -> fit_plan.Sweep:
-    """Two tiles and their plans, sizes on both sides of the crossover; times from TRUE itself."""
+    """Three tiles and their plans, sizes on both sides of the crossover; times from TRUE itself."""
     rows = [
         {"n": n, "k": k, "m": m, "plan": plan, "us": 1.0}
         for n in (1024, 4096, 10240)
@@ -67,7 +69,8 @@ def test_formula_is_the_library_s() -> None:
 
     chosen = set()
     for m, n, k in [
-        *((1, 4096, 4096), (16, 10240, 8192), (64, 1024, 8192), (4096, 6144, 4096)),
+        *((1, 28672, 4096), (16, 10240, 8192), (64, 1024, 8192), (4096, 6144, 4096)),
+        *((8, 2048, 2048), (32, 4096, 4096)),
         *((256, 4096, 4096), (1024, 10240, 8192), (100, 4096, 14336), (8192, 8192, 8192)),
     ]:
         text = torch.ops.liquidgemm_testing.select_config(m, n, k, 132, 3.35)
@@ -80,6 +83,7 @@ def test_formula_is_the_library_s() -> None:
         estimate = fit_plan.predict(sweep, parameters, constant("pair_gain"))[0]
         assert estimate == pytest.approx(float(match[2]), abs=0.06), text
     assert {plan.rsplit("_", 1)[-1] for plan in chosen} >= {"pairs", "split4", "s2", "s4"}
+    assert {re.search(r"_k(\d)_", plan)[1] for plan in chosen} == {"1", "2", "4"}
 
 
 def test_only_plausible_plans_are_swept_and_chosen():
@@ -91,5 +95,5 @@ def test_only_plausible_plans_are_swept_and_chosen():
         text = torch.ops.liquidgemm_testing.select_config(m, 4096, 4096, 132)
         assert re.search(r"plan (\w+);", text)[1] in plans.values()
     assert set(dict(plan_sweep.plausible_plans(64, "t64_p1")).values()) == {
-        f"t64_p1_k4_s2{split}" for split in ("", "_split2", "_split4")
+        f"t64_p1_k{groups}_s2{split}" for groups in (2, 4) for split in ("", "_split2", "_split4")
     }

@@ -26,9 +26,9 @@ VARIANTS = (NONE, DELAY, EVERY_LANE, *BUGS)
 FOLDER = ROOT / "build/planted"
 REFUSED = "refused.txt"  # in place of a package: why there is none
 
-# Decode with four k groups; a ring whose depth is rounded down to a multiple of them; several
-# panels that store by TMA, and that store rows themselves.
-TILES = ("t8_p1_k4_s4", "t32_p1_k4_s2", "t128_p2_k1_s2", "t256_p2_k1_s2")
+# Decode with four k groups, and with two; a ring whose depth is rounded down to a multiple of them;
+# several panels that store by TMA, and that store rows themselves.
+TILES = ("t8_p1_k4_s4", "t32_p1_k2_s2", "t32_p1_k4_s2", "t128_p2_k1_s2", "t256_p2_k1_s2")
 
 TILE_HEADER = "csrc/liquidgemm/kernel/tile.hpp"
 PLAN_HEADER = "csrc/liquidgemm/host/plan.hpp"

@@ -16,7 +16,7 @@ template <int TileIndex>
 cudaError_t launch_tile_impl(KernelParams const& params, int clusters, cudaStream_t stream) {
   using TileT = Tile<TileIndex>;
   constexpr int kSharedBytes = sizeof(SharedStorage<TileT>);
-  static_assert(kSharedBytes <= kSharedBytesPerCta);
+  static_assert(kSharedBytes <= TileT::kSharedBytes);
   auto* const kernel = gemm_kernel<TileT>;
   // Cheap, idempotent and per device: no state to keep, nothing lazy that a first call under
   // capture could trip over.

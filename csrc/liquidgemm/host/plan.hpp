@@ -26,6 +26,9 @@ struct Plan {
   bool pairs = false;  // clusters of two: neighbouring tiles, then tiles that both share along K
 
   int cluster() const { return pairs ? 2 : split_k; }
+  // Clusters of a launch at a time. Where a CTA takes half an SM, the other half is left to the
+  // next launch.
+  int workers(int num_sms) const { return std::max(1, num_sms / cluster()); }
 };
 
 inline std::string name(Plan const& plan) {
@@ -63,39 +66,44 @@ struct TileCost {
 // All constants come from bench/fit_plan.py and a sweep over every plan on an H100; the memory's
 // bandwidth is asked of the GPU.
 inline constexpr TileCost kTileCosts[] = {
-    {0.0433, 0.562, {0.535, 0.660}},  // t8_p1_k4_s4
-    {0.0461, 0.627, {0.491, 0.542}},  // t16_p1_k4_s4
-    {0.0592, 0.822, {0.320, 0.461}},  // t32_p1_k4_s2
-    {0.1699, 0.790, {0.474, 0.000}},  // t32_p3_k1_s2
-    {0.2200, 0.817, {0.519, 0.000}},  // t32_p4_k1_s2
-    {0.0711, 1.278, {0.536, 0.671}},  // t64_p1_k4_s2
-    {0.1938, 1.100, {0.859, 0.000}},  // t64_p3_k1_s2
-    {0.2525, 1.211, {0.936, 0.000}},  // t64_p4_k1_s2
-    {0.1707, 1.454, {0.989, 0.000}},  // t128_p2_k1_s2
-    {0.2458, 1.540, {1.407, 0.000}},  // t128_p3_k1_s2
-    {0.3242, 1.847, {1.668, 0.000}},  // t128_p4_k1_s2
-    {0.2266, 1.923, {1.144, 0.000}},  // t192_p2_k1_s2
-    {0.3365, 2.283, {1.605, 0.000}},  // t192_p3_k1_s2
-    {0.2826, 2.007, {1.319, 0.000}},  // t224_p2_k1_s2
-    {0.3021, 2.177, {1.373, 0.000}},  // t256_p2_k1_s2
+    {0.0533, 0.352, {0.430, 0.461}},  // t8_p1_k2_s4
+    {0.0436, 0.521, {0.547, 0.655}},  // t8_p1_k4_s4
+    {0.0660, 0.477, {0.270, 0.321}},  // t16_p1_k2_s2
+    {0.0455, 0.598, {0.499, 0.534}},  // t16_p1_k4_s4
+    {0.0658, 0.699, {0.303, 0.201}},  // t32_p1_k2_s2
+    {0.0584, 0.799, {0.317, 0.403}},  // t32_p1_k4_s2
+    {0.1701, 0.751, {0.468, 0.000}},  // t32_p3_k1_s2
+    {0.2200, 0.766, {0.533, 0.000}},  // t32_p4_k1_s2
+    {0.0872, 1.116, {0.606, 0.489}},  // t64_p1_k2_s2
+    {0.0711, 1.219, {0.577, 0.749}},  // t64_p1_k4_s2
+    {0.1947, 1.050, {0.866, 0.000}},  // t64_p3_k1_s2
+    {0.2539, 1.146, {0.955, 0.000}},  // t64_p4_k1_s2
+    {0.1705, 1.418, {0.995, 0.000}},  // t128_p2_k1_s2
+    {0.2463, 1.501, {1.398, 0.000}},  // t128_p3_k1_s2
+    {0.3232, 1.833, {1.658, 0.000}},  // t128_p4_k1_s2
+    {0.2263, 1.895, {1.162, 0.000}},  // t192_p2_k1_s2
+    {0.3359, 2.230, {1.658, 0.000}},  // t192_p3_k1_s2
+    {0.2824, 1.978, {1.330, 0.000}},  // t224_p2_k1_s2
+    {0.3012, 2.151, {1.351, 0.000}},  // t256_p2_k1_s2
 };
 static_assert(sizeof(kTileCosts) / sizeof(kTileCosts[0]) == kNumTileShapes);
 
 struct CostModel {
-  double launch_us = 1.092;
-  double occupancy_us = 0.9036;       // a launch that leaves SMs idle overlaps with the next one
-  double memory_efficiency = 0.9161;  // of the peak
-  double sm_memory_share = 2.697;     // how far one SM can exceed its fair share of the bandwidth
-  double m_tiles_share = 0.173;       // of tile_us, and more where tiles share their weights
+  double launch_us = 1.122;
+  double occupancy_us = 0.8776;       // a launch that leaves SMs idle overlaps with the next one
+  double half_sm_occupancy = 0.5255;  // of that, where a CTA takes half an SM
+  double memory_efficiency = 0.9192;  // of the peak
+  double sm_memory_share = 2.748;     // how far one SM can exceed its fair share of the bandwidth
+  double m_tiles_share = 0.1917;      // of tile_us, and more where tiles share their weights
   double quad_cluster_fit = 0.91;     // clusters of 4 do not tile the GPCs
-  double pair_gain = 0.9891;          // time of a block where pairs share tokens ...
+  double pair_gain = 0.9895;          // time of a block where pairs share tokens ...
   int many_rounds = 3;                // ... for so many rounds: CTAs fall out of step
 };
 
 // Clusters that run at a time.
 inline int most_workers(Problem const& p, Plan const& plan, CostModel const& c = {}) {
   const double fit = plan.cluster() == 4 ? c.quad_cluster_fit : 1.0;
-  return std::max(1, static_cast<int>(p.num_sms * fit / plan.cluster()));
+  return plan.workers(static_cast<int>(p.num_sms * fit));
 }
 
 // How a plan divides a problem among workers: CTAs, or clusters of them.
@@ -178,7 +186,8 @@ inline Estimate estimate(Problem const& p,
   e.sm = stages * shape.stage_blocks * block_us + rounds * tile_us + split_us;
   // The next launch begins on SMs that this one leaves idle: half a GPU's worth hides most of it.
   const double busy = double(d.workers) * plan.cluster() / p.num_sms;
-  e.fixed = c.launch_us + c.occupancy_us * busy * busy * busy;
+  const double share = shape.ctas_per_sm() > 1 ? c.half_sm_occupancy : 1;
+  e.fixed = c.launch_us + c.occupancy_us * share * busy * busy * busy;
   return e;
 }
 
@@ -188,6 +197,16 @@ inline bool is_plausible(TileShape const& shape, int64_t m) {
   const bool too_large = shape.tokens >= (m <= 16 ? 2 : 4) * std::max<int64_t>(m, 8);
   const bool too_small = m > 4 * shape.tokens && shape.tokens < 128;
   return !too_large && !too_small;
+}
+
+// CTAs that take half an SM pay where most of what each reads fits its ring, and is fetched while
+// the launch before still computes. With more to read, or several rounds, they were slower than the
+// model says.
+inline bool fits_half_sm(Plan const& plan, Division const& d) {
+  constexpr int64_t kMostBytes = 160'000;
+  TileShape const& shape = kTileShapes[plan.tile];
+  const int64_t blocks = ceil_div(d.stages, plan.split_k) * shape.stage_blocks;
+  return d.whole_rounds == 1 && blocks * (kBlockBytes + kBlockK * shape.tokens) <= kMostBytes;
 }
 
 inline Plan select_plan(Problem const& p) {
@@ -201,6 +220,8 @@ inline Plan select_plan(Problem const& p) {
       continue;
     // Clusters of 4 that have to take turns were always slower than the model says.
     if (plan.split_k == 4 && d.whole_rounds > 1)
+      continue;
+    if (kTileShapes[plan.tile].ctas_per_sm() > 1 && !fits_half_sm(plan, d))
       continue;
     const double us = estimate(p, plan, d).total();
     if (us < best_us) {

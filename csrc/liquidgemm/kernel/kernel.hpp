@@ -34,7 +34,7 @@
 namespace liquidgemm {
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     gemm_kernel(const __grid_constant__ KernelParams params) {
   extern __shared__ uint8_t shared_bytes[];
   // Dynamic shared memory starts at offset 0 of the CTA's window: aligned as SharedStorage wants,

@@ -114,10 +114,7 @@ class PartialSums {
     const int rank = cute::block_rank_in_cluster();
     uint64_t* const received = &shared_.received[panel_];
     uint64_t* const drained = &shared_.drained[panel_];
-    CUTE_UNROLL
-    for (int i = 0; i < Tile::kOctets; ++i)
-      *group_part(i, k_group) = octet_of(acc, i);
-    panel_barrier();  // the parts, and the scales
+    stage_parts(acc, k_group);
     if (params_.split_k > 1) {
       Barrier::wait(drained, phase(item) ^ 1);
       if (thread() == 0) {
@@ -153,21 +150,41 @@ class PartialSums {
   }
 
  private:
+  // In add_up: this group's parts, for sum_of_groups to find.
+  template <class Accumulator>
+  CUTE_DEVICE void stage_parts(Accumulator const& acc, int k_group) const {
+    constexpr bool kInPlace = Tile::kPartsPerOctet < Tile::kKGroups;
+    CUTE_UNROLL
+    for (int i = 0; i < Tile::kOctets; ++i) {
+      if (!kInPlace || i % Tile::kKGroups != k_group)
+        *group_part(i, kInPlace ? 0 : k_group) = octet_of(acc, i);
+    }
+    panel_barrier();  // the parts, and the scales
+    CUTE_UNROLL
+    for (int i = 0; kInPlace && i < Tile::kOctets; ++i) {
+      if (i % Tile::kKGroups == k_group) {
+        int4 sum = octet_of(acc, i);
+        add(sum, *group_part(i, 0));
+        *group_part(i, 0) = sum;
+      }
+    }
+  }
+
   CUTE_DEVICE int turns(int octets) const { return octets >> (__ffs(params_.split_k) - 1); }
   CUTE_DEVICE int owning_rank(int i) const { return i & (params_.split_k - 1); }
 
   // This thread's place in the buffer of octet i and a sender.
   CUTE_DEVICE int4* group_part(int i, int group) const {
-    return staged(i * Tile::kKGroups + group);
+    return staged(i * Tile::kPartsPerOctet + group);
   }
   CUTE_DEVICE int4* peer_part(int i, int sender) const {
-    return staged(Tile::kOctets * Tile::kKGroups + turns(i) * (params_.split_k - 1) + sender);
+    return staged(Tile::kOctets * Tile::kPartsPerOctet + turns(i) * (params_.split_k - 1) + sender);
   }
 
   CUTE_DEVICE int4 sum_of_groups(int i) const {
     int4 sum = *group_part(i, 0);
     CUTE_UNROLL
-    for (int group = 1; group < Tile::kKGroups; ++group)
+    for (int group = 1; group < Tile::kPartsPerOctet; ++group)
       add(sum, *group_part(i, group));
     return sum;
   }

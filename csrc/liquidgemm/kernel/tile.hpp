@@ -3,7 +3,8 @@
 // A CTA computes `panels` x 64 output channels for `tokens` tokens with panels * k_groups consumer
 // warp-groups. The k_groups of a panel share its rows and take turns along K, one pipeline stage
 // each, so that even a single panel keeps four dequantizing warp-groups busy; their int32 partial
-// sums meet in the epilogue.
+// sums meet in the epilogue. A CTA with two of them takes half an SM: in the other half a CTA of
+// the next launch already fetches its first weights.
 #pragma once
 
 #include <string>
@@ -21,18 +22,23 @@ struct TileShape {
   // Whether a group has all of K, and CTAs can work in pairs: see scheduler.hpp. The other tiles
   // are for few tokens, and their clusters share K.
   constexpr bool can_pair() const { return k_groups == 1; }
+  constexpr int ctas_per_sm() const { return k_groups == 2 ? 2 : 1; }
   // Rows of a box of y. A pair shares them, so there are two at least.
   constexpr int store_tokens() const { return tokens < 64 ? 16 : 32; }
 };
 
 // Sorted by tokens; a comment says what a row and those below it are for.
 inline constexpr TileShape kTileShapes[] = {
-    {8, 1, 4, 4},    // decode: one panel per CTA spreads any N over the most SMs
+    {8, 1, 2, 4},    // decode: one panel per CTA spreads any N over the most SMs; a short K
+    {8, 1, 4, 4},    // a longer one
+    {16, 1, 2, 2},   //
     {16, 1, 4, 4},   //
+    {32, 1, 2, 2},   //
     {32, 1, 4, 2},   //
     {32, 3, 1, 2},   // many panels share the tokens once their L2 traffic rivals the weights'
     {32, 4, 1, 2},   //
-    {64, 1, 4, 2},   // few panels, or a long K
+    {64, 1, 2, 2},   // few panels, or a short K
+    {64, 1, 4, 2},   // a longer one
     {64, 3, 1, 2},   // many panels again
     {64, 4, 1, 2},   //
     {128, 2, 1, 2},  // small prefill, or few tiles
@@ -65,7 +71,8 @@ constexpr int largest_share(int octets) {
   return largest;
 }
 
-inline constexpr int kSharedBytesPerCta = 227 * 1024;  // sm_90's opt-in limit
+inline constexpr int kSharedBytesPerSm = 228 * 1024;  // sm_90
+inline constexpr int kReservedBytesPerCta = 1024;     // of those, by the system
 
 inline std::string name(TileShape const& shape) {
   return "t" + std::to_string(shape.tokens) + "_p" + std::to_string(shape.panels) + "_k" +
@@ -81,15 +88,16 @@ struct Tile {
   static constexpr int kStageBlocks = kShape.stage_blocks;
   static constexpr int kStageK = kStageBlocks * kBlockK;
 
+  static constexpr int kCtasPerSm = kShape.ctas_per_sm();
   static constexpr int kConsumerGroups = kPanels * kKGroups;
   static constexpr int kConsumerThreads = kConsumerGroups * kWarpGroupThreads;
   static constexpr int kThreads =
       kConsumerThreads + kWarpGroupThreads;  // and the producer's warp-group
 
   // Registers per thread, moved from the producer to the consumers by setmaxnreg. A warp of every
-  // group sits on each of the four quarters of an SM, which has 512 registers per lane and at
-  // launch gives each warp the same share of them.
-  static constexpr int kLaunchRegisters = 512 / (kConsumerGroups + 1) / 8 * 8;
+  // group sits on each of the four quarters of an SM, which has 512 registers per lane for its CTAs
+  // and at launch gives each warp the same share of them.
+  static constexpr int kLaunchRegisters = 512 / kCtasPerSm / (kConsumerGroups + 1) / 8 * 8;
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * (kConsumerGroups + 1) - kProducerRegisters) / kConsumerGroups / 8 * 8;
@@ -100,7 +108,10 @@ struct Tile {
   // of sums meet in shared memory, those of a panel's k groups and those of a cluster's CTAs.
   static constexpr int kOctets = kTokens / 8;
   static constexpr int kVectorBytes = 16 * kWarpGroupThreads;  // an octet of one panel
-  static constexpr int kPartBytes = (kOctets * kKGroups + largest_share(kOctets)) * kVectorBytes;
+  // Of two k groups each sends the other what that one sums up, in place.
+  static constexpr int kPartsPerOctet = kKGroups == 2 ? 1 : kKGroups;
+  static constexpr int kPartBytes =
+      (kOctets * kPartsPerOctet + largest_share(kOctets)) * kVectorBytes;
   // Groups that hold whole sums proceed in chunks of tokens: boxes of a TMA store, if results have
   // 16 bits. They leave while the next tile is computed, so there are as many buffers as chunks, or
   // as many as leave the ring five stages: four cost more than the stores gain. With only two
@@ -109,13 +120,15 @@ struct Tile {
   static constexpr int kChunks = kTokens / kChunkTokens;
   static constexpr int kChunkBytes = kChunkTokens * kBlockRows * 2;
 
+  static constexpr int kSharedBytes = kSharedBytesPerSm / kCtasPerSm - kReservedBytesPerCta;
+
   static constexpr int kStageWeightBytes = kPanels * kStageBlocks * kBlockBytes;
   static constexpr int kStageTokenBytes = kTokens * kStageK;
   static constexpr int kScaleBytes = kPanels * (kTokens + 2 * kBlockRows) * 4;
   static constexpr int kBarrierBytes =
       2048;  // generous: 16 bytes per stage, 16 per panel, and alignment
   static constexpr int stages_beside(int staging_bytes) {
-    return (kSharedBytesPerCta - kPanels * staging_bytes - kScaleBytes - kBarrierBytes) /
+    return (kSharedBytes - kPanels * staging_bytes - kScaleBytes - kBarrierBytes) /
            (kStageWeightBytes + kStageTokenBytes);
   }
   static constexpr int most_buffers() {
