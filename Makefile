@@ -52,6 +52,11 @@ bench: build
 	$(BIN)/python -m bench --against $(PEERS) --json "$$folder/results.json" || status=1; \
 	$(BIN)/python -m bench --against fp8 --m 256,512,1024,2048,4096 --ops gemm --rest 20 \
 	  --json "$$folder/results_bursts.json" || status=1; \
+	$(BIN)/python -m bench --against fp8 --m 3,17,33,65,100,192,384,1100,1500,3000,16384 --ops gemm \
+	  --seconds 60 --json "$$folder/results_ragged.json" || status=1; \
+	$(BIN)/python -m bench --against fp8 --m 1,16,32,64 --ops gemm --seconds 30 \
+	  --shapes 576x1536,2048x2048,2560x2560,1536x4096,1024x8192,8192x1024,2048x4096,5120x5120 \
+	  --json "$$folder/results_small.json" || status=1; \
 	$(BIN)/python -m bench.sustained --json "$$folder/sustained.json" || status=1; \
 	$(BIN)/python -m bench.counters --json "$$folder/counters.json" || status=1; \
 	$(BIN)/python -m bench.ablation --json "$$folder/ablation.json" || status=1; \
