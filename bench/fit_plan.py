@@ -17,16 +17,16 @@ from scipy.optimize import least_squares
 BLOCK_BYTES = 2176
 SOFTNESS = 6.0
 QUAD_CLUSTER_FIT = 0.91
-HALF_SM_BYTES = 160_000
+HALF_SM_BYTES = 160e3
 MANY_ROUNDS = 3  # CTAs fall out of step, and loads that pairs share begin to pay
-NAMES = (  # of the parameters that are not a tile's
-    "launch_us",
-    "occupancy_us",
-    "half_sm_occupancy",
-    "memory_efficiency",
-    "sm_memory_share",
-    "m_tiles_share",
-)
+NAMES = {  # of the parameters that are not a tile's, and where the fit starts
+    "launch_us": 1.0,
+    "occupancy_us": 1.0,
+    "half_sm_occupancy": 0.5,
+    "memory_efficiency": 0.9,
+    "sm_memory_share": 2.5,
+    "m_tiles_share": 0.2,
+}
 
 
 def ceil_div(a, b):
@@ -184,7 +184,8 @@ def fit(s: Sweep, pair_gain: float) -> np.ndarray:
         ratio = s.us[rows] / s.us[rows].min()
         weights[rows] = np.select([ratio < 1.12, ratio < 1.6], [3.0, 1.0], 0.25)
     tiles = len(s.names)
-    start = np.log([1, 1, 0.5, 0.9, 2.5, 0.2] + [0.05] * tiles + [1.0] * tiles + [0.5] * 2 * tiles)
+    of_tiles = [0.05] * tiles + [1.0] * tiles + [0.5] * 2 * tiles
+    start = np.log([*NAMES.values(), *of_tiles])
 
     def residuals(parameters: np.ndarray) -> np.ndarray:
         return weights * np.log(predict(s, parameters, pair_gain) / s.us)

@@ -56,6 +56,7 @@ def test_formula_is_the_library_s() -> None:
         assert match, name
         return float(match[1])
 
+    assert constant("half_sm_bytes") == fit_plan.HALF_SM_BYTES
     number = r"([\d.]+)"
     costs = re.findall(
         rf"\{{{number}, {number}, \{{{number}, {number}\}}\}},\s+// (t\d+_p\d+_k\d+_s\d+)", source

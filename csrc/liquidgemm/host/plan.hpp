@@ -91,7 +91,8 @@ static_assert(sizeof(kTileCosts) / sizeof(kTileCosts[0]) == kNumTileShapes);
 struct CostModel {
   double launch_us = 1.122;
   double occupancy_us = 0.8776;       // a launch that leaves SMs idle overlaps with the next one
-  double half_sm_occupancy = 0.5255;  // of that, where a CTA takes half an SM
+  double half_sm_occupancy = 0.5255;  // of that, where a CTA takes half an SM ...
+  double half_sm_bytes = 160e3;       // ... and reads no more than this
   double memory_efficiency = 0.9192;  // of the peak
   double sm_memory_share = 2.748;     // how far one SM can exceed its fair share of the bandwidth
   double m_tiles_share = 0.1917;      // of tile_us, and more where tiles share their weights
@@ -202,11 +203,10 @@ inline bool is_plausible(TileShape const& shape, int64_t m) {
 // CTAs that take half an SM pay where most of what each reads fits its ring, and is fetched while
 // the launch before still computes. With more to read, or several rounds, they were slower than the
 // model says.
-inline bool fits_half_sm(Plan const& plan, Division const& d) {
-  constexpr int64_t kMostBytes = 160'000;
+inline bool fits_half_sm(Plan const& plan, Division const& d, CostModel const& c = {}) {
   TileShape const& shape = kTileShapes[plan.tile];
   const int64_t blocks = ceil_div(d.stages, plan.split_k) * shape.stage_blocks;
-  return d.whole_rounds == 1 && blocks * (kBlockBytes + kBlockK * shape.tokens) <= kMostBytes;
+  return d.whole_rounds == 1 && blocks * (kBlockBytes + kBlockK * shape.tokens) <= c.half_sm_bytes;
 }
 
 inline Plan select_plan(Problem const& p) {

@@ -22,6 +22,7 @@ struct TileShape {
   // Whether a group has all of K, and CTAs can work in pairs: see scheduler.hpp. The other tiles
   // are for few tokens, and their clusters share K.
   constexpr bool can_pair() const { return k_groups == 1; }
+  // Two groups alone get by with half of an SM's registers and shared memory.
   constexpr int ctas_per_sm() const { return k_groups == 2 ? 2 : 1; }
   // Rows of a box of y. A pair shares them, so there are two at least.
   constexpr int store_tokens() const { return tokens < 64 ? 16 : 32; }
