@@ -62,7 +62,7 @@ class Sweep:
     @classmethod
     def of(cls, rows: list[dict], sms: int, memory_bytes_per_us: float) -> Sweep:
         plans = [row["plan"] for row in rows]
-        shapes = [re.match(r"(t(\d+)_p(\d+)_k(\d+)_s(\d+))", plan) for plan in plans]
+        shapes = [re.match(r"(t(\d+)_p(\d+)_k\d+_s(\d+)(_half)?)", plan) for plan in plans]
         tiles = [shape[1] for shape in shapes]
         names = sorted(set(tiles), key=lambda t: (int(t[1 : t.index("_")]), t))
         splits = [re.search(r"split(\d+)$", plan) for plan in plans]
@@ -73,8 +73,8 @@ class Sweep:
         return cls(
             *(column(row[key] for row in rows) for key in ("n", "k", "m")),
             *(column(shape[i] for shape in shapes) for i in (2, 3)),
-            np.array([shape[4] == "2" for shape in shapes]),  # k groups, see tile.hpp
-            column(shape[5] for shape in shapes),
+            np.array([shape[5] is not None for shape in shapes]),
+            column(shape[4] for shape in shapes),
             column(int(split[1]) if split else 1 for split in splits),
             np.array([plan.endswith("_pairs") for plan in plans]),
             np.array([names.index(tile) for tile in tiles]),

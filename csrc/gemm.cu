@@ -120,7 +120,7 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
   params.band_height = cutlass::FastDivmod(kBandTiles);
   params.last_band_height = cutlass::FastDivmod(std::max(1, division.m_tiles % kBandTiles));
   params.tile_tokens = division.tile_tokens;
-  params.split_k = plan.split_k;
+  params.log2_split = cute::log_2(static_cast<unsigned>(plan.split_k));
   params.pairs = plan.pairs;
   params.whole_rounds = division.whole_rounds;
   params.split_tiles = division.split_tiles;

@@ -13,7 +13,7 @@ from bench import fit_plan, plan_sweep
 
 PLAN_HPP = Path(__file__).parent.parent / "csrc/liquidgemm/host/plan.hpp"
 PLANS = [
-    *("t8_p1_k2_s4", "t8_p1_k2_s4_split2", "t8_p1_k2_s4_split4"),
+    *("t8_p1_k2_s4_half", "t8_p1_k2_s4_half_split2", "t8_p1_k2_s4_half_split4"),
     *("t8_p1_k4_s4", "t8_p1_k4_s4_split2", "t8_p1_k4_s4_split4"),
     *("t128_p2_k1_s2", "t128_p2_k1_s2_pairs"),
 ]
@@ -59,11 +59,12 @@ def test_formula_is_the_library_s() -> None:
     assert constant("half_sm_bytes") == fit_plan.HALF_SM_BYTES
     number = r"([\d.]+)"
     costs = re.findall(
-        rf"\{{{number}, {number}, \{{{number}, {number}\}}\}},\s+// (t\d+_p\d+_k\d+_s\d+)", source
+        rf"\{{{number}, {number}, \{{{number}, {number}\}}\}},\s+// (t\d+_p\d+_k\d+_s\d+\S*)",
+        source,
     )
     tiles = [cost[4] for cost in costs]
     plans = torch.ops.liquidgemm_testing.config_names()
-    assert tiles == list(dict.fromkeys(re.match(r"\w+?_s\d+", plan)[0] for plan in plans))
+    assert tiles == list(dict.fromkeys(re.sub("_(split.|pairs)$", "", plan) for plan in plans))
     by_kind = np.array([cost[:4] for cost in costs], dtype=float).T.ravel()
     with np.errstate(divide="ignore"):  # what no plan of a tile has costs nothing
         parameters = np.log([*map(constant, fit_plan.NAMES), *by_kind])
@@ -71,7 +72,7 @@ def test_formula_is_the_library_s() -> None:
     chosen = set()
     for m, n, k in [
         *((1, 28672, 4096), (16, 10240, 8192), (64, 1024, 8192), (4096, 6144, 4096)),
-        *((8, 2048, 2048), (32, 4096, 4096)),
+        *((8, 2048, 2048), (32, 4096, 4096), (64, 6144, 4096), (1, 8192, 1024)),
         *((256, 4096, 4096), (1024, 10240, 8192), (100, 4096, 14336), (8192, 8192, 8192)),
     ]:
         text = torch.ops.liquidgemm_testing.select_config(m, n, k, 132, 3.35)
@@ -83,8 +84,8 @@ def test_formula_is_the_library_s() -> None:
         sweep.tile = np.array([tiles.index(sweep.names[0])])
         estimate = fit_plan.predict(sweep, parameters, constant("pair_gain"))[0]
         assert estimate == pytest.approx(float(match[2]), abs=0.06), text
-    assert {plan.rsplit("_", 1)[-1] for plan in chosen} >= {"pairs", "split4", "s2", "s4"}
-    assert {re.search(r"_k(\d)_", plan)[1] for plan in chosen} == {"1", "2", "4"}
+    assert {plan.rsplit("_", 1)[-1] for plan in chosen} >= {"pairs", "split4", "s2", "half"}
+    assert {re.search(r"_k(\d)_", plan)[1] for plan in chosen} == {"1", "2", "3", "4"}
 
 
 def test_only_plausible_plans_are_swept_and_chosen():
@@ -96,5 +97,7 @@ def test_only_plausible_plans_are_swept_and_chosen():
         text = torch.ops.liquidgemm_testing.select_config(m, 4096, 4096, 132)
         assert re.search(r"plan (\w+);", text)[1] in plans.values()
     assert set(dict(plan_sweep.plausible_plans(64, "t64_p1")).values()) == {
-        f"t64_p1_k{groups}_s2{split}" for groups in (2, 4) for split in ("", "_split2", "_split4")
+        f"t64_p1_{groups}_s2{rest}{split}"
+        for groups, rest in (("k2", "_half"), ("k3", ""))
+        for split in ("", "_split2", "_split4")
     }

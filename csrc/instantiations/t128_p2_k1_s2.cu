@@ -2,10 +2,10 @@
 
 namespace liquidgemm {
 
-static_assert(is_tile(12, {128, 2, 1, 2}), "this file is named after its tile");
+static_assert(is_tile(15, {128, 2, 1, 2}), "this file is named after its tile");
 template <>
-cudaError_t launch_tile<12>(KernelParams const& params, int clusters, cudaStream_t stream) {
-  return launch_tile_impl<12>(params, clusters, stream);
+cudaError_t launch_tile<15>(KernelParams const& params, int clusters, cudaStream_t stream) {
+  return launch_tile_impl<15>(params, clusters, stream);
 }
 
 }  // namespace liquidgemm

@@ -2,10 +2,10 @@
 
 namespace liquidgemm {
 
-static_assert(is_tile(18, {256, 2, 1, 2}), "this file is named after its tile");
+static_assert(is_tile(21, {256, 2, 1, 2}), "this file is named after its tile");
 template <>
-cudaError_t launch_tile<18>(KernelParams const& params, int clusters, cudaStream_t stream) {
-  return launch_tile_impl<18>(params, clusters, stream);
+cudaError_t launch_tile<21>(KernelParams const& params, int clusters, cudaStream_t stream) {
+  return launch_tile_impl<21>(params, clusters, stream);
 }
 
 }  // namespace liquidgemm

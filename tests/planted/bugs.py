@@ -35,7 +35,7 @@ class Bug:
     patches: tuple[Patch, ...]
     caught_by: tuple[str, ...]
     tool: str = ""  # of compute-sanitizer, which has to report it too
-    units: tuple[str, ...] = ("instantiations/t32_p1_k4_s2.cu",)  # what is compiled with the bug
+    units: tuple[str, ...] = ("instantiations/t32_p1_k3_s2.cu",)  # what is compiled with the bug
 
     def apply(self, text: str, file: str) -> str:
         """The file's text with the patches that are meant for it.

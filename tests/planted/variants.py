@@ -26,9 +26,12 @@ VARIANTS = (NONE, DELAY, EVERY_LANE, *BUGS)
 FOLDER = ROOT / "build/planted"
 REFUSED = "refused.txt"  # in place of a package: why there is none
 
-# Decode with four k groups, and with two; a ring whose depth is rounded down to a multiple of them;
+# Decode with four k groups, two, and three, who add up their sums in place in the taller one;
 # several panels that store by TMA, and that store rows themselves.
-TILES = ("t8_p1_k4_s4", "t32_p1_k2_s2", "t32_p1_k4_s2", "t128_p2_k1_s2", "t256_p2_k1_s2")
+TILES = (
+    *("t8_p1_k4_s4", "t32_p1_k2_s2_half", "t32_p1_k3_s2", "t96_p1_k3_s2"),
+    *("t128_p2_k1_s2", "t256_p2_k1_s2"),
+)
 
 TILE_HEADER = "csrc/liquidgemm/kernel/tile.hpp"
 PLAN_HEADER = "csrc/liquidgemm/host/plan.hpp"
@@ -48,8 +51,8 @@ def rows_of(text: str, array: str) -> tuple[int, int, list[str]]:
 
 
 def tile_name(row: str) -> str:
-    shape = re.search(r"{(\d+), (\d+), (\d+), (\d+)}", row)
-    return "t{}_p{}_k{}_s{}".format(*shape.groups())
+    *shape, ctas_per_sm = re.search(r"{(\d+), (\d+), (\d+), (\d+)(?:, (\d+))?}", row).groups()
+    return "t{}_p{}_k{}_s{}".format(*shape) + ("_half" if ctas_per_sm == "2" else "")
 
 
 def reduced_sources(root: Path, tiles: tuple[str, ...] = TILES) -> dict[str, str]:

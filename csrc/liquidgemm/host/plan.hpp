@@ -66,38 +66,41 @@ struct TileCost {
 // All constants come from bench/fit_plan.py and a sweep over every plan on an H100; the memory's
 // bandwidth is asked of the GPU.
 inline constexpr TileCost kTileCosts[] = {
-    {0.0533, 0.352, {0.430, 0.461}},  // t8_p1_k2_s4
-    {0.0436, 0.521, {0.547, 0.655}},  // t8_p1_k4_s4
-    {0.0660, 0.477, {0.270, 0.321}},  // t16_p1_k2_s2
-    {0.0455, 0.598, {0.499, 0.534}},  // t16_p1_k4_s4
-    {0.0658, 0.699, {0.303, 0.201}},  // t32_p1_k2_s2
-    {0.0584, 0.799, {0.317, 0.403}},  // t32_p1_k4_s2
-    {0.1701, 0.751, {0.468, 0.000}},  // t32_p3_k1_s2
-    {0.2200, 0.766, {0.533, 0.000}},  // t32_p4_k1_s2
-    {0.0872, 1.116, {0.606, 0.489}},  // t64_p1_k2_s2
-    {0.0711, 1.219, {0.577, 0.749}},  // t64_p1_k4_s2
-    {0.1947, 1.050, {0.866, 0.000}},  // t64_p3_k1_s2
-    {0.2539, 1.146, {0.955, 0.000}},  // t64_p4_k1_s2
-    {0.1705, 1.418, {0.995, 0.000}},  // t128_p2_k1_s2
-    {0.2463, 1.501, {1.398, 0.000}},  // t128_p3_k1_s2
-    {0.3232, 1.833, {1.658, 0.000}},  // t128_p4_k1_s2
-    {0.2263, 1.895, {1.162, 0.000}},  // t192_p2_k1_s2
-    {0.3359, 2.230, {1.658, 0.000}},  // t192_p3_k1_s2
-    {0.2824, 1.978, {1.330, 0.000}},  // t224_p2_k1_s2
-    {0.3012, 2.151, {1.351, 0.000}},  // t256_p2_k1_s2
+    {0.0580, 0.351, {0.337, 0.357}},  // t8_p1_k2_s4_half
+    {0.0440, 0.548, {0.450, 0.546}},  // t8_p1_k4_s4
+    {0.0690, 0.492, {0.174, 0.243}},  // t16_p1_k2_s2_half
+    {0.0448, 0.651, {0.284, 0.351}},  // t16_p1_k4_s4
+    {0.0694, 0.650, {0.180, 0.290}},  // t32_p1_k2_s2_half
+    {0.0595, 0.743, {0.176, 0.338}},  // t32_p1_k3_s2
+    {0.2198, 0.835, {0.532, 0.000}},  // t32_p4_k1_s2
+    {0.0885, 0.935, {0.277, 0.375}},  // t64_p1_k2_s2_half
+    {0.0720, 1.071, {0.260, 0.360}},  // t64_p1_k3_s2
+    {0.1923, 1.198, {0.740, 0.000}},  // t64_p3_k1_s2
+    {0.2530, 1.284, {0.799, 0.000}},  // t64_p4_k1_s2
+    {0.0861, 1.411, {0.428, 0.716}},  // t96_p1_k3_s2
+    {0.1561, 1.392, {0.665, 0.000}},  // t96_p2_k1_s2
+    {0.2193, 1.543, {0.859, 0.000}},  // t96_p3_k1_s2
+    {0.1012, 1.714, {0.626, 0.801}},  // t128_p1_k2_s2
+    {0.1692, 1.415, {0.934, 0.000}},  // t128_p2_k1_s2
+    {0.2435, 1.526, {1.353, 0.000}},  // t128_p3_k1_s2
+    {0.3219, 1.903, {1.544, 0.000}},  // t128_p4_k1_s2
+    {0.2267, 1.935, {1.013, 0.000}},  // t192_p2_k1_s2
+    {0.3362, 2.301, {1.357, 0.000}},  // t192_p3_k1_s2
+    {0.2832, 2.075, {1.153, 0.000}},  // t224_p2_k1_s2
+    {0.3011, 2.296, {0.989, 0.000}},  // t256_p2_k1_s2
 };
 static_assert(sizeof(kTileCosts) / sizeof(kTileCosts[0]) == kNumTileShapes);
 
 struct CostModel {
-  double launch_us = 1.122;
-  double occupancy_us = 0.8776;       // a launch that leaves SMs idle overlaps with the next one
-  double half_sm_occupancy = 0.5255;  // of that, where a CTA takes half an SM ...
+  double launch_us = 0.9467;
+  double occupancy_us = 0.918;        // a launch that leaves SMs idle overlaps with the next one
+  double half_sm_occupancy = 0.4849;  // of that, where a CTA takes half an SM ...
   double half_sm_bytes = 160e3;       // ... and reads no more than this
-  double memory_efficiency = 0.9192;  // of the peak
-  double sm_memory_share = 2.748;     // how far one SM can exceed its fair share of the bandwidth
-  double m_tiles_share = 0.1917;      // of tile_us, and more where tiles share their weights
+  double memory_efficiency = 0.919;   // of the peak
+  double sm_memory_share = 2.538;     // how far one SM can exceed its fair share of the bandwidth
+  double m_tiles_share = 0.1397;      // of tile_us, and more where tiles share their weights
   double quad_cluster_fit = 0.91;     // clusters of 4 do not tile the GPCs
-  double pair_gain = 0.9895;          // time of a block where pairs share tokens ...
+  double pair_gain = 0.9906;          // time of a block where pairs share tokens ...
   int many_rounds = 3;                // ... for so many rounds: CTAs fall out of step
 };
 
@@ -187,7 +190,7 @@ inline Estimate estimate(Problem const& p,
   e.sm = stages * shape.stage_blocks * block_us + rounds * tile_us + split_us;
   // The next launch begins on SMs that this one leaves idle: half a GPU's worth hides most of it.
   const double busy = double(d.workers) * plan.cluster() / p.num_sms;
-  const double share = shape.ctas_per_sm() > 1 ? c.half_sm_occupancy : 1;
+  const double share = shape.ctas_per_sm > 1 ? c.half_sm_occupancy : 1;
   e.fixed = c.launch_us + c.occupancy_us * share * busy * busy * busy;
   return e;
 }
@@ -221,7 +224,7 @@ inline Plan select_plan(Problem const& p) {
     // Clusters of 4 that have to take turns were always slower than the model says.
     if (plan.split_k == 4 && d.whole_rounds > 1)
       continue;
-    if (kTileShapes[plan.tile].ctas_per_sm() > 1 && !fits_half_sm(plan, d))
+    if (kTileShapes[plan.tile].ctas_per_sm > 1 && !fits_half_sm(plan, d))
       continue;
     const double us = estimate(p, plan, d).total();
     if (us < best_us) {

@@ -3,11 +3,13 @@
 //
 // The accumulators hold Y transposed: for every octet of tokens a thread has two tokens of two
 // channels, four words. Sums that others have parts of are completed first, see partial_sums.hpp.
-// Then there are two ways to y:
+// Then there are three ways to y:
 //
-//   store_rows   results of 16 bits: transposed by stmatrix, a chunk of tokens at a time; stored by
-//                TMA, or so that eight threads write the 64 channels of a token
-//   store_octet  other types and alignments, and sums of groups that took turns: by element
+//   store_rows     results of 16 bits: transposed by stmatrix, a chunk of tokens at a time; stored
+//   by
+//                  TMA, or so that eight threads write the 64 channels of a token
+//   store_columns  those of groups that took turns: transposed in registers, an octet at a time
+//   store_octet    other types and alignments: by element
 //
 // The code is short on purpose: every tile runs it once, and fetching it costs more than the
 // arithmetic in it.
@@ -57,11 +59,10 @@ class Epilogue {
   CUTE_DEVICE Epilogue(KernelParams const& params, SharedStorage<Tile>& shared, int panel)
       : params_(params), shared_(shared), panel_(panel) {}
 
-  // After `items` tiles: nobody uses this CTA's staging any more, it may exit.
-  CUTE_DEVICE void finish(int items) const {
+  // Nobody uses this CTA's staging any more, it may exit.
+  CUTE_DEVICE void finish() const {
     if (Tile::kStoresByTma && thread() == 0)
       cute::tma_store_wait<0>();
-    sums().finish(items);
   }
 
   // Requests what does not depend on the sums, to arrive under the main loop.
@@ -90,11 +91,20 @@ class Epilogue {
     // one.
     if (Tile::kStoresByTma && thread() == 0)
       cute::tma_store_wait<0>();
-    panel_barrier();
+    if (Tile::kPairs || scheduler.item() > 0)  // groups that take turns end one after the other
+      panel_barrier();
     stage_scales();
     if constexpr (!Tile::kPairs) {
-      sums().add_up(scheduler.item(), acc, k_group,
-                    [this](int octet, int4 const& sum) { store_octet(octet, sum); });
+      sums().complete(scheduler.item(), acc, k_group);
+      if (params_.rows_are_vectors() && params_.y_type == Element::kBFloat16) {
+        store_columns<__nv_bfloat162>(k_group);
+      } else if (params_.rows_are_vectors() && params_.y_type == Element::kFloat16) {
+        store_columns<__half2>(k_group);
+      } else {
+        sums().for_each_owned(k_group,
+                              [this](int octet, int4 const& sum) { store_octet(octet, sum); });
+      }
+      sums().release(scheduler.is_last());
     } else {
       if (split())
         sums().exchange(acc, tokens_, foreign_chunks_);
@@ -196,7 +206,7 @@ class Epilogue {
               *reinterpret_cast<cute::uint128_t*>(&buffer[stage_at + i * 16 * kRowBytes]));
         }
       }
-      if (chunk + 1 < Tile::kChunks)
+      if (chunk + 1 < Tile::kChunks && owns(chunk + 1))
         rounded = round_chunk<Pair>(acc, chunk + 1, channels);
       if (owns(chunk)) {
         if constexpr (Tile::kStoresByTma) {
@@ -225,6 +235,17 @@ class Epilogue {
   template <int kTokens>
   using Rounded = cute::array<uint32_t, kTokens / 4>;
 
+  template <class Pair>
+  CUTE_DEVICE cute::array<uint32_t, 2> round_octet(int octet,
+                                                   int4 const& sum,
+                                                   ChannelValues const& channels) const {
+    const float2 token_scale = token_scales(octet);
+    return {round_pair(scaled(sum.x, token_scale.x, channels.scale[0], channels.bias[0]),
+                       scaled(sum.y, token_scale.y, channels.scale[0], channels.bias[0]), Pair{}),
+            round_pair(scaled(sum.z, token_scale.x, channels.scale[1], channels.bias[1]),
+                       scaled(sum.w, token_scale.y, channels.scale[1], channels.bias[1]), Pair{})};
+  }
+
   template <class Pair, class Accumulator>
   CUTE_DEVICE auto round_chunk(Accumulator const& acc,
                                int chunk,
@@ -234,14 +255,9 @@ class Epilogue {
     CUTE_UNROLL
     for (int i = 0; i < kOctets; ++i) {
       const int octet = chunk * kOctets + i;
-      const int4 sum = octet_of(acc, octet);
-      const float2 token_scale = token_scales(octet);
-      rounded[2 * i] =
-          round_pair(scaled(sum.x, token_scale.x, channels.scale[0], channels.bias[0]),
-                     scaled(sum.y, token_scale.y, channels.scale[0], channels.bias[0]), Pair{});
-      rounded[2 * i + 1] =
-          round_pair(scaled(sum.z, token_scale.x, channels.scale[1], channels.bias[1]),
-                     scaled(sum.w, token_scale.y, channels.scale[1], channels.bias[1]), Pair{});
+      const auto words = round_octet<Pair>(octet, octet_of(acc, octet), channels);
+      rounded[2 * i] = words[0];
+      rounded[2 * i + 1] = words[1];
     }
     return rounded;
   }
@@ -279,6 +295,32 @@ class Epilogue {
     int rows_;  // of this thread's rows, how many from its first one on are to be stored
     int staged_at_;
   };
+
+  // Sums that meet in staging: the 8 x 8 matrices of an octet are transposed from one thread's
+  // channel to another's token, and four threads write eight channels of it.
+  template <class Pair>
+  CUTE_DEVICE void store_columns(int k_group) const {
+    const ChannelValues channels = channel_values();
+    const int lane = threadIdx.x % 32;
+    const int token = lane / 4;  // of an octet
+    const int first = first_channel_ + threadIdx.x % kWarpGroupThreads / 32 * 16;
+    const int64_t octet_bytes = params_.y_stride * 8 * 2;
+    uint8_t* const y = static_cast<uint8_t*>(params_.y) +
+                       ((first_token_ + token) * params_.y_stride + first + lane % 4 * 2) *
+                           int64_t(sizeof(uint16_t));
+    // Rows are whole vectors of eight channels.
+    const int tokens[2] = {first < params_.n ? tokens_ : 0, first + 8 < params_.n ? tokens_ : 0};
+    sums().for_each_owned(k_group, [&](int octet, int4 const& sum) {
+      const auto words = round_octet<Pair>(octet, sum, channels);
+      CUTE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        uint32_t transposed;
+        cute::SM75_U32x1_MOVM_T::copy(words[i], transposed);
+        if (8 * octet + token < tokens[i])
+          *reinterpret_cast<uint32_t*>(y + octet * octet_bytes + i * 16) = transposed;
+      }
+    });
+  }
 
   // Where a vector of 16 bytes is in a row of 128, by TMA's swizzle.
   CUTE_DEVICE static int swizzled(int vector, int row) { return (vector ^ row % 8) * 16; }

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
   const int warp = cutlass::canonical_warp_idx_sync();
   const int producer_warp = warp - 4 * Tile::kConsumerGroups;  // of the last group; two are used
   const bool pairs = Tile::kPairs && params.pairs;
-  const bool cluster = params.split_k > 1 || pairs;
+  const bool cluster = params.log2_split > 0 || pairs;
 
   if (producer_warp == 0 && cute::elect_one_sync()) {
     cute::prefetch_tma_descriptor(&params.x_map);
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
       ClusterBarrier::init(&shared.empty[slot], Tile::kPanels * kWarpGroupThreads / 32 *
                                                     kReleasesPerWarp * (pairs ? 2 : 1));
     }
-    PartialSums<Tile>::init_barriers(shared, params.split_k);
+    PartialSums<Tile>::init_barriers(shared, params.split_k());
     cutlass::arch::fence_barrier_init();
     cutlass::arch::fence_view_async_shared();
   }
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
                                pair_rank, acc);
       epilogue.store(scheduler, acc, k_group);
     }
-    epilogue.finish(scheduler.item());
+    epilogue.finish();
   }
 }
 

@@ -35,13 +35,14 @@ struct KernelParams {
   cutlass::FastDivmod band_units, band_height, last_band_height;
   int tile_tokens;  // m tiles are of equal height, at most Tile::kTokens: no box lies half outside
                     // x
-  int split_k;      // CTAs of a cluster that share every output tile along K
+  int log2_split;   // of the CTAs of a cluster that share every output tile along K
   // Clusters of two that compute two neighbouring tiles along N for so many rounds, n_tiles
   // counting such pairs, and then share single tiles along K, so many in all.
   bool pairs;
   int whole_rounds, split_tiles;
 
-  CUTE_HOST_DEVICE int cluster() const { return pairs ? 2 : split_k; }
+  CUTE_HOST_DEVICE int split_k() const { return 1 << log2_split; }
+  CUTE_HOST_DEVICE int cluster() const { return pairs ? 2 : split_k(); }
 
   // Whether every row of y is a whole number of aligned 16-byte vectors, for elements of 2 bytes.
   CUTE_HOST_DEVICE bool rows_are_vectors() const {

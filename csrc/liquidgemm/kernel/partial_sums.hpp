@@ -1,7 +1,7 @@
 // Sums that several have parts of, completed in memory that all of them reach. Integer addition
 // makes any order exact.
 //
-//   add_up    k groups that take turns, and the CTAs of a cluster: through staging buffers
+//   complete  k groups that take turns, and the CTAs of a cluster: through staging buffers
 //   exchange  the two CTAs of a pair: from registers into what was the other's ring
 #pragma once
 
@@ -40,12 +40,6 @@ class PartialSums {
       Barrier::init(&shared.received[panel], 1);
       Barrier::init(&shared.drained[panel], kWarps * split_k);
     }
-  }
-
-  // After `items` tiles: no CTA will arrive here any more.
-  CUTE_DEVICE void finish(int items) const {
-    if (params_.split_k > 1)
-      Barrier::wait(&shared_.drained[panel_], phase(items - 1));
   }
 
   CUTE_DEVICE static int thread() { return threadIdx.x % kThreads; }  // within the panel
@@ -107,84 +101,110 @@ class PartialSums {
 
   // Sums of which k groups have parts, and CTAs of a cluster: parts meet in shared memory. The
   // octets are dealt out in turns to the k groups, which add up the parts of their CTA, and to the
-  // CTAs, which add up those of all and hand them to use(octet, sum). All threads of the panel are
-  // in step by then, so that `use` can read what they have staged before.
-  template <class Accumulator, class Use>
-  CUTE_DEVICE void add_up(int item, Accumulator const& acc, int k_group, Use const& use) const {
+  // CTAs, which add up those of all. Afterwards all threads of the panel are in step, and can read
+  // what they have staged before.
+  template <class Accumulator>
+  CUTE_DEVICE void complete(int item, Accumulator const& acc, int k_group) const {
+    stage_parts(acc, k_group);
+    if (params_.log2_split == 0)
+      return;
     const int rank = cute::block_rank_in_cluster();
+    const int senders = params_.split_k() - 1;
     uint64_t* const received = &shared_.received[panel_];
     uint64_t* const drained = &shared_.drained[panel_];
-    stage_parts(acc, k_group);
-    if (params_.split_k > 1) {
-      Barrier::wait(drained, phase(item) ^ 1);
-      if (thread() == 0) {
-        const int octets = turns(Tile::kOctets + params_.split_k - 1 - rank);
-        TransactionBarrier::arrive_and_expect_tx(
-            received, octets * (params_.split_k - 1) * Tile::kVectorBytes);
-      }
-      for (int i = k_group; i < Tile::kOctets; i += Tile::kKGroups) {
-        const int owner = owning_rank(i);
-        if (owner != rank) {
-          store_at_cluster(peer_address(peer_part(i, rank - (rank > owner)), owner),
-                           sum_of_groups(i), peer_address(received, owner));
-        }
-      }
-      Barrier::wait(received, phase(item));
+    Barrier::wait(drained, phase(item) ^ 1);
+    if (thread() == 0) {
+      const int octets = (Tile::kOctets + senders - rank) >> params_.log2_split;
+      TransactionBarrier::arrive_and_expect_tx(received, octets * senders * Tile::kVectorBytes);
     }
+    CUTE_NO_UNROLL
+    for (int i = k_group; i < Tile::kOctets; i += Tile::kKGroups) {
+      const int owner = owning_rank(i);
+      if (owner != rank) {
+        int4* const place = peer_part((i >> params_.log2_split) * senders + rank - (rank > owner));
+        store_at_cluster(peer_address(place, owner), sum_of_groups(i),
+                         peer_address(received, owner));
+      }
+    }
+    Barrier::wait(received, phase(item));
+  }
+
+  // Calls use(octet, sum) for those that this thread's group and CTA own.
+  template <class Use>
+  CUTE_DEVICE void for_each_owned(int k_group, Use const& use) const {
+    const int rank = cute::block_rank_in_cluster();
+    const int senders = params_.split_k() - 1;
+    CUTE_NO_UNROLL
     for (int i = k_group; i < Tile::kOctets; i += Tile::kKGroups) {
       if (owning_rank(i) == rank) {
         int4 sum = sum_of_groups(i);
-        for (int peer = 0; peer < params_.split_k - 1; ++peer)
-          add(sum, *peer_part(i, peer));
+        int4 const* const parts = peer_part((i >> params_.log2_split) * senders);
+        CUTE_NO_UNROLL
+        for (int sender = 0; sender < senders; ++sender)
+          add(sum, parts[sender * kWarpGroupThreads]);
         use(i, sum);
       }
     }
-    // CTAs may send the next tile's parts once all warps have said so: those of the receiver too,
-    // or a CTA that owns nothing, and so waits for nothing, could complete the phase after the one
-    // that its peer waits for.
-    if (params_.split_k > 1) {
+  }
+
+  // The cluster may send the next tile's parts once all warps have said so: those of the receiver
+  // too, or a CTA that owns nothing, and so waits for nothing, could complete the phase after the
+  // one that its peer waits for. After the last tile nobody does, or waits for it.
+  CUTE_DEVICE void release(bool last) const {
+    if (params_.log2_split > 0 && !last) {
       __syncwarp();
       const int lane = threadIdx.x % 32;
-      arrive_at_cluster_if(lane < params_.split_k, drained, lane);
+      arrive_at_cluster_if(lane < params_.split_k(), &shared_.drained[panel_], lane);
     }
   }
 
  private:
-  // In add_up: this group's parts, for sum_of_groups to find.
+  // This group's parts, for sum_of_groups to find.
   template <class Accumulator>
   CUTE_DEVICE void stage_parts(Accumulator const& acc, int k_group) const {
-    constexpr bool kInPlace = Tile::kPartsPerOctet < Tile::kKGroups;
     CUTE_UNROLL
     for (int i = 0; i < Tile::kOctets; ++i) {
-      if (!kInPlace || i % Tile::kKGroups != k_group)
-        *group_part(i, kInPlace ? 0 : k_group) = octet_of(acc, i);
+      const int owner = i % Tile::kKGroups;
+      if (!Tile::kInPlace)
+        *group_part(i, k_group) = octet_of(acc, i);
+      else if (owner != k_group)
+        *group_part(i, k_group - (k_group > owner)) = octet_of(acc, i);
     }
     panel_barrier();  // the parts, and the scales
     CUTE_UNROLL
-    for (int i = 0; kInPlace && i < Tile::kOctets; ++i) {
+    for (int i = 0; Tile::kInPlace && i < Tile::kOctets; ++i) {
       if (i % Tile::kKGroups == k_group) {
         int4 sum = octet_of(acc, i);
-        add(sum, *group_part(i, 0));
+        CUTE_UNROLL
+        for (int part = 0; part < Tile::kPartsPerOctet; ++part)
+          add(sum, *group_part(i, part));
         *group_part(i, 0) = sum;
       }
     }
   }
 
-  CUTE_DEVICE int turns(int octets) const { return octets >> (__ffs(params_.split_k) - 1); }
-  CUTE_DEVICE int owning_rank(int i) const { return i & (params_.split_k - 1); }
+  // Of split_k octets in a row every CTA owns one. Which one changes from round to round of the
+  // groups, where they would meet the same one again: each of them is to send as much as others do.
+  CUTE_DEVICE int owning_rank(int i) const {
+    constexpr int kLog2Groups = cute::log_2(unsigned(Tile::kKGroups));
+    const int round = Tile::kKGroups % 2 ? 0 : i >> max(params_.log2_split, kLog2Groups);
+    return (i + round) & (params_.split_k() - 1);
+  }
+  static_assert(Tile::kOctets < kMostSplit || Tile::kOctets % kMostSplit == 0,
+                "every CTA owns as many octets as in complete()");
 
   // This thread's place in the buffer of octet i and a sender.
   CUTE_DEVICE int4* group_part(int i, int group) const {
     return staged(i * Tile::kPartsPerOctet + group);
   }
-  CUTE_DEVICE int4* peer_part(int i, int sender) const {
-    return staged(Tile::kOctets * Tile::kPartsPerOctet + turns(i) * (params_.split_k - 1) + sender);
+  CUTE_DEVICE int4* peer_part(int index) const {
+    return staged(Tile::kOctets * Tile::kPartsPerOctet + index);
   }
 
   CUTE_DEVICE int4 sum_of_groups(int i) const {
     int4 sum = *group_part(i, 0);
     CUTE_UNROLL
-    for (int group = 1; group < Tile::kPartsPerOctet; ++group)
+    for (int group = 1; !Tile::kInPlace && group < Tile::kPartsPerOctet; ++group)
       add(sum, *group_part(i, group));
     return sum;
   }

@@ -60,14 +60,15 @@ class Producer {
 
   CUTE_DEVICE void load_tokens() const {
     constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
-    cutlass::arch::wait_on_dependent_grids();
-    // Only now may the next kernel start: what ran before this kernel is complete and visible then.
-    cutlass::arch::launch_dependent_grids();
     const int bytes = params_.tile_tokens * Tile::kStageK;
     const bool pairs = Tile::kPairs && params_.pairs;
     const int half = params_.tile_tokens / 2;  // with pairs, the rows of a box
     RingState<Tile> ring = for_each_item([&](WorkItem const& work, RingState<Tile>& ring) {
       const int token = work.m_tile * params_.tile_tokens;
+      // Waits for the kernel before this one, once, when everything else is ready. Only then may
+      // the next one start: what ran before this kernel is complete and visible to it.
+      cutlass::arch::wait_on_dependent_grids();
+      cutlass::arch::launch_dependent_grids();
       CUTE_NO_UNROLL
       for (int slab = work.begin; slab < work.end; ++slab) {
         Barrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);

@@ -36,6 +36,12 @@ class Scheduler {
     return unit() < params_.m_tiles * params_.n_tiles;
   }
   CUTE_DEVICE void advance() { ++item_; }
+  // Whether this CTA has no item after this one.
+  CUTE_DEVICE bool is_last() const {
+    Scheduler next = *this;
+    next.advance();
+    return !next.valid();
+  }
   // Items that this CTA has finished: the one counter that a role carries from item to item.
   CUTE_DEVICE int item() const { return item_; }
 
@@ -49,7 +55,7 @@ class Scheduler {
       work.split = true;
     } else {
       locate(work, unit(), rank());
-      share(work, stages, __ffs(params_.split_k) - 1);
+      share(work, stages, Tile::kPairs ? 0 : params_.log2_split);
       work.stages_done = item_ * (work.end - work.begin);
       work.split = false;
     }

@@ -3,8 +3,8 @@
 // A CTA computes `panels` x 64 output channels for `tokens` tokens with panels * k_groups consumer
 // warp-groups. The k_groups of a panel share its rows and take turns along K, one pipeline stage
 // each, so that even a single panel keeps four dequantizing warp-groups busy; their int32 partial
-// sums meet in the epilogue. A CTA with two of them takes half an SM: in the other half a CTA of
-// the next launch already fetches its first weights.
+// sums meet in the epilogue. Some CTAs take half an SM: in the other half a CTA of the next launch
+// already fetches its first weights.
 #pragma once
 
 #include <string>
@@ -18,48 +18,51 @@ struct TileShape {
   int panels;        // 64-channel panels per CTA
   int k_groups;      // consumer warp-groups per panel, alternating along K
   int stage_blocks;  // 64-deep blocks per pipeline stage
+  int ctas_per_sm = 1;
 
   // Whether a group has all of K, and CTAs can work in pairs: see scheduler.hpp. The other tiles
   // are for few tokens, and their clusters share K.
   constexpr bool can_pair() const { return k_groups == 1; }
-  // Two groups alone get by with half of an SM's registers and shared memory.
-  constexpr int ctas_per_sm() const { return k_groups == 2 ? 2 : 1; }
   // Rows of a box of y. A pair shares them, so there are two at least.
-  constexpr int store_tokens() const { return tokens < 64 ? 16 : 32; }
+  constexpr int store_tokens() const { return tokens < 64 || tokens == 96 ? 16 : 32; }
 };
 
 // Sorted by tokens; a comment says what a row and those below it are for.
 inline constexpr TileShape kTileShapes[] = {
-    {8, 1, 2, 4},    // decode: one panel per CTA spreads any N over the most SMs; a short K
-    {8, 1, 4, 4},    // a longer one
-    {16, 1, 2, 2},   //
-    {16, 1, 4, 4},   //
-    {32, 1, 2, 2},   //
-    {32, 1, 4, 2},   //
-    {32, 3, 1, 2},   // many panels share the tokens once their L2 traffic rivals the weights'
-    {32, 4, 1, 2},   //
-    {64, 1, 2, 2},   // few panels, or a short K
-    {64, 1, 4, 2},   // a longer one
-    {64, 3, 1, 2},   // many panels again
-    {64, 4, 1, 2},   //
-    {128, 2, 1, 2},  // small prefill, or few tiles
-    {128, 3, 1, 2},  //
-    {128, 4, 1, 2},  //
-    {192, 2, 1, 2},  // heights in between: little of the last m tile is wasted
-    {192, 3, 1, 2},  //
-    {224, 2, 1, 2},  //
-    {256, 2, 1, 2},  // prefill: least dequantization per multiplication
+    {8, 1, 2, 4, 2},   // decode: one panel per CTA spreads any N over the most SMs; a short K
+    {8, 1, 4, 4},      // a longer one
+    {16, 1, 2, 2, 2},  //
+    {16, 1, 4, 4},     //
+    {32, 1, 2, 2, 2},  //
+    {32, 1, 3, 2},     //
+    {32, 4, 1, 2},     // many panels share the tokens once their L2 traffic rivals the weights'
+    {64, 1, 2, 2, 2},  // few panels, or a short K
+    {64, 1, 3, 2},     // a longer one
+    {64, 3, 1, 2},     // many panels again
+    {64, 4, 1, 2},     //
+    {96, 1, 3, 2},     // likewise
+    {96, 2, 1, 2},     //
+    {96, 3, 1, 2},     //
+    {128, 1, 2, 2},    // few panels
+    {128, 2, 1, 2},    // small prefill, or few tiles
+    {128, 3, 1, 2},    //
+    {128, 4, 1, 2},    //
+    {192, 2, 1, 2},    // heights in between: little of the last m tile is wasted
+    {192, 3, 1, 2},    //
+    {224, 2, 1, 2},    //
+    {256, 2, 1, 2},    // prefill: least dequantization per multiplication
 };
 inline constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
 
 constexpr bool is_tile(int index, TileShape const& shape) {
   TileShape const& s = kTileShapes[index];
   return s.tokens == shape.tokens && s.panels == shape.panels && s.k_groups == shape.k_groups &&
-         s.stage_blocks == shape.stage_blocks;
+         s.stage_blocks == shape.stage_blocks && s.ctas_per_sm == shape.ctas_per_sm;
 }
 
 // How many CTAs may share every tile along K, where k groups take turns.
 inline constexpr int kSplits[] = {1, 2, 4};
+inline constexpr int kMostSplit = 4;
 
 // Of so many octets, how many parts one CTA of a cluster receives at most: it sums up its share, of
 // which every other CTA has a part.
@@ -77,7 +80,8 @@ inline constexpr int kReservedBytesPerCta = 1024;     // of those, by the system
 
 inline std::string name(TileShape const& shape) {
   return "t" + std::to_string(shape.tokens) + "_p" + std::to_string(shape.panels) + "_k" +
-         std::to_string(shape.k_groups) + "_s" + std::to_string(shape.stage_blocks);
+         std::to_string(shape.k_groups) + "_s" + std::to_string(shape.stage_blocks) +
+         (shape.ctas_per_sm == 2 ? "_half" : "");
 }
 
 template <int Index>
@@ -89,7 +93,7 @@ struct Tile {
   static constexpr int kStageBlocks = kShape.stage_blocks;
   static constexpr int kStageK = kStageBlocks * kBlockK;
 
-  static constexpr int kCtasPerSm = kShape.ctas_per_sm();
+  static constexpr int kCtasPerSm = kShape.ctas_per_sm;
   static constexpr int kConsumerGroups = kPanels * kKGroups;
   static constexpr int kConsumerThreads = kConsumerGroups * kWarpGroupThreads;
   static constexpr int kThreads =
@@ -109,8 +113,10 @@ struct Tile {
   // of sums meet in shared memory, those of a panel's k groups and those of a cluster's CTAs.
   static constexpr int kOctets = kTokens / 8;
   static constexpr int kVectorBytes = 16 * kWarpGroupThreads;  // an octet of one panel
-  // Of two k groups each sends the other what that one sums up, in place.
-  static constexpr int kPartsPerOctet = kKGroups == 2 ? 1 : kKGroups;
+  // In place: each group adds its own part of what it sums up from its registers. Without, the code
+  // is shorter.
+  static constexpr bool kInPlace = kKGroups == 2 || kTokens > 64;
+  static constexpr int kPartsPerOctet = kInPlace ? kKGroups - 1 : kKGroups;
   static constexpr int kPartBytes =
       (kOctets * kPartsPerOctet + largest_share(kOctets)) * kVectorBytes;
   // Groups that hold whole sums proceed in chunks of tokens: boxes of a TMA store, if results have

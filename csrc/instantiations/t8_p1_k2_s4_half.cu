@@ -2,7 +2,7 @@
 
 namespace liquidgemm {
 
-static_assert(is_tile(0, {8, 1, 2, 4}), "this file is named after its tile");
+static_assert(is_tile(0, {8, 1, 2, 4, 2}), "this file is named after its tile");
 template <>
 cudaError_t launch_tile<0>(KernelParams const& params, int clusters, cudaStream_t stream) {
   return launch_tile_impl<0>(params, clusters, stream);
