@@ -24,6 +24,7 @@ constexpr int kVector = 8;  // elements a thread loads, converts and stores at o
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxCluster = 4;
 constexpr int64_t kManyVectors = 1 << 19;  // some two for every thread that an H100 can hold
+constexpr int64_t kFewCtas = 128;          // leave the GEMM room to start beside them
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 
 __device__ float to_float(float v) {
@@ -54,15 +55,37 @@ struct alignas(16) Vector {
         values[i] = i < count ? source[i] : T(0.f);
     }
   }
+};
 
-  // |v| as an integer orders like |v| as a float, with infinity and then NaN above every number.
-  __device__ uint32_t max_abs_bits() const {
-    uint32_t largest = 0;
+// The largest magnitude of some x, as an integer: |x| orders like its bits do, with infinity and
+// then NaN above every number.
+template <class T>
+class Largest {
+ public:
+  __device__ void add(Vector<T> const& vector) {
+    uint32_t const* const words = reinterpret_cast<uint32_t const*>(vector.values);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i)
-      largest = max(largest, __float_as_uint(to_float(values[i])) & 0x7fffffffu);
-    return largest;
+    for (int i = 0; i < static_cast<int>(sizeof(vector) / sizeof(uint32_t)); ++i) {
+      if constexpr (sizeof(T) == 2) {  // two at a time
+        bits_ = __vmaxu2(bits_, words[i] & 0x7fff7fffu);
+      } else {
+        bits_ = max(bits_, words[i] & 0x7fffffffu);
+      }
+    }
   }
+
+  // As bits of a float.
+  __device__ uint32_t float_bits() const {
+    if constexpr (sizeof(T) == 2) {
+      const uint16_t largest = max(bits_ & 0xffffu, bits_ >> 16);
+      return __float_as_uint(to_float(reinterpret_cast<T const&>(largest)));
+    } else {
+      return bits_;
+    }
+  }
+
+ private:
+  uint32_t bits_ = 0;
 };
 
 // x / scale, rounded to an integer, for one scale and many x.
@@ -206,14 +229,14 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_kernel(
 
   const int64_t token = cute::cluster_id_in_grid().x;
   T const* const row = x + token * k;
-  uint32_t largest = 0;
+  Largest<T> of_thread;
 #pragma unroll 4
   for (int64_t at = first_element(); at < k; at += step()) {
     Vector<T> vector;
     vector.load(row + at, k - at, aligned);
-    largest = max(largest, vector.max_abs_bits());
+    of_thread.add(vector);
   }
-  largest = cluster_max(largest);
+  const uint32_t largest = cluster_max(of_thread.float_bits());
 
   const float scale = largest < kInfinityBits
                           ? __fdiv_rn(__uint_as_float(largest), float(kMaxActivation))
@@ -234,11 +257,13 @@ cudaError_t launch(QuantizeArguments const& a, cudaStream_t stream) {
   // Few vectors: a thread for each, for latency, in up to four CTAs per row where the GPU has room
   // for them. Many: fewer threads with more each, for throughput.
   const int64_t vectors = ceil_div(a.k, kVector);
-  const int64_t threads = a.m * vectors <= kManyVectors ? vectors : ceil_div(vectors, 4);
-  const bool room = a.m <= 64;
-  const int cluster = !room || threads <= kMaxThreads ? 1
-                      : threads <= 2 * kMaxThreads    ? 2
-                                                      : kMaxCluster;
+  const int64_t all = a.m * vectors;
+  const int64_t threads = ceil_div(vectors, all < kManyVectors       ? 1
+                                            : all < 2 * kManyVectors ? 2
+                                                                     : 4);
+  const int wanted = threads <= kMaxThreads ? 1 : threads <= 2 * kMaxThreads ? 2 : kMaxCluster;
+  const int room = a.m * kMaxCluster <= kFewCtas ? kMaxCluster : a.m * 2 <= kFewCtas ? 2 : 1;
+  const int cluster = std::min(wanted, room);
   const bool aligned = reinterpret_cast<uintptr_t>(a.x) % 16 == 0 && a.k * sizeof(T) % 16 == 0 &&
                        reinterpret_cast<uintptr_t>(a.out) % kVector == 0 &&
                        a.out_stride % kVector == 0;

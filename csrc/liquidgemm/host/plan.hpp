@@ -66,39 +66,39 @@ struct TileCost {
 // All constants come from bench/fit_plan.py and a sweep over every plan on an H100; the memory's
 // bandwidth is asked of the GPU.
 inline constexpr TileCost kTileCosts[] = {
-    {0.0580, 0.351, {0.337, 0.357}},  // t8_p1_k2_s4_half
-    {0.0440, 0.548, {0.450, 0.546}},  // t8_p1_k4_s4
-    {0.0690, 0.492, {0.174, 0.243}},  // t16_p1_k2_s2_half
-    {0.0448, 0.651, {0.284, 0.351}},  // t16_p1_k4_s4
-    {0.0694, 0.650, {0.180, 0.290}},  // t32_p1_k2_s2_half
-    {0.0595, 0.743, {0.176, 0.338}},  // t32_p1_k3_s2
-    {0.2198, 0.835, {0.532, 0.000}},  // t32_p4_k1_s2
-    {0.0885, 0.935, {0.277, 0.375}},  // t64_p1_k2_s2_half
-    {0.0720, 1.071, {0.260, 0.360}},  // t64_p1_k3_s2
-    {0.1923, 1.198, {0.740, 0.000}},  // t64_p3_k1_s2
-    {0.2530, 1.284, {0.799, 0.000}},  // t64_p4_k1_s2
-    {0.0861, 1.411, {0.428, 0.716}},  // t96_p1_k3_s2
-    {0.1561, 1.392, {0.665, 0.000}},  // t96_p2_k1_s2
-    {0.2193, 1.543, {0.859, 0.000}},  // t96_p3_k1_s2
-    {0.1012, 1.714, {0.626, 0.801}},  // t128_p1_k2_s2
-    {0.1692, 1.415, {0.934, 0.000}},  // t128_p2_k1_s2
-    {0.2435, 1.526, {1.353, 0.000}},  // t128_p3_k1_s2
-    {0.3219, 1.903, {1.544, 0.000}},  // t128_p4_k1_s2
-    {0.2267, 1.935, {1.013, 0.000}},  // t192_p2_k1_s2
-    {0.3362, 2.301, {1.357, 0.000}},  // t192_p3_k1_s2
-    {0.2832, 2.075, {1.153, 0.000}},  // t224_p2_k1_s2
-    {0.3011, 2.296, {0.989, 0.000}},  // t256_p2_k1_s2
+    {0.0603, 0.315, {0.307, 0.353}},  // t8_p1_k2_s4_half
+    {0.0442, 0.513, {0.390, 0.503}},  // t8_p1_k4_s4
+    {0.0655, 0.495, {0.220, 0.316}},  // t16_p1_k2_s2_half
+    {0.0444, 0.691, {0.247, 0.357}},  // t16_p1_k4_s4
+    {0.0698, 0.700, {0.177, 0.391}},  // t32_p1_k2_s2_half
+    {0.0601, 0.814, {0.235, 0.465}},  // t32_p1_k3_s2
+    {0.2205, 0.827, {0.594, 0.000}},  // t32_p4_k1_s2
+    {0.0866, 0.946, {0.234, 0.404}},  // t64_p1_k2_s2_half
+    {0.0711, 1.096, {0.288, 0.397}},  // t64_p1_k3_s2
+    {0.1927, 1.188, {0.795, 0.000}},  // t64_p3_k1_s2
+    {0.2532, 1.288, {0.861, 0.000}},  // t64_p4_k1_s2
+    {0.0872, 1.282, {0.338, 0.666}},  // t96_p1_k3_s2
+    {0.1555, 1.461, {0.631, 0.000}},  // t96_p2_k1_s2
+    {0.2193, 1.563, {0.854, 0.000}},  // t96_p3_k1_s2
+    {0.1018, 1.418, {0.655, 0.925}},  // t128_p1_k2_s2
+    {0.1690, 1.439, {0.947, 0.000}},  // t128_p2_k1_s2
+    {0.2434, 1.549, {1.369, 0.000}},  // t128_p3_k1_s2
+    {0.3219, 1.921, {1.562, 0.000}},  // t128_p4_k1_s2
+    {0.2266, 1.957, {1.036, 0.000}},  // t192_p2_k1_s2
+    {0.3360, 2.330, {1.424, 0.000}},  // t192_p3_k1_s2
+    {0.2831, 2.107, {1.110, 0.000}},  // t224_p2_k1_s2
+    {0.3011, 2.316, {0.998, 0.000}},  // t256_p2_k1_s2
 };
 static_assert(sizeof(kTileCosts) / sizeof(kTileCosts[0]) == kNumTileShapes);
 
 struct CostModel {
-  double launch_us = 0.9467;
-  double occupancy_us = 0.918;        // a launch that leaves SMs idle overlaps with the next one
-  double half_sm_occupancy = 0.4849;  // of that, where a CTA takes half an SM ...
+  double launch_us = 0.8995;
+  double occupancy_us = 0.9054;       // a launch that leaves SMs idle overlaps with the next one
+  double half_sm_occupancy = 0.5137;  // of that, where a CTA takes half an SM ...
   double half_sm_bytes = 160e3;       // ... and reads no more than this
-  double memory_efficiency = 0.919;   // of the peak
-  double sm_memory_share = 2.538;     // how far one SM can exceed its fair share of the bandwidth
-  double m_tiles_share = 0.1397;      // of tile_us, and more where tiles share their weights
+  double memory_efficiency = 0.9183;  // of the peak
+  double sm_memory_share = 2.444;     // how far one SM can exceed its fair share of the bandwidth
+  double m_tiles_share = 0.143;       // of tile_us, and more where tiles share their weights
   double quad_cluster_fit = 0.91;     // clusters of 4 do not tile the GPCs
   double pair_gain = 0.9906;          // time of a block where pairs share tokens ...
   int many_rounds = 3;                // ... for so many rounds: CTAs fall out of step

@@ -95,14 +95,13 @@ class Epilogue {
       panel_barrier();
     stage_scales();
     if constexpr (!Tile::kPairs) {
-      sums().complete(scheduler.item(), acc, k_group);
+      const auto sums_of_group = sums().complete(scheduler.item(), acc, k_group);
       if (params_.rows_are_vectors() && params_.y_type == Element::kBFloat16) {
-        store_columns<__nv_bfloat162>(k_group);
+        store_columns<__nv_bfloat162>(sums_of_group, k_group);
       } else if (params_.rows_are_vectors() && params_.y_type == Element::kFloat16) {
-        store_columns<__half2>(k_group);
+        store_columns<__half2>(sums_of_group, k_group);
       } else {
-        sums().for_each_owned(k_group,
-                              [this](int octet, int4 const& sum) { store_octet(octet, sum); });
+        store_turns(sums_of_group, k_group);
       }
       sums().release(scheduler.is_last());
     } else {
@@ -296,36 +295,63 @@ class Epilogue {
     int staged_at_;
   };
 
-  // Sums that meet in staging: the 8 x 8 matrices of an octet are transposed from one thread's
-  // channel to another's token, and four threads write eight channels of it.
+  // Sums of groups that took turns: the 8 x 8 matrices of an octet are transposed, from a thread's
+  // channel to a thread's token, and four threads write eight channels of it.
   template <class Pair>
-  CUTE_DEVICE void store_columns(int k_group) const {
+  CUTE_DEVICE void store_columns(typename Sums::Octets const& sums_of_group, int k_group) const {
+    if (Sums::kOverlaps && params_.log2_split == 0) {
+      store_columns<Pair, false>(sums_of_group, k_group);
+    } else {
+      store_columns<Pair, true>(sums_of_group, k_group);
+    }
+  }
+  template <class Pair, bool kSkips>
+  CUTE_DEVICE void store_columns(typename Sums::Octets const& sums_of_group, int k_group) const {
     const ChannelValues channels = channel_values();
     const int lane = threadIdx.x % 32;
-    const int token = lane / 4;  // of an octet
-    const int first = first_channel_ + threadIdx.x % kWarpGroupThreads / 32 * 16;
-    const int64_t octet_bytes = params_.y_stride * 8 * 2;
-    uint8_t* const y = static_cast<uint8_t*>(params_.y) +
-                       ((first_token_ + token) * params_.y_stride + first + lane % 4 * 2) *
-                           int64_t(sizeof(uint16_t));
-    // Rows are whole vectors of eight channels.
-    const int tokens[2] = {first < params_.n ? tokens_ : 0, first + 8 < params_.n ? tokens_ : 0};
-    sums().for_each_owned(k_group, [&](int octet, int4 const& sum) {
-      const auto words = round_octet<Pair>(octet, sum, channels);
+    const int channel = first_channel_ + threadIdx.x % kWarpGroupThreads / 32 * 16;
+    const int64_t turn_stride = 8 * Tile::kKGroups * params_.y_stride;
+    const int first = 8 * k_group + lane / 4;
+    uint16_t* const y = static_cast<uint16_t*>(params_.y) +
+                        (first_token_ + first) * params_.y_stride + channel + lane % 4 * 2;
+    CUTE_UNROLL
+    for (int turn = 0; turn < Sums::kTurns; ++turn) {
+      if (kSkips && !sums().owns(turn, k_group))
+        continue;
+      const int octet = min(Sums::octet_of_turn(turn, k_group), Tile::kOctets - 1);
+      const auto words = round_octet<Pair>(octet, sums_of_group[turn], channels);
+      uint16_t* const row = y + turn * turn_stride;
       CUTE_UNROLL
       for (int i = 0; i < 2; ++i) {
         uint32_t transposed;
         cute::SM75_U32x1_MOVM_T::copy(words[i], transposed);
-        if (8 * octet + token < tokens[i])
-          *reinterpret_cast<uint32_t*>(y + octet * octet_bytes + i * 16) = transposed;
+        // Rows are whole vectors of eight channels.
+        if (first + turn * 8 * Tile::kKGroups < tokens_ && channel + 8 * i < params_.n)
+          *reinterpret_cast<uint32_t*>(row + 8 * i) = transposed;
       }
-    });
+    }
+  }
+
+  // Other types and alignments: through shared memory, since registers cannot be indexed at run
+  // time and unrolled the code would be long.
+  CUTE_DEVICE void store_turns(typename Sums::Octets const& sums_of_group, int k_group) const {
+    CUTE_UNROLL
+    for (int turn = 0; turn < Sums::kTurns; ++turn) {
+      if (sums().owns(turn, k_group))
+        *sums().group_part(Sums::octet_of_turn(turn, k_group), 0) = sums_of_group[turn];
+    }
+    CUTE_NO_UNROLL
+    for (int turn = 0; turn < Sums::kTurns; ++turn) {
+      const int octet = Sums::octet_of_turn(turn, k_group);
+      if (sums().owns(turn, k_group))
+        store_octet(octet, *sums().group_part(octet, 0));
+    }
   }
 
   // Where a vector of 16 bytes is in a row of 128, by TMA's swizzle.
   CUTE_DEVICE static int swizzled(int vector, int row) { return (vector ^ row % 8) * 16; }
 
-  // Other types and alignments, in rounds of a chunk: registers cannot be indexed at run time.
+  // The same, in rounds of a chunk.
   template <class Accumulator>
   CUTE_DEVICE void store_octets(Accumulator const& acc) const {
     constexpr int kOctets = Tile::kChunkTokens / 8;

@@ -99,52 +99,44 @@ class PartialSums {
     }
   }
 
-  // Sums of which k groups have parts, and CTAs of a cluster: parts meet in shared memory. The
-  // octets are dealt out in turns to the k groups, which add up the parts of their CTA, and to the
-  // CTAs, which add up those of all. Afterwards all threads of the panel are in step, and can read
-  // what they have staged before.
-  template <class Accumulator>
-  CUTE_DEVICE void complete(int item, Accumulator const& acc, int k_group) const {
-    stage_parts(acc, k_group);
-    if (params_.log2_split == 0)
-      return;
-    const int rank = cute::block_rank_in_cluster();
-    const int senders = params_.split_k() - 1;
-    uint64_t* const received = &shared_.received[panel_];
-    uint64_t* const drained = &shared_.drained[panel_];
-    Barrier::wait(drained, phase(item) ^ 1);
-    if (thread() == 0) {
-      const int octets = (Tile::kOctets + senders - rank) >> params_.log2_split;
-      TransactionBarrier::arrive_and_expect_tx(received, octets * senders * Tile::kVectorBytes);
-    }
-    CUTE_NO_UNROLL
-    for (int i = k_group; i < Tile::kOctets; i += Tile::kKGroups) {
-      const int owner = owning_rank(i);
-      if (owner != rank) {
-        int4* const place = peer_part((i >> params_.log2_split) * senders + rank - (rank > owner));
-        store_at_cluster(peer_address(place, owner), sum_of_groups(i),
-                         peer_address(received, owner));
-      }
-    }
-    Barrier::wait(received, phase(item));
+  // Sums of which k groups have parts, and CTAs of a cluster. The octets are dealt out in turns to
+  // the k groups, and turn by turn to the CTAs. Each group adds up its CTA's parts of its octets,
+  // from shared memory to its own in registers, and sends the sums that other CTAs own.
+  static constexpr int kTurns = Tile::kTurns;
+  using Octets = cute::array<int4, kTurns>;  // a group's, one per turn
+  // Whether every group has several: then they overlap, if the code has no branches between them.
+  static constexpr bool kOverlaps = Tile::kOctets >= 2 * Tile::kKGroups;
+
+  CUTE_DEVICE static int octet_of_turn(int turn, int k_group) {
+    return turn * Tile::kKGroups + k_group;
+  }
+  // Whether this CTA is to store it; the last turn may not have one for every group.
+  CUTE_DEVICE bool owns(int turn, int k_group) const {
+    return owner(turn) == Scheduler<Tile>::rank() && exists(turn, k_group);
   }
 
-  // Calls use(octet, sum) for those that this thread's group and CTA own.
-  template <class Use>
-  CUTE_DEVICE void for_each_owned(int k_group, Use const& use) const {
-    const int rank = cute::block_rank_in_cluster();
-    const int senders = params_.split_k() - 1;
-    CUTE_NO_UNROLL
-    for (int i = k_group; i < Tile::kOctets; i += Tile::kKGroups) {
-      if (owning_rank(i) == rank) {
-        int4 sum = sum_of_groups(i);
-        int4 const* const parts = peer_part((i >> params_.log2_split) * senders);
-        CUTE_NO_UNROLL
-        for (int sender = 0; sender < senders; ++sender)
-          add(sum, parts[sender * kWarpGroupThreads]);
-        use(i, sum);
+  // This thread's place in another group's part of an octet, which nobody but its own reads.
+  CUTE_DEVICE int4* group_part(int octet, int sender) const {
+    return staged(octet * (Tile::kKGroups - 1) + sender);
+  }
+
+  // This group's complete sums; those that the CTA does not own are undefined. All threads of the
+  // panel are in step by then, and can read what they have staged before.
+  template <class Accumulator>
+  CUTE_DEVICE Octets complete(int item, Accumulator const& acc, int k_group) const {
+    stage_parts(acc, k_group);
+    panel_barrier();  // the parts, and the scales
+    Octets sums;
+    if (params_.log2_split > 0) {
+      exchange_turns(item, acc, sums, k_group);
+    } else {
+      CUTE_UNROLL
+      for (int turn = 0; turn < kTurns; ++turn) {
+        if (kOverlaps || exists(turn, k_group))
+          sums[turn] = sum_of_groups(acc, turn, k_group);
       }
     }
+    return sums;
   }
 
   // The cluster may send the next tile's parts once all warps have said so: those of the receiver
@@ -159,54 +151,82 @@ class PartialSums {
   }
 
  private:
-  // This group's parts, for sum_of_groups to find.
+  CUTE_DEVICE int owner(int turn) const { return turn & (params_.split_k() - 1); }
+  CUTE_DEVICE static bool exists(int turn, int k_group) {
+    return octet_of_turn(turn, k_group) < Tile::kOctets;
+  }
+
+  // This group's parts of what the others add up.
   template <class Accumulator>
   CUTE_DEVICE void stage_parts(Accumulator const& acc, int k_group) const {
     CUTE_UNROLL
     for (int i = 0; i < Tile::kOctets; ++i) {
-      const int owner = i % Tile::kKGroups;
-      if (!Tile::kInPlace)
-        *group_part(i, k_group) = octet_of(acc, i);
-      else if (owner != k_group)
-        *group_part(i, k_group - (k_group > owner)) = octet_of(acc, i);
+      const int group = i % Tile::kKGroups;
+      if (group != k_group)
+        *group_part(i, k_group - (k_group > group)) = octet_of(acc, i);
     }
-    panel_barrier();  // the parts, and the scales
+  }
+
+  template <class Accumulator>
+  CUTE_DEVICE int4 sum_of_groups(Accumulator const& acc, int turn, int k_group) const {
+    int4 sum{};
     CUTE_UNROLL
-    for (int i = 0; Tile::kInPlace && i < Tile::kOctets; ++i) {
-      if (i % Tile::kKGroups == k_group) {
-        int4 sum = octet_of(acc, i);
-        CUTE_UNROLL
-        for (int part = 0; part < Tile::kPartsPerOctet; ++part)
-          add(sum, *group_part(i, part));
-        *group_part(i, 0) = sum;
+    for (int group = 0; group < Tile::kKGroups; ++group) {
+      if (group == k_group && exists(turn, group))
+        sum = octet_of(acc, octet_of_turn(turn, group));
+    }
+    const int octet = min(octet_of_turn(turn, k_group), Tile::kOctets - 1);
+    CUTE_UNROLL
+    for (int sender = 0; sender < Tile::kKGroups - 1; ++sender)
+      add(sum, *group_part(octet, sender));
+    return sum;
+  }
+
+  template <class Accumulator>
+  CUTE_DEVICE void exchange_turns(int item,
+                                  Accumulator const& acc,
+                                  Octets& sums,
+                                  int k_group) const {
+    const int rank = Scheduler<Tile>::rank();
+    const int senders = params_.split_k() - 1;
+    uint64_t* const received = &shared_.received[panel_];
+    uint64_t* const drained = &shared_.drained[panel_];
+    Barrier::wait(drained, phase(item) ^ 1);
+    if (thread() == 0) {
+      int octets = 0;
+      CUTE_UNROLL
+      for (int turn = 0; turn < kTurns; ++turn) {
+        if (owner(turn) == rank)
+          octets += min(Tile::kKGroups, Tile::kOctets - turn * Tile::kKGroups);
+      }
+      TransactionBarrier::arrive_and_expect_tx(received, octets * senders * Tile::kVectorBytes);
+    }
+    CUTE_UNROLL
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (owner(turn) != rank && exists(turn, k_group)) {
+        int4* const place = peer_part(turn, k_group, rank - (rank > owner(turn)));
+        store_at_cluster(peer_address(place, owner(turn)), sum_of_groups(acc, turn, k_group),
+                         peer_address(received, owner(turn)));
       }
     }
-  }
-
-  // Of split_k octets in a row every CTA owns one. Which one changes from round to round of the
-  // groups, where they would meet the same one again: each of them is to send as much as others do.
-  CUTE_DEVICE int owning_rank(int i) const {
-    constexpr int kLog2Groups = cute::log_2(unsigned(Tile::kKGroups));
-    const int round = Tile::kKGroups % 2 ? 0 : i >> max(params_.log2_split, kLog2Groups);
-    return (i + round) & (params_.split_k() - 1);
-  }
-  static_assert(Tile::kOctets < kMostSplit || Tile::kOctets % kMostSplit == 0,
-                "every CTA owns as many octets as in complete()");
-
-  // This thread's place in the buffer of octet i and a sender.
-  CUTE_DEVICE int4* group_part(int i, int group) const {
-    return staged(i * Tile::kPartsPerOctet + group);
-  }
-  CUTE_DEVICE int4* peer_part(int index) const {
-    return staged(Tile::kOctets * Tile::kPartsPerOctet + index);
-  }
-
-  CUTE_DEVICE int4 sum_of_groups(int i) const {
-    int4 sum = *group_part(i, 0);
     CUTE_UNROLL
-    for (int group = 1; !Tile::kInPlace && group < Tile::kPartsPerOctet; ++group)
-      add(sum, *group_part(i, group));
-    return sum;
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (owns(turn, k_group))
+        sums[turn] = sum_of_groups(acc, turn, k_group);
+    }
+    Barrier::wait(received, phase(item));
+    CUTE_UNROLL
+    for (int turn = 0; turn < kTurns; ++turn) {
+      CUTE_NO_UNROLL
+      for (int sender = 0; sender < senders && owns(turn, k_group); ++sender)
+        add(sums[turn], *peer_part(turn, k_group, sender));
+    }
+  }
+
+  // This thread's place in another CTA's part of a turn.
+  CUTE_DEVICE int4* peer_part(int turn, int k_group, int sender) const {
+    const int octet = octet_of_turn(turn >> params_.log2_split, k_group);
+    return staged(Tile::kOctets * (Tile::kKGroups - 1) + octet * (params_.split_k() - 1) + sender);
   }
 
   CUTE_DEVICE static void add(int4& sum, int4 const& part) {

@@ -64,12 +64,14 @@ constexpr bool is_tile(int index, TileShape const& shape) {
 inline constexpr int kSplits[] = {1, 2, 4};
 inline constexpr int kMostSplit = 4;
 
-// Of so many octets, how many parts one CTA of a cluster receives at most: it sums up its share, of
-// which every other CTA has a part.
-constexpr int largest_share(int octets) {
+// Of octets that k groups sum up in turns, and that CTAs own turn by turn: how many parts one CTA
+// of a cluster receives at most, one of each that it owns from every other CTA.
+constexpr int largest_share(int octets, int k_groups) {
+  const int turns = (octets + k_groups - 1) / k_groups;
   int largest = 0;
   for (int split : kSplits) {
-    const int received = (split - 1) * ((octets + split - 1) / split);
+    const int owned = (turns + split - 1) / split * k_groups;
+    const int received = (split - 1) * (owned < octets ? owned : octets);
     largest = received > largest ? received : largest;
   }
   return largest;
@@ -113,12 +115,10 @@ struct Tile {
   // of sums meet in shared memory, those of a panel's k groups and those of a cluster's CTAs.
   static constexpr int kOctets = kTokens / 8;
   static constexpr int kVectorBytes = 16 * kWarpGroupThreads;  // an octet of one panel
-  // In place: each group adds its own part of what it sums up from its registers. Without, the code
-  // is shorter.
-  static constexpr bool kInPlace = kKGroups == 2 || kTokens > 64;
-  static constexpr int kPartsPerOctet = kInPlace ? kKGroups - 1 : kKGroups;
+  // Every k group sums up its share of the octets, to which each of the others sends a part.
+  static constexpr int kTurns = (kOctets + kKGroups - 1) / kKGroups;
   static constexpr int kPartBytes =
-      (kOctets * kPartsPerOctet + largest_share(kOctets)) * kVectorBytes;
+      (kOctets * (kKGroups - 1) + largest_share(kOctets, kKGroups)) * kVectorBytes;
   // Groups that hold whole sums proceed in chunks of tokens: boxes of a TMA store, if results have
   // 16 bits. They leave while the next tile is computed, so there are as many buffers as chunks, or
   // as many as leave the ring five stages: four cost more than the stores gain. With only two
