@@ -62,7 +62,6 @@ constexpr bool is_tile(int index, TileShape const& shape) {
 
 // How many CTAs may share every tile along K, where k groups take turns.
 inline constexpr int kSplits[] = {1, 2, 4};
-inline constexpr int kMostSplit = 4;
 
 // Of octets that k groups sum up in turns, and that CTAs own turn by turn: how many parts one CTA
 // of a cluster receives at most, one of each that it owns from every other CTA.
