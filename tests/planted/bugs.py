@@ -166,6 +166,21 @@ BUGS = (
         EXACT,
     ),
     bug(
+        "a word of two channels is stored in the row past the last",
+        "epilogue.hpp",
+        "first + turn * 8 * Tile::kKGroups < tokens_",
+        "first + turn * 8 * Tile::kKGroups <= tokens_",
+        CANARIES,
+    ),
+    bug(
+        "words are stored past the last channel",
+        "epilogue.hpp",
+        "channel + 8 * i < params_.n",
+        "channel + 8 * i <= params_.n",
+        CANARIES,
+        EXACT,
+    ),
+    bug(
         "a whole vector is stored in the row past the last",
         "epilogue.hpp",
         "first_token + row < rows_",
