@@ -94,6 +94,8 @@ class Epilogue {
     if (Tile::kPairs || scheduler.item() > 0)  // groups that take turns end one after the other
       panel_barrier();
     stage_scales();
+    // How y is stored is asked where it is branched upon: kept in a variable across the barriers,
+    // it made ptxas take the whole role for divergent, down to the descriptors of the main loop.
     if constexpr (!Tile::kPairs) {
       const auto sums_of_group = sums().complete(scheduler.item(), acc, k_group);
       if (params_.rows_are_vectors() && params_.y_type == Element::kBFloat16) {

@@ -7,7 +7,8 @@
 //   token producer            1, last group        previous kernel, empty  full[slot]: 1 and its bytes
 //   consumer warp-groups      panels * k_groups    full[slot]              empty[slot]: 1 per warp that read it
 //   epilogue (all consumers   k_groups groups      named barrier of the    with split K: received (by bytes) and
-//   of a panel)               per panel            panel                   drained (1 per warp), cluster-wide
+//   of a panel)               per panel            panel                   drained (1 per warp, if a tile
+//                                                                          follows), cluster-wide
 //                                                                          pairs: multiplied (1 per warp) and
 //                                                                          received (by bytes) of the other CTA
 //
