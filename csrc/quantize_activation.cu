@@ -261,9 +261,9 @@ cudaError_t launch(QuantizeArguments const& a, cudaStream_t stream) {
   const int64_t threads = ceil_div(vectors, all < kManyVectors       ? 1
                                             : all < 2 * kManyVectors ? 2
                                                                      : 4);
-  const int wanted = threads <= kMaxThreads ? 1 : threads <= 2 * kMaxThreads ? 2 : kMaxCluster;
-  const int room = a.m * kMaxCluster <= kFewCtas ? kMaxCluster : a.m * 2 <= kFewCtas ? 2 : 1;
-  const int cluster = std::min(wanted, room);
+  int cluster = 1;
+  while (cluster < kMaxCluster && cluster * kMaxThreads < threads && 2 * cluster * a.m <= kFewCtas)
+    cluster *= 2;
   const bool aligned = reinterpret_cast<uintptr_t>(a.x) % 16 == 0 && a.k * sizeof(T) % 16 == 0 &&
                        reinterpret_cast<uintptr_t>(a.out) % kVector == 0 &&
                        a.out_stride % kVector == 0;

@@ -26,7 +26,7 @@ VARIANTS = (NONE, DELAY, EVERY_LANE, *BUGS)
 FOLDER = ROOT / "build/planted"
 REFUSED = "refused.txt"  # in place of a package: why there is none
 
-# Decode with four k groups, two, and three, who add up their sums in place in the taller one;
+# Decode with four k groups, two, and three, whose turns of summing up overlap in the taller tile;
 # several panels that store by TMA, and that store rows themselves.
 TILES = (
     *("t8_p1_k4_s4", "t32_p1_k2_s2_half", "t32_p1_k3_s2", "t96_p1_k3_s2"),

@@ -5,14 +5,12 @@
 // channels, four words. Sums that others have parts of are completed first, see partial_sums.hpp.
 // Then there are three ways to y:
 //
-//   store_rows     results of 16 bits: transposed by stmatrix, a chunk of tokens at a time; stored
-//   by
-//                  TMA, or so that eight threads write the 64 channels of a token
+//   store_rows     results of 16 bits: transposed by stmatrix, a chunk of tokens at a time, stored
+//                  by TMA or so that eight threads write the 64 channels of a token
 //   store_columns  those of groups that took turns: transposed in registers, an octet at a time
 //   store_octet    other types and alignments: by element
 //
-// The code is short on purpose: every tile runs it once, and fetching it costs more than the
-// arithmetic in it.
+// At few tokens all of this is latency, and each instruction counts: a tile runs it once.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -65,8 +65,8 @@ class Producer {
     const int half = params_.tile_tokens / 2;  // with pairs, the rows of a box
     RingState<Tile> ring = for_each_item([&](WorkItem const& work, RingState<Tile>& ring) {
       const int token = work.m_tile * params_.tile_tokens;
-      // Waits for the kernel before this one, once, when everything else is ready. Only then may
-      // the next one start: what ran before this kernel is complete and visible to it.
+      // For the kernel before this one, when all else is ready; from the second item on it returns
+      // at once. Only then may the next kernel start: what ran before this one is visible to it.
       cutlass::arch::wait_on_dependent_grids();
       cutlass::arch::launch_dependent_grids();
       CUTE_NO_UNROLL

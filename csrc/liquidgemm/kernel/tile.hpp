@@ -2,7 +2,7 @@
 //
 // A CTA computes `panels` x 64 output channels for `tokens` tokens with panels * k_groups consumer
 // warp-groups. The k_groups of a panel share its rows and take turns along K, one pipeline stage
-// each, so that even a single panel keeps four dequantizing warp-groups busy; their int32 partial
+// each, so that even a single panel keeps two to four of them dequantizing; their int32 partial
 // sums meet in the epilogue. Some CTAs take half an SM: in the other half a CTA of the next launch
 // already fetches its first weights.
 #pragma once
