@@ -33,6 +33,11 @@ def ceil_div(a, b):
     return np.ceil(a / b)
 
 
+def tile_of(plan: str) -> str:
+    """The tile of a plan, whose name begins with it."""
+    return re.sub(r"_(split\d|pairs)$", "", plan)
+
+
 @dataclass
 class Sweep:
     """The rows of a sweep as columns."""
@@ -48,8 +53,8 @@ class Sweep:
     pairs: np.ndarray
     tile: np.ndarray  # index into names
     us: np.ndarray
-    plans: np.ndarray  # names, such as t64_p1_k4_s2_split2
-    names: list[str]  # of the tiles, such as t64_p1_k4_s2
+    plans: np.ndarray  # names, such as t64_p1_k3_s2_split2
+    names: list[str]  # of the tiles, such as t64_p1_k3_s2
     sms: int
     memory_bytes_per_us: float  # peak of the GPU
 
@@ -62,8 +67,8 @@ class Sweep:
     @classmethod
     def of(cls, rows: list[dict], sms: int, memory_bytes_per_us: float) -> Sweep:
         plans = [row["plan"] for row in rows]
-        shapes = [re.match(r"(t(\d+)_p(\d+)_k\d+_s(\d+)(_half)?)", plan) for plan in plans]
-        tiles = [shape[1] for shape in shapes]
+        tiles = [tile_of(plan) for plan in plans]
+        shapes = [re.fullmatch(r"t(\d+)_p(\d+)_k\d+_s(\d+)(_half)?", tile) for tile in tiles]
         names = sorted(set(tiles), key=lambda t: (int(t[1 : t.index("_")]), t))
         splits = [re.search(r"split(\d+)$", plan) for plan in plans]
 
@@ -72,9 +77,9 @@ class Sweep:
 
         return cls(
             *(column(row[key] for row in rows) for key in ("n", "k", "m")),
-            *(column(shape[i] for shape in shapes) for i in (2, 3)),
-            np.array([shape[5] is not None for shape in shapes]),
-            column(shape[4] for shape in shapes),
+            *(column(shape[i] for shape in shapes) for i in (1, 2)),
+            np.array([shape[4] is not None for shape in shapes]),
+            column(shape[3] for shape in shapes),
             column(int(split[1]) if split else 1 for split in splits),
             np.array([plan.endswith("_pairs") for plan in plans]),
             np.array([names.index(tile) for tile in tiles]),

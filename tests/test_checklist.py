@@ -83,12 +83,14 @@ def test_configurations_are_those_that_the_library_dispatches_from() -> None:
     import torch
     import variants
 
+    from bench.fit_plan import tile_of
+
     names = torch.ops.liquidgemm_testing.config_names()
     compiled = {file.stem for file in (ROOT.parent / "csrc/instantiations").glob("*.cu")}
     header = (ROOT.parent / variants.TILE_HEADER).read_text()
     rows = variants.rows_of(header, "kTileShapes")[2]
     tiles = [variants.tile_name(row) for row in rows]
-    assert list(dict.fromkeys(re.sub("_(split.|pairs)$", "", name) for name in names)) == tiles
+    assert list(dict.fromkeys(map(tile_of, names))) == tiles
     assert compiled == set(tiles)
     for file in ("test_gemm.py", "test_canaries.py", "test_overtaking.py", "test_few_sms.py"):
         assert "testing.config_names()" in (ROOT / "gpu" / file).read_text()

@@ -64,7 +64,7 @@ def test_formula_is_the_library_s() -> None:
     )
     tiles = [cost[4] for cost in costs]
     plans = torch.ops.liquidgemm_testing.config_names()
-    assert tiles == list(dict.fromkeys(re.sub("_(split.|pairs)$", "", plan) for plan in plans))
+    assert tiles == list(dict.fromkeys(map(fit_plan.tile_of, plans)))
     by_kind = np.array([cost[:4] for cost in costs], dtype=float).T.ravel()
     with np.errstate(divide="ignore"):  # what no plan of a tile has costs nothing
         parameters = np.log([*map(constant, fit_plan.NAMES), *by_kind])
