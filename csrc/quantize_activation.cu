@@ -1,137 +1,30 @@
-// Activation quantization: one CTA per token, or for few long ones a cluster of them.
+// Activation quantization: one CTA per token, or for few long ones a cluster of them. The formula is
+// that of quant/activation.hpp.
 //
-//   scale[m] = max_k |x[m, k]| / 127,  out[m, k] = clamp(rint(x[m, k] / scale[m]), -127, 127)
-//
-// in fp32, rounded as IEEE division and rint are, ties to even. A row with a NaN or an infinity
-// gets scale NaN and zeros, so that its outputs, and no others, are NaN; a row of zeros gets scale
-// 0.
-//
-// For few tokens this kernel is latency and nothing else, much of it that of fetching instructions:
-// hence two short loops over the row, the second of which finds it in the L1 cache.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+// A thread keeps its part of the row in registers between the maximum and the division. For few
+// tokens this kernel is latency and nothing else, much of it that of fetching instructions: each
+// thread has one vector then, and the code is short. For many it runs at the speed of memory.
 #include <cutlass/arch/grid_dependency_control.h>
 
 #include <algorithm>
 
 #include "liquidgemm/gemm.hpp"
 #include "liquidgemm/kernel/ring.hpp"
+#include "liquidgemm/quant/activation.hpp"
 
 namespace liquidgemm {
 namespace {
 
-constexpr int kVector = 8;  // elements a thread loads, converts and stores at once
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxCluster = 4;
 constexpr int64_t kManyVectors = 1 << 19;  // some two for every thread that an H100 can hold
 constexpr int64_t kFewCtas = 128;          // leave the GEMM room to start beside them
-constexpr uint32_t kInfinityBits = 0x7f800000u;
+constexpr int64_t kStreamedBytes = 12 << 20;  // with what is written, about half of the L2 cache
 
-__device__ float to_float(float v) {
-  return v;
-}
-__device__ float to_float(__half v) {
-  return __half2float(v);
-}
-__device__ float to_float(__nv_bfloat16 v) {
-  return __bfloat162float(v);
-}
-
-template <class T>
-struct alignas(16) Vector {
-  T values[kVector];
-
-  // Elements past `count` are zeros: they change neither the maximum nor anything that is stored.
-  __device__ void load(T const* source, int64_t count, bool aligned) {
-    if (aligned && count >= kVector) {
-      constexpr int kLoads = sizeof(values) / sizeof(uint4);
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        reinterpret_cast<uint4*>(values)[i] = reinterpret_cast<uint4 const*>(source)[i];
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i)
-        values[i] = i < count ? source[i] : T(0.f);
-    }
-  }
-};
-
-// The largest magnitude of some x, as an integer: |x| orders like its bits do, with infinity and
-// then NaN above every number.
-template <class T>
-class Largest {
- public:
-  __device__ void add(Vector<T> const& vector) {
-    uint32_t const* const words = reinterpret_cast<uint32_t const*>(vector.values);
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(vector) / sizeof(uint32_t)); ++i) {
-      if constexpr (sizeof(T) == 2) {  // two at a time
-        bits_ = __vmaxu2(bits_, words[i] & 0x7fff7fffu);
-      } else {
-        bits_ = max(bits_, words[i] & 0x7fffffffu);
-      }
-    }
-  }
-
-  // As bits of a float.
-  __device__ uint32_t float_bits() const {
-    if constexpr (sizeof(T) == 2) {
-      const uint16_t largest = max(bits_ & 0xffffu, bits_ >> 16);
-      return __float_as_uint(to_float(reinterpret_cast<T const&>(largest)));
-    } else {
-      return bits_;
-    }
-  }
-
- private:
-  uint32_t bits_ = 0;
-};
-
-// x / scale, rounded to an integer, for one scale and many x.
-class Quantizer {
- public:
-  // Scales of a common size need neither of the two precautions of the general way.
-  __device__ static bool is_common(float scale) { return scale >= kSmallestCommon; }
-
-  __device__ explicit Quantizer(float scale) {
-    const bool valid = scale > 0.f;  // else everything becomes 0
-    // A power of two leaves the quotient as it is and keeps the reciprocal and remainders normal.
-    unit_ = scale < kSmallestCommon ? 1.f / kSmallestCommon : 1.f;
-    scale_ = valid ? scale * unit_ : 0.f;
-    reciprocal_ = valid ? __frcp_rn(scale_) : 0.f;
-  }
-
-  // The low byte is the result.
-  template <bool kCommon>
-  __device__ uint32_t quantize(float x) const {
-    if constexpr (kCommon) {
-      constexpr float kRound = 0x1.8p23f;  // leaves no bits for a fraction
-      return __float_as_uint(__fadd_rn(divide(x), kRound));
-    } else {
-      // A scale with few bits left, as of a row of denormals, can leave quotients beyond the range.
-      const int rounded = __float2int_rn(divide(x * unit_));
-      return max(-kMaxActivation, min(kMaxActivation, rounded));
-    }
-  }
-
- private:
-  static constexpr float kSmallestCommon = 0x1p-64f;
-
-  // As IEEE division (Markstein, "Computation of elementary functions on the IBM RISC System/6000
-  // processor", 1990): with a correctly rounded reciprocal, one correction by the exact remainder
-  // rounds the quotient correctly.
-  __device__ float divide(float x) const {
-    const float approximate = __fmul_rn(x, reciprocal_);
-    const float remainder = __fmaf_rn(-approximate, scale_, x);
-    return __fmaf_rn(remainder, reciprocal_, approximate);
-  }
-
-  float unit_, scale_, reciprocal_;
-};
-
-__device__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+// Vectors that a thread can hold, and how many threads then have the registers for it.
+constexpr int kMaxHeld = 8;
+constexpr int max_threads(int held) {
+  return held == kMaxHeld ? kMaxThreads / 2 : kMaxThreads;
 }
 
 // The threads of a cluster share a row, a vector at a time.
@@ -142,27 +35,14 @@ __device__ int64_t step() {
   return int64_t(cute::cluster_shape().x) * blockDim.x * kVector;
 }
 
-template <bool kCommon, class T>
-__device__ void quantize_row(
-    T const* row, int8_t* out, int64_t k, Quantizer const& quantizer, bool aligned) {
-#pragma unroll 2
-  for (int64_t at = first_element(); at < k; at += step()) {
-    Vector<T> vector;
-    vector.load(row + at, k - at, aligned);
-    uint32_t bytes[kVector];
+__device__ void store(int8_t* to, uint2 bytes, int64_t count, bool aligned) {
+  if (aligned && count >= kVector) {
+    *reinterpret_cast<uint2*>(to) = bytes;
+  } else {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i)
-      bytes[i] = quantizer.quantize<kCommon>(to_float(vector.values[i]));
-    if (aligned && k - at >= kVector) {
-      *reinterpret_cast<uint2*>(out + at) =
-          make_uint2(low_bytes(bytes[0], bytes[1], bytes[2], bytes[3]),
-                     low_bytes(bytes[4], bytes[5], bytes[6], bytes[7]));
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        if (i < k - at)
-          out[at + i] = static_cast<int8_t>(bytes[i]);
-      }
+    for (int i = 0; i < kVector; ++i) {
+      if (i < count)
+        to[i] = static_cast<int8_t>((i < 4 ? bytes.x : bytes.y) >> i % 4 * 8);
     }
   }
 }
@@ -219,8 +99,42 @@ class ClusterMax {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) quantize_kernel(
-    T const* x, int8_t* out, float* scales, int64_t k, int64_t out_stride, bool aligned) {
+struct Row {
+  T const* x;
+  int8_t* out;
+  int64_t k;
+  bool aligned;   // x and out: whole vectors
+  bool streamed;  // x
+
+  __device__ void load(Vector<T>& vector, int64_t at) const {
+    vector.load(x + at, k - at, aligned, streamed);
+  }
+
+  template <bool kCommon, int kHeld>
+  __device__ void quantize(Quantizer const& quantizer, Vector<T> const (&held)[kHeld]) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int64_t at = first_element() + i * step();
+      store(out + at, quantizer.quantize<kCommon>(held[i]), k - at, aligned);
+    }
+#pragma unroll 1
+    for (int64_t at = first_element() + kHeld * step(); at < k; at += step()) {
+      Vector<T> vector;
+      load(vector, at);
+      store(out + at, quantizer.quantize<kCommon>(vector), k - at, aligned);
+    }
+  }
+};
+
+// `kHeld` vectors of each thread stay in registers; what a longer row has beyond them is read twice.
+template <class T, int kHeld>
+__global__ void __launch_bounds__(max_threads(kHeld)) quantize_kernel(T const* x,
+                                                                      int8_t* out,
+                                                                      float* scales,
+                                                                      int64_t k,
+                                                                      int64_t out_stride,
+                                                                      bool aligned,
+                                                                      bool streamed) {
   // The next kernel, a GEMM, may start to fetch its weights. It waits for this one before it
   // touches anything else, and this one for the kernel before it.
   cutlass::arch::launch_dependent_grids();
@@ -228,45 +142,66 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_kernel(
   cutlass::arch::wait_on_dependent_grids();
 
   const int64_t token = cute::cluster_id_in_grid().x;
-  T const* const row = x + token * k;
+  const Row<T> row{x + token * k, out + token * out_stride, k, aligned, streamed};
+  Vector<T> held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    row.load(held[i], first_element() + i * step());
   Largest<T> of_thread;
-#pragma unroll 4
-  for (int64_t at = first_element(); at < k; at += step()) {
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    of_thread.add(held[i]);
+#pragma unroll 1
+  for (int64_t at = first_element() + kHeld * step(); at < k; at += step()) {
     Vector<T> vector;
-    vector.load(row + at, k - at, aligned);
+    row.load(vector, at);
     of_thread.add(vector);
   }
-  const uint32_t largest = cluster_max(of_thread.float_bits());
-
-  const float scale = largest < kInfinityBits
-                          ? __fdiv_rn(__uint_as_float(largest), float(kMaxActivation))
-                          : __uint_as_float(0x7fc00000u);
+  const float scale = activation_scale(cluster_max(of_thread.float_bits()));
   if (first_element() == 0)
     scales[token] = scale;
-  int8_t* const out_row = out + token * out_stride;
   const Quantizer quantizer(scale);
   if (Quantizer::is_common(scale)) {
-    quantize_row<true>(row, out_row, k, quantizer, aligned);
+    row.template quantize<true>(quantizer, held);
   } else {
-    quantize_row<false>(row, out_row, k, quantizer, aligned);
+    row.template quantize<false>(quantizer, held);
+  }
+}
+
+template <class T>
+auto kernel_holding(int held) {
+  switch (held) {
+    case 1:
+      return quantize_kernel<T, 1>;
+    case 2:
+      return quantize_kernel<T, 2>;
+    case 4:
+      return quantize_kernel<T, 4>;
+    default:
+      return quantize_kernel<T, kMaxHeld>;
   }
 }
 
 template <class T>
 cudaError_t launch(QuantizeArguments const& a, cudaStream_t stream) {
-  // Few vectors: a thread for each, for latency, in up to four CTAs per row where the GPU has room
-  // for them. Many: fewer threads with more each, for throughput.
   const int64_t vectors = ceil_div(a.k, kVector);
-  const int64_t all = a.m * vectors;
-  const int64_t threads = ceil_div(vectors, all < kManyVectors       ? 1
-                                            : all < 2 * kManyVectors ? 2
-                                                                     : 4);
+  // Few: a thread for each vector, in up to four CTAs per row where the GPU has room for them.
+  // Many: at least two per thread, and several CTAs to an SM, so that some load while others wait.
+  const bool few = a.m * vectors < kManyVectors;
   int cluster = 1;
-  while (cluster < kMaxCluster && cluster * kMaxThreads < threads && 2 * cluster * a.m <= kFewCtas)
+  while (few && cluster < kMaxCluster && cluster * kMaxThreads < vectors &&
+         2 * cluster * a.m <= kFewCtas)
     cluster *= 2;
+  int held = few ? 1 : 2;
+  const auto most_threads = [&] { return few ? max_threads(held) : kMaxThreads / 2; };
+  while (held < kMaxHeld && int64_t(cluster) * held * most_threads() < vectors)
+    held *= 2;
+  const int64_t threads =
+      std::min<int64_t>(most_threads(), ceil_div(ceil_div(vectors, cluster * held), 32) * 32);
   const bool aligned = reinterpret_cast<uintptr_t>(a.x) % 16 == 0 && a.k * sizeof(T) % 16 == 0 &&
                        reinterpret_cast<uintptr_t>(a.out) % kVector == 0 &&
                        a.out_stride % kVector == 0;
+  const bool streamed = a.m * a.k * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -274,13 +209,12 @@ cudaError_t launch(QuantizeArguments const& a, cudaStream_t stream) {
   attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(a.m * cluster));
-  config.blockDim = dim3(static_cast<unsigned>(
-      std::min<int64_t>(kMaxThreads, ceil_div(ceil_div(threads, cluster), 32) * 32)));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = cluster > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, quantize_kernel<T>, static_cast<T const*>(a.x), a.out, a.scale,
-                            a.k, a.out_stride, aligned);
+  return cudaLaunchKernelEx(&config, kernel_holding<T>(held), static_cast<T const*>(a.x), a.out,
+                            a.scale, a.k, a.out_stride, aligned, streamed);
 }
 
 }  // namespace
