@@ -164,10 +164,15 @@ Weight checked_weight(Tensor const& x,
   return result;
 }
 
-// `forced` overrides the heuristic, num_sms > 0 the device's SM count.
+// num_sms > 0 overrides the device's SM count.
+Problem problem_of(int64_t m, int64_t n, int64_t k, DeviceInfo const& device, int num_sms) {
+  return {m, n, k, num_sms > 0 ? num_sms : device.num_sms, device.memory_bytes_per_us};
+}
+
+// `forced` overrides the heuristic.
 Tensor run_gemm(char const* op,
                 Tokens const& tokens,
-                float const* x_scale,
+                float const* x_scale,  // null if the GEMM is to quantize
                 std::vector<int64_t> const& leading,
                 int64_t m,
                 int64_t k,
@@ -182,7 +187,8 @@ Tensor run_gemm(char const* op,
         ", N = ", n);
   Tensor y = torch::stable::new_empty(weight.packed, with_last(leading, n), out_type);
   GemmArguments arguments{};
-  arguments.x = static_cast<int8_t const*>(tokens.storage.const_data_ptr());
+  arguments.x = tokens.storage.const_data_ptr();
+  arguments.x_type = x_scale ? Element::kInt8 : element_of(tokens.storage.scalar_type());
   arguments.x_stride = tokens.stride;
   arguments.x_scale = x_scale;
   arguments.weight = static_cast<uint8_t const*>(weight.packed.const_data_ptr());
@@ -197,10 +203,9 @@ Tensor run_gemm(char const* op,
   arguments.k = k;
   if (m == 0)
     return y;
-  const int sms = num_sms > 0 ? num_sms : device.num_sms;
-  const Problem problem{m, n, k, sms, device.memory_bytes_per_us};
+  const Problem problem = problem_of(m, n, k, device, num_sms);
   const Plan plan = forced ? *forced : select_plan(problem);
-  const cudaError_t error = gemm(arguments, plan, sms, stream);
+  const cudaError_t error = gemm(arguments, plan, problem.num_sms, stream);
   check(error == cudaSuccess, op, ": ", explain(error), ", for ", describe(problem, plan));
   return y;
 }
@@ -246,6 +251,12 @@ Tensor gemm_op(Tensor const& x,
   return checked_gemm("gemm", x, x_scale, weight, weight_scale, bias, out_dtype, std::nullopt, 0);
 }
 
+Plan plan_of(int64_t config) {
+  const int64_t plans = all_plans().size();
+  check(config >= 0 && config < plans, "config: expected 0 to ", plans - 1, ", got ", config);
+  return all_plans()[config];
+}
+
 Tensor gemm_with_config(Tensor const& x,
                         Tensor const& x_scale,
                         Tensor const& weight,
@@ -254,12 +265,9 @@ Tensor gemm_with_config(Tensor const& x,
                         OptionalType const& out_dtype,
                         int64_t config,
                         int64_t num_sms) {
-  const int64_t plans = all_plans().size();
-  check(config >= 0 && config < plans, "config: expected 0 to ", plans - 1, ", got ", config);
-  const Plan plan = all_plans()[config];
   check(num_sms >= 0, "num_sms: expected 0 (all) or more, got ", num_sms);
-  return checked_gemm("gemm_with_config", x, x_scale, weight, weight_scale, bias, out_dtype, plan,
-                      static_cast<int>(num_sms));
+  return checked_gemm("gemm_with_config", x, x_scale, weight, weight_scale, bias, out_dtype,
+                      plan_of(config), static_cast<int>(num_sms));
 }
 
 // Quantizes the rows of x into `tokens` and a new scale tensor of x's leading shape.
@@ -290,6 +298,12 @@ std::tuple<Tensor, Tensor> quantize_activation_op(Tensor const& x) {
   return {tokens.storage, scale};
 }
 
+// Whether a GEMM can read x as it is and quantize it.
+bool is_quantizable(Tensor const& dense, Plan const& plan, int64_t m, int64_t k) {
+  return dense.scalar_type() != ScalarType::Float && aligned_to_16(dense) &&
+         fits_quantized(m, k, plan);
+}
+
 Tensor linear_op(Tensor const& x,
                  Tensor const& weight,
                  Tensor const& weight_scale,
@@ -301,10 +315,40 @@ Tensor linear_op(Tensor const& x,
   const cudaStream_t stream = current_stream(x);
   const int64_t m = rows_of(x);
   const int64_t k = x.size(-1);
+  const auto run = [&](Tokens const& tokens, float const* scale, std::optional<Plan> plan) {
+    return run_gemm("linear", tokens, scale, leading_sizes(x), m, k, checked, x.scalar_type(),
+                    device, stream, plan);
+  };
+  if (m == 0)
+    return run({x, k}, nullptr, std::nullopt);
+  const Tensor dense = torch::stable::contiguous(x);
+  const Plan plan = select_plan(problem_of(m, checked.n(), k, device, 0));
+  if (pays_to_quantize(m, k) && is_quantizable(dense, plan, m, k))
+    return run({dense, k}, nullptr, plan);
   Tokens tokens = empty_tokens(x, m, k);
-  const Tensor scale = quantize_into("linear", x, tokens, m, k, stream);
-  return run_gemm("linear", tokens, static_cast<float const*>(scale.const_data_ptr()),
-                  leading_sizes(x), m, k, checked, x.scalar_type(), device, stream);
+  const Tensor scale = quantize_into("linear", dense, tokens, m, k, stream);
+  return run(tokens, static_cast<float const*>(scale.const_data_ptr()), plan);
+}
+
+// In one launch, whether that pays or not.
+Tensor linear_with_config(Tensor const& x,
+                          Tensor const& weight,
+                          Tensor const& weight_scale,
+                          OptionalTensor const& bias,
+                          int64_t config,
+                          int64_t num_sms) {
+  check_rows(x, kFloats);
+  const Weight checked = checked_weight(x, weight, weight_scale, bias);
+  const Plan plan = plan_of(config);
+  const DeviceGuard guard(x.get_device_index());
+  const DeviceInfo device = hopper_device("linear_with_config");
+  const int64_t m = rows_of(x);
+  const int64_t k = x.size(-1);
+  const Tensor dense = torch::stable::contiguous(x);
+  check(is_quantizable(dense, plan, m, k), "config: ", name(plan), " cannot quantize ", m,
+        " tokens of K = ", k);
+  return run_gemm("linear_with_config", {dense, k}, nullptr, leading_sizes(x), m, k, checked,
+                  x.scalar_type(), device, current_stream(x), plan, static_cast<int>(num_sms));
 }
 
 Tensor pack_weight_op(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset) {
@@ -351,4 +395,5 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm_testing, CUDA, m) {
   m.impl("gemm_with_config", TORCH_BOX(&liquidgemm::binding::gemm_with_config));
+  m.impl("linear_with_config", TORCH_BOX(&liquidgemm::binding::linear_with_config));
 }

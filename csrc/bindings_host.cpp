@@ -92,6 +92,9 @@ STABLE_TORCH_LIBRARY(liquidgemm_testing, m) {
       "gemm_with_config(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? "
       "bias, "
       "ScalarType? out_dtype, int config, int num_sms) -> Tensor");
+  m.def(
+      "linear_with_config(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, int config, "
+      "int num_sms) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm_testing, CompositeExplicitAutograd, m) {

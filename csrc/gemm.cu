@@ -14,11 +14,34 @@ namespace {
 
 using Launcher = cudaError_t (*)(KernelParams const&, int, cudaStream_t);  // int: clusters
 
-template <int... I>
-constexpr std::array<Launcher, sizeof...(I)> launchers(std::integer_sequence<int, I...>) {
-  return {&launch_tile<I>...};
+// Null where there is no such kernel.
+template <class Input, int I>
+constexpr Launcher launcher() {
+  if constexpr (std::is_same_v<Input, int8_t> || kTileShapes[I].can_quantize()) {
+    return &launch_tile<I, Input>;
+  } else {
+    return nullptr;
+  }
 }
-constexpr auto kLaunchers = launchers(std::make_integer_sequence<int, kNumTileShapes>{});
+template <class Input, int... I>
+constexpr std::array<Launcher, sizeof...(I)> launchers(std::integer_sequence<int, I...>) {
+  return {launcher<Input, I>()...};
+}
+template <class Input>
+constexpr auto kLaunchers = launchers<Input>(std::make_integer_sequence<int, kNumTileShapes>{});
+
+Launcher launcher(Element x_type, int tile) {
+  switch (x_type) {
+    case Element::kInt8:
+      return kLaunchers<int8_t>[tile];
+    case Element::kBFloat16:
+      return kLaunchers<__nv_bfloat16>[tile];
+    case Element::kFloat16:
+      return kLaunchers<__half>[tile];
+    default:
+      return nullptr;
+  }
+}
 
 template <int... I>
 constexpr std::array<bool, sizeof...(I)> stores_by_tma(std::integer_sequence<int, I...>) {
@@ -100,6 +123,10 @@ cudaError_t query_device(DeviceInfo& info) {
 cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStream_t stream) {
   if (a.m == 0 || a.n == 0)
     return cudaSuccess;
+  const bool quantizes = a.x_type != Element::kInt8;
+  const Launcher launch = launcher(a.x_type, plan.tile);
+  if (!launch || (quantizes && !fits_quantized(a.m, a.k, plan)))
+    return cudaErrorInvalidValue;
   const Division division = divide(a.m, a.n, a.k, plan, plan.workers(num_sms));
   KernelParams params{};
   params.weight = a.weight;
@@ -112,6 +139,7 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
   params.y_type = a.y_type;
   params.m = static_cast<int>(a.m);
   params.n = static_cast<int>(a.n);
+  params.k = static_cast<int>(a.k);
   params.panels = static_cast<int>(ceil_div(a.n, kBlockRows));
   params.k_blocks = static_cast<int>(ceil_div(a.k, kBlockK));
   params.m_tiles = division.m_tiles;
@@ -124,15 +152,20 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
   params.pairs = plan.pairs;
   params.whole_rounds = division.whole_rounds;
   params.split_tiles = division.split_tiles;
-  cudaError_t error = encode(params.x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.x, a.m, a.k,
-                             a.x_stride, division.tile_tokens / (plan.pairs ? 2 : 1));
+  cudaError_t error = cudaSuccess;
+  if (quantizes) {
+    params.x = a.x;
+  } else {
+    error = encode(params.x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.x, a.m, a.k, a.x_stride,
+                   division.tile_tokens / (plan.pairs ? 2 : 1));
+  }
   const bool two_bytes = a.y_type == Element::kBFloat16 || a.y_type == Element::kFloat16;
   if (error == cudaSuccess && kStoresByTma[plan.tile] && two_bytes && params.rows_are_vectors())
     error = encode(params.y_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, a.m, a.n, a.y_stride * 2,
                    kTileShapes[plan.tile].store_tokens());
   if (error != cudaSuccess)
     return error;
-  return kLaunchers[plan.tile](params, division.workers, stream);
+  return launch(params, division.workers, stream);
 }
 
 }  // namespace liquidgemm

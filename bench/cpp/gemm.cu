@@ -69,6 +69,7 @@ class Benchmark {
   GemmArguments arguments(int64_t m, int copy, void* y, Element y_type) const {
     GemmArguments a{};
     a.x = x_.data();
+    a.x_type = Element::kInt8;
     a.x_stride = k_;
     a.x_scale = x_scale_.data();
     a.weight = weights_.data() + copy * weight_bytes_;

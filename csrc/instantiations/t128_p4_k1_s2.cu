@@ -4,8 +4,8 @@ namespace liquidgemm {
 
 static_assert(is_tile(17, {128, 4, 1, 2}), "this file is named after its tile");
 template <>
-cudaError_t launch_tile<17>(KernelParams const& params, int clusters, cudaStream_t stream) {
-  return launch_tile_impl<17>(params, clusters, stream);
+cudaError_t launch_tile<17, int8_t>(KernelParams const& params, int clusters, cudaStream_t stream) {
+  return launch_tile_impl<17, int8_t>(params, clusters, stream);
 }
 
 }  // namespace liquidgemm

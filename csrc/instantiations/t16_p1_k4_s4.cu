@@ -4,8 +4,8 @@ namespace liquidgemm {
 
 static_assert(is_tile(3, {16, 1, 4, 4}), "this file is named after its tile");
 template <>
-cudaError_t launch_tile<3>(KernelParams const& params, int clusters, cudaStream_t stream) {
-  return launch_tile_impl<3>(params, clusters, stream);
+cudaError_t launch_tile<3, int8_t>(KernelParams const& params, int clusters, cudaStream_t stream) {
+  return launch_tile_impl<3, int8_t>(params, clusters, stream);
 }
 
 }  // namespace liquidgemm

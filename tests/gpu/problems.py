@@ -67,6 +67,24 @@ def random_problem(m: int, n: int, k: int, seed: int = 0) -> Problem:
     )
 
 
+def hard_rows(k: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows that break quantizers: zeros, denormals, ties, outliers, infinities and NaN."""
+    generator = torch.Generator().manual_seed(k)
+    x = torch.randn(12, k, generator=generator)
+    x[1] = 0
+    x[2] *= torch.finfo(dtype).smallest_normal / 64
+    x[3, k // 2] = 1e4 * x[3].abs().max()
+    x[4, 0] = float("inf")
+    x[5, k - 1] = float("nan")
+    x[6] = torch.arange(k) % 255 - 127 + 0.5
+    x[6, 0] = 127
+    x[7] = 1e-45
+    x[8] = -x[8].abs()
+    x[9, k // 3] = float("-inf")
+    x[10] = torch.finfo(dtype).max
+    return x.to(dtype)
+
+
 def poison(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Leaves garbage in the block of memory that the next output of this size gets."""
     if dtype.is_floating_point:

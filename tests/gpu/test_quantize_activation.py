@@ -2,29 +2,11 @@
 
 import pytest
 import torch
-from problems import DEVICE, assert_equal, random_problem
+from problems import DEVICE, assert_equal, hard_rows, random_problem
 
 import liquidgemm
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def hard_rows(k: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows that break quantizers: zeros, denormals, ties, outliers, infinities and NaN."""
-    generator = torch.Generator().manual_seed(k)
-    x = torch.randn(12, k, generator=generator)
-    x[1] = 0
-    x[2] *= torch.finfo(dtype).smallest_normal / 64
-    x[3, k // 2] = 1e4 * x[3].abs().max()
-    x[4, 0] = float("inf")
-    x[5, k - 1] = float("nan")
-    x[6] = torch.arange(k) % 255 - 127 + 0.5
-    x[6, 0] = 127
-    x[7] = 1e-45
-    x[8] = -x[8].abs()
-    x[9, k // 3] = float("-inf")
-    x[10] = torch.finfo(dtype).max
-    return x.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,13 +8,14 @@
 
 namespace liquidgemm {
 
-template <int TileIndex>
+// Input as in Tile.
+template <int TileIndex, class Input>
 cudaError_t launch_tile(KernelParams const& params, int clusters, cudaStream_t stream);
 
 // A cluster that does not fit is reported as an error by the runtime.
-template <int TileIndex>
+template <int TileIndex, class Input>
 cudaError_t launch_tile_impl(KernelParams const& params, int clusters, cudaStream_t stream) {
-  using TileT = Tile<TileIndex>;
+  using TileT = Tile<TileIndex, Input>;
   constexpr int kSharedBytes = sizeof(SharedStorage<TileT>);
   static_assert(kSharedBytes <= TileT::kSharedBytes);
   auto* const kernel = gemm_kernel<TileT>;

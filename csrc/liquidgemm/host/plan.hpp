@@ -212,6 +212,23 @@ inline bool fits_half_sm(Plan const& plan, Division const& d, CostModel const& c
   return d.whole_rounds == 1 && blocks * (kBlockBytes + kBlockK * shape.tokens) <= c.half_sm_bytes;
 }
 
+// Whether a GEMM with this plan can take activations of 16 bits and quantize them itself.
+inline bool fits_quantized(int64_t m, int64_t k, Plan const& plan) {
+  TileShape const& shape = kTileShapes[plan.tile];
+  if (!shape.can_quantize() || m > shape.tokens || k % 8 != 0)
+    return false;
+  const int64_t stages = ceil_div(ceil_div(k, kBlockK), shape.stage_blocks);
+  const int64_t share = ceil_div(stages, plan.split_k) * shape.stage_blocks * kBlockK;
+  return share / 16 * quantized_chunk_stride(m) <= most_quantized_bytes(shape.ctas_per_sm);
+}
+
+// Whether that is faster than a quantizer before it: as long as every CTA's reading all of x takes
+// less than a launch and a handover.
+inline bool pays_to_quantize(int64_t m, int64_t k) {
+  constexpr int64_t kMostElements = 64 << 10;
+  return m * k <= kMostElements;
+}
+
 inline Plan select_plan(Problem const& p) {
   Plan best{};
   double best_us = 1e300;

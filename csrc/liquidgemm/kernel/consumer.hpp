@@ -12,6 +12,8 @@
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
 
+#include "liquidgemm/kernel/params.hpp"
+#include "liquidgemm/kernel/quantized_tokens.hpp"
 #include "liquidgemm/kernel/ring.hpp"
 #include "liquidgemm/kernel/scheduler.hpp"
 
@@ -30,7 +32,8 @@ struct Consumer {
       cute::GMMA::Layout_K_SW128_Atom<int8_t>{},
       cute::make_shape(
           cute::Int<Tile::kTokens>{}, cute::Int<Tile::kStageK>{}, cute::Int<Tile::kStages>{})));
-  static_assert(cute::cosize_v<TokenLayout> == Tile::kStages * Tile::kStageTokenBytes);
+  static_assert(Tile::kQuantizes ||
+                cute::cosize_v<TokenLayout> == Tile::kStages * Tile::kStageTokenBytes);
 
   CUTE_DEVICE static auto make_accumulator() {
     return cute::partition_fragment_C(Mma{}, cute::Shape<cute::_64, cute::Int<Tile::kTokens>>{});
@@ -40,7 +43,8 @@ struct Consumer {
   // tile on, is k_group modulo kKGroups. The tile begins at number `stages_done`. `pair_rank` is
   // the CTA whose ring its warps release, too, or negative.
   template <class Accumulator>
-  CUTE_DEVICE static void multiply(SharedStorage<Tile>& shared,
+  CUTE_DEVICE static void multiply(KernelParams const& params,
+                                   SharedStorage<Tile>& shared,
                                    int stages_done,
                                    int slabs,
                                    int panel,
@@ -51,8 +55,16 @@ struct Consumer {
     const int thread = threadIdx.x % kWarpGroupThreads;
     Mma mma;
     auto thread_mma = mma.get_thread_slice(thread);
-    Tensor sX = make_tensor(make_smem_ptr(&shared.tokens[0][0]), TokenLayout{});
+    Tensor sX = make_tensor(make_smem_ptr(shared.tokens), TokenLayout{});
     Tensor tCrX = thread_mma.make_fragment_B(thread_mma.partition_B(sX));  // (MMA, 1, k step, slot)
+    // Operand B of a k step: in the ring, or where it counts from this CTA's first.
+    auto const tokens = [&](int step, int slot, int slab) {
+      if constexpr (Tile::kQuantizes) {
+        return QuantizedTokens<Tile>::operand(params, shared, slab * (Tile::kStageK / kMmaK) + step);
+      } else {
+        return tCrX(_, _, step, slot);
+      }
+    };
     // Two blocks of weights as A operands: (MMA, 1, k step of the block, buffer).
     Tensor tCrW =
         make_tensor<int8_t>(make_layout(make_shape(Shape<_4, _2, _2>{}, _1{}, _2{}, _2{})));
@@ -89,8 +101,8 @@ struct Consumer {
         warpgroup_fence_operand(tCrW_block);
         warpgroup_fence_operand(acc);
         warpgroup_arrive();
-        gemm(mma, tCrW_block(_, _, 0), tCrX(_, _, 2 * block, slot), acc);
-        gemm(mma, tCrW_block(_, _, 1), tCrX(_, _, 2 * block + 1, slot), acc);
+        gemm(mma, tCrW_block(_, _, 0), tokens(2 * block, slot, slab), acc);
+        gemm(mma, tCrW_block(_, _, 1), tokens(2 * block + 1, slot, slab), acc);
         warpgroup_commit_batch();
         if (kTakesTurns && block + 1 == Tile::kStageBlocks) {
           warpgroup_wait<0>();

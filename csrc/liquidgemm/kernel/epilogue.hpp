@@ -77,7 +77,11 @@ class Epilogue {
     CUTE_UNROLL
     for (int i = 0; i < kScalesPerThread; ++i) {
       const int token = thread() + i * kThreads;
-      token_scale_[i] = token < tokens_ ? params_.x_scale[first_token_ + token] : 0.f;
+      if constexpr (Tile::kQuantizes) {
+        token_scale_[i] = token < tokens_ ? shared_.quantized_scale[token] : 0.f;
+      } else {
+        token_scale_[i] = token < tokens_ ? params_.x_scale[first_token_ + token] : 0.f;
+      }
     }
   }
 

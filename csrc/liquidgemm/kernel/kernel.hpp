@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
   const bool cluster = params.log2_split > 0 || pairs;
 
   if (producer_warp == 0 && cute::elect_one_sync()) {
-    cute::prefetch_tma_descriptor(&params.x_map);
+    if (!Tile::kQuantizes)
+      cute::prefetch_tma_descriptor(&params.x_map);
     if (Tile::kStoresByTma)
       cute::prefetch_tma_descriptor(&params.y_map);
     using cutlass::arch::ClusterBarrier;
@@ -89,6 +90,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     Epilogue<Tile> epilogue(params, shared, panel);
     cutlass::arch::wait_on_dependent_grids();  // x_scale is read and y written below
     Scheduler<Tile> scheduler(params);
+    if constexpr (Tile::kQuantizes) {
+      // A CTA's share of K is the same for all of its tiles.
+      const WorkItem work = scheduler.work();
+      QuantizedTokens<Tile>::quantize(params, shared, work.begin, work.end);
+    }
     CUTE_NO_UNROLL
     for (; scheduler.valid(); scheduler.advance()) {
       const WorkItem work = scheduler.work();
@@ -97,7 +103,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
       cute::clear(acc);
       // The CTAs of a pair fill each other's rings, but each its own for a tile that they share.
       const int pair_rank = pairs ? Scheduler<Tile>::rank() ^ !work.split : -1;
-      Consumer<Tile>::multiply(shared, work.stages_done, work.end - work.begin, panel, k_group,
+      Consumer<Tile>::multiply(params, shared, work.stages_done, work.end - work.begin, panel, k_group,
                                pair_rank, acc);
       epilogue.store(scheduler, acc, k_group);
     }

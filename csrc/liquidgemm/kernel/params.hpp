@@ -11,12 +11,12 @@
 
 namespace liquidgemm {
 
-enum class Element : int { kBFloat16, kFloat16, kFloat32, kInt32 };
+enum class Element : int { kBFloat16, kFloat16, kFloat32, kInt32, kInt8 };
 
 inline constexpr int kBandTiles = 8;
 
 struct KernelParams {
-  CUtensorMap x_map;      // int8 [m, k], box [tile_tokens, 128], with pairs half as many tokens;
+  CUtensorMap x_map;      // where it does not: int8 [m, k], box [tile_tokens, 128], with pairs half as many tokens;
                           // 128-byte swizzle, zero fill past the edges
   CUtensorMap y_map;      // y of 16 bits, if rows_are_vectors and the tile stores by TMA:
                           // box [store_tokens, 64], 128-byte swizzle
@@ -40,6 +40,9 @@ struct KernelParams {
   // counting such pairs, and then share single tiles along K, so many in all.
   bool pairs;
   int whole_rounds, split_tiles;
+  // Where the kernel quantizes, instead of x_map and x_scale: dense [m, k], elements of 16 bits.
+  void const* x;
+  int k;
 
   CUTE_HOST_DEVICE int split_k() const { return 1 << log2_split; }
   CUTE_HOST_DEVICE int cluster() const { return pairs ? 2 : split_k(); }

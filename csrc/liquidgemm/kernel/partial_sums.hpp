@@ -68,7 +68,7 @@ class PartialSums {
                                                (chunks + peer) / 2 * kOctets * Tile::kVectorBytes);
     }
     int4* const parts =
-        reinterpret_cast<int4*>(&shared_.tokens[0][0] + panel_ * Tile::kExchangeBytes) +
+        reinterpret_cast<int4*>(shared_.tokens + panel_ * Tile::kExchangeBytes) +
         threadIdx.x % kWarpGroupThreads;
     const uint32_t to = peer_address(parts, peer);
     const uint32_t barrier = peer_address(received, peer);

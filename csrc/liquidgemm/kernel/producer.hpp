@@ -20,7 +20,7 @@ class Producer {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
  public:
-  static constexpr int kThreads = 2;  // arrivals at `full`
+  static constexpr int kThreads = Tile::kQuantizes ? 1 : 2;  // arrivals at `full`
 
   CUTE_DEVICE Producer(KernelParams const& params, SharedStorage<Tile>& shared)
       : params_(params), shared_(shared) {}
@@ -59,6 +59,11 @@ class Producer {
   }
 
   CUTE_DEVICE void load_tokens() const {
+    if constexpr (Tile::kQuantizes) {  // the consumers do
+      cutlass::arch::wait_on_dependent_grids();
+      cutlass::arch::launch_dependent_grids();
+      return;
+    }
     constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
     const int bytes = params_.tile_tokens * Tile::kStageK;
     const bool pairs = Tile::kPairs && params_.pairs;
@@ -75,7 +80,8 @@ class Producer {
         Barrier::arrive_and_expect_tx(&shared_.full[ring.slot], bytes);
         CUTE_UNROLL
         for (int box = 0; box < Tile::kStageBlocks / 2; ++box) {
-          int8_t* const to = shared_.tokens[ring.slot] + box * Tile::kTokens * 128;
+          int8_t* const to =
+              shared_.tokens + ring.slot * Tile::kStageTokenBytes + box * Tile::kTokens * 128;
           const int k = slab * Tile::kStageK + box * 128;
           if (pairs && !work.split) {  // one half, for both
             const int row = half * Scheduler<Tile>::rank();

@@ -72,7 +72,7 @@ CUTE_DEVICE void store_at_cluster(uint32_t address, int4 value, uint32_t barrier
 template <class Tile>
 struct alignas(1024) SharedStorage {
   // Tokens first: the 128-byte swizzle wants 1024-byte alignment.
-  alignas(1024) int8_t tokens[Tile::kStages][Tile::kStageTokenBytes];
+  alignas(1024) int8_t tokens[Tile::kStages * Tile::kStageTokenBytes + Tile::kQuantizedBytes];
   alignas(1024) uint8_t staging[Tile::kPanels][Tile::kStagingBytes];  // swizzled, too
   alignas(16) uint8_t weights[Tile::kStages][Tile::kPanels][Tile::kStageBlocks * kBlockBytes];
   alignas(16) float channel_values[Tile::kPanels][2][kBlockRows];  // weight scales, biases
@@ -86,6 +86,9 @@ struct alignas(1024) SharedStorage {
   uint64_t received[Tile::kPanels];
   uint64_t drained[Tile::kPanels];
   uint64_t multiplied;  // pairs: the other CTA's warps need their ring no more
+  // Of tokens that the CTA quantizes: their scales, and of every warp the largest bits that it saw.
+  float quantized_scale[Tile::kQuantizes ? Tile::kTokens : 1];
+  uint32_t largest[Tile::kQuantizes ? Tile::kConsumerThreads / 32 : 1];
 };
 
 // Arrivals at `empty` per warp. One lane speaks for its warp, whose lanes have all read when it

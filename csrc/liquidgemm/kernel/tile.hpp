@@ -7,7 +7,9 @@
 // already fetches its first weights.
 #pragma once
 
+#include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "liquidgemm/quant/packed_layout.hpp"
 
@@ -23,6 +25,8 @@ struct TileShape {
   // Whether a group has all of K, and CTAs can work in pairs: see scheduler.hpp. The other tiles
   // are for few tokens, and their clusters share K.
   constexpr bool can_pair() const { return k_groups == 1; }
+  // Whether there is a variant that quantizes its activations itself: see quantized_tokens.hpp.
+  constexpr bool can_quantize() const { return tokens == 8; }
   // Rows of a box of y. A pair shares them, so there are two at least.
   constexpr int store_tokens() const { return tokens < 64 || tokens == 96 ? 16 : 32; }
 };
@@ -76,6 +80,17 @@ constexpr int largest_share(int octets, int k_groups) {
   return largest;
 }
 
+// What a CTA can hold of tokens that it quantizes: as much as leaves the ring the stages that it has
+// beside tokens in the ring.
+constexpr int most_quantized_bytes(int ctas_per_sm) {
+  return (ctas_per_sm == 1 ? 37 : 33) * 1024;
+}
+
+// Between chunks of 16 k of m such tokens: see quantized_tokens.hpp.
+constexpr int64_t quantized_chunk_stride(int64_t m) {
+  return 16 * (m | 1);
+}
+
 inline constexpr int kSharedBytesPerSm = 228 * 1024;  // sm_90
 inline constexpr int kReservedBytesPerCta = 1024;     // of those, by the system
 
@@ -85,9 +100,13 @@ inline std::string name(TileShape const& shape) {
          (shape.ctas_per_sm == 2 ? "_half" : "");
 }
 
-template <int Index>
+// Input: int8_t, or for tiles that quantize the 16-bit type of the activations.
+template <int Index, class InputT = int8_t>
 struct Tile {
   static constexpr TileShape kShape = kTileShapes[Index];
+  using Input = InputT;
+  static constexpr bool kQuantizes = !std::is_same_v<Input, int8_t>;
+  static_assert(!kQuantizes || kShape.can_quantize());
   static constexpr int kTokens = kShape.tokens;
   static constexpr int kPanels = kShape.panels;
   static constexpr int kKGroups = kShape.k_groups;
@@ -129,12 +148,16 @@ struct Tile {
   static constexpr int kSharedBytes = kSharedBytesPerSm / kCtasPerSm - kReservedBytesPerCta;
 
   static constexpr int kStageWeightBytes = kPanels * kStageBlocks * kBlockBytes;
-  static constexpr int kStageTokenBytes = kTokens * kStageK;
+  // Tokens that the CTA quantizes itself stay for all of its tiles and are no part of the ring.
+  static constexpr int kStageTokenBytes = kQuantizes ? 0 : kTokens * kStageK;
+  static constexpr int kQuantizedBytes =
+      kQuantizes ? most_quantized_bytes(kCtasPerSm) + kTokens * 16 : 0;
   static constexpr int kScaleBytes = kPanels * (kTokens + 2 * kBlockRows) * 4;
   static constexpr int kBarrierBytes =
       2048;  // generous: 16 bytes per stage, 16 per panel, and alignment
   static constexpr int stages_beside(int staging_bytes) {
-    return (kSharedBytes - kPanels * staging_bytes - kScaleBytes - kBarrierBytes) /
+    return (kSharedBytes - kQuantizedBytes - kPanels * staging_bytes - kScaleBytes -
+            kBarrierBytes) /
            (kStageWeightBytes + kStageTokenBytes);
   }
   static constexpr int most_buffers() {
