@@ -322,8 +322,9 @@ Tensor linear_op(Tensor const& x,
   if (m == 0)
     return run({x, k}, nullptr, std::nullopt);
   const Tensor dense = torch::stable::contiguous(x);
-  const Plan plan = select_plan(problem_of(m, checked.n(), k, device, 0));
-  if (pays_to_quantize(m, k) && is_quantizable(dense, plan, m, k))
+  const Problem problem = problem_of(m, checked.n(), k, device, 0);
+  const Plan plan = select_plan(problem);
+  if (is_quantizable(dense, plan, m, k) && pays_to_quantize(m, divide(problem, plan)))
     return run({dense, k}, nullptr, plan);
   Tokens tokens = empty_tokens(x, m, k);
   const Tensor scale = quantize_into("linear", dense, tokens, m, k, stream);

@@ -88,6 +88,24 @@ def test_formula_is_the_library_s() -> None:
     assert {re.search(r"_k(\d)_", plan)[1] for plan in chosen} == {"1", "2", "3", "4"}
 
 
+@pytest.mark.parametrize(
+    ("sizes", "launches"),
+    [
+        ((1, 4096, 4096), "one launch"),
+        ((4, 10240, 8192), "one launch"),
+        ((8, 28672, 4096), "one launch"),  # several tiles per CTA
+        ((8, 4096, 4096), "two launches"),
+        ((2, 8192, 28672), "two launches"),  # more than a CTA's registers hold
+        ((4, 57344, 8192), "two launches"),  # more than its shared memory holds
+        ((1, 4096, 4100), "two launches"),  # no whole vectors
+        ((16, 4096, 4096), "two launches"),
+    ],
+)
+def test_tells_whether_linear_is_one_launch(sizes, launches):
+    text = torch.ops.liquidgemm_testing.select_config(*sizes, 132)
+    assert text.endswith(f"linear of 16-bit activations: {launches}"), text
+
+
 def test_only_plausible_plans_are_swept_and_chosen():
     for m in (1, 16, 17, 64, 100, 128, 1000, 4096):
         plans = dict(plan_sweep.plausible_plans(m, ""))

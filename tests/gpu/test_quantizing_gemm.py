@@ -25,7 +25,9 @@ def two_kernels(problem: Problem, x: torch.Tensor) -> torch.Tensor:
 def fits(name: str, m: int, k: int) -> bool:
     """Whether a CTA can hold its share of m rows: whole stages of 256 k, rows of odd number."""
     share = -(-(-(-k // 256)) // split_of(name)) * 256
-    return (m | 1) * share <= (33 if "half" in name else 37) << 10
+    rows = 1 << (m - 1).bit_length()
+    held = rows * -(-k // 256) * 256 <= 32 << 10
+    return held and (m | 1) * share <= (33 if "half" in name else 37) << 10
 
 
 def split_of(name: str) -> int:

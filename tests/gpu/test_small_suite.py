@@ -22,6 +22,20 @@ def test_epilogues_small() -> None:
         assert_equal(run(problem, dtype, bias=True), problem.output(dtype, bias=True), f"{dtype}")
 
 
+def test_linear_small() -> None:
+    """CHECKLIST 15: the GEMMs that quantize, rows that end within a stage."""
+    for m, k in ((1, 64), (3, 584)):
+        problem = random_problem(m, 200, k)
+        x = torch.randn(m, k, device=DEVICE).bfloat16()
+        x8, scale = liquidgemm.quantize_activation(x)
+        weight = (problem.weight, problem.weight_scale, problem.bias)
+        expected = liquidgemm.gemm(x8, scale, *weight)
+        for config, name in enumerate(testing.config_names()):
+            if name.startswith("t8_"):
+                actual = testing.linear_with_config(x, *weight, config, 4)
+                assert_equal(actual, expected, f"{name} {m=} {k=}")
+
+
 def test_quantize_and_pack_small() -> None:
     """CHECKLIST 15: the small kernels, vector and scalar paths."""
     for k in (64, 100, 8200):

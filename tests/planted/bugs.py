@@ -20,6 +20,7 @@ BACK_TO_BACK = "tests/gpu/test_gemm.py -k back_to_back"
 OVERTAKING = "tests/gpu/test_overtaking.py"
 CANARIES = "tests/gpu/test_canaries.py"
 SMALL = "tests/gpu/test_small_suite.py"
+QUANTIZING = "tests/gpu/test_quantizing_gemm.py"
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,14 @@ BUGS = (
         "",
         OVERTAKING,
     ),
+    bug(
+        "a GEMM quantizes before the previous kernel is done",
+        "kernel.hpp",
+        "cutlass::arch::wait_on_dependent_grids();",
+        "",
+        OVERTAKING,
+        units=("instantiations/t8_p1_k4_s4.cu",),
+    ),
     Bug(
         "activations are quantized before the previous kernel is done",
         (
@@ -147,6 +156,32 @@ BUGS = (
         ),
         (OVERTAKING,),
         units=("quantize_activation.cu",),
+    ),
+    # GEMMs that quantize.
+    Bug(
+        "tokens are multiplied while others still quantize them",
+        (
+            Patch(
+                f"{KERNEL}/quantized_tokens.hpp",
+                "    }\n    sums.panel_barrier();\n  }\n",
+                "    }\n  }\n",
+            ),
+            Patch(
+                f"{KERNEL}/quantized_tokens.hpp",
+                "      const Quantizer quantizer(scale);\n",
+                "      __nanosleep(reader.row * 2000);\n      const Quantizer quantizer(scale);\n",
+            ),
+        ),
+        (QUANTIZING,),
+        units=("instantiations/t8_p1_k4_s4.cu",),
+    ),
+    bug(
+        "past the end of a row it begins anew",
+        "quantized_tokens.hpp",
+        "vector = {};",
+        "vector.load(x, kVector, true);",
+        QUANTIZING,
+        units=("instantiations/t8_p1_k4_s4.cu",),
     ),
     # The epilogue.
     bug(

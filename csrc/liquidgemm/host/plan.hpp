@@ -217,16 +217,20 @@ inline bool fits_quantized(int64_t m, int64_t k, Plan const& plan) {
   TileShape const& shape = kTileShapes[plan.tile];
   if (!shape.can_quantize() || m > shape.tokens || k % 8 != 0)
     return false;
-  const int64_t stages = ceil_div(ceil_div(k, kBlockK), shape.stage_blocks);
-  const int64_t share = ceil_div(stages, plan.split_k) * shape.stage_blocks * kBlockK;
-  return share / 16 * quantized_chunk_stride(m) <= most_quantized_bytes(shape.ctas_per_sm);
+  int64_t rows = 1;  // a power of two of them, to which the warps are dealt out
+  while (rows < m)
+    rows *= 2;
+  const int64_t stage_k = shape.stage_blocks * kBlockK;
+  const int64_t stages = ceil_div(k, stage_k);
+  const int64_t share = ceil_div(stages, plan.split_k) * stage_k;
+  return rows * stages * stage_k <= kMostQuantizedElements &&
+         share / 16 * quantized_chunk_stride(m) <= most_quantized_bytes(shape.ctas_per_sm);
 }
 
-// Whether that is faster than a quantizer before it: as long as every CTA's reading all of x takes
-// less than a launch and a handover.
-inline bool pays_to_quantize(int64_t m, int64_t k) {
-  constexpr int64_t kMostElements = 64 << 10;
-  return m * k <= kMostElements;
+// Whether that is faster than a quantizer before it, as measured: for four tokens always, for eight
+// where a CTA has several tiles and its ring is full while it reads x.
+inline bool pays_to_quantize(int64_t m, Division const& d) {
+  return m <= 4 || d.whole_rounds > 1;
 }
 
 inline Plan select_plan(Problem const& p) {
@@ -253,15 +257,17 @@ inline Plan select_plan(Problem const& p) {
 }
 
 inline std::string describe(Problem const& p, Plan const& plan) {
-  const Estimate e = estimate(p, plan, divide(p, plan));
-  char buffer[256];
+  const Division d = divide(p, plan);
+  const Estimate e = estimate(p, plan, d);
+  const bool one = fits_quantized(p.m, p.k, plan) && pays_to_quantize(p.m, d);
+  char buffer[320];
   std::snprintf(buffer, sizeof buffer,
                 "M=%lld N=%lld K=%lld on %d SMs, %.2f TB/s: plan %s; estimated %.1f us: "
-                "memory %.1f, SMs %.1f, fixed %.1f; bound by %s",
+                "memory %.1f, SMs %.1f, fixed %.1f; bound by %s; linear of 16-bit activations: %s",
                 static_cast<long long>(p.m), static_cast<long long>(p.n),
                 static_cast<long long>(p.k), p.num_sms, p.memory_bytes_per_us * 1e-6,
                 name(plan).c_str(), e.total(), e.memory, e.sm, e.fixed,
-                e.memory >= e.sm ? "memory" : "the SMs");
+                e.memory >= e.sm ? "memory" : "the SMs", one ? "one launch" : "two launches");
   return buffer;
 }
 

@@ -12,6 +12,9 @@
 //                                                                          pairs: multiplied (1 per warp) and
 //                                                                          received (by bytes) of the other CTA
 //
+//   Where the kernel quantizes, the consumers do so before their first tile (quantized_tokens.hpp); the
+//   token producer only lets the next kernel start, and full[slot] has one arrival less.
+//
 //   In a pair, empty[slot] is that of both CTAs: each fills half of the other's ring. For a tile that
 //   they share along K each fills its own, and its warps arrive twice.
 //

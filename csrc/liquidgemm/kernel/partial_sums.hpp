@@ -35,6 +35,8 @@ class PartialSums {
       : params_(params), shared_(shared), panel_(panel) {}
 
   CUTE_DEVICE static void init_barriers(SharedStorage<Tile>& shared, int split_k) {
+    if (Tile::kQuantizes)
+      Barrier::init(&shared.read, 1);
     Barrier::init(&shared.multiplied, Tile::kConsumerThreads / 32);
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
       Barrier::init(&shared.received[panel], 1);

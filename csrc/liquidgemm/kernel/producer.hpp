@@ -43,6 +43,8 @@ class Producer {
       for (int slab = work.begin; slab < work.end; ++slab) {
         const int bytes = min(Tile::kStageBlocks, blocks_left) * kBlockBytes;
         Barrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);
+        if (Tile::kHoldsBack && work.stages_done + slab - work.begin == Tile::kAhead)
+          Barrier::wait(Tile::kQuantizes ? &shared_.read : &shared_.full[0], 0);
         Barrier::arrive_and_expect_tx(&shared_.full[ring.slot], panels * bytes);
         CUTE_UNROLL
         for (int panel = 0; panel < Tile::kPanels; ++panel) {

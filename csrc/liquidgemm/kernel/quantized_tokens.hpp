@@ -27,7 +27,9 @@ template <class Tile>
 class QuantizedTokens {
   using T = typename Tile::Input;
   static constexpr int kWarps = Tile::kConsumerThreads / 32;
-  static constexpr int kHeld = 8;  // vectors that a thread keeps; what is beyond is read twice
+  static constexpr int kWarpElements = 32 * kVector;
+  // Vectors that a thread keeps.
+  static constexpr int kHeld = kMostQuantizedElements / Tile::kConsumerThreads / kVector;
 
  public:
   // Operand B of 32 k, counted from this CTA's first.
@@ -44,32 +46,25 @@ class QuantizedTokens {
                              cute::make_layout(cute::make_shape(cute::_1{}, cute::_1{})));
   }
 
-  // By all consumers, a single panel's. Stages `begin` to `end` become operands, and the scales known to all.
+  // By all consumers, a single panel's. Stages `begin` to `end` become operands, and the scales known
+  // to all.
   CUTE_DEVICE static void quantize(KernelParams const& params,
                                    SharedStorage<Tile>& shared,
                                    int begin,
                                    int end) {
     const Reader reader(params);
     Vector<T> held[kHeld];
+    reader.for_each_vector([&](int i) { reader.load(held[i], i); });
     Largest<T> of_thread;
-    CUTE_UNROLL
-    for (int i = 0; i < kHeld; ++i)
-      reader.load(held[i], i);
-    CUTE_UNROLL
-    for (int i = 0; i < kHeld; ++i)
-      of_thread.add(held[i]);
-    CUTE_NO_UNROLL
-    for (int i = kHeld; reader.at(i) < params.k; ++i) {
-      Vector<T> vector;
-      reader.load(vector, i);
-      of_thread.add(vector);
-    }
+    reader.for_each_vector([&](int i) { of_thread.add(held[i]); });
     const uint32_t of_warp = __reduce_max_sync(0xffffffffu, of_thread.float_bits());
     const int lane = threadIdx.x % 32;
     if (lane == 0)
       shared.largest[threadIdx.x / 32] = of_warp;
     const PartialSums<Tile> sums(params, shared, 0);
     sums.panel_barrier();
+    if (threadIdx.x == 0)
+      cutlass::arch::ClusterBarrier::arrive(&shared.read);
     if (reader.row < params.m) {
       const uint32_t largest = __reduce_max_sync(
           0xffffffffu,
@@ -78,10 +73,21 @@ class QuantizedTokens {
       if (reader.at(0) == 0)
         shared.quantized_scale[reader.row] = scale;
       const Quantizer quantizer(scale);
+      const int first_k = begin * Tile::kStageK;
+      const int ks = (end - begin) * Tile::kStageK;
+      const int stride = static_cast<int>(quantized_chunk_stride(params.m));
+      int8_t* const row = shared.tokens + 16 * reader.row;
+      auto const write = [&](int i, auto common) {
+        const int k = reader.at(i) - first_k;
+        if (k >= 0 && k < ks) {
+          *reinterpret_cast<uint2*>(row + k / 16 * stride + k % 16) =
+              quantizer.quantize<decltype(common)::value>(held[i]);
+        }
+      };
       if (Quantizer::is_common(scale)) {
-        write<true>(params, shared, reader, held, quantizer, begin, end);
+        reader.for_each_vector([&](int i) { write(i, std::true_type{}); });
       } else {
-        write<false>(params, shared, reader, held, quantizer, begin, end);
+        reader.for_each_vector([&](int i) { write(i, std::false_type{}); });
       }
       cutlass::arch::fence_view_async_shared();  // written here, read by wgmma
     }
@@ -89,23 +95,26 @@ class QuantizedTokens {
   }
 
  private:
-  // A row has a power of two of warps, whose threads take its vectors in turns.
+  // A row has a power of two of warps, whose lanes take its vectors in turns.
   struct Reader {
     T const* x;
-    int k, warps, row, first;
+    int k, warps, row, first, vectors;
 
-    CUTE_DEVICE explicit Reader(KernelParams const& params)
-        : x(static_cast<T const*>(params.x)), k(params.k) {
+    CUTE_DEVICE explicit Reader(KernelParams const& params) : k(params.k) {
       const int log2_rows = 32 - __clz(params.m - 1);  // m = 1: 0
+      const int warp = cutlass::canonical_warp_idx_sync();
       warps = kWarps >> log2_rows;
-      const int warp = threadIdx.x / 32;
       row = warp / warps;
-      first = (warp % warps * 32 + threadIdx.x % 32) * kVector;
-      x += int64_t(min(row, params.m - 1)) * k;
+      x = static_cast<T const*>(params.x) + int64_t(row) * k;
+      const int first_of_warp = warp % warps * kWarpElements;
+      first = first_of_warp + threadIdx.x % 32 * kVector;
+      // To the end of the last stage, zeros past that of the row.
+      const int padded = (k + Tile::kStageK - 1) / Tile::kStageK * Tile::kStageK;
+      const int step = warps * kWarpElements;
+      vectors = row < params.m ? (padded - first_of_warp + step - 1) / step : 0;
     }
 
-    CUTE_DEVICE int at(int i) const { return first + i * warps * 32 * kVector; }
-    // Zeros past the end.
+    CUTE_DEVICE int at(int i) const { return first + i * warps * kWarpElements; }
     CUTE_DEVICE void load(Vector<T>& vector, int i) const {
       if (at(i) < k) {
         vector.load(x + at(i), kVector, true);
@@ -113,36 +122,17 @@ class QuantizedTokens {
         vector = {};
       }
     }
-  };
-
-  template <bool kCommon>
-  CUTE_DEVICE static void write(KernelParams const& params,
-                                SharedStorage<Tile>& shared,
-                                Reader const& reader,
-                                Vector<T> const (&held)[kHeld],
-                                Quantizer const& quantizer,
-                                int begin,
-                                int end) {
-    const int first_k = begin * Tile::kStageK;
-    const int ks = (end - begin) * Tile::kStageK;
-    const int stride = static_cast<int>(quantized_chunk_stride(params.m));
-    auto const store = [&](int i, Vector<T> const& vector) {
-      const int k = reader.at(i) - first_k;
-      if (k >= 0 && k < ks) {
-        *reinterpret_cast<uint2*>(shared.tokens + k / 16 * stride + 16 * reader.row + k % 16) =
-            quantizer.quantize<kCommon>(vector);
+    // Unrolled, to keep them in registers, and left early: what is skipped is not fetched.
+    template <class Body>
+    CUTE_DEVICE void for_each_vector(Body const& body) const {
+      CUTE_UNROLL
+      for (int i = 0; i < kHeld; ++i) {
+        if (i >= vectors)
+          break;
+        body(i);
       }
-    };
-    CUTE_UNROLL
-    for (int i = 0; i < kHeld; ++i)
-      store(i, held[i]);
-    CUTE_NO_UNROLL
-    for (int i = kHeld; reader.at(i) < first_k + ks; ++i) {
-      Vector<T> vector;
-      reader.load(vector, i);
-      store(i, vector);
     }
-  }
+  };
 };
 
 }  // namespace liquidgemm

@@ -80,8 +80,9 @@ constexpr int largest_share(int octets, int k_groups) {
   return largest;
 }
 
-// What a CTA can hold of tokens that it quantizes: as much as leaves the ring the stages that it has
-// beside tokens in the ring.
+// What a CTA can hold of tokens that it quantizes, in registers for a moment and in shared memory
+// for good: as much as leaves the ring as many stages as it has where they hold tokens, too.
+inline constexpr int kMostQuantizedElements = 32 << 10;
 constexpr int most_quantized_bytes(int ctas_per_sm) {
   return (ctas_per_sm == 1 ? 37 : 33) * 1024;
 }
@@ -174,6 +175,13 @@ struct Tile {
   // another group's, that group could come to wait for it while its present load is still on the
   // way, and a wait for the phase after next passes at once: phases are known by their parity only.
   static constexpr int kStages = kStagesThatFit / kKGroups * kKGroups;
+
+  // Of the ring's first lap, how many stages of weights are requested before the tokens are here,
+  // which a flood of weights delays. Found by measurement, bench/NOTES.md: most tiles do best with
+  // all of them, but not small ones that begin while the launch before computes in the other half
+  // of the SM, nor those whose x comes with nothing in between.
+  static constexpr bool kHoldsBack = kTokens <= 16 && kQuantizes != (kCtasPerSm == 2);
+  static constexpr int kAhead = kHoldsBack ? kStages * 3 / 5 : kStages;
 
   // A pair's parts of sums in what was the ring: of a panel's chunks half, or one more than that.
   static constexpr int kExchangeBytes = (kChunks + 1) / 2 * kChunkTokens / 8 * kVectorBytes;
