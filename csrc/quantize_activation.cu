@@ -1,5 +1,5 @@
-// Activation quantization: one CTA per token, or for few long ones a cluster of them. The formula is
-// that of quant/activation.hpp.
+// Activation quantization: one CTA per token, or for few long ones a cluster of them. The formula
+// is that of quant/activation.hpp.
 //
 // A thread keeps its part of the row in registers between the maximum and the division. For few
 // tokens this kernel is latency and nothing else, much of it that of fetching instructions: each
@@ -17,8 +17,8 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxCluster = 4;
-constexpr int64_t kManyVectors = 1 << 19;  // some two for every thread that an H100 can hold
-constexpr int64_t kFewCtas = 128;          // leave the GEMM room to start beside them
+constexpr int64_t kManyVectors = 1 << 19;     // some two for every thread that an H100 can hold
+constexpr int64_t kFewCtas = 128;             // leave the GEMM room to start beside them
 constexpr int64_t kStreamedBytes = 12 << 20;  // with what is written, about half of the L2 cache
 
 // Vectors that a thread can hold, and how many threads then have the registers for it.
@@ -126,7 +126,8 @@ struct Row {
   }
 };
 
-// `kHeld` vectors of each thread stay in registers; what a longer row has beyond them is read twice.
+// `kHeld` vectors of each thread stay in registers; what a longer row has beyond them is read
+// twice.
 template <class T, int kHeld>
 __global__ void __launch_bounds__(max_threads(kHeld)) quantize_kernel(T const* x,
                                                                       int8_t* out,

@@ -8,7 +8,9 @@ cudaError_t launch_tile<0, int8_t>(KernelParams const& params, int clusters, cud
   return launch_tile_impl<0, int8_t>(params, clusters, stream);
 }
 template <>
-cudaError_t launch_tile<0, __nv_bfloat16>(KernelParams const& params, int clusters, cudaStream_t stream) {
+cudaError_t launch_tile<0, __nv_bfloat16>(KernelParams const& params,
+                                          int clusters,
+                                          cudaStream_t stream) {
   return launch_tile_impl<0, __nv_bfloat16>(params, clusters, stream);
 }
 template <>

@@ -1,5 +1,7 @@
 """`linear` of very few tokens: a GEMM that quantizes its activations against the two kernels."""
 
+import math
+
 import pytest
 import torch
 from problems import DEVICE, Problem, assert_equal, hard_rows, poison, random_problem, testing
@@ -23,11 +25,12 @@ def two_kernels(problem: Problem, x: torch.Tensor) -> torch.Tensor:
 
 
 def fits(name: str, m: int, k: int) -> bool:
-    """Whether a CTA can hold its share of m rows: whole stages of 256 k, rows of odd number."""
-    share = -(-(-(-k // 256)) // split_of(name)) * 256
+    """Whether m rows fit the registers of a CTA, and its share of them its shared memory."""
+    stages = math.ceil(k / 256)
+    share = math.ceil(stages / split_of(name)) * 256
     rows = 1 << (m - 1).bit_length()
-    held = rows * -(-k // 256) * 256 <= 32 << 10
-    return held and (m | 1) * share <= (33 if "half" in name else 37) << 10
+    kib = 33 if "half" in name else 37
+    return rows * stages * 256 <= 32 << 10 and (m | 1) * share <= kib << 10
 
 
 def split_of(name: str) -> int:
@@ -84,7 +87,7 @@ def test_few_sms(config: int, name: str, num_sms: int) -> None:
 
 @every_config
 def test_back_to_back(config: int, name: str) -> None:
-    """CHECKLIST 10, 12, 13: a chain of layers in a graph, each quantizing what the last one wrote."""
+    """CHECKLIST 10, 12, 13: layers in a graph, each of which quantizes what the last one wrote."""
     problem = random_problem(1, 1024, 1024)
     problem.weight_scale /= 1024
     x = torch.randn(3, 1024, device=DEVICE).bfloat16()

@@ -60,7 +60,8 @@ struct Consumer {
     // Operand B of a k step: in the ring, or where it counts from this CTA's first.
     auto const tokens = [&](int step, int slot, int slab) {
       if constexpr (Tile::kQuantizes) {
-        return QuantizedTokens<Tile>::operand(params, shared, slab * (Tile::kStageK / kMmaK) + step);
+        return QuantizedTokens<Tile>::operand(params, shared,
+                                              slab * (Tile::kStageK / kMmaK) + step);
       } else {
         return tCrX(_, _, step, slot);
       }

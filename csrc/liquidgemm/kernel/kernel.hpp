@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
       cute::clear(acc);
       // The CTAs of a pair fill each other's rings, but each its own for a tile that they share.
       const int pair_rank = pairs ? Scheduler<Tile>::rank() ^ !work.split : -1;
-      Consumer<Tile>::multiply(params, shared, work.stages_done, work.end - work.begin, panel, k_group,
-                               pair_rank, acc);
+      Consumer<Tile>::multiply(params, shared, work.stages_done, work.end - work.begin, panel,
+                               k_group, pair_rank, acc);
       epilogue.store(scheduler, acc, k_group);
     }
     epilogue.finish();

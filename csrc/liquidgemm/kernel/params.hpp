@@ -16,12 +16,12 @@ enum class Element : int { kBFloat16, kFloat16, kFloat32, kInt32, kInt8 };
 inline constexpr int kBandTiles = 8;
 
 struct KernelParams {
-  CUtensorMap x_map;      // where it does not: int8 [m, k], box [tile_tokens, 128], with pairs half as many tokens;
-                          // 128-byte swizzle, zero fill past the edges
-  CUtensorMap y_map;      // y of 16 bits, if rows_are_vectors and the tile stores by TMA:
-                          // box [store_tokens, 64], 128-byte swizzle
-  uint8_t const* weight;  // packed [panels, k_blocks, kBlockBytes]
-  float const* x_scale;   // [m]
+  CUtensorMap x_map;  // where it does not: int8 [m, k], box [tile_tokens, 128], with pairs half as
+                      // many tokens; 128-byte swizzle, zero fill past the edges
+  CUtensorMap y_map;  // y of 16 bits, if rows_are_vectors and the tile stores by TMA:
+                      // box [store_tokens, 64], 128-byte swizzle
+  uint8_t const* weight;      // packed [panels, k_blocks, kBlockBytes]
+  float const* x_scale;       // [m]
   float const* weight_scale;  // [n]
   void const* bias;           // [n] or null
   void* y;                    // [m, n], row stride y_stride elements

@@ -69,9 +69,8 @@ class PartialSums {
       TransactionBarrier::arrive_and_expect_tx(received,
                                                (chunks + peer) / 2 * kOctets * Tile::kVectorBytes);
     }
-    int4* const parts =
-        reinterpret_cast<int4*>(shared_.tokens + panel_ * Tile::kExchangeBytes) +
-        threadIdx.x % kWarpGroupThreads;
+    int4* const parts = reinterpret_cast<int4*>(shared_.tokens + panel_ * Tile::kExchangeBytes) +
+                        threadIdx.x % kWarpGroupThreads;
     const uint32_t to = peer_address(parts, peer);
     const uint32_t barrier = peer_address(received, peer);
     Barrier::wait(&shared_.multiplied, 0);

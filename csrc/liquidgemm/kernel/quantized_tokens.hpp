@@ -38,7 +38,8 @@ class QuantizedTokens {
                                   int k_step) {
     const int stride = static_cast<int>(quantized_chunk_stride(params.m));
     cute::GmmaDescriptor descriptor{};
-    descriptor.bitfield.layout_type_ = static_cast<uint8_t>(cute::SM90::GMMA::LayoutType::INTERLEAVE);
+    descriptor.bitfield.layout_type_ =
+        static_cast<uint8_t>(cute::SM90::GMMA::LayoutType::INTERLEAVE);
     descriptor.bitfield.start_address_ =
         (cute::cast_smem_ptr_to_uint(shared.tokens) + k_step * (kMmaK / 16) * stride) >> 4;
     descriptor.bitfield.leading_byte_offset_ = stride >> 4;  // from core matrix to core matrix
@@ -46,8 +47,8 @@ class QuantizedTokens {
                              cute::make_layout(cute::make_shape(cute::_1{}, cute::_1{})));
   }
 
-  // By all consumers, a single panel's. Stages `begin` to `end` become operands, and the scales known
-  // to all.
+  // By all consumers, a single panel's. Stages `begin` to `end` become operands, and the scales
+  // known to all.
   CUTE_DEVICE static void quantize(KernelParams const& params,
                                    SharedStorage<Tile>& shared,
                                    int begin,
@@ -67,8 +68,7 @@ class QuantizedTokens {
       cutlass::arch::ClusterBarrier::arrive(&shared.read);
     if (reader.row < params.m) {
       const uint32_t largest = __reduce_max_sync(
-          0xffffffffu,
-          lane < reader.warps ? shared.largest[reader.row * reader.warps + lane] : 0u);
+          0xffffffffu, lane < reader.warps ? shared.largest[reader.row * reader.warps + lane] : 0u);
       const float scale = activation_scale(largest);
       if (reader.at(0) == 0)
         shared.quantized_scale[reader.row] = scale;

@@ -86,8 +86,8 @@ struct alignas(1024) SharedStorage {
   uint64_t received[Tile::kPanels];
   uint64_t drained[Tile::kPanels];
   uint64_t multiplied;  // pairs: the other CTA's warps need their ring no more
-  // Of tokens that the CTA quantizes: x has been read (one arrival), their scales, and of every warp
-  // the largest bits that it saw.
+  // Of tokens that the CTA quantizes: x has been read (one arrival), their scales, and of every
+  // warp the largest bits that it saw.
   uint64_t read;
   float quantized_scale[Tile::kQuantizes ? Tile::kTokens : 1];
   uint32_t largest[Tile::kQuantizes ? Tile::kConsumerThreads / 32 : 1];

@@ -181,7 +181,7 @@ struct Tile {
   // all of them, but not small ones that begin while the launch before computes in the other half
   // of the SM, nor those whose x comes with nothing in between.
   static constexpr bool kHoldsBack = kTokens <= 16 && kQuantizes != (kCtasPerSm == 2);
-  static constexpr int kAhead = kHoldsBack ? kStages * 3 / 5 : kStages;
+  static constexpr int kAhead = kHoldsBack ? kStages * 2 / 3 : kStages;
 
   // A pair's parts of sums in what was the ring: of a panel's chunks half, or one more than that.
   static constexpr int kExchangeBytes = (kChunks + 1) / 2 * kChunkTokens / 8 * kVectorBytes;
