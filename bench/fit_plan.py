@@ -24,7 +24,6 @@ NAMES = {  # of the parameters that are not a tile's, and where the fit starts
     "occupancy_us": 1.0,
     "half_sm_occupancy": 0.5,
     "memory_efficiency": 0.9,
-    "sm_memory_share": 2.5,
     "m_tiles_share": 0.2,
 }
 
@@ -151,7 +150,7 @@ class Sweep:
 def predict(s: Sweep, parameters: np.ndarray, pair_gain: float) -> np.ndarray:
     """µs of each row; parameters are logarithms, in the order that `report` prints."""
     values = np.exp(parameters)
-    launch, occupancy, half_sm, efficiency, share, m_tiles_share = values[: len(NAMES)]
+    launch, occupancy, half_sm, efficiency, m_tiles_share = values[: len(NAMES)]
     block_us, tile_us, split2_us, split4_us = values[len(NAMES) :].reshape(4, -1)[:, s.tile]
 
     panels, k_blocks = ceil_div(s.n, 64), ceil_div(s.k, 64)
@@ -173,12 +172,11 @@ def predict(s: Sweep, parameters: np.ndarray, pair_gain: float) -> np.ndarray:
 
     last = np.where(splits, rest, units - (whole - 1) * workers)
     last_ctas = np.where(splits, 2 * rest, last) * s.cluster()
-    reach = np.minimum(1, last_ctas * share / s.sms)
     bandwidth = s.memory_bytes_per_us * efficiency
-    memory = panels * k_blocks * BLOCK_BYTES / bandwidth * ((units - last) + last / reach) / units
+    memory = panels * k_blocks * BLOCK_BYTES / bandwidth
 
     soft_max = (memory**SOFTNESS + sm**SOFTNESS) ** (1 / SOFTNESS)
-    busy = workers * s.cluster() / s.sms
+    busy = last_ctas / s.sms
     return launch + occupancy * np.where(s.half_sm, half_sm, 1) * busy**3 + soft_max
 
 

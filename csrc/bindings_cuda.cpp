@@ -324,7 +324,7 @@ Tensor linear_op(Tensor const& x,
   const Tensor dense = torch::stable::contiguous(x);
   const Problem problem = problem_of(m, checked.n(), k, device, 0);
   const Plan plan = select_plan(problem);
-  if (is_quantizable(dense, plan, m, k) && pays_to_quantize(m, divide(problem, plan)))
+  if (is_quantizable(dense, plan, m, k) && pays_to_quantize(m, plan, divide(problem, plan)))
     return run({dense, k}, nullptr, plan);
   Tokens tokens = empty_tokens(x, m, k);
   const Tensor scale = quantize_into("linear", dense, tokens, m, k, stream);

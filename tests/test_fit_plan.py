@@ -19,7 +19,7 @@ PLANS = [
 ]
 PAIR_GAIN = 0.97
 OF_TILES = ([0.06, 0.05, 0.2], [0.6, 0.8, 2.5], [0.4, 0.5, 3.0], [0.5, 0.7, 3.5])
-TRUE = np.log([1.0, 0.9, 0.5, 0.9, 2.0, 0.3, *np.ravel(OF_TILES)])
+TRUE = np.log([1.0, 0.9, 0.5, 0.9, 0.3, *np.ravel(OF_TILES)])
 
 
 def synthetic_sweep(path: Path) -> fit_plan.Sweep:

@@ -66,41 +66,39 @@ struct TileCost {
 // All constants come from bench/fit_plan.py and a sweep over every plan on an H100; the memory's
 // bandwidth is asked of the GPU.
 inline constexpr TileCost kTileCosts[] = {
-    {0.0603, 0.315, {0.307, 0.353}},  // t8_p1_k2_s4_half
-    {0.0442, 0.513, {0.390, 0.503}},  // t8_p1_k4_s4
-    {0.0655, 0.495, {0.220, 0.316}},  // t16_p1_k2_s2_half
-    {0.0444, 0.691, {0.247, 0.357}},  // t16_p1_k4_s4
-    {0.0698, 0.700, {0.177, 0.391}},  // t32_p1_k2_s2_half
-    {0.0601, 0.814, {0.235, 0.465}},  // t32_p1_k3_s2
-    {0.2205, 0.827, {0.594, 0.000}},  // t32_p4_k1_s2
-    {0.0866, 0.946, {0.234, 0.404}},  // t64_p1_k2_s2_half
-    {0.0711, 1.096, {0.288, 0.397}},  // t64_p1_k3_s2
-    {0.1927, 1.188, {0.795, 0.000}},  // t64_p3_k1_s2
-    {0.2532, 1.288, {0.861, 0.000}},  // t64_p4_k1_s2
-    {0.0872, 1.282, {0.338, 0.666}},  // t96_p1_k3_s2
-    {0.1555, 1.461, {0.631, 0.000}},  // t96_p2_k1_s2
-    {0.2193, 1.563, {0.854, 0.000}},  // t96_p3_k1_s2
-    {0.1018, 1.418, {0.655, 0.925}},  // t128_p1_k2_s2
-    {0.1690, 1.439, {0.947, 0.000}},  // t128_p2_k1_s2
-    {0.2434, 1.549, {1.369, 0.000}},  // t128_p3_k1_s2
-    {0.3219, 1.921, {1.562, 0.000}},  // t128_p4_k1_s2
-    {0.2266, 1.957, {1.036, 0.000}},  // t192_p2_k1_s2
-    {0.3360, 2.330, {1.424, 0.000}},  // t192_p3_k1_s2
-    {0.2831, 2.107, {1.110, 0.000}},  // t224_p2_k1_s2
-    {0.3011, 2.316, {0.998, 0.000}},  // t256_p2_k1_s2
+    {0.0611, 0.527, {0.292, 0.369}},  // t8_p1_k2_s4_half
+    {0.0475, 0.623, {0.455, 0.554}},  // t8_p1_k4_s4
+    {0.0615, 0.764, {0.201, 0.294}},  // t16_p1_k2_s2_half
+    {0.0457, 0.847, {0.282, 0.379}},  // t16_p1_k4_s4
+    {0.0703, 0.931, {0.166, 0.381}},  // t32_p1_k2_s2_half
+    {0.0611, 1.009, {0.269, 0.465}},  // t32_p1_k3_s2
+    {0.0874, 1.198, {0.221, 0.395}},  // t64_p1_k2_s2_half
+    {0.0722, 1.309, {0.350, 0.382}},  // t64_p1_k3_s2
+    {0.1954, 1.390, {0.800, 0.000}},  // t64_p3_k1_s2
+    {0.2539, 1.514, {0.970, 0.000}},  // t64_p4_k1_s2
+    {0.0866, 1.506, {0.421, 0.670}},  // t96_p1_k3_s2
+    {0.1552, 1.717, {0.635, 0.000}},  // t96_p2_k1_s2
+    {0.2190, 1.833, {0.812, 0.000}},  // t96_p3_k1_s2
+    {0.1016, 1.703, {0.634, 0.865}},  // t128_p1_k2_s2
+    {0.1685, 1.714, {0.970, 0.000}},  // t128_p2_k1_s2
+    {0.2422, 1.863, {1.351, 0.000}},  // t128_p3_k1_s2
+    {0.3198, 2.245, {1.583, 0.000}},  // t128_p4_k1_s2
+    {0.2244, 2.244, {1.051, 0.000}},  // t192_p2_k1_s2
+    {0.3340, 2.644, {1.405, 0.000}},  // t192_p3_k1_s2
+    {0.2806, 2.454, {1.029, 0.000}},  // t224_p2_k1_s2
+    {0.2992, 2.633, {1.007, 0.000}},  // t256_p2_k1_s2
 };
 static_assert(sizeof(kTileCosts) / sizeof(kTileCosts[0]) == kNumTileShapes);
 
 struct CostModel {
-  double launch_us = 0.8995;
-  double occupancy_us = 0.9054;       // a launch that leaves SMs idle overlaps with the next one
-  double half_sm_occupancy = 0.5137;  // of that, where a CTA takes half an SM ...
+  double launch_us = 0.7085;
+  double occupancy_us = 0.959;  // a last round that leaves SMs idle overlaps with the next launch
+  double half_sm_occupancy = 0.4059;  // of that, where a CTA takes half an SM ...
   double half_sm_bytes = 160e3;       // ... and reads no more than this
-  double memory_efficiency = 0.9183;  // of the peak
-  double sm_memory_share = 2.444;     // how far one SM can exceed its fair share of the bandwidth
-  double m_tiles_share = 0.143;       // of tile_us, and more where tiles share their weights
+  double memory_efficiency = 0.907;   // of the peak
+  double m_tiles_share = 0.07365;     // of tile_us, and more where tiles share their weights
   double quad_cluster_fit = 0.91;     // clusters of 4 do not tile the GPCs
-  double pair_gain = 0.9906;          // time of a block where pairs share tokens ...
+  double pair_gain = 0.9919;          // time of a block where pairs share tokens ...
   int many_rounds = 3;                // ... for so many rounds: CTAs fall out of step
 };
 
@@ -179,17 +177,12 @@ inline Estimate estimate(Problem const& p,
                           : d.split_tiles  ? cost.split_us[0]
                                            : 0;
 
-  // A last round on few SMs cannot use all of the bandwidth.
-  const double last_units =
-      d.split_tiles ? d.split_tiles / 2.0 : units - (d.whole_rounds - 1.0) * d.workers;
-  const double last_ctas = (d.split_tiles ? d.split_tiles : last_units) * plan.cluster();
-  const double last_reach = std::min(1.0, last_ctas * c.sm_memory_share / p.num_sms);
   Estimate e;
-  e.memory = panels * k_blocks * kBlockBytes / (p.memory_bytes_per_us * c.memory_efficiency) *
-             ((units - last_units) + last_units / last_reach) / units;
+  e.memory = panels * k_blocks * kBlockBytes / (p.memory_bytes_per_us * c.memory_efficiency);
   e.sm = stages * shape.stage_blocks * block_us + rounds * tile_us + split_us;
-  // The next launch begins on SMs that this one leaves idle: half a GPU's worth hides most of it.
-  const double busy = double(d.workers) * plan.cluster() / p.num_sms;
+  // The next launch begins on SMs that the last round leaves idle: half a GPU's worth hides most.
+  const double last = d.split_tiles ? d.split_tiles : units - (d.whole_rounds - 1.0) * d.workers;
+  const double busy = last * plan.cluster() / p.num_sms;
   const double share = shape.ctas_per_sm > 1 ? c.half_sm_occupancy : 1;
   e.fixed = c.launch_us + c.occupancy_us * share * busy * busy * busy;
   return e;
@@ -227,10 +220,11 @@ inline bool fits_quantized(int64_t m, int64_t k, Plan const& plan) {
          share / 16 * quantized_chunk_stride(m) <= most_quantized_bytes(shape.ctas_per_sm);
 }
 
-// Whether that is faster than a quantizer before it, as measured: for four tokens always, for eight
-// where a CTA has several tiles and its ring is full while it reads x.
-inline bool pays_to_quantize(int64_t m, Division const& d) {
-  return m <= 4 || d.whole_rounds > 1;
+// Whether that is faster than a quantizer before it, as measured. CTAs with several tiles have
+// their rings full, and those of half an SM are ready, before x is: what it takes to read x counts
+// less.
+inline bool pays_to_quantize(int64_t m, Plan const& plan, Division const& d) {
+  return d.whole_rounds > 1 || m <= (kTileShapes[plan.tile].ctas_per_sm > 1 ? 4 : 2);
 }
 
 inline Plan select_plan(Problem const& p) {
@@ -259,7 +253,7 @@ inline Plan select_plan(Problem const& p) {
 inline std::string describe(Problem const& p, Plan const& plan) {
   const Division d = divide(p, plan);
   const Estimate e = estimate(p, plan, d);
-  const bool one = fits_quantized(p.m, p.k, plan) && pays_to_quantize(p.m, d);
+  const bool one = fits_quantized(p.m, p.k, plan) && pays_to_quantize(p.m, plan, d);
   char buffer[320];
   std::snprintf(buffer, sizeof buffer,
                 "M=%lld N=%lld K=%lld on %d SMs, %.2f TB/s: plan %s; estimated %.1f us: "
