@@ -2,10 +2,10 @@
 
 namespace liquidgemm {
 
-static_assert(is_tile(16, {128, 4, 1, 2}), "this file is named after its tile");
+static_assert(is_tile(17, {128, 4, 1, 2}), "this file is named after its tile");
 template <>
-cudaError_t launch_tile<16, int8_t>(KernelParams const& params, int clusters, cudaStream_t stream) {
-  return launch_tile_impl<16, int8_t>(params, clusters, stream);
+cudaError_t launch_tile<17, int8_t>(KernelParams const& params, int clusters, cudaStream_t stream) {
+  return launch_tile_impl<17, int8_t>(params, clusters, stream);
 }
 
 }  // namespace liquidgemm

@@ -2,10 +2,10 @@
 
 namespace liquidgemm {
 
-static_assert(is_tile(19, {224, 2, 1, 2}), "this file is named after its tile");
+static_assert(is_tile(20, {224, 2, 1, 2}), "this file is named after its tile");
 template <>
-cudaError_t launch_tile<19, int8_t>(KernelParams const& params, int clusters, cudaStream_t stream) {
-  return launch_tile_impl<19, int8_t>(params, clusters, stream);
+cudaError_t launch_tile<20, int8_t>(KernelParams const& params, int clusters, cudaStream_t stream) {
+  return launch_tile_impl<20, int8_t>(params, clusters, stream);
 }
 
 }  // namespace liquidgemm

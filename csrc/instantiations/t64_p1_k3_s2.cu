@@ -2,10 +2,10 @@
 
 namespace liquidgemm {
 
-static_assert(is_tile(7, {64, 1, 3, 2}), "this file is named after its tile");
+static_assert(is_tile(8, {64, 1, 3, 2}), "this file is named after its tile");
 template <>
-cudaError_t launch_tile<7, int8_t>(KernelParams const& params, int clusters, cudaStream_t stream) {
-  return launch_tile_impl<7, int8_t>(params, clusters, stream);
+cudaError_t launch_tile<8, int8_t>(KernelParams const& params, int clusters, cudaStream_t stream) {
+  return launch_tile_impl<8, int8_t>(params, clusters, stream);
 }
 
 }  // namespace liquidgemm

@@ -39,9 +39,10 @@ inline constexpr TileShape kTileShapes[] = {
     {16, 1, 4, 4},     //
     {32, 1, 2, 2, 2},  //
     {32, 1, 3, 2},     //
+    {32, 4, 1, 2},     // many panels share the tokens once their L2 traffic rivals the weights'
     {64, 1, 2, 2, 2},  // few panels, or a short K
     {64, 1, 3, 2},     // a longer one
-    {64, 3, 1, 2},     // many panels share the tokens once their L2 traffic rivals the weights'
+    {64, 3, 1, 2},     // many panels again
     {64, 4, 1, 2},     //
     {96, 1, 3, 2},     // likewise
     {96, 2, 1, 2},     //
