@@ -201,9 +201,11 @@ def report(s: Sweep, parameters: np.ndarray, pair_gain: float) -> None:
     for name, value in zip(NAMES, values, strict=False):
         print(f"{name} = {value:.4g}")
     print(f"pair_gain = {pair_gain:.4g}")
-    for name, costs in zip(s.names, values[len(NAMES) :].reshape(4, -1).T, strict=True):
-        split4 = costs[3] if "_k1_" not in name else 0
-        print("{{{:.4f}, {:.3f}, {{{:.3f}, {:.3f}}}}},  // {}".format(*costs[:3], split4, name))
+    shared = (s.split_k == 2) | s.pairs, s.split_k == 4  # what the two costs of a split are of
+    for i, costs in enumerate(values[len(NAMES) :].reshape(4, -1).T):
+        splits = [c * (by & (s.tile == i)).any() for c, by in zip(costs[2:], shared, strict=True)]
+        numbers = "{{{:.4f}, {:.3f}, {{{:.3f}, {:.3f}}}}}".format(*costs[:2], *splits)
+        print(f"{numbers},  // {s.names[i]}")
     predicted = predict(s, parameters, pair_gain)
     error = np.abs(np.log(predicted / s.us))
     print(f"error of the estimate: median {np.median(error):.3f}")
