@@ -40,6 +40,26 @@ def test_around_the_output_of_gemm(dtype: torch.dtype, residue: int) -> None:
             del y
 
 
+@pytest.mark.parametrize("residue", [8, 61, 62, 63])
+def test_around_the_output_of_linear(residue: int) -> None:
+    """CHECKLIST 6: the configurations that quantize, for few tokens."""
+    arena = Arena(4 * SMALLEST)
+    for m, k in ((1, 64), (3, 200)):
+        n = columns(m, 2, residue)
+        problem = random_problem(m, n, k)
+        x = torch.randn(m, k, device=DEVICE).half()
+        x8, scale = liquidgemm.quantize_activation(x)
+        weight = (problem.weight, problem.weight_scale, problem.bias)
+        expected = liquidgemm.gemm(x8, scale, *weight, out_dtype=x.dtype)
+        for config, name in CONFIGS:
+            if name.startswith("t8_"):
+                with arena.allocating():
+                    y = testing.linear_with_config(x, *weight, config, 0)
+                arena.check(y, what=f"{name} {m=} {n=}")
+                assert_equal(y, expected, f"{name} {m=} {n=}")
+                del y
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("k", [5, 8, 67])
 def test_around_the_outputs_of_quantize_activation(k: int, dtype: torch.dtype) -> None:
