@@ -203,6 +203,16 @@ def check(case: Case, device: str = DEVICE) -> None:
     assert math.prod(shape) == 0 or y.is_contiguous()
     assert_equal(y.reshape(case.m, case.n), expected, str(case))
 
+    if case.out_dtype != torch.int32:  # and `linear`, in one launch or two
+        activations = (x.float() * make.rand(case.m)[:, None]).to(case.out_dtype)
+        layer = arguments[2:5]
+        x8, scale = liquidgemm.quantize_activation(activations)
+        expected = liquidgemm.gemm(x8, scale, *layer, case.out_dtype)
+        rows = place(activations, case.x_layout)
+        y = liquidgemm.linear(rows, *layer)
+        assert y.shape == (*rows.shape[:-1], case.n), f"linear: {case}"
+        assert_equal(y.reshape(case.m, case.n), expected, f"linear: {case}")
+
 
 def run_cases(count: int, with_seed: int, device: str = DEVICE) -> None:
     """Checks this many random cases; the same ones for the same seed and version of hypothesis."""
