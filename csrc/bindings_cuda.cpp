@@ -165,7 +165,10 @@ Weight checked_weight(Tensor const& x,
 }
 
 // num_sms > 0 overrides the device's SM count.
-Problem problem_of(int64_t m, int64_t n, int64_t k, DeviceInfo const& device, int num_sms) {
+Problem checked_problem(
+    char const* op, int64_t m, int64_t n, int64_t k, DeviceInfo const& device, int num_sms = 0) {
+  check(m <= INT32_MAX && n <= INT32_MAX, op, ": expected M and N below 2^31, got M = ", m,
+        ", N = ", n);
   return {m, n, k, num_sms > 0 ? num_sms : device.num_sms, device.memory_bytes_per_us};
 }
 
@@ -183,8 +186,7 @@ Tensor run_gemm(char const* op,
                 std::optional<Plan> forced = std::nullopt,
                 int num_sms = 0) {
   const int64_t n = weight.n();
-  check(m <= INT32_MAX && n <= INT32_MAX, op, ": expected M and N below 2^31, got M = ", m,
-        ", N = ", n);
+  const Problem problem = checked_problem(op, m, n, k, device, num_sms);
   Tensor y = torch::stable::new_empty(weight.packed, with_last(leading, n), out_type);
   GemmArguments arguments{};
   arguments.x = tokens.storage.const_data_ptr();
@@ -203,7 +205,6 @@ Tensor run_gemm(char const* op,
   arguments.k = k;
   if (m == 0)
     return y;
-  const Problem problem = problem_of(m, n, k, device, num_sms);
   const Plan plan = forced ? *forced : select_plan(problem);
   const cudaError_t error = gemm(arguments, plan, problem.num_sms, stream);
   check(error == cudaSuccess, op, ": ", explain(error), ", for ", describe(problem, plan));
@@ -322,7 +323,7 @@ Tensor linear_op(Tensor const& x,
   if (m == 0)
     return run({x, k}, nullptr, std::nullopt);
   const Tensor dense = torch::stable::contiguous(x);
-  const Problem problem = problem_of(m, checked.n(), k, device, 0);
+  const Problem problem = checked_problem("linear", m, checked.n(), k, device);
   const Plan plan = select_plan(problem);
   if (is_quantizable(dense, plan, m, k) && pays_to_quantize(m, plan, divide(problem, plan)))
     return run({dense, k}, nullptr, plan);
