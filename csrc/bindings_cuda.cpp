@@ -184,7 +184,8 @@ Tensor run_gemm(char const* op,
                 DeviceInfo const& device,
                 cudaStream_t stream,
                 std::optional<Plan> forced = std::nullopt,
-                int num_sms = 0) {
+                int num_sms = 0,
+                bool x_is_new = false) {
   const int64_t n = weight.n();
   const Problem problem = checked_problem(op, m, n, k, device, num_sms);
   Tensor y = torch::stable::new_empty(weight.packed, with_last(leading, n), out_type);
@@ -193,6 +194,7 @@ Tensor run_gemm(char const* op,
   arguments.x_type = x_scale ? Element::kInt8 : element_of(tokens.storage.scalar_type());
   arguments.x_stride = tokens.stride;
   arguments.x_scale = x_scale;
+  arguments.x_is_new = x_is_new;
   arguments.weight = static_cast<uint8_t const*>(weight.packed.const_data_ptr());
   arguments.weight_scale = static_cast<float const*>(weight.scale.const_data_ptr());
   arguments.bias = weight.bias ? weight.bias->const_data_ptr() : nullptr;
@@ -318,7 +320,7 @@ Tensor linear_op(Tensor const& x,
   const int64_t k = x.size(-1);
   const auto run = [&](Tokens const& tokens, float const* scale, std::optional<Plan> plan) {
     return run_gemm("linear", tokens, scale, leading_sizes(x), m, k, checked, x.scalar_type(),
-                    device, stream, plan);
+                    device, stream, plan, 0, scale != nullptr);
   };
   if (m == 0)
     return run({x, k}, nullptr, std::nullopt);

@@ -15,6 +15,7 @@ struct GemmArguments {
   Element x_type;             // kInt8; kBFloat16 or kFloat16 where fits_quantized() says so
   int64_t x_stride;           // bytes between rows, a multiple of 16; k elements where not int8
   float const* x_scale;       // [m], where x is int8
+  bool x_is_new;              // written by the kernel before, a quantizer
   uint8_t const* weight;      // packed [ceil(n / 64), ceil(k / 64), kBlockBytes], 16-byte aligned
   float const* weight_scale;  // [n]
   void const* bias;           // [n] or null

@@ -229,6 +229,20 @@ inline bool pays_to_quantize(int64_t m, Plan const& plan, Division const& d) {
   return d.whole_rounds > 1 || m <= (kTileShapes[plan.tile].ctas_per_sm > 1 ? 4 : 2);
 }
 
+// How much of the ring, in eighths, is filled with weights before the first tokens are here: the
+// rest would delay them, and what they are made of. As measured (bench/NOTES.md): where nothing is
+// to be waited for, all of it is best but for small CTAs that share the SM with the launch before.
+inline int eighths_ahead(Plan const& plan, Division const& d, bool quantizes, bool x_is_new) {
+  TileShape const& shape = kTileShapes[plan.tile];
+  if (quantizes)
+    return shape.ctas_per_sm > 1 ? 8 : 5;
+  if (shape.ctas_per_sm > 1)
+    return shape.tokens <= 16 ? 5 : 8;
+  if (!x_is_new || shape.tokens > 64)
+    return 8;
+  return d.whole_rounds > 1 || shape.tokens > 16 ? 7 : 6;
+}
+
 inline Plan select_plan(Problem const& p) {
   Plan best{};
   double best_us = 1e300;

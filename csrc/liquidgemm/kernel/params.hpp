@@ -40,6 +40,7 @@ struct KernelParams {
   // counting such pairs, and then share single tiles along K, so many in all.
   bool pairs;
   int whole_rounds, split_tiles;
+  int eighths_ahead;  // of the ring's weights, requested before the first tokens are here: plan.hpp
   // Where the kernel quantizes, instead of x_map and x_scale: dense [m, k], elements of 16 bits.
   void const* x;
   int k;

@@ -33,6 +33,7 @@ class Producer {
         static_cast<uint64_t>(params_.m_tiles == 1 ? cute::TMA::CacheHintSm90::EVICT_FIRST
                                                    : cute::TMA::CacheHintSm90::EVICT_NORMAL);
     const int64_t panel_bytes = int64_t(params_.k_blocks) * kBlockBytes;
+    const int ahead = Tile::kStages * params_.eighths_ahead / 8;
     for_each_item([&](WorkItem const& work, RingState<Tile>& ring) {
       const int first_panel = work.n_tile * Tile::kPanels;
       const int panels = max(0, min(Tile::kPanels, params_.panels - first_panel));
@@ -43,7 +44,7 @@ class Producer {
       for (int slab = work.begin; slab < work.end; ++slab) {
         const int bytes = min(Tile::kStageBlocks, blocks_left) * kBlockBytes;
         Barrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);
-        if (Tile::kHoldsBack && work.stages_done + slab - work.begin == Tile::kAhead)
+        if (work.stages_done + slab - work.begin == ahead)  // wait for the first tokens
           Barrier::wait(Tile::kQuantizes ? &shared_.read : &shared_.full[0], 0);
         Barrier::arrive_and_expect_tx(&shared_.full[ring.slot], panels * bytes);
         CUTE_UNROLL

@@ -176,13 +176,6 @@ struct Tile {
   // way, and a wait for the phase after next passes at once: phases are known by their parity only.
   static constexpr int kStages = kStagesThatFit / kKGroups * kKGroups;
 
-  // Of the ring's first lap, how many stages of weights are requested before the tokens are here,
-  // which a flood of weights delays. Found by measurement, bench/NOTES.md: most tiles do best with
-  // all of them, but not small ones that begin while the launch before computes in the other half
-  // of the SM, nor those whose x comes with nothing in between.
-  static constexpr bool kHoldsBack = kTokens <= 16 && kQuantizes != (kCtasPerSm == 2);
-  static constexpr int kAhead = kHoldsBack ? kStages * 2 / 3 : kStages;
-
   // A pair's parts of sums in what was the ring: of a panel's chunks half, or one more than that.
   static constexpr int kExchangeBytes = (kChunks + 1) / 2 * kChunkTokens / 8 * kVectorBytes;
   static_assert(!kPairs || kPanels * kExchangeBytes <= kStages * kStageTokenBytes);
