@@ -238,7 +238,7 @@ inline int eighths_ahead(Plan const& plan, Division const& d, bool quantizes, bo
     return shape.ctas_per_sm > 1 ? 8 : 5;
   if (shape.ctas_per_sm > 1)
     return shape.tokens <= 16 ? 5 : 8;
-  if (!x_is_new || shape.tokens > 64)
+  if (!x_is_new || shape.tokens > 128)
     return 8;
   return d.whole_rounds > 1 || shape.tokens > 16 ? 7 : 6;
 }
