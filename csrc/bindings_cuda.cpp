@@ -43,7 +43,8 @@ std::string explain(cudaError_t error) {
 }
 
 void check_cuda(cudaError_t error, char const* what) {
-  check(error == cudaSuccess, what, ": ", explain(error));
+  if (error != cudaSuccess)
+    fail(what, ": ", explain(error));
 }
 
 // Call with the device current.
@@ -209,7 +210,8 @@ Tensor run_gemm(char const* op,
     return y;
   const Plan plan = forced ? *forced : select_plan(problem);
   const cudaError_t error = gemm(arguments, plan, problem.num_sms, stream);
-  check(error == cudaSuccess, op, ": ", explain(error), ", for ", describe(problem, plan));
+  if (error != cudaSuccess)
+    fail(op, ": ", explain(error), ", for ", describe(problem, plan));
   return y;
 }
 
@@ -254,10 +256,15 @@ Tensor gemm_op(Tensor const& x,
   return checked_gemm("gemm", x, x_scale, weight, weight_scale, bias, out_dtype, std::nullopt, 0);
 }
 
-Plan plan_of(int64_t config) {
+Plan checked_plan(int64_t config) {
   const int64_t plans = all_plans().size();
   check(config >= 0 && config < plans, "config: expected 0 to ", plans - 1, ", got ", config);
   return all_plans()[config];
+}
+
+int checked_sms(int64_t num_sms) {
+  check(num_sms >= 0, "num_sms: expected 0 (all) or more, got ", num_sms);
+  return static_cast<int>(num_sms);
 }
 
 Tensor gemm_with_config(Tensor const& x,
@@ -268,9 +275,8 @@ Tensor gemm_with_config(Tensor const& x,
                         OptionalType const& out_dtype,
                         int64_t config,
                         int64_t num_sms) {
-  check(num_sms >= 0, "num_sms: expected 0 (all) or more, got ", num_sms);
   return checked_gemm("gemm_with_config", x, x_scale, weight, weight_scale, bias, out_dtype,
-                      plan_of(config), static_cast<int>(num_sms));
+                      checked_plan(config), checked_sms(num_sms));
 }
 
 // Quantizes the rows of x into `tokens` and a new scale tensor of x's leading shape.
@@ -301,10 +307,9 @@ std::tuple<Tensor, Tensor> quantize_activation_op(Tensor const& x) {
   return {tokens.storage, scale};
 }
 
-// Whether a GEMM can read x as it is and quantize it.
-bool is_quantizable(Tensor const& dense, Plan const& plan, int64_t m, int64_t k) {
-  return dense.scalar_type() != ScalarType::Float && aligned_to_16(dense) &&
-         fits_quantized(m, k, plan);
+// Whether a GEMM could read x as it is, to quantize it.
+bool has_aligned_16_bits(Tensor const& dense) {
+  return dense.scalar_type() != ScalarType::Float && aligned_to_16(dense);
 }
 
 Tensor linear_op(Tensor const& x,
@@ -327,7 +332,7 @@ Tensor linear_op(Tensor const& x,
   const Tensor dense = torch::stable::contiguous(x);
   const Problem problem = checked_problem("linear", m, checked.n(), k, device);
   const Plan plan = select_plan(problem);
-  if (is_quantizable(dense, plan, m, k) && pays_to_quantize(m, plan, divide(problem, plan)))
+  if (has_aligned_16_bits(dense) && pays_to_quantize(problem, plan))
     return run({dense, k}, nullptr, plan);
   Tokens tokens = empty_tokens(x, m, k);
   const Tensor scale = quantize_into("linear", dense, tokens, m, k, stream);
@@ -343,16 +348,17 @@ Tensor linear_with_config(Tensor const& x,
                           int64_t num_sms) {
   check_rows(x, kFloats);
   const Weight checked = checked_weight(x, weight, weight_scale, bias);
-  const Plan plan = plan_of(config);
+  const Plan plan = checked_plan(config);
+  const int sms = checked_sms(num_sms);
   const DeviceGuard guard(x.get_device_index());
   const DeviceInfo device = hopper_device("linear_with_config");
   const int64_t m = rows_of(x);
   const int64_t k = x.size(-1);
   const Tensor dense = torch::stable::contiguous(x);
-  check(is_quantizable(dense, plan, m, k), "config: ", name(plan), " cannot quantize ", m,
-        " tokens of K = ", k);
+  check(has_aligned_16_bits(dense) && fits_quantized(m, k, plan), "config: ", name(plan),
+        " cannot quantize ", m, " tokens of K = ", k);
   return run_gemm("linear_with_config", {dense, k}, nullptr, leading_sizes(x), m, k, checked,
-                  x.scalar_type(), device, current_stream(x), plan, static_cast<int>(num_sms));
+                  x.scalar_type(), device, current_stream(x), plan, sms);
 }
 
 Tensor pack_weight_op(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset) {

@@ -118,6 +118,25 @@ def run(
     return testing.gemm_with_config(*arguments, config, num_sms)
 
 
+# Configurations that can quantize their activations: the tiles of eight tokens.
+QUANTIZING = [c for c in enumerate(testing.config_names()) if c[1].startswith("t8_")]
+
+
+def linear_in_two(problem: Problem, x: torch.Tensor) -> torch.Tensor:
+    """`linear` with the problem's weight and bias as a quantizer and a GEMM."""
+    x8, scale = liquidgemm.quantize_activation(x)
+    return liquidgemm.gemm(
+        x8, scale, problem.weight, problem.weight_scale, problem.bias, out_dtype=x.dtype
+    )
+
+
+def linear_in_one(problem: Problem, x: torch.Tensor, config: int, num_sms: int = 0) -> torch.Tensor:
+    """The same as a GEMM that quantizes: one of `QUANTIZING`."""
+    return testing.linear_with_config(
+        x, problem.weight, problem.weight_scale, problem.bias, config, num_sms
+    )
+
+
 def bits(t: torch.Tensor) -> torch.Tensor:
     """The tensor as integers of its size: unlike numbers, -0 and 0 differ, and NaN equals NaN."""
     if not t.is_floating_point():

@@ -7,7 +7,16 @@ of four elements, and with them its other store path, come from N.
 import pytest
 import torch
 from arena import SMALLEST, Arena
-from problems import DEVICE, assert_equal, random_problem, run, testing
+from problems import (
+    DEVICE,
+    QUANTIZING,
+    assert_equal,
+    linear_in_one,
+    linear_in_two,
+    random_problem,
+    run,
+    testing,
+)
 
 import liquidgemm
 
@@ -48,16 +57,13 @@ def test_around_the_output_of_linear(residue: int) -> None:
         n = columns(m, 2, residue)
         problem = random_problem(m, n, k)
         x = torch.randn(m, k, device=DEVICE).half()
-        x8, scale = liquidgemm.quantize_activation(x)
-        weight = (problem.weight, problem.weight_scale, problem.bias)
-        expected = liquidgemm.gemm(x8, scale, *weight, out_dtype=x.dtype)
-        for config, name in CONFIGS:
-            if name.startswith("t8_"):
-                with arena.allocating():
-                    y = testing.linear_with_config(x, *weight, config, 0)
-                arena.check(y, what=f"{name} {m=} {n=}")
-                assert_equal(y, expected, f"{name} {m=} {n=}")
-                del y
+        expected = linear_in_two(problem, x)
+        for config, name in QUANTIZING:
+            with arena.allocating():
+                y = linear_in_one(problem, x, config)
+            arena.check(y, what=f"{name} {m=} {n=}")
+            assert_equal(y, expected, f"{name} {m=} {n=}")
+            del y
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

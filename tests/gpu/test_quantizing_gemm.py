@@ -4,24 +4,22 @@ import math
 
 import pytest
 import torch
-from problems import DEVICE, Problem, assert_equal, hard_rows, poison, random_problem, testing
+from problems import (
+    DEVICE,
+    QUANTIZING,
+    Problem,
+    assert_equal,
+    hard_rows,
+    linear_in_one,
+    linear_in_two,
+    poison,
+    random_problem,
+)
 
 import liquidgemm
 
-CONFIGS = [
-    (config, name)
-    for config, name in enumerate(testing.config_names())
-    if name.startswith("t8_")  # the tiles of eight tokens are those that can
-]
 DTYPES = [torch.bfloat16, torch.float16]
-every_config = pytest.mark.parametrize(("config", "name"), CONFIGS, ids=lambda v: str(v))
-
-
-def two_kernels(problem: Problem, x: torch.Tensor) -> torch.Tensor:
-    x8, scale = liquidgemm.quantize_activation(x)
-    return liquidgemm.gemm(
-        x8, scale, problem.weight, problem.weight_scale, problem.bias, out_dtype=x.dtype
-    )
+every_config = pytest.mark.parametrize(("config", "name"), QUANTIZING, ids=lambda v: str(v))
 
 
 def fits(name: str, m: int, k: int) -> bool:
@@ -39,9 +37,7 @@ def split_of(name: str) -> int:
 
 def one_kernel(problem: Problem, x: torch.Tensor, config: int, num_sms: int = 0) -> torch.Tensor:
     poison((len(x), len(problem.weight_scale)), x.dtype)
-    return testing.linear_with_config(
-        x, problem.weight, problem.weight_scale, problem.bias, config, num_sms
-    )
+    return linear_in_one(problem, x, config, num_sms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,7 +47,7 @@ def test_same_bits(config: int, name: str, k: int, dtype: torch.dtype) -> None:
     """CHECKLIST 1, 8, 9: every plan, every number of tokens, rows of every kind."""
     problem = random_problem(1, 328, k)
     x = hard_rows(k, dtype).to(DEVICE)
-    expected = two_kernels(problem, x)
+    expected = linear_in_two(problem, x)
     for m in range(1, 9):
         for rows in (slice(0, m), slice(12 - m, 12)):
             if fits(name, m, k):
@@ -65,7 +61,7 @@ def test_long_rows(config: int, name: str, k: int) -> None:
     """CHECKLIST 2: more than a thread keeps in registers, up to all that a CTA can hold."""
     problem = random_problem(1, 200, k)
     x = torch.randn(2, k, device=DEVICE).bfloat16()
-    expected = two_kernels(problem, x)
+    expected = linear_in_two(problem, x)
     for m in (1, 2):
         if fits(name, m, k):
             assert_equal(one_kernel(problem, x[:m], config), expected[:m], f"{name} {k=} {m=}")
@@ -82,7 +78,7 @@ def test_few_sms(config: int, name: str, num_sms: int) -> None:
     x = torch.randn(5, 2880, device=DEVICE).bfloat16()
     if num_sms < split_of(name):
         pytest.skip("fewer SMs than CTAs in a cluster")
-    assert_equal(one_kernel(problem, x, config, num_sms), two_kernels(problem, x), name)
+    assert_equal(one_kernel(problem, x, config, num_sms), linear_in_two(problem, x), name)
 
 
 @every_config
@@ -93,7 +89,7 @@ def test_back_to_back(config: int, name: str) -> None:
     x = torch.randn(3, 1024, device=DEVICE).bfloat16()
     expected = x
     for _ in range(20):
-        expected = two_kernels(problem, expected)
+        expected = linear_in_two(problem, expected)
     one_kernel(problem, x, config)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -134,4 +130,4 @@ def test_what_it_cannot() -> None:
         misaligned,
     ):
         with pytest.raises(RuntimeError, match="cannot quantize"):
-            one_kernel(problem, x, CONFIGS[0][0])
+            one_kernel(problem, x, QUANTIZING[0][0])

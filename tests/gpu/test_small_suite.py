@@ -1,7 +1,16 @@
 """Every kernel on small problems: what `make sanitize` runs under compute-sanitizer."""
 
 import torch
-from problems import DEVICE, assert_equal, random_problem, run, testing
+from problems import (
+    DEVICE,
+    QUANTIZING,
+    assert_equal,
+    linear_in_one,
+    linear_in_two,
+    random_problem,
+    run,
+    testing,
+)
 
 import liquidgemm
 
@@ -27,13 +36,10 @@ def test_linear_small() -> None:
     for m, k in ((1, 64), (3, 584)):
         problem = random_problem(m, 200, k)
         x = torch.randn(m, k, device=DEVICE).bfloat16()
-        x8, scale = liquidgemm.quantize_activation(x)
-        weight = (problem.weight, problem.weight_scale, problem.bias)
-        expected = liquidgemm.gemm(x8, scale, *weight)
-        for config, name in enumerate(testing.config_names()):
-            if name.startswith("t8_"):
-                actual = testing.linear_with_config(x, *weight, config, 4)
-                assert_equal(actual, expected, f"{name} {m=} {k=}")
+        expected = linear_in_two(problem, x)
+        for config, name in QUANTIZING:
+            actual = linear_in_one(problem, x, config, num_sms=4)
+            assert_equal(actual, expected, f"{name} {m=} {k=}")
 
 
 def test_quantize_and_pack_small() -> None:

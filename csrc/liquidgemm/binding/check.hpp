@@ -29,9 +29,15 @@ std::string message(Parts const&... parts) {
 // A plain runtime_error (RuntimeError in Python): no source path of the build machine in front of
 // the message.
 template <class... Parts>
+[[noreturn]] void fail(Parts const&... parts) {
+  throw std::runtime_error(message(parts...));
+}
+
+// Its parts are evaluated whether it holds or not: where they take long, ask first, then `fail`.
+template <class... Parts>
 void check(bool condition, Parts const&... parts) {
   if (!condition)
-    throw std::runtime_error(message(parts...));
+    fail(parts...);
 }
 
 inline std::string shape_of(Tensor const& tensor) {

@@ -222,11 +222,13 @@ inline bool fits_quantized(int64_t m, int64_t k, Plan const& plan) {
          share / 16 * quantized_chunk_stride(m) <= most_quantized_bytes(shape.ctas_per_sm);
 }
 
-// Whether that is faster than a quantizer before it, as measured. CTAs with several tiles have
-// their rings full, and those of half an SM are ready, before x is: what it takes to read x counts
-// less.
-inline bool pays_to_quantize(int64_t m, Plan const& plan, Division const& d) {
-  return d.whole_rounds > 1 || m <= (kTileShapes[plan.tile].ctas_per_sm > 1 ? 4 : 2);
+// Whether that is faster than a quantizer before it, so that `linear` is one launch; as measured.
+// CTAs with several tiles have their rings full, and those of half an SM are ready, before x is:
+// what it takes to read x counts less.
+inline bool pays_to_quantize(Problem const& p, Plan const& plan) {
+  return fits_quantized(p.m, p.k, plan) &&
+         (p.m <= (kTileShapes[plan.tile].ctas_per_sm > 1 ? 4 : 2) ||
+          divide(p, plan).whole_rounds > 1);
 }
 
 // How much of the ring, in eighths, is filled with weights before the first tokens are here: the
@@ -267,9 +269,7 @@ inline Plan select_plan(Problem const& p) {
 }
 
 inline std::string describe(Problem const& p, Plan const& plan) {
-  const Division d = divide(p, plan);
-  const Estimate e = estimate(p, plan, d);
-  const bool one = fits_quantized(p.m, p.k, plan) && pays_to_quantize(p.m, plan, d);
+  const Estimate e = estimate(p, plan, divide(p, plan));
   char buffer[320];
   std::snprintf(buffer, sizeof buffer,
                 "M=%lld N=%lld K=%lld on %d SMs, %.2f TB/s: plan %s; estimated %.1f us: "
@@ -277,7 +277,8 @@ inline std::string describe(Problem const& p, Plan const& plan) {
                 static_cast<long long>(p.m), static_cast<long long>(p.n),
                 static_cast<long long>(p.k), p.num_sms, p.memory_bytes_per_us * 1e-6,
                 name(plan).c_str(), e.total(), e.memory, e.sm, e.fixed,
-                e.memory >= e.sm ? "memory" : "the SMs", one ? "one launch" : "two launches");
+                e.memory >= e.sm ? "memory" : "the SMs",
+                pays_to_quantize(p, plan) ? "one launch" : "two launches");
   return buffer;
 }
 
