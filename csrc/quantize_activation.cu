@@ -186,12 +186,12 @@ auto kernel_holding(int held) {
 template <class T>
 cudaError_t launch(QuantizeArguments const& a, cudaStream_t stream) {
   const int64_t vectors = ceil_div(a.k, kVector);
-  // Few: a thread for each vector, in up to four CTAs per row where the GPU has room for them.
-  // Many: at least two per thread, and several CTAs to an SM, so that some load while others wait.
+  // Few: a thread for each vector, and for long rows up to four CTAs where the GPU has room for
+  // them. Many: at least two per thread, and several CTAs to an SM, so that some load while others
+  // wait.
   const bool few = a.m * vectors < kManyVectors;
   int cluster = 1;
-  while (few && cluster < kMaxCluster && cluster * kMaxThreads < vectors &&
-         2 * cluster * a.m <= kFewCtas)
+  while (few && vectors > kMaxThreads && cluster < kMaxCluster && 2 * cluster * a.m <= kFewCtas)
     cluster *= 2;
   int held = few ? 1 : 2;
   const auto most_threads = [&] { return few ? max_threads(held) : kMaxThreads / 2; };

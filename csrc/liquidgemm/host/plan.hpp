@@ -242,7 +242,12 @@ inline int eighths_ahead(Plan const& plan, Division const& d, bool quantizes, bo
     return shape.tokens <= 16 ? 5 : 8;
   if (!x_is_new || shape.tokens > 128)
     return 8;
-  return d.whole_rounds > 1 || shape.tokens > 16 ? 7 : 6;
+  if (d.whole_rounds > 1 || shape.tokens > 16)
+    return 7;
+  // The ring could hold all of a short share of K: less of it delays x less, and what is left
+  // arrives while the first of it is multiplied.
+  constexpr int64_t kShortBlocks = 64;
+  return ceil_div(d.stages, plan.split_k) * shape.stage_blocks <= kShortBlocks ? 4 : 6;
 }
 
 inline Plan select_plan(Problem const& p) {
