@@ -54,6 +54,16 @@ int main() {
           expect(is_plausible(kTileShapes[plan.tile], m), "a tile of a fitting size", p, plan);
           expect(plan.split_k < 4 || d.whole_rounds == 1, "clusters of 4 in one round", p, plan);
           expect(estimate(p, plan, d).total() > 0, "a positive estimate", p, plan);
+          const double busy = busy_at_the_end(plan, d, sms);
+          expect(busy > 0 && busy <= 1, "some SMs are busy to the end", p, plan);
+          for (bool x_is_new : {false, true}) {
+            const int ahead = eighths_ahead(plan, d, sms, false, x_is_new);
+            expect(ahead >= 4 && ahead <= 8, "half of the ring ahead, or more", p, plan);
+          }
+          if (fits_quantized(m, k, plan)) {
+            const int ahead = eighths_ahead(plan, d, sms, true, true);
+            expect(ahead >= 4 && ahead <= 8, "half of the ring ahead, or more", p, plan);
+          }
           for (Plan const& any : all_plans())
             expect_all_tiles(p, any, std::max(1, sms / any.cluster()));
         }

@@ -149,6 +149,13 @@ inline Division divide(Problem const& p, Plan const& plan, CostModel const& c = 
   return divide(p.m, p.n, p.k, plan, most_workers(p, plan, c));
 }
 
+// Share of the SMs that have something to do in the last round.
+inline double busy_at_the_end(Plan const& plan, Division const& d, int num_sms) {
+  const double units = double(d.m_tiles) * d.n_tiles;
+  const double last = d.split_tiles ? d.split_tiles : units - (d.whole_rounds - 1.0) * d.workers;
+  return last * plan.cluster() / num_sms;
+}
+
 // Time of one plan, in microseconds: the larger of streaming the weights and of what the busiest SM
 // has to do (softly: near the crossover the two get in each other's way), and what is fixed.
 struct Estimate {
@@ -162,7 +169,6 @@ inline Estimate estimate(Problem const& p,
                          CostModel const& c = {}) {
   TileShape const& shape = kTileShapes[plan.tile];
   TileCost const& cost = kTileCosts[plan.tile];
-  const double units = double(d.m_tiles) * d.n_tiles;
   const double panels = ceil_div(p.n, kBlockRows);
   const double k_blocks = ceil_div(p.k, kBlockK);
   const double tokens = std::min<double>(p.m, shape.tokens);
@@ -183,8 +189,7 @@ inline Estimate estimate(Problem const& p,
   e.memory = panels * k_blocks * kBlockBytes / (p.memory_bytes_per_us * c.memory_efficiency);
   e.sm = stages * shape.stage_blocks * block_us + rounds * tile_us + split_us;
   // The next launch begins on SMs that the last round leaves idle: half a GPU's worth hides most.
-  const double last = d.split_tiles ? d.split_tiles : units - (d.whole_rounds - 1.0) * d.workers;
-  const double busy = last * plan.cluster() / p.num_sms;
+  const double busy = busy_at_the_end(plan, d, p.num_sms);
   const double share = shape.ctas_per_sm > 1 ? c.half_sm_occupancy : 1;
   e.fixed = c.launch_us + c.occupancy_us * share * busy * busy * busy;
   return e;
@@ -231,23 +236,32 @@ inline bool pays_to_quantize(Problem const& p, Plan const& plan) {
           divide(p, plan).whole_rounds > 1);
 }
 
-// How much of the ring, in eighths, is filled with weights before the first tokens are here: the
-// rest would delay them, and what they are made of. As measured (bench/NOTES.md): where nothing is
-// to be waited for, all of it is best but for small CTAs that share the SM with the launch before.
-inline int eighths_ahead(Plan const& plan, Division const& d, bool quantizes, bool x_is_new) {
+// How much of the ring, in eighths, is filled with weights before the first tokens are here. As
+// measured (bench/NOTES.md): the rest delays the tokens, or what they are made of, and a launch
+// before this one whose last CTAs still stream their weights. But where that one keeps all SMs
+// busy to its end, this one's first lap is best requested at once.
+inline int eighths_ahead(
+    Plan const& plan, Division const& d, int num_sms, bool quantizes, bool x_is_new) {
   TileShape const& shape = kTileShapes[plan.tile];
-  if (quantizes)
-    return shape.ctas_per_sm > 1 ? 8 : 5;
   if (shape.ctas_per_sm > 1)
-    return shape.tokens <= 16 ? 5 : 8;
-  if (!x_is_new || shape.tokens > 128)
+    return quantizes ? 6 : shape.tokens <= 16 ? 5 : 8;
+  if (shape.tokens > 128)
     return 8;
-  if (d.whole_rounds > 1 || shape.tokens > 16)
-    return 7;
-  // The ring could hold all of a short share of K: less of it delays x less, and what is left
-  // arrives while the first of it is multiplied.
-  constexpr int64_t kShortBlocks = 64;
-  return ceil_div(d.stages, plan.split_k) * shape.stage_blocks <= kShortBlocks ? 4 : 6;
+  const bool one_round = d.whole_rounds == 1;
+  // The ring could hold all of a short share of K.
+  const bool is_short = ceil_div(d.stages, plan.split_k) * shape.stage_blocks <= 64;
+  if (quantizes)
+    return d.whole_rounds > 2 ? 6 : one_round && is_short ? 4 : 5;
+  if (x_is_new)
+    return !one_round || shape.tokens > 16 ? 7 : is_short ? 4 : 6;
+  if (shape.tokens > 64)
+    return 8;
+  const double busy = busy_at_the_end(plan, d, num_sms);
+  if (one_round && busy <= 0.75)
+    return 6;
+  if (!one_round && busy <= 0.5 && is_short && plan.split_k == 1 && shape.tokens <= 16)
+    return shape.tokens == 8 ? 6 : 7;
+  return shape.tokens == 64 ? 7 : 8;
 }
 
 inline Plan select_plan(Problem const& p) {
