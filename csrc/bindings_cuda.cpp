@@ -148,7 +148,7 @@ Weight checked_weight(Tensor const& x,
         "weight_scale: expected shape [N], got ", shape_of(weight_scale));
   const int64_t n = weight_scale.size(0);
   check_shape("weight", weight, {ceil_div(n, kBlockRows), ceil_div(k, kBlockK), kBlockBytes},
-              message(" for N = ", n, " of weight_scale and K = ", k, " of x"));
+              " for N = ", n, " of weight_scale and K = ", k, " of x");
   if (bias) {
     check_dtype("bias", *bias, kFloats);
     check_shape("bias", *bias, {n});

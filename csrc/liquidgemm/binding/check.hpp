@@ -7,8 +7,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cctype>
 #include <initializer_list>
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -33,26 +35,41 @@ template <class... Parts>
   throw std::runtime_error(message(parts...));
 }
 
-// Its parts are evaluated whether it holds or not: where they take long, ask first, then `fail`.
+// Its parts are evaluated whether it holds or not, so they are values or views that become text
+// only when they are printed.
 template <class... Parts>
 void check(bool condition, Parts const&... parts) {
   if (!condition)
     fail(parts...);
 }
 
-inline std::string shape_of(Tensor const& tensor) {
-  std::ostringstream out;
-  out << '[';
-  for (int64_t i = 0; i < tensor.dim(); ++i)
-    out << (i ? ", " : "") << tensor.size(i);
-  out << ']';
-  return out.str();
+struct ShapeOf {
+  Tensor const& tensor;
+  friend std::ostream& operator<<(std::ostream& out, ShapeOf const& shape) {
+    out << '[';
+    for (int64_t i = 0; i < shape.tensor.dim(); ++i)
+      out << (i ? ", " : "") << shape.tensor.size(i);
+    return out << ']';
+  }
+};
+inline ShapeOf shape_of(Tensor const& tensor) {
+  return {tensor};
 }
 
-inline std::string device_of(Tensor const& tensor) {
-  return tensor.is_cuda()  ? message("cuda:", tensor.get_device_index())
-         : tensor.is_cpu() ? "cpu"
-                           : "another device";
+struct DeviceOf {
+  Tensor const& tensor;
+  friend std::ostream& operator<<(std::ostream& out, DeviceOf const& device) {
+    if (device.tensor.is_cuda())
+      return out << "cuda:" << device.tensor.get_device_index();
+    return out << (device.tensor.is_cpu() ? "cpu" : "another device");
+  }
+  friend bool operator==(DeviceOf const& a, DeviceOf const& b) {
+    return a.tensor.is_cuda() == b.tensor.is_cuda() && a.tensor.is_cpu() == b.tensor.is_cpu() &&
+           (!a.tensor.is_cuda() || a.tensor.get_device_index() == b.tensor.get_device_index());
+  }
+};
+inline DeviceOf device_of(Tensor const& tensor) {
+  return {tensor};
 }
 
 // The name that Python users know: int8, not Char.
@@ -92,15 +109,12 @@ inline void check_dtype(char const* name,
                         ScalarType dtype,
                         std::initializer_list<ScalarType> allowed,
                         char const* what = "dtype ") {
-  std::ostringstream names;
-  char const* separator = "";
-  for (ScalarType candidate : allowed) {
-    if (dtype == candidate)
-      return;
-    names << separator << dtype_name(candidate);
-    separator = " or ";
-  }
-  check(false, name, ": expected ", what, names.str(), ", got ", dtype_name(dtype));
+  if (std::find(allowed.begin(), allowed.end(), dtype) != allowed.end())
+    return;
+  std::string names;
+  for (ScalarType candidate : allowed)
+    names += (names.empty() ? "" : " or ") + dtype_name(candidate);
+  fail(name, ": expected ", what, names, ", got ", dtype_name(dtype));
 }
 
 inline void check_dtype(char const* name,
@@ -109,11 +123,12 @@ inline void check_dtype(char const* name,
   check_dtype(name, tensor.scalar_type(), allowed);
 }
 
-// `why` follows the expected shape in the message.
-inline void check_shape(char const* name,
-                        Tensor const& tensor,
-                        std::vector<int64_t> const& expected,
-                        std::string const& why = "") {
+// `why`, in parts, follows the expected shape in the message.
+template <class... Why>
+void check_shape(char const* name,
+                 Tensor const& tensor,
+                 std::vector<int64_t> const& expected,
+                 Why const&... why) {
   bool equal = tensor.dim() == static_cast<int64_t>(expected.size());
   for (int64_t i = 0; equal && i < tensor.dim(); ++i)
     equal = tensor.size(i) == expected[i];
@@ -122,7 +137,7 @@ inline void check_shape(char const* name,
   std::ostringstream shape;
   for (size_t i = 0; i < expected.size(); ++i)
     shape << (i ? ", " : "") << expected[i];
-  check(false, name, ": expected shape [", shape.str(), "]", why, ", got ", shape_of(tensor));
+  fail(name, ": expected shape [", shape.str(), "]", why..., ", got ", shape_of(tensor));
 }
 
 inline void check_same_device(char const* name,
