@@ -74,9 +74,7 @@ def reduced_sources(root: Path, tiles: tuple[str, ...] = TILES) -> dict[str, str
         text = sources.pop(file)
         if name in kept_names:
             index = kept_names.index(name)
-            sources[file] = re.sub(
-                r"(is_tile\(|launch_tile<|launch_tile_impl<)\d+", rf"\g<1>{index}", text
-            )
+            sources[file] = re.sub(r"(is_tile\(|launch_tile<)\d+", rf"\g<1>{index}", text)
     return sources
 
 

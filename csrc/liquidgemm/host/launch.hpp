@@ -1,47 +1,15 @@
-// Launching one compiled tile. Each instantiation lives in a translation unit of its own
-// (csrc/instantiations).
+// Launching one compiled tile. The definition is in launch_impl.hpp, for csrc/instantiations alone:
+// each tile's kernels are compiled in a translation unit of their own.
 #pragma once
 
-#include <cuda_runtime.h>
+#include <cuda_runtime_api.h>
 
-#include "liquidgemm/kernel/kernel.hpp"
+#include "liquidgemm/kernel/params.hpp"
 
 namespace liquidgemm {
 
-// Input as in Tile.
+// Input as in Tile. A cluster that does not fit is reported as an error by the runtime.
 template <int TileIndex, class Input>
 cudaError_t launch_tile(KernelParams const& params, int clusters, cudaStream_t stream);
-
-// A cluster that does not fit is reported as an error by the runtime.
-template <int TileIndex, class Input>
-cudaError_t launch_tile_impl(KernelParams const& params, int clusters, cudaStream_t stream) {
-  using TileT = Tile<TileIndex, Input>;
-  constexpr int kSharedBytes = sizeof(SharedStorage<TileT>);
-  static_assert(kSharedBytes <= TileT::kSharedBytes);
-  auto* const kernel = gemm_kernel<TileT>;
-  // Cheap, idempotent and per device: no state to keep, nothing lazy that a first call under
-  // capture could trip over.
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess)
-    return error;
-
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config{};
-  const int cluster = params.cluster();
-  config.gridDim = dim3(clusters * cluster);
-  config.blockDim = dim3(TileT::kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  if (cluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-    ++config.numAttrs;
-  }
-  return cudaLaunchKernelEx(&config, kernel, params);
-}
 
 }  // namespace liquidgemm

@@ -1,0 +1,39 @@
+#pragma once
+
+#include "liquidgemm/host/launch.hpp"
+#include "liquidgemm/kernel/kernel.hpp"
+
+namespace liquidgemm {
+
+template <int TileIndex, class Input>
+cudaError_t launch_tile(KernelParams const& params, int clusters, cudaStream_t stream) {
+  using TileT = Tile<TileIndex, Input>;
+  constexpr int kSharedBytes = sizeof(SharedStorage<TileT>);
+  static_assert(kSharedBytes <= TileT::kSharedBytes);
+  auto* const kernel = gemm_kernel<TileT>;
+  // Cheap, idempotent and per device: no state to keep, nothing lazy that a first call under
+  // capture could trip over.
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess)
+    return error;
+
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  const int cluster = params.cluster();
+  config.gridDim = dim3(clusters * cluster);
+  config.blockDim = dim3(TileT::kThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    ++config.numAttrs;
+  }
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+}  // namespace liquidgemm
