@@ -252,10 +252,11 @@ inline int eighths_ahead(
   const bool is_short = ceil_div(d.stages, plan.split_k) * shape.stage_blocks <= 64;
   if (quantizes)
     return d.whole_rounds > 2 ? 6 : one_round && is_short ? 4 : 5;
-  if (x_is_new)
+  if (x_is_new)  // the quantizer still reads it
     return !one_round || shape.tokens > 16 ? 7 : is_short ? 4 : 6;
   if (shape.tokens > 64)
     return 8;
+  // Nothing to wait for but the launch before, taken to be of the same shape.
   const double busy = busy_at_the_end(plan, d, num_sms);
   if (one_round && busy <= 0.75)
     return 6;
