@@ -2,6 +2,8 @@
 #include "liquidgemm/gemm.hpp"
 
 #include <cudaTypedefs.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <array>
 #include <mutex>

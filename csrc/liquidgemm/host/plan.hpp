@@ -203,13 +203,18 @@ inline bool is_plausible(TileShape const& shape, int64_t m) {
   return !too_large && !too_small;
 }
 
+// What one CTA multiplies of a tile's stages, in blocks of K.
+inline int64_t blocks_per_cta(Plan const& plan, int64_t stages) {
+  return ceil_div(stages, plan.split_k) * kTileShapes[plan.tile].stage_blocks;
+}
+
 // CTAs that take half an SM pay where most of what each reads fits its ring, and is fetched while
 // the launch before still computes. With more to read, or several rounds, they were slower than the
 // model says.
 inline bool fits_half_sm(Plan const& plan, Division const& d, CostModel const& c = {}) {
   TileShape const& shape = kTileShapes[plan.tile];
-  const int64_t blocks = ceil_div(d.stages, plan.split_k) * shape.stage_blocks;
-  return d.whole_rounds == 1 && blocks * (kBlockBytes + kBlockK * shape.tokens) <= c.half_sm_bytes;
+  const int64_t bytes = blocks_per_cta(plan, d.stages) * (kBlockBytes + kBlockK * shape.tokens);
+  return d.whole_rounds == 1 && bytes <= c.half_sm_bytes;
 }
 
 // Whether a GEMM with this plan can take activations of 16 bits and quantize them itself.
@@ -222,7 +227,7 @@ inline bool fits_quantized(int64_t m, int64_t k, Plan const& plan) {
     rows *= 2;
   const int64_t stage_k = shape.stage_blocks * kBlockK;
   const int64_t stages = ceil_div(k, stage_k);
-  const int64_t share = ceil_div(stages, plan.split_k) * stage_k;
+  const int64_t share = blocks_per_cta(plan, stages) * kBlockK;
   return rows * stages * stage_k <= kMostQuantizedElements &&
          share / 16 * quantized_chunk_stride(m) <= most_quantized_bytes(shape.ctas_per_sm);
 }
@@ -249,7 +254,7 @@ inline int eighths_ahead(
     return 8;
   const bool one_round = d.whole_rounds == 1;
   // The ring could hold all of a short share of K.
-  const bool is_short = ceil_div(d.stages, plan.split_k) * shape.stage_blocks <= 64;
+  const bool is_short = blocks_per_cta(plan, d.stages) <= 64;
   if (quantizes)
     return d.whole_rounds > 2 ? 6 : one_round && is_short ? 4 : 5;
   if (x_is_new)  // the quantizer still reads it
