@@ -1,9 +1,11 @@
 """Times every plan of the kernel: a tile, and how CTAs share it. What the heuristic is fitted to.
 
-    python -m bench.plan_sweep --json sweep.json       on a Hopper GPU, four minutes
-    python -m bench.fit_plan sweep.json                anywhere
+    python -m bench.plan_sweep --json plan_sweep.json      on a Hopper GPU, seven minutes
+    python -m bench.fit_plan plan_sweep.json               anywhere
 
-Cold weights, CUDA graphs and random data as in the benchmark, but unverified: the tests do that.
+Cold weights, CUDA graphs and random data as in the benchmark, but unverified: the tests do that. A
+change that concerns some sizes or plans alone needs these alone: with --update the file keeps all
+other rows. `runs` in it says when, of which commit and by which command each row was measured.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import argparse
 import json
 import re
 import statistics
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -21,23 +25,22 @@ import liquidgemm
 from liquidgemm._timing import capture
 
 from . import machine
+from .microbench import require_gpu
+from .shapes import argument, parse_shapes, parse_tokens
 
-SHAPES = [
-    "4096x4096",
-    "6144x4096",
-    "4096x14336",
-    "28672x4096",
-    "10240x8192",
-    "8192x28672",
-    "2048x2048",
-    "1024x8192",
-    "8192x1024",
-    "2560x2560",
-    "576x1536",
-    "1536x576",
-    "57344x8192",
-]
-TOKENS = (1, 8, 16, 32, 64, 96, 128, 192, 256, 320, 448, 512, 640, 1024, 1100, 4096)
+# The benchmark's shapes and awkward ones, with many numbers of tokens, ...
+SHAPES = (
+    "4096x4096,6144x4096,4096x14336,28672x4096,10240x8192,8192x28672,57344x8192,"
+    "2048x2048,1024x8192,8192x1024,2560x2560,576x1536,1536x576"
+)
+TOKENS = "1,8,16,32,64,96,128,192,256,320,448,512,640,1024,1100,4096"
+# ... and layers of other models, so that the constants hold between these, too.
+OTHER_SHAPES = (
+    "18944x3584,3584x18944,3584x3584,4608x3584,37888x3584,12288x4096,4096x12288,24576x4096,"
+    "13824x5120,5120x13824,27648x5120,10240x5120,17408x5120,5120x17408,25600x5120,5120x8192,"
+    "8192x2048,3072x8192,9728x2560,2560x9728,7168x2048,2048x7168,18432x7168,7168x18432"
+)
+OTHER_TOKENS = "1,4,8,16,32,64,128,256,512"
 COLD_BYTES = 160e6  # more than three times the L2 cache
 CALLS = 48
 REPLAYS = 4
@@ -85,44 +88,82 @@ def time_plan(
     return statistics.median(times)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--json", required=True, help="where the times go")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="N x K, for example 4096x4096")
-    parser.add_argument("--m", default=",".join(map(str, TOKENS)), help="numbers of tokens")
+def measure(n: int, k: int, tokens: list[int], wanted: str) -> Iterator[dict]:
+    """A row for every plan of one weight, and on the screen the best one for each m."""
+    weights = random_weights(n, k)
+    scale = torch.rand(n, device="cuda")
+    for m in tokens:
+        times = {
+            name: time_plan(m, k, weights, scale, config)
+            for config, name in plausible_plans(m, wanted)
+        }
+        torch.cuda.empty_cache()  # the graphs' memory
+        if times:
+            best = min(times, key=times.get)
+            print(f"{n}x{k} m={m}: best {best}: {times[best]:.2f} us", flush=True)
+        for plan, us in times.items():
+            yield {"n": n, "k": k, "m": m, "plan": plan, "us": us}
+
+
+def merged(before: dict, run: dict, rows: list[dict]) -> dict:
+    """`before`, with rows of a new run in place of those of the same problem and plan."""
+
+    def key(row: dict) -> tuple:
+        return row["n"], row["k"], row["m"], row["plan"]
+
+    measured = set(map(key, rows))
+    index = len(before["runs"])
+    return before | {
+        "runs": [*before["runs"], run],
+        "rows": [row for row in before["rows"] if key(row) not in measured]
+        + [row | {"run": index} for row in rows],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.plan_sweep", description=__doc__.split("\n", maxsplit=1)[0]
+    )
+    parser.add_argument("--json", required=True, type=Path, help="where the times go")
+    parser.add_argument(
+        "--shapes",
+        type=argument(parse_shapes),
+        help="models or N x K (default: all that the heuristic is fitted to)",
+    )
+    parser.add_argument("--m", type=argument(parse_tokens), help=f"tokens (default: {TOKENS})")
     parser.add_argument("--plans", default="", help="regular expression, all plans by default")
+    parser.add_argument("--update", action="store_true", help="keep what is not measured anew")
+    parser.add_argument("--commit", help="the commit to record, where there is no git checkout")
     arguments = parser.parse_args()
+    require_gpu(parser)
 
     device = torch.cuda.get_device_properties(0)
-    rows: list[dict] = []
-    result = {
+    before = {
         "gpu": device.name,
         "sms": device.multi_processor_count,
         "memory_bytes_per_us": machine.memory_bytes_per_us(device),
-        "rows": rows,
+        "runs": [],
+        "rows": [],
     }
+    if arguments.update:
+        gpu, before = device.name, json.loads(arguments.json.read_text())
+        if before["gpu"] != gpu:
+            parser.error(f"--update: {arguments.json} is of a {before['gpu']}, not of a {gpu}")
+    run = {
+        "commit": arguments.commit or machine.commit(),
+        "started": machine.now(),
+        "command": machine.command_line("bench.plan_sweep", sys.argv[1:]),
+    }
+    defaults = ((parse_shapes(SHAPES), TOKENS), (parse_shapes(OTHER_SHAPES), OTHER_TOKENS))
+    rows: list[dict] = []
     with torch.cuda.stream(torch.cuda.Stream()):
-        for shape in arguments.shapes.split(","):
-            n, k = map(int, shape.split("x"))
-            weights = random_weights(n, k)
-            scale = torch.rand(n, device="cuda")
-            for m in map(int, arguments.m.split(",")):
-                times = {
-                    name: time_plan(m, k, weights, scale, config)
-                    for config, name in plausible_plans(m, arguments.plans)
-                }
-                if not times:
-                    continue
-                name, us = min(times.items(), key=lambda item: item[1])
-                print(f"{shape} m={m}: best {name}: {us:.2f} us", flush=True)
-                rows += [
-                    {"n": n, "k": k, "m": m, "plan": plan, "us": us} for plan, us in times.items()
-                ]
-                torch.cuda.empty_cache()  # the graphs' memory
-            del weights
-            with open(arguments.json, "w", encoding="utf-8") as file:
-                json.dump(result, file)
+        for shapes, tokens in [(arguments.shapes, TOKENS)] if arguments.shapes else defaults:
+            for shape in shapes:
+                wanted = arguments.m or parse_tokens(tokens)
+                rows += measure(shape.n, shape.k, wanted, arguments.plans)
+                arguments.json.write_text(json.dumps(merged(before, run, rows)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

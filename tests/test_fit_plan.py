@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("scipy")
-from bench import fit_plan, plan_sweep
+from bench import fit_plan, machine, plan_sweep
 
 PLAN_HPP = Path(__file__).parent.parent / "csrc/liquidgemm/host/plan.hpp"
 PLANS = [
@@ -86,6 +86,32 @@ def test_formula_is_the_library_s() -> None:
         assert estimate == pytest.approx(float(match[2]), abs=0.06), text
     assert {plan.rsplit("_", 1)[-1] for plan in chosen} >= {"pairs", "split4", "s2", "half"}
     assert {re.search(r"_k(\d)_", plan)[1] for plan in chosen} == {"1", "2", "3", "4"}
+
+
+def test_an_updated_sweep_says_which_run_a_row_is_of():
+    def row(m: int, plan: str, us: float) -> dict:
+        return {"n": 64, "k": 64, "m": m, "plan": plan, "us": us}
+
+    empty = {"gpu": "none", "runs": [], "rows": []}
+    first = plan_sweep.merged(empty, {"commit": "a"}, [row(1, "t8", 3.0), row(1, "t16", 4.0)])
+    second = plan_sweep.merged(first, {"commit": "b"}, [row(1, "t8", 2.0), row(8, "t8", 5.0)])
+    assert second["gpu"] == "none"
+    assert [run["commit"] for run in second["runs"]] == ["a", "b"]
+    assert [(r["m"], r["plan"], r["us"], r["run"]) for r in second["rows"]] == [
+        (1, "t16", 4.0, 0),
+        (1, "t8", 2.0, 1),
+        (8, "t8", 5.0, 1),
+    ]
+
+
+def test_the_published_sweep_has_a_run_for_every_row():
+    path = max(machine.ROOT.glob("bench/results/h100-sxm/*/plan_sweep.json"))
+    sweep = json.loads(path.read_text())
+    assert {row["run"] for row in sweep["rows"]} == set(range(len(sweep["runs"])))
+    assert all(run["commit"] for run in sweep["runs"])
+    swept = {(row["n"], row["k"]) for row in sweep["rows"]}
+    shapes = [plan_sweep.SHAPES, plan_sweep.OTHER_SHAPES]
+    assert swept == {(s.n, s.k) for text in shapes for s in plan_sweep.parse_shapes(text)}
 
 
 @pytest.mark.parametrize(
