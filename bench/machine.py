@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import platform
 import re
 import shlex
@@ -96,6 +97,14 @@ def newest_results(root: Path = ROOT, name: str = "results.json") -> Path | None
     """The newest file of that name by its folder's date, of whatever GPU; relative to root."""
     found = sorted((root / RESULTS).glob(f"*/*/{name}"), key=lambda path: path.parts[-2:-4:-1])
     return found[-1].relative_to(root) if found else None
+
+
+def save_json(path: Path, data: dict, indent: int | None = 1) -> None:
+    """Writes the file in one step, so that an interruption leaves the last one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(data, indent=indent) + "\n")
+    draft.replace(path)
 
 
 def memory_bytes_per_us(properties) -> float:

@@ -28,19 +28,22 @@ from . import machine
 from .microbench import require_gpu
 from .shapes import argument, parse_shapes, parse_tokens
 
-# The benchmark's shapes and awkward ones, with many numbers of tokens, ...
-SHAPES = (
+TOKENS = [1, 8, 16, 32, 64, 96, 128, 192, 256, 320, 448, 512, 640, 1024, 1100, 4096]
+# What the heuristic is fitted to: the benchmark's shapes and awkward ones, with many numbers of
+# tokens, and layers of other models, so that the constants hold between these, too.
+BENCHMARKED = (
     "4096x4096,6144x4096,4096x14336,28672x4096,10240x8192,8192x28672,57344x8192,"
     "2048x2048,1024x8192,8192x1024,2560x2560,576x1536,1536x576"
 )
-TOKENS = "1,8,16,32,64,96,128,192,256,320,448,512,640,1024,1100,4096"
-# ... and layers of other models, so that the constants hold between these, too.
-OTHER_SHAPES = (
+OF_OTHER_MODELS = (
     "18944x3584,3584x18944,3584x3584,4608x3584,37888x3584,12288x4096,4096x12288,24576x4096,"
     "13824x5120,5120x13824,27648x5120,10240x5120,17408x5120,5120x17408,25600x5120,5120x8192,"
     "8192x2048,3072x8192,9728x2560,2560x9728,7168x2048,2048x7168,18432x7168,7168x18432"
 )
-OTHER_TOKENS = "1,4,8,16,32,64,128,256,512"
+SWEEPS = (
+    (parse_shapes(BENCHMARKED), TOKENS),
+    (parse_shapes(OF_OTHER_MODELS), [1, 4, 8, 16, 32, 64, 128, 256, 512]),
+)
 COLD_BYTES = 160e6  # more than three times the L2 cache
 CALLS = 48
 REPLAYS = 4
@@ -120,7 +123,8 @@ def merged(before: dict, run: dict, rows: list[dict]) -> dict:
     }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="python -m bench.plan_sweep", description=__doc__.split("\n", maxsplit=1)[0]
     )
@@ -128,13 +132,17 @@ def main() -> int:
     parser.add_argument(
         "--shapes",
         type=argument(parse_shapes),
-        help="models or N x K (default: all that the heuristic is fitted to)",
+        help="models or N x K (default: what the heuristic is fitted to)",
     )
-    parser.add_argument("--m", type=argument(parse_tokens), help=f"tokens (default: {TOKENS})")
+    parser.add_argument(
+        "--m",
+        type=argument(parse_tokens),
+        help=f"tokens (default: {TOKENS}, fewer for some of the default shapes)",
+    )
     parser.add_argument("--plans", default="", help="regular expression, all plans by default")
     parser.add_argument("--update", action="store_true", help="keep what is not measured anew")
     parser.add_argument("--commit", help="the commit to record, where there is no git checkout")
-    arguments = parser.parse_args()
+    options = parser.parse_args(words)
     require_gpu(parser)
 
     device = torch.cuda.get_device_properties(0)
@@ -145,23 +153,22 @@ def main() -> int:
         "runs": [],
         "rows": [],
     }
-    if arguments.update:
-        gpu, before = device.name, json.loads(arguments.json.read_text())
-        if before["gpu"] != gpu:
-            parser.error(f"--update: {arguments.json} is of a {before['gpu']}, not of a {gpu}")
+    if options.update:
+        before = json.loads(options.json.read_text())
+        if before["gpu"] != device.name:
+            parser.error(f"--update: {options.json} is of {before['gpu']}, this is {device.name}")
     run = {
-        "commit": arguments.commit or machine.commit(),
+        "commit": options.commit or machine.commit(),
         "started": machine.now(),
-        "command": machine.command_line("bench.plan_sweep", sys.argv[1:]),
+        "command": machine.command_line("bench.plan_sweep", words),
     }
-    defaults = ((parse_shapes(SHAPES), TOKENS), (parse_shapes(OTHER_SHAPES), OTHER_TOKENS))
+    sweeps = [(options.shapes, TOKENS)] if options.shapes else SWEEPS
+    problems = [(shape, options.m or tokens) for shapes, tokens in sweeps for shape in shapes]
     rows: list[dict] = []
     with torch.cuda.stream(torch.cuda.Stream()):
-        for shapes, tokens in [(arguments.shapes, TOKENS)] if arguments.shapes else defaults:
-            for shape in shapes:
-                wanted = arguments.m or parse_tokens(tokens)
-                rows += measure(shape.n, shape.k, wanted, arguments.plans)
-                arguments.json.write_text(json.dumps(merged(before, run, rows)))
+        for shape, tokens in problems:
+            rows += measure(shape.n, shape.k, tokens, options.plans)
+            machine.save_json(options.json, merged(before, run, rows), indent=None)
     return 0
 
 

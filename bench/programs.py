@@ -41,11 +41,7 @@ class Record:
     problems: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Writes the file in one step."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".part")
-        draft.write_text(json.dumps({"schema": SCHEMA} | asdict(self), indent=1) + "\n")
-        draft.replace(path)
+        machine.save_json(path, {"schema": SCHEMA} | asdict(self))
 
 
 def load(path: Path) -> Record:

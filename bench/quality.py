@@ -36,7 +36,7 @@ from liquidgemm.calibration.data import token_windows
 from liquidgemm.evaluate import Evaluation, evaluate, sliding_windows
 from liquidgemm.sources import load_model
 
-from .machine import commit
+from .machine import commit, save_json
 from .quality_data import HOME, MINILM, QWEN, SMOLLM2, UNSEEN, read_texts
 from .quality_tables import processor_of, render
 
@@ -355,7 +355,7 @@ def main() -> None:
             print(line(row), flush=True)
             by_place = {place(one): one for one in [*results["rows"], row]}
             results["rows"] = [by_place[key] for key in sorted(by_place)]
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            save_json(path, results)
 
 
 def place(row: dict) -> tuple[int, str, int]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from . import machine
 from .timing import Summary
 
 SCHEMA = 1
@@ -98,11 +99,7 @@ class Run:
         return sorted((c for c in self.cases if (c.n, c.k) == (n, k)), key=lambda c: c.m)
 
     def save(self, path: Path) -> None:
-        """Writes the file in one step, so that an interruption leaves the last one whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".part")
-        draft.write_text(json.dumps({"schema": SCHEMA} | asdict(self), indent=1) + "\n")
-        draft.replace(path)
+        machine.save_json(path, {"schema": SCHEMA} | asdict(self))
 
 
 def load(path: Path) -> Run:

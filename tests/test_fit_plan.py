@@ -105,13 +105,11 @@ def test_an_updated_sweep_says_which_run_a_row_is_of():
 
 
 def test_the_published_sweep_has_a_run_for_every_row():
-    path = max(machine.ROOT.glob("bench/results/h100-sxm/*/plan_sweep.json"))
-    sweep = json.loads(path.read_text())
+    sweep = json.loads((machine.ROOT / machine.newest_results(name="plan_sweep.json")).read_text())
     assert {row["run"] for row in sweep["rows"]} == set(range(len(sweep["runs"])))
     assert all(run["commit"] for run in sweep["runs"])
     swept = {(row["n"], row["k"]) for row in sweep["rows"]}
-    shapes = [plan_sweep.SHAPES, plan_sweep.OTHER_SHAPES]
-    assert swept == {(s.n, s.k) for text in shapes for s in plan_sweep.parse_shapes(text)}
+    assert swept == {(s.n, s.k) for shapes, _ in plan_sweep.SWEEPS for s in shapes}
 
 
 @pytest.mark.parametrize(
