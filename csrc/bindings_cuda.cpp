@@ -331,12 +331,14 @@ Tensor linear_op(Tensor const& x,
     return run({x, k}, nullptr, std::nullopt);
   const Tensor dense = torch::stable::contiguous(x);
   const Problem problem = checked_problem("linear", m, checked.n(), k, device);
-  const Plan plan = select_plan(problem);
-  if (has_aligned_16_bits(dense) && pays_to_quantize(problem, plan))
-    return run({dense, k}, nullptr, plan);
+  if (m <= kMostQuantizedTokens && has_aligned_16_bits(dense)) {
+    const Plan plan = select_plan(problem);
+    if (pays_to_quantize(problem, plan))
+      return run({dense, k}, nullptr, plan);
+  }
   Tokens tokens = empty_tokens(x, m, k);
   const Tensor scale = quantize_into("linear", dense, tokens, m, k, stream);
-  return run(tokens, static_cast<float const*>(scale.const_data_ptr()), plan);
+  return run(tokens, static_cast<float const*>(scale.const_data_ptr()), select_plan(problem, true));
 }
 
 // In one launch, whether that pays or not.

@@ -153,6 +153,7 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
   params.log2_split = cute::log_2(static_cast<unsigned>(plan.split_k));
   params.pairs = plan.pairs;
   params.eighths_ahead = eighths_ahead(plan, division, num_sms, quantizes, a.x_is_new);
+  params.stages_ahead = stages_ahead(plan, division, num_sms, quantizes, a.x_is_new);
   params.whole_rounds = division.whole_rounds;
   params.split_tiles = division.split_tiles;
   cudaError_t error = cudaSuccess;

@@ -38,6 +38,39 @@ void expect_all_tiles(Problem const& p, Plan const& plan, int workers) {
   expect(whole * per_pair + d.split_tiles == units * per_pair, "every tile once", p, plan);
 }
 
+// What is dequantized before there are tokens is part of every CTA's first tile, for every group.
+void expect_weights_ahead(Problem const& p, Plan const& plan, bool x_is_new) {
+  TileShape const& shape = kTileShapes[plan.tile];
+  const Division d = divide(p.m, p.n, p.k, plan, plan.workers(p.num_sms));
+  const int eighths = eighths_ahead(plan, d, p.num_sms, false, x_is_new);
+  expect(eighths >= 4 && eighths <= 8, "half of the ring ahead, or more", p, plan);
+  const int stages = stages_ahead(plan, d, p.num_sms, false, x_is_new);
+  expect(stages >= 0 && stages <= shape.stages_ahead, "no more stages than registers hold", p,
+         plan);
+  for (int part = 0; part < plan.split_k; ++part) {
+    const int share = d.stages * (part + 1) / plan.split_k - d.stages * part / plan.split_k;
+    expect(stages * shape.k_groups <= share, "no more stages ahead than there are", p, plan);
+  }
+}
+
+void expect_good(Problem const& p, Plan const& plan, bool x_is_new) {
+  expect(plan.tile >= 0 && plan.tile < kNumTileShapes, "a compiled tile", p, plan);
+  expect(is_listed(plan) && plan.cluster() <= p.num_sms, "a possible plan", p, plan);
+  const Division d = divide(p, plan);
+  expect(plan.split_k <= d.stages, "work for every CTA of a cluster", p, plan);
+  expect(is_plausible(kTileShapes[plan.tile], p.m), "a tile of a fitting size", p, plan);
+  expect(plan.split_k < 4 || d.whole_rounds == 1, "clusters of 4 in one round", p, plan);
+  expect(estimate(p, plan, d).total() > 0, "a positive estimate", p, plan);
+  const double busy = busy_at_the_end(plan, d, p.num_sms);
+  expect(busy > 0 && busy <= 1, "some SMs are busy to the end", p, plan);
+  expect(kTileShapes[plan.tile].ctas_per_sm == 1 || fits_half_sm(plan, d, x_is_new),
+         "half of an SM is enough", p, plan);
+  if (fits_quantized(p.m, p.k, plan)) {
+    const int eighths = eighths_ahead(plan, d, p.num_sms, true, true);
+    expect(eighths >= 4 && eighths <= 8, "half of the ring ahead, or more", p, plan);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -46,26 +79,13 @@ int main() {
       for (int64_t k : {1, 64, 576, 4096, 14336, 132104}) {
         for (int64_t m : {1, 2, 8, 9, 16, 17, 64, 100, 128, 256, 257, 4096, 65537}) {
           const Problem p{m, n, k, sms, 3.35e6};
-          const Plan plan = select_plan(p);
-          expect(plan.tile >= 0 && plan.tile < kNumTileShapes, "a compiled tile", p, plan);
-          expect(is_listed(plan) && plan.cluster() <= sms, "a possible plan", p, plan);
-          const Division d = divide(p, plan);
-          expect(plan.split_k <= d.stages, "work for every CTA of a cluster", p, plan);
-          expect(is_plausible(kTileShapes[plan.tile], m), "a tile of a fitting size", p, plan);
-          expect(plan.split_k < 4 || d.whole_rounds == 1, "clusters of 4 in one round", p, plan);
-          expect(estimate(p, plan, d).total() > 0, "a positive estimate", p, plan);
-          const double busy = busy_at_the_end(plan, d, sms);
-          expect(busy > 0 && busy <= 1, "some SMs are busy to the end", p, plan);
-          for (bool x_is_new : {false, true}) {
-            const int ahead = eighths_ahead(plan, d, sms, false, x_is_new);
-            expect(ahead >= 4 && ahead <= 8, "half of the ring ahead, or more", p, plan);
-          }
-          if (fits_quantized(m, k, plan)) {
-            const int ahead = eighths_ahead(plan, d, sms, true, true);
-            expect(ahead >= 4 && ahead <= 8, "half of the ring ahead, or more", p, plan);
-          }
-          for (Plan const& any : all_plans())
+          for (bool x_is_new : {false, true})
+            expect_good(p, select_plan(p, x_is_new), x_is_new);
+          for (Plan const& any : all_plans()) {
             expect_all_tiles(p, any, std::max(1, sms / any.cluster()));
+            for (bool x_is_new : {false, true})
+              expect_weights_ahead(p, any, x_is_new);
+          }
         }
       }
     }

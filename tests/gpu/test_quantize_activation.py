@@ -46,7 +46,10 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 72, 576), (17, 640, 1000), (200, 136, 4096)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 72, 576), (17, 640, 1000), (200, 136, 4096), (7, 20000, 2100), (31, 4104, 4096)],
+)
 def test_linear_is_quantize_and_gemm(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     problem = random_problem(m, n, k)
     x = torch.randn(m, k, device=DEVICE).to(dtype)

@@ -114,6 +114,41 @@ BUGS = (
         ),
         (EXACT, BACK_TO_BACK),
     ),
+    # Weights that are dequantized before there are tokens.
+    bug(
+        "weights are dequantized before they are there",
+        "consumer.hpp",
+        "cutlass::arch::ClusterBarrier::wait(&shared.ahead[stage], 0);",
+        "",
+        EXACT,
+        BACK_TO_BACK,
+        units=("instantiations/t8_p1_k4_s4.cu",),
+    ),
+    bug(
+        "what was dequantized early does not wait for tokens",
+        "consumer.hpp",
+        "cutlass::arch::ClusterBarrier::wait(&shared.full[slot], 0);",
+        "",
+        EXACT,
+        BACK_TO_BACK,
+        units=("instantiations/t8_p1_k4_s4.cu",),
+    ),
+    bug(
+        "what was multiplied early is multiplied again",
+        "consumer.hpp",
+        "const int first = begin + ",
+        "const int first = ",
+        EXACT,
+        units=("instantiations/t8_p1_k4_s4.cu",),
+    ),
+    bug(
+        "stages that were multiplied early are not given back",
+        "consumer.hpp",
+        "release(shared, slot, true, -1);",
+        "",
+        EXACT,
+        units=("instantiations/t8_p1_k4_s4.cu",),
+    ),
     # Fences.
     bug(
         "wgmma fence dropped",
@@ -354,6 +389,13 @@ DELAY = Bug(
             "cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);",
             "random_delay();\n"
             "      cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);\n"
+            "      random_delay();",
+        ),
+        Patch(
+            f"{KERNEL}/consumer.hpp",
+            "cutlass::arch::ClusterBarrier::wait(&shared.full[slot], 0);",
+            "random_delay();\n"
+            "      cutlass::arch::ClusterBarrier::wait(&shared.full[slot], 0);\n"
             "      random_delay();",
         ),
         Patch(

@@ -51,8 +51,8 @@ def rows_of(text: str, array: str) -> tuple[int, int, list[str]]:
 
 
 def tile_name(row: str) -> str:
-    *shape, ctas_per_sm = re.search(r"{(\d+), (\d+), (\d+), (\d+)(?:, (\d+))?}", row).groups()
-    return "t{}_p{}_k{}_s{}".format(*shape) + ("_half" if ctas_per_sm == "2" else "")
+    numbers = re.search(r"{([\d, ]+)}", row)[1].split(", ")
+    return "t{}_p{}_k{}_s{}".format(*numbers) + ("_half" if numbers[4:5] == ["2"] else "")
 
 
 def reduced_sources(root: Path, tiles: tuple[str, ...] = TILES) -> dict[str, str]:

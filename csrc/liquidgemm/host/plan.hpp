@@ -67,41 +67,43 @@ struct TileCost {
 // All constants come from bench/fit_plan.py and a sweep over every plan on an H100; the memory's
 // bandwidth is asked of the GPU.
 inline constexpr TileCost kTileCosts[] = {
-    {0.0604, 0.496, {0.328, 0.394}},  // t8_p1_k2_s4_half
-    {0.0453, 0.699, {0.471, 0.539}},  // t8_p1_k4_s4
-    {0.0598, 0.785, {0.204, 0.253}},  // t16_p1_k2_s2_half
-    {0.0463, 0.827, {0.317, 0.390}},  // t16_p1_k4_s4
-    {0.0698, 0.957, {0.145, 0.344}},  // t32_p1_k2_s2_half
-    {0.0633, 0.930, {0.259, 0.490}},  // t32_p1_k3_s2
-    {0.2218, 1.002, {0.000, 0.000}},  // t32_p4_k1_s2
-    {0.0872, 1.249, {0.207, 0.369}},  // t64_p1_k2_s2_half
-    {0.0738, 1.261, {0.396, 0.435}},  // t64_p1_k3_s2
-    {0.1932, 1.395, {0.969, 0.000}},  // t64_p3_k1_s2
-    {0.2536, 1.518, {1.065, 0.000}},  // t64_p4_k1_s2
-    {0.0862, 1.504, {0.482, 0.665}},  // t96_p1_k3_s2
-    {0.1561, 1.748, {0.626, 0.000}},  // t96_p2_k1_s2
-    {0.2208, 1.816, {0.917, 0.000}},  // t96_p3_k1_s2
-    {0.1009, 1.810, {0.635, 0.797}},  // t128_p1_k2_s2
-    {0.1689, 1.762, {0.982, 0.000}},  // t128_p2_k1_s2
-    {0.2423, 1.916, {1.358, 0.000}},  // t128_p3_k1_s2
-    {0.3197, 2.302, {1.613, 0.000}},  // t128_p4_k1_s2
-    {0.2237, 2.305, {1.013, 0.000}},  // t192_p2_k1_s2
-    {0.3327, 2.729, {1.366, 0.000}},  // t192_p3_k1_s2
-    {0.2797, 2.544, {0.993, 0.000}},  // t224_p2_k1_s2
-    {0.2984, 2.717, {1.012, 0.000}},  // t256_p2_k1_s2
+    {0.0520, 0.685, {0.329, 0.417}},  // t8_p1_k2_s4_half
+    {0.0442, 0.697, {0.541, 0.640}},  // t8_p1_k4_s4
+    {0.0541, 0.896, {0.147, 0.245}},  // t16_p1_k2_s2_half
+    {0.0458, 0.813, {0.342, 0.465}},  // t16_p1_k4_s4
+    {0.0614, 1.076, {0.088, 0.237}},  // t32_p1_k2_s2_half
+    {0.0635, 0.945, {0.257, 0.501}},  // t32_p1_k3_s2
+    {0.2229, 1.024, {0.000, 0.000}},  // t32_p4_k1_s2
+    {0.0891, 1.257, {0.206, 0.376}},  // t64_p1_k2_s2_half
+    {0.0739, 1.277, {0.396, 0.410}},  // t64_p1_k3_s2
+    {0.1936, 1.403, {0.974, 0.000}},  // t64_p3_k1_s2
+    {0.2545, 1.511, {1.079, 0.000}},  // t64_p4_k1_s2
+    {0.0864, 1.516, {0.483, 0.673}},  // t96_p1_k3_s2
+    {0.1565, 1.753, {0.642, 0.000}},  // t96_p2_k1_s2
+    {0.2218, 1.810, {0.927, 0.000}},  // t96_p3_k1_s2
+    {0.1009, 1.823, {0.636, 0.804}},  // t128_p1_k2_s2
+    {0.1689, 1.775, {0.988, 0.000}},  // t128_p2_k1_s2
+    {0.2424, 1.920, {1.372, 0.000}},  // t128_p3_k1_s2
+    {0.3198, 2.306, {1.623, 0.000}},  // t128_p4_k1_s2
+    {0.2237, 2.311, {1.026, 0.000}},  // t192_p2_k1_s2
+    {0.3327, 2.733, {1.379, 0.000}},  // t192_p3_k1_s2
+    {0.2796, 2.552, {1.004, 0.000}},  // t224_p2_k1_s2
+    {0.2984, 2.721, {1.025, 0.000}},  // t256_p2_k1_s2
 };
 static_assert(sizeof(kTileCosts) / sizeof(kTileCosts[0]) == kNumTileShapes);
 
 struct CostModel {
-  double launch_us = 0.7021;
-  double occupancy_us = 0.9525;  // a last round that leaves SMs idle overlaps with the next launch
-  double half_sm_occupancy = 0.3934;  // of that, where a CTA takes half an SM ...
+  double launch_us = 0.6789;
+  double occupancy_us = 0.9481;  // a last round that leaves SMs idle overlaps with the next launch
+  double half_sm_occupancy = 0.3601;  // of that, where a CTA takes half an SM ...
   double half_sm_bytes = 160e3;       // ... and reads no more than this
-  double memory_efficiency = 0.9096;  // of the peak
-  double m_tiles_share = 0.05579;     // of tile_us, and more where tiles share their weights
-  double quad_cluster_fit = 0.91;     // clusters of 4 do not tile the GPCs
-  double pair_gain = 0.992;           // time of a block where pairs share tokens ...
-  int many_rounds = 3;                // ... for so many rounds: CTAs fall out of step
+  double half_sm_bytes_when_new = 140e3;
+  double half_sm_when_new_us[2] = {0.15, 0.6};  // more with tokens just quantized; and with K split
+  double memory_efficiency = 0.9138;            // of the peak
+  double m_tiles_share = 0.06016;  // of tile_us, and more where tiles share their weights
+  double quad_cluster_fit = 0.91;  // clusters of 4 do not tile the GPCs
+  double pair_gain = 0.992;        // time of a block where pairs share tokens ...
+  int many_rounds = 3;             // ... for so many rounds: CTAs fall out of step
 };
 
 // Clusters that run at a time.
@@ -210,10 +212,16 @@ inline int64_t blocks_per_cta(Plan const& plan, int64_t stages) {
 
 // CTAs that take half an SM pay where most of what each reads fits its ring, and is fetched while
 // the launch before still computes. With more to read, or several rounds, they were slower than the
-// model says.
-inline bool fits_half_sm(Plan const& plan, Division const& d, CostModel const& c = {}) {
+// model says. Behind a quantizer, whose CTAs take their place, they are at a disadvantage:
+// measured, not fitted.
+inline bool fits_half_sm(Plan const& plan,
+                         Division const& d,
+                         bool x_is_new,
+                         CostModel const& c = {}) {
   TileShape const& shape = kTileShapes[plan.tile];
   const int64_t bytes = blocks_per_cta(plan, d.stages) * (kBlockBytes + kBlockK * shape.tokens);
+  if (x_is_new && (d.m_tiles > 1 || bytes > c.half_sm_bytes_when_new))
+    return false;
   return d.whole_rounds == 1 && bytes <= c.half_sm_bytes;
 }
 
@@ -233,12 +241,19 @@ inline bool fits_quantized(int64_t m, int64_t k, Plan const& plan) {
 }
 
 // Whether that is faster than a quantizer before it, so that `linear` is one launch; as measured.
-// CTAs with several tiles have their rings full, and those of half an SM are ready, before x is:
-// what it takes to read x counts less.
+// CTAs with many tiles have their rings full, and those of half an SM are ready, before x is: what
+// it takes to read x counts less, as long as that is little.
 inline bool pays_to_quantize(Problem const& p, Plan const& plan) {
-  return fits_quantized(p.m, p.k, plan) &&
-         (p.m <= (kTileShapes[plan.tile].ctas_per_sm > 1 ? 4 : 2) ||
-          divide(p, plan).whole_rounds > 1);
+  if (!fits_quantized(p.m, p.k, plan))
+    return false;
+  return kTileShapes[plan.tile].ctas_per_sm > 1 ? p.m * p.k <= 16 << 10
+                                                : divide(p, plan).whole_rounds > 2;
+}
+
+// Whether the next launch, taken to be of the same shape, can begin on SMs that this one leaves
+// idle. Its first weights are then there long before its tokens.
+inline bool leaves_sms_idle(Plan const& plan, Division const& d, int num_sms) {
+  return d.whole_rounds == 1 && busy_at_the_end(plan, d, num_sms) <= 0.75;
 }
 
 // How much of the ring, in eighths, is filled with weights before the first tokens are here. As
@@ -248,29 +263,45 @@ inline bool pays_to_quantize(Problem const& p, Plan const& plan) {
 inline int eighths_ahead(
     Plan const& plan, Division const& d, int num_sms, bool quantizes, bool x_is_new) {
   TileShape const& shape = kTileShapes[plan.tile];
+  if (quantizes)
+    return 6;
   if (shape.ctas_per_sm > 1)
-    return quantizes ? 6 : shape.tokens <= 16 ? 5 : 8;
+    return shape.tokens == 8 ? 5 : shape.tokens == 16 ? 6 : 8;
   if (shape.tokens > 128)
     return 8;
-  const bool one_round = d.whole_rounds == 1;
   // The ring could hold all of a short share of K.
   const bool is_short = blocks_per_cta(plan, d.stages) <= 64;
-  if (quantizes)
-    return d.whole_rounds > 2 ? 6 : one_round && is_short ? 4 : 5;
-  if (x_is_new)  // the quantizer still reads it
-    return !one_round || shape.tokens > 16 ? 7 : is_short ? 4 : 6;
+  if (x_is_new) {  // the quantizer still reads it
+    if (shape.tokens > 32)
+      return 6;
+    if (d.whole_rounds > 1)
+      return d.whole_rounds == 2 && shape.tokens == 8 ? 6 : 7;
+    return is_short ? (shape.tokens == 8 ? 4 : 5) : shape.tokens <= 16 ? 6 : 7;
+  }
   if (shape.tokens > 64)
     return 8;
-  // Nothing to wait for but the launch before, taken to be of the same shape.
-  const double busy = busy_at_the_end(plan, d, num_sms);
-  if (one_round && busy <= 0.75)
-    return 6;
-  if (!one_round && busy <= 0.5 && is_short && plan.split_k == 1 && shape.tokens <= 16)
+  if (leaves_sms_idle(plan, d, num_sms))
+    return shape.tokens == 16 ? 7 : 6;
+  const bool idle_at_last = busy_at_the_end(plan, d, num_sms) <= 0.5;
+  if (d.whole_rounds > 1 && idle_at_last && is_short && plan.split_k == 1 && shape.tokens <= 16)
     return shape.tokens == 8 ? 6 : 7;
   return shape.tokens == 64 ? 7 : 8;
 }
 
-inline Plan select_plan(Problem const& p) {
+// How many stages of each k group are dequantized before there are tokens: where their weights are
+// there first. Elsewhere that delays the first multiplications.
+inline int stages_ahead(
+    Plan const& plan, Division const& d, int num_sms, bool quantizes, bool x_is_new) {
+  TileShape const& shape = kTileShapes[plan.tile];
+  if (quantizes || !(x_is_new || shape.ctas_per_sm > 1 || leaves_sms_idle(plan, d, num_sms)))
+    return 0;
+  // Every group of every CTA must have them.
+  return std::min(shape.stages_ahead, d.stages / plan.split_k / shape.k_groups);
+}
+
+// `x_is_new`: the kernel before quantizes its activations.
+inline Plan select_plan(Problem const& p, bool x_is_new = false) {
+  const CostModel c;
   Plan best{};
   double best_us = 1e300;
   for (Plan const& plan : all_plans()) {
@@ -282,9 +313,12 @@ inline Plan select_plan(Problem const& p) {
     // Clusters of 4 that have to take turns were always slower than the model says.
     if (plan.split_k == 4 && d.whole_rounds > 1)
       continue;
-    if (kTileShapes[plan.tile].ctas_per_sm > 1 && !fits_half_sm(plan, d))
+    const bool half_sm = kTileShapes[plan.tile].ctas_per_sm > 1;
+    if (half_sm && !fits_half_sm(plan, d, x_is_new))
       continue;
-    const double us = estimate(p, plan, d).total();
+    double us = estimate(p, plan, d).total();
+    if (half_sm && x_is_new)
+      us += c.half_sm_when_new_us[plan.split_k > 1];
     if (us < best_us) {
       best_us = us;
       best = plan;
@@ -295,15 +329,16 @@ inline Plan select_plan(Problem const& p) {
 
 inline std::string describe(Problem const& p, Plan const& plan) {
   const Estimate e = estimate(p, plan, divide(p, plan));
-  char buffer[320];
+  const std::string launches =
+      pays_to_quantize(p, plan) ? "one launch" : "two launches, " + name(select_plan(p, true));
+  char buffer[360];
   std::snprintf(buffer, sizeof buffer,
                 "M=%lld N=%lld K=%lld on %d SMs, %.2f TB/s: plan %s; estimated %.1f us: "
                 "memory %.1f, SMs %.1f, fixed %.1f; bound by %s; linear of 16-bit activations: %s",
                 static_cast<long long>(p.m), static_cast<long long>(p.n),
                 static_cast<long long>(p.k), p.num_sms, p.memory_bytes_per_us * 1e-6,
                 name(plan).c_str(), e.total(), e.memory, e.sm, e.fixed,
-                e.memory >= e.sm ? "memory" : "the SMs",
-                pays_to_quantize(p, plan) ? "one launch" : "two launches");
+                e.memory >= e.sm ? "memory" : "the SMs", launches.c_str());
   return buffer;
 }
 

@@ -39,13 +39,14 @@ struct Consumer {
     return cute::partition_fragment_C(Mma{}, cute::Shape<cute::_64, cute::Int<Tile::kTokens>>{});
   }
 
-  // Adds this group's share of `slabs` stages to acc: those whose number, counted from the first
-  // tile on, is k_group modulo kKGroups. The tile begins at number `stages_done`. `pair_rank` is
-  // the CTA whose ring its warps release, too, or negative.
+  // Adds this group's share of stages `begin` to `slabs` of a tile to acc: those whose number,
+  // counted from the first tile on, is k_group modulo kKGroups. The tile begins at number
+  // `stages_done`. `pair_rank` is the CTA whose ring its warps release, too, or negative.
   template <class Accumulator>
   CUTE_DEVICE static void multiply(KernelParams const& params,
                                    SharedStorage<Tile>& shared,
                                    int stages_done,
+                                   int begin,
                                    int slabs,
                                    int panel,
                                    int k_group,
@@ -54,9 +55,7 @@ struct Consumer {
     using namespace cute;
     const int thread = threadIdx.x % kWarpGroupThreads;
     Mma mma;
-    auto thread_mma = mma.get_thread_slice(thread);
-    Tensor sX = make_tensor(make_smem_ptr(shared.tokens), TokenLayout{});
-    Tensor tCrX = thread_mma.make_fragment_B(thread_mma.partition_B(sX));  // (MMA, 1, k step, slot)
+    Tensor tCrX = token_operands(shared);
     // Operand B of a k step: in the ring, or where it counts from this CTA's first.
     auto const tokens = [&](int step, int slot, int slab) {
       if constexpr (Tile::kQuantizes) {
@@ -71,7 +70,7 @@ struct Consumer {
         make_tensor<int8_t>(make_layout(make_shape(Shape<_4, _2, _2>{}, _1{}, _2{}, _2{})));
 
     constexpr int kGroups = Tile::kKGroups;
-    const int first = (k_group + kGroups - stages_done % kGroups) % kGroups;
+    const int first = begin + (k_group + kGroups - stages_done % kGroups) % kGroups;
     RingState<Tile> ring(stages_done + first);
     const WeightReader reader(&shared.weights[0][panel][0], thread);
     // A group that takes every stage waits for the next one before its last multiplications of this
@@ -123,7 +122,76 @@ struct Consumer {
       release(shared, ring.behind(kGroups), slabs > first, pair_rank);
   }
 
+  // With programmatic dependent launch a CTA may have weights long before the kernel before this
+  // one has finished the activations. The first stages of its first tile are dequantized meanwhile,
+  // by `dequantize_ahead`; `multiply_ahead` does the rest when there are tokens. Both are unrolled,
+  // since registers cannot be indexed.
+  CUTE_DEVICE static auto make_operands_ahead() {  // (MMA, 1, k step of the block, block)
+    using namespace cute;
+    constexpr int kBlocks = Tile::kStagesAhead * Tile::kStageBlocks;
+    return make_tensor<int8_t>(
+        make_layout(make_shape(Shape<_4, _2, _2>{}, _1{}, _2{}, Int<kBlocks ? kBlocks : 1>{})));
+  }
+
+  template <class Operands>
+  CUTE_DEVICE static void dequantize_ahead(KernelParams const& params,
+                                           SharedStorage<Tile>& shared,
+                                           int k_group,
+                                           Operands& operands) {
+    using namespace cute;
+    const WeightReader reader(&shared.weights[0][0][0], threadIdx.x % kWarpGroupThreads);
+    CUTE_UNROLL
+    for (int i = 0; i < Tile::kStagesAhead; ++i) {
+      if (i == params.stages_ahead)
+        break;
+      const int stage = i * Tile::kKGroups + k_group;
+      cutlass::arch::ClusterBarrier::wait(&shared.ahead[stage], 0);
+      CUTE_UNROLL
+      for (int block = 0; block < Tile::kStageBlocks; ++block) {
+        Tensor to = operands(_, _, _, i * Tile::kStageBlocks + block);
+        dequantize(reader.load(stage, block), to);
+      }
+    }
+  }
+
+  template <class Operands, class Accumulator>
+  CUTE_DEVICE static void multiply_ahead(KernelParams const& params,
+                                         SharedStorage<Tile>& shared,
+                                         int k_group,
+                                         Operands& operands,
+                                         Accumulator& acc) {
+    using namespace cute;
+    Mma mma;
+    Tensor tCrX = token_operands(shared);
+    warpgroup_fence_operand(operands);
+    CUTE_UNROLL
+    for (int i = 0; i < Tile::kStagesAhead; ++i) {
+      if (i == params.stages_ahead)
+        break;
+      const int slot = i * Tile::kKGroups + k_group;
+      cutlass::arch::ClusterBarrier::wait(&shared.full[slot], 0);
+      warpgroup_fence_operand(acc);
+      warpgroup_arrive();
+      CUTE_UNROLL
+      for (int step = 0; step < 2 * Tile::kStageBlocks; ++step) {
+        gemm(mma, operands(_, _, step % 2, i * Tile::kStageBlocks + step / 2),
+             tCrX(_, _, step, slot), acc);
+      }
+      warpgroup_commit_batch();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(acc);
+      release(shared, slot, true, -1);
+    }
+  }
+
  private:
+  CUTE_DEVICE static auto token_operands(SharedStorage<Tile>& shared) {  // (MMA, 1, k step, slot)
+    using namespace cute;
+    auto thread_mma = Mma{}.get_thread_slice(threadIdx.x % kWarpGroupThreads);
+    Tensor sX = make_tensor(make_smem_ptr(shared.tokens), TokenLayout{});
+    return thread_mma.make_fragment_B(thread_mma.partition_B(sX));
+  }
+
   // One block of this thread's weights: 32 codes, and the (s, a) pairs of its two channels.
   struct Weights {
     uint4 codes;

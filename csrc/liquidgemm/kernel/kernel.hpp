@@ -3,9 +3,11 @@
 // clang-format off
 //   role                      threads              waits for               arrives at
 //   ------------------------  -------------------  ----------------------  -----------------------------
-//   weight producer           1, last group        empty[slot]             full[slot]: 1 and its bytes
+//   weight producer           1, last group        empty[slot]             full[slot]: 1 and its bytes, or 1
+//                                                                          and its bytes at ahead[stage]
 //   token producer            1, last group        previous kernel, empty  full[slot]: 1 and its bytes
-//   consumer warp-groups      panels * k_groups    full[slot]              empty[slot]: 1 per warp that read it
+//   consumer warp-groups      panels * k_groups    ahead[stage],           empty[slot]: 1 per warp that read it
+//                                                  full[slot]
 //   epilogue (all consumers   k_groups groups      named barrier of the    with split K: received (by bytes) and
 //   of a panel)               per panel            panel                   drained (1 per warp, if a tile
 //                                                                          follows), cluster-wide
@@ -18,9 +20,12 @@
 //   In a pair, empty[slot] is that of both CTAs: each fills half of the other's ring. For a tile that
 //   they share along K each fills its own, and its warps arrive twice.
 //
-//   weight producer  | W W W W ...            | W as slots become free, across tiles
+//   weight producer  | W W W W ...                  | W as slots become free, across tiles
 //   token producer   | wait for the previous kernel | X X X X ... | X as slots become free, across tiles
-//   consumer                                  | full: LDS dequantize MMA | LDS dequantize MMA | .. | epilogue |
+//   consumer         |   | ahead: LDS dequantize    |   | full: MMA | full: LDS dequantize MMA | .. | epilogue |
+//
+//   Where weights are there long before tokens, a few stages of them wait as operands in registers
+//   (consumer.hpp): ahead[stage] then counts them, not full[slot].
 // clang-format on
 #pragma once
 
@@ -61,6 +66,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
       ClusterBarrier::init(&shared.empty[slot], Tile::kPanels * kWarpGroupThreads / 32 *
                                                     kReleasesPerWarp * (pairs ? 2 : 1));
     }
+    for (int stage = 0; stage < Tile::kStagesAhead * Tile::kKGroups; ++stage)
+      ClusterBarrier::init(&shared.ahead[stage], 1);
     PartialSums<Tile>::init_barriers(shared, params.split_k());
     cutlass::arch::fence_barrier_init();
     cutlass::arch::fence_view_async_shared();
@@ -91,6 +98,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     const int panel = group / Tile::kKGroups;
     const int k_group = group % Tile::kKGroups;
     Epilogue<Tile> epilogue(params, shared, panel);
+    auto operands_ahead = Consumer<Tile>::make_operands_ahead();
+    if constexpr (Tile::kStagesAhead > 0)
+      Consumer<Tile>::dequantize_ahead(params, shared, k_group, operands_ahead);
     cutlass::arch::wait_on_dependent_grids();  // x_scale is read and y written below
     Scheduler<Tile> scheduler(params);
     if constexpr (Tile::kQuantizes) {
@@ -98,16 +108,26 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
       const WorkItem work = scheduler.work();
       QuantizedTokens<Tile>::quantize(params, shared, work.begin, work.end);
     }
+    auto acc = Consumer<Tile>::make_accumulator();
+    int stages_multiplied = 0;  // of the present tile, by all groups
+    if constexpr (Tile::kStagesAhead > 0) {
+      epilogue.prefetch(scheduler.work());
+      cute::clear(acc);
+      Consumer<Tile>::multiply_ahead(params, shared, k_group, operands_ahead, acc);
+      stages_multiplied = params.stages_ahead * Tile::kKGroups;
+    }
     CUTE_NO_UNROLL
     for (; scheduler.valid(); scheduler.advance()) {
       const WorkItem work = scheduler.work();
-      epilogue.prefetch(work);
-      auto acc = Consumer<Tile>::make_accumulator();
-      cute::clear(acc);
+      if (Tile::kStagesAhead == 0 || scheduler.item() > 0) {
+        epilogue.prefetch(work);
+        cute::clear(acc);
+      }
       // The CTAs of a pair fill each other's rings, but each its own for a tile that they share.
       const int pair_rank = pairs ? Scheduler<Tile>::rank() ^ !work.split : -1;
-      Consumer<Tile>::multiply(params, shared, work.stages_done, work.end - work.begin, panel,
-                               k_group, pair_rank, acc);
+      Consumer<Tile>::multiply(params, shared, work.stages_done, stages_multiplied,
+                               work.end - work.begin, panel, k_group, pair_rank, acc);
+      stages_multiplied = 0;
       epilogue.store(scheduler, acc, k_group);
     }
     epilogue.finish();

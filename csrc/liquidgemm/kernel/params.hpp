@@ -41,6 +41,8 @@ struct KernelParams {
   bool pairs;
   int whole_rounds, split_tiles;
   int eighths_ahead;  // of the ring's weights, requested before the first tokens are here: plan.hpp
+  int stages_ahead;   // of each k group, dequantized before there are tokens; at most
+                      // Tile::kStagesAhead, and no more than every CTA's first tile has
   // Where the kernel quantizes, instead of x_map and x_scale: dense [m, k], elements of 16 bits.
   void const* x;
   int k;

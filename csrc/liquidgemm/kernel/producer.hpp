@@ -2,7 +2,8 @@
 //
 // They are two because only the tokens depend on the kernel before this one: with programmatic
 // dependent launch the weights of the first stages are on their way while that kernel still runs.
-// Each counts its own bytes at a stage's `full` barrier.
+// Each counts its own bytes at a stage's `full` barrier; weights that are dequantized before there
+// are tokens have one of their own.
 #pragma once
 
 #include <cutlass/arch/grid_dependency_control.h>
@@ -33,7 +34,8 @@ class Producer {
         static_cast<uint64_t>(params_.m_tiles == 1 ? cute::TMA::CacheHintSm90::EVICT_FIRST
                                                    : cute::TMA::CacheHintSm90::EVICT_NORMAL);
     const int64_t panel_bytes = int64_t(params_.k_blocks) * kBlockBytes;
-    const int ahead = Tile::kStages * params_.eighths_ahead / 8;
+    const int before_tokens = Tile::kStages * params_.eighths_ahead / 8;
+    const int ahead = params_.stages_ahead * Tile::kKGroups;
     for_each_item([&](WorkItem const& work, RingState<Tile>& ring) {
       const int first_panel = work.n_tile * Tile::kPanels;
       const int panels = max(0, min(Tile::kPanels, params_.panels - first_panel));
@@ -44,14 +46,20 @@ class Producer {
       for (int slab = work.begin; slab < work.end; ++slab) {
         const int bytes = min(Tile::kStageBlocks, blocks_left) * kBlockBytes;
         Barrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);
-        if (work.stages_done + slab - work.begin == ahead)  // wait for the first tokens
+        const int stage = work.stages_done + slab - work.begin;
+        if (stage == before_tokens)  // wait for the first of them
           Barrier::wait(Tile::kQuantizes ? &shared_.read : &shared_.full[0], 0);
-        Barrier::arrive_and_expect_tx(&shared_.full[ring.slot], panels * bytes);
+        uint64_t* arrived = &shared_.full[ring.slot];
+        if (Tile::kStagesAhead > 0 && stage < ahead) {
+          Barrier::arrive(arrived);
+          arrived = &shared_.ahead[stage];
+        }
+        Barrier::arrive_and_expect_tx(arrived, panels * bytes);
         CUTE_UNROLL
         for (int panel = 0; panel < Tile::kPanels; ++panel) {
           if (panel < panels) {
-            bulk_load(shared_.weights[ring.slot][panel], from + panel * panel_bytes, bytes,
-                      &shared_.full[ring.slot], hint);
+            bulk_load(shared_.weights[ring.slot][panel], from + panel * panel_bytes, bytes, arrived,
+                      hint);
           }
         }
         from += Tile::kStageBlocks * kBlockBytes;
@@ -110,13 +118,13 @@ class Producer {
   }
 
  private:
-  // One bulk copy, its bytes counted at `full`; CuTe's has no cache hint.
+  // One bulk copy, its bytes counted at `arrived`; CuTe's has no cache hint.
   CUTE_DEVICE static void bulk_load(
-      void* to, void const* from, int bytes, uint64_t* full, uint64_t hint) {
+      void* to, void const* from, int bytes, uint64_t* arrived, uint64_t hint) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
         "[%0], [%1], %2, [%3], %4;" ::"r"(cute::cast_smem_ptr_to_uint(to)),
-        "l"(from), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(full)), "l"(hint)
+        "l"(from), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(arrived)), "l"(hint)
         : "memory");
   }
 

@@ -81,6 +81,8 @@ struct alignas(1024) SharedStorage {
   // arrivals of each warp that read it.
   alignas(8) uint64_t full[Tile::kStages];
   uint64_t empty[Tile::kStages];
+  // The weights alone of the first stages: one arrival, and their bytes.
+  uint64_t ahead[Tile::kStagesAhead ? Tile::kStagesAhead * Tile::kKGroups : 1];
   // Split K: the other CTAs' parts of what this one sums up have arrived (counted in bytes) /
   // every CTA has read what this one sent (one arrival per reading warp).
   uint64_t received[Tile::kPanels];

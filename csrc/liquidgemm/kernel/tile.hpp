@@ -15,46 +15,49 @@
 
 namespace liquidgemm {
 
+// Tiles for so many tokens have a variant that quantizes its activations: quantized_tokens.hpp.
+inline constexpr int kMostQuantizedTokens = 8;
+
 struct TileShape {
   int tokens;        // N of the wgmma
   int panels;        // 64-channel panels per CTA
   int k_groups;      // consumer warp-groups per panel, alternating along K
   int stage_blocks;  // 64-deep blocks per pipeline stage
   int ctas_per_sm = 1;
+  int stages_ahead = 0;  // of each k group, at most: weights that wait, dequantized, for tokens
 
   // Whether a group has all of K, and CTAs can work in pairs: see scheduler.hpp. The other tiles
   // are for few tokens, and their clusters share K.
   constexpr bool can_pair() const { return k_groups == 1; }
-  // Whether there is a variant that quantizes its activations itself: see quantized_tokens.hpp.
-  constexpr bool can_quantize() const { return tokens == 8; }
+  constexpr bool can_quantize() const { return tokens == kMostQuantizedTokens; }
   // Rows of a box of y. A pair shares them, so there are two at least.
   constexpr int store_tokens() const { return tokens < 64 || tokens == 96 ? 16 : 32; }
 };
 
 // Sorted by tokens; a comment says what a row and those below it are for.
 inline constexpr TileShape kTileShapes[] = {
-    {8, 1, 2, 4, 2},   // decode: one panel per CTA spreads any N over the most SMs; a short K
-    {8, 1, 4, 4},      // a longer one
-    {16, 1, 2, 2, 2},  //
-    {16, 1, 4, 4},     //
-    {32, 1, 2, 2, 2},  //
-    {32, 1, 3, 2},     //
-    {32, 4, 1, 2},     // many panels share the tokens once their L2 traffic rivals the weights'
-    {64, 1, 2, 2, 2},  // few panels, or a short K
-    {64, 1, 3, 2},     // a longer one
-    {64, 3, 1, 2},     // many panels again
-    {64, 4, 1, 2},     //
-    {96, 1, 3, 2},     // likewise
-    {96, 2, 1, 2},     //
-    {96, 3, 1, 2},     //
-    {128, 1, 2, 2},    // few panels
-    {128, 2, 1, 2},    // small prefill, or few tiles
-    {128, 3, 1, 2},    //
-    {128, 4, 1, 2},    //
-    {192, 2, 1, 2},    // heights in between: little of the last m tile is wasted
-    {192, 3, 1, 2},    //
-    {224, 2, 1, 2},    //
-    {256, 2, 1, 2},    // prefill: least dequantization per multiplication
+    {8, 1, 2, 4, 2, 1},   // decode: one panel per CTA spreads any N over the most SMs; a short K
+    {8, 1, 4, 4, 1, 2},   // a longer one
+    {16, 1, 2, 2, 2, 3},  //
+    {16, 1, 4, 4, 1, 2},  //
+    {32, 1, 2, 2, 2, 3},  //
+    {32, 1, 3, 2},        //
+    {32, 4, 1, 2},        // many panels share the tokens once their L2 traffic rivals the weights'
+    {64, 1, 2, 2, 2},     // few panels, or a short K
+    {64, 1, 3, 2},        // a longer one
+    {64, 3, 1, 2},        // many panels again
+    {64, 4, 1, 2},        //
+    {96, 1, 3, 2},        // likewise
+    {96, 2, 1, 2},        //
+    {96, 3, 1, 2},        //
+    {128, 1, 2, 2},       // few panels
+    {128, 2, 1, 2},       // small prefill, or few tiles
+    {128, 3, 1, 2},       //
+    {128, 4, 1, 2},       //
+    {192, 2, 1, 2},       // heights in between: little of the last m tile is wasted
+    {192, 3, 1, 2},       //
+    {224, 2, 1, 2},       //
+    {256, 2, 1, 2},       // prefill: least dequantization per multiplication
 };
 inline constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
 
@@ -176,10 +179,15 @@ struct Tile {
   // way, and a wait for the phase after next passes at once: phases are known by their parity only.
   static constexpr int kStages = kStagesThatFit / kKGroups * kKGroups;
 
+  // Registers hold so many stages of each group before its first tokens are here. A group that
+  // quantizes has no room for them: it holds activations.
+  static constexpr int kStagesAhead = kQuantizes ? 0 : kShape.stages_ahead;
+
   // A pair's parts of sums in what was the ring: of a panel's chunks half, or one more than that.
   static constexpr int kExchangeBytes = (kChunks + 1) / 2 * kChunkTokens / 8 * kVectorBytes;
   static_assert(!kPairs || kPanels * kExchangeBytes <= kStages * kStageTokenBytes);
 
+  static_assert(kStagesAhead == 0 || (kPanels == 1 && kStagesAhead * kKGroups <= kStages));
   static_assert(kStages >= 2 * kKGroups, "while one stage is multiplied the next is loaded");
   static_assert(kStageBlocks % 2 == 0,
                 "a stage is made of 128-byte rows of activations, and A registers alternate");
