@@ -269,19 +269,25 @@ inline int eighths_ahead(
     return shape.tokens == 8 ? 5 : shape.tokens == 16 ? 6 : 8;
   if (shape.tokens > 128)
     return 8;
-  // The ring could hold all of a short share of K.
-  const bool is_short = blocks_per_cta(plan, d.stages) <= 64;
+  // The ring could hold all of a short share of K. Of a long one most is streamed after the tokens
+  // have come, which it delays little.
+  const int64_t blocks = blocks_per_cta(plan, d.stages);
+  const bool is_idle = leaves_sms_idle(plan, d, num_sms);
+  const bool is_short = blocks <= 64;
+  const bool is_long = blocks > (is_idle ? 96 : 112);
   if (x_is_new) {  // the quantizer still reads it
     if (shape.tokens > 32)
       return 6;
+    if (is_long && d.whole_rounds <= 2)
+      return shape.tokens == 8 ? 8 : 7;
     if (d.whole_rounds > 1)
       return d.whole_rounds == 2 && shape.tokens == 8 ? 6 : 7;
     return is_short ? (shape.tokens == 8 ? 4 : 5) : shape.tokens <= 16 ? 6 : 7;
   }
   if (shape.tokens > 64)
     return 8;
-  if (leaves_sms_idle(plan, d, num_sms))
-    return shape.tokens == 16 ? 7 : 6;
+  if (is_idle)
+    return shape.tokens == 8 && is_long ? 8 : shape.tokens == 16 ? 7 : 6;
   const bool idle_at_last = busy_at_the_end(plan, d, num_sms) <= 0.5;
   if (d.whole_rounds > 1 && idle_at_last && is_short && plan.split_k == 1 && shape.tokens <= 16)
     return shape.tokens == 8 ? 6 : 7;
