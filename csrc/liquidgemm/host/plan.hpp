@@ -67,43 +67,44 @@ struct TileCost {
 // All constants come from bench/fit_plan.py and a sweep over every plan on an H100; the memory's
 // bandwidth is asked of the GPU.
 inline constexpr TileCost kTileCosts[] = {
-    {0.0520, 0.685, {0.329, 0.417}},  // t8_p1_k2_s4_half
-    {0.0442, 0.697, {0.541, 0.640}},  // t8_p1_k4_s4
-    {0.0541, 0.896, {0.147, 0.245}},  // t16_p1_k2_s2_half
-    {0.0458, 0.813, {0.342, 0.465}},  // t16_p1_k4_s4
-    {0.0614, 1.076, {0.088, 0.237}},  // t32_p1_k2_s2_half
-    {0.0635, 0.945, {0.257, 0.501}},  // t32_p1_k3_s2
-    {0.2229, 1.024, {0.000, 0.000}},  // t32_p4_k1_s2
-    {0.0891, 1.257, {0.206, 0.376}},  // t64_p1_k2_s2_half
-    {0.0739, 1.277, {0.396, 0.410}},  // t64_p1_k3_s2
-    {0.1936, 1.403, {0.974, 0.000}},  // t64_p3_k1_s2
-    {0.2545, 1.511, {1.079, 0.000}},  // t64_p4_k1_s2
-    {0.0864, 1.516, {0.483, 0.673}},  // t96_p1_k3_s2
-    {0.1565, 1.753, {0.642, 0.000}},  // t96_p2_k1_s2
-    {0.2218, 1.810, {0.927, 0.000}},  // t96_p3_k1_s2
-    {0.1009, 1.823, {0.636, 0.804}},  // t128_p1_k2_s2
-    {0.1689, 1.775, {0.988, 0.000}},  // t128_p2_k1_s2
-    {0.2424, 1.920, {1.372, 0.000}},  // t128_p3_k1_s2
-    {0.3198, 2.306, {1.623, 0.000}},  // t128_p4_k1_s2
-    {0.2237, 2.311, {1.026, 0.000}},  // t192_p2_k1_s2
-    {0.3327, 2.733, {1.379, 0.000}},  // t192_p3_k1_s2
-    {0.2796, 2.552, {1.004, 0.000}},  // t224_p2_k1_s2
-    {0.2984, 2.721, {1.025, 0.000}},  // t256_p2_k1_s2
+    {0.0511, 0.671, {0.353, 0.439}},  // t8_p1_k2_s4_half
+    {0.0439, 0.679, {0.564, 0.646}},  // t8_p1_k4_s4
+    {0.0535, 0.906, {0.151, 0.247}},  // t16_p1_k2_s2_half
+    {0.0453, 0.830, {0.334, 0.457}},  // t16_p1_k4_s4
+    {0.0614, 1.083, {0.071, 0.231}},  // t32_p1_k2_s2_half
+    {0.0636, 0.958, {0.245, 0.483}},  // t32_p1_k3_s2
+    {0.2221, 1.044, {0.000, 0.000}},  // t32_p4_k1_s2
+    {0.0884, 1.268, {0.204, 0.372}},  // t64_p1_k2_s2_half
+    {0.0740, 1.274, {0.396, 0.413}},  // t64_p1_k3_s2
+    {0.1938, 1.395, {0.999, 0.000}},  // t64_p3_k1_s2
+    {0.2547, 1.510, {1.080, 0.000}},  // t64_p4_k1_s2
+    {0.0865, 1.515, {0.486, 0.678}},  // t96_p1_k3_s2
+    {0.1565, 1.753, {0.647, 0.000}},  // t96_p2_k1_s2
+    {0.2216, 1.811, {0.933, 0.000}},  // t96_p3_k1_s2
+    {0.1009, 1.824, {0.636, 0.804}},  // t128_p1_k2_s2
+    {0.1688, 1.774, {0.988, 0.000}},  // t128_p2_k1_s2
+    {0.2424, 1.919, {1.372, 0.000}},  // t128_p3_k1_s2
+    {0.3198, 2.304, {1.625, 0.000}},  // t128_p4_k1_s2
+    {0.2237, 2.308, {1.027, 0.000}},  // t192_p2_k1_s2
+    {0.3327, 2.730, {1.382, 0.000}},  // t192_p3_k1_s2
+    {0.2796, 2.551, {1.004, 0.000}},  // t224_p2_k1_s2
+    {0.2984, 2.718, {1.026, 0.000}},  // t256_p2_k1_s2
 };
 static_assert(sizeof(kTileCosts) / sizeof(kTileCosts[0]) == kNumTileShapes);
 
 struct CostModel {
-  double launch_us = 0.6789;
-  double occupancy_us = 0.9481;  // a last round that leaves SMs idle overlaps with the next launch
-  double half_sm_occupancy = 0.3601;  // of that, where a CTA takes half an SM ...
-  double half_sm_bytes = 160e3;       // ... and reads no more than this
-  double half_sm_bytes_when_new = 140e3;
-  double half_sm_when_new_us[2] = {0.15, 0.6};  // more with tokens just quantized; and with K split
-  double memory_efficiency = 0.9138;            // of the peak
-  double m_tiles_share = 0.06016;  // of tile_us, and more where tiles share their weights
-  double quad_cluster_fit = 0.91;  // clusters of 4 do not tile the GPCs
-  double pair_gain = 0.992;        // time of a block where pairs share tokens ...
-  int many_rounds = 3;             // ... for so many rounds: CTAs fall out of step
+  double launch_us = 0.6735;
+  double occupancy_us = 0.9604;  // a last round that leaves SMs idle overlaps with the next launch
+  double half_sm_occupancy = 0.3683;      // of that, where a CTA takes half an SM ...
+  double half_sm_bytes = 160e3;           // ... and reads no more than this
+  double half_sm_bytes_when_new = 140e3;  // behind a quantizer; measured, not fitted
+  double half_sm_us[2] = {0.15, 0.6};     // the same, and with K split: see us_behind_quantizer
+  double no_room_us = 0.8;                // the same, of whole SMs
+  double memory_efficiency = 0.9127;      // of the peak
+  double m_tiles_share = 0.06094;         // of tile_us, and more where tiles share their weights
+  double quad_cluster_fit = 0.91;         // clusters of 4 do not tile the GPCs
+  double pair_gain = 0.992;               // time of a block where pairs share tokens ...
+  int many_rounds = 3;                    // ... for so many rounds: CTAs fall out of step
 };
 
 // Clusters that run at a time.
@@ -212,8 +213,7 @@ inline int64_t blocks_per_cta(Plan const& plan, int64_t stages) {
 
 // CTAs that take half an SM pay where most of what each reads fits its ring, and is fetched while
 // the launch before still computes. With more to read, or several rounds, they were slower than the
-// model says. Behind a quantizer, whose CTAs take their place, they are at a disadvantage:
-// measured, not fitted.
+// model says.
 inline bool fits_half_sm(Plan const& plan,
                          Division const& d,
                          bool x_is_new,
@@ -305,9 +305,24 @@ inline int stages_ahead(
   return std::min(shape.stages_ahead, d.stages / plan.split_k / shape.k_groups);
 }
 
+// What a plan costs more where the kernel before quantizes its activations. Its CTAs, one per
+// token, are ready in time if there is room for them on SMs that a GEMM leaves idle at its end.
+// Where CTAs take half an SM there is room, but then none for the next GEMM's, least of all for a
+// cluster of them.
+inline double us_behind_quantizer(Problem const& p,
+                                  Plan const& plan,
+                                  Division const& d,
+                                  CostModel const& c = {}) {
+  if (kTileShapes[plan.tile].ctas_per_sm > 1)
+    return c.half_sm_us[plan.split_k > 1];
+  constexpr int kThreadsPerSm = 2048, kMostThreads = 1024, kElementsPerThread = 8;
+  const int64_t threads = std::min<int64_t>(kMostThreads, ceil_div(p.k, kElementsPerThread));
+  const double idle_sms = p.num_sms * (1 - busy_at_the_end(plan, d, p.num_sms));
+  return p.m * threads > idle_sms * kThreadsPerSm ? c.no_room_us : 0;
+}
+
 // `x_is_new`: the kernel before quantizes its activations.
 inline Plan select_plan(Problem const& p, bool x_is_new = false) {
-  const CostModel c;
   Plan best{};
   double best_us = 1e300;
   for (Plan const& plan : all_plans()) {
@@ -319,12 +334,11 @@ inline Plan select_plan(Problem const& p, bool x_is_new = false) {
     // Clusters of 4 that have to take turns were always slower than the model says.
     if (plan.split_k == 4 && d.whole_rounds > 1)
       continue;
-    const bool half_sm = kTileShapes[plan.tile].ctas_per_sm > 1;
-    if (half_sm && !fits_half_sm(plan, d, x_is_new))
+    if (kTileShapes[plan.tile].ctas_per_sm > 1 && !fits_half_sm(plan, d, x_is_new))
       continue;
     double us = estimate(p, plan, d).total();
-    if (half_sm && x_is_new)
-      us += c.half_sm_when_new_us[plan.split_k > 1];
+    if (x_is_new)
+      us += us_behind_quantizer(p, plan, d);
     if (us < best_us) {
       best_us = us;
       best = plan;
