@@ -118,6 +118,8 @@ def test_the_published_sweep_has_a_run_for_every_row():
         ((1, 4096, 4096), "one launch"),
         ((4, 10240, 8192), "one launch"),
         ((8, 28672, 4096), "one launch"),  # several tiles per CTA
+        ((8, 4096, 14336), "two launches, t8_p1_k4_s4_split2"),  # room for eight quantizing CTAs
+        ((64, 2048, 4096), "two launches, t64_p1_k3_s2_split2"),  # none beside twice as many CTAs
         ((8, 1024, 8192), "two launches, t8_p1_k4_s4_split4"),
         ((8, 8192, 1024), "one launch"),  # little to read
         ((8, 4096, 4096), "two launches, t8_p1_k4_s4"),  # gemm itself with CTAs of half an SM

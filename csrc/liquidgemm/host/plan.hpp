@@ -317,7 +317,7 @@ inline double us_behind_quantizer(Problem const& p,
     return c.half_sm_us[plan.split_k > 1];
   constexpr int kThreadsPerSm = 2048, kMostThreads = 1024, kElementsPerThread = 8;
   const int64_t threads = std::min<int64_t>(kMostThreads, ceil_div(p.k, kElementsPerThread));
-  const double idle_sms = p.num_sms * (1 - busy_at_the_end(plan, d, p.num_sms));
+  const int64_t idle_sms = p.num_sms - std::lround(p.num_sms * busy_at_the_end(plan, d, p.num_sms));
   return p.m * threads > idle_sms * kThreadsPerSm ? c.no_room_us : 0;
 }
 
