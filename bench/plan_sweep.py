@@ -109,17 +109,22 @@ def measure(n: int, k: int, tokens: list[int], wanted: str) -> Iterator[dict]:
 
 
 def merged(before: dict, run: dict, rows: list[dict]) -> dict:
-    """`before`, with rows of a new run in place of those of the same problem and plan."""
+    """`before`, with rows of a new run in place of those of the same problem and plan.
+
+    Runs of which no row is left are left out, too.
+    """
 
     def key(row: dict) -> tuple:
         return row["n"], row["k"], row["m"], row["plan"]
 
     measured = set(map(key, rows))
-    index = len(before["runs"])
+    runs = [*before["runs"], run]
+    kept = [row for row in before["rows"] if key(row) not in measured]
+    kept += [row | {"run": len(runs) - 1} for row in rows]
+    used = sorted({row["run"] for row in kept})
     return before | {
-        "runs": [*before["runs"], run],
-        "rows": [row for row in before["rows"] if key(row) not in measured]
-        + [row | {"run": index} for row in rows],
+        "runs": [runs[index] for index in used],
+        "rows": [row | {"run": used.index(row["run"])} for row in kept],
     }
 
 

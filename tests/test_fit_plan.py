@@ -102,6 +102,13 @@ def test_an_updated_sweep_says_which_run_a_row_is_of():
         (1, "t8", 2.0, 1),
         (8, "t8", 5.0, 1),
     ]
+    third = plan_sweep.merged(second, {"commit": "c"}, [row(1, "t16", 1.0)])
+    assert [run["commit"] for run in third["runs"]] == ["b", "c"]  # no row is left of a
+    assert [(r["m"], r["plan"], r["run"]) for r in third["rows"]] == [
+        (1, "t8", 0),
+        (8, "t8", 0),
+        (1, "t16", 1),
+    ]
 
 
 def test_the_published_sweep_has_a_run_for_every_row():
