@@ -26,6 +26,7 @@ def test_every_configuration_is_exact(config: int, name: str) -> None:
         (tokens + 1, 264, 2880),
         (3, 8, 576),
         (2 * tokens + 5, 4864, 896),
+        (3, 72, 12352),  # more stages than any ring has
     ]
     for m, n, k in sizes:
         problem = random_problem(m, n, k, seed=m + n + k)

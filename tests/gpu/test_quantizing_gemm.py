@@ -103,7 +103,7 @@ def test_back_to_back(config: int, name: str) -> None:
 
 def test_is_used_where_it_pays() -> None:
     """One launch where it is one, two where it is not."""
-    problem = random_problem(1, 512, 4096)
+    problem = random_problem(1, 28672, 1024)  # several tiles per CTA
 
     def kernels(x: torch.Tensor) -> int:
         liquidgemm.linear(x, problem.weight, problem.weight_scale)
@@ -113,7 +113,7 @@ def test_is_used_where_it_pays() -> None:
             torch.cuda.synchronize()
         return sum("gemm_kernel" in e.key or "quantize" in e.key for e in profile.key_averages())
 
-    x = torch.randn(9, 4096, device=DEVICE)
+    x = torch.randn(9, 1024, device=DEVICE)
     assert kernels(x[:1].bfloat16()) == 1
     assert kernels(x[:1].half()) == 1
     assert kernels(x[:1]) == 2

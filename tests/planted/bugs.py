@@ -129,8 +129,7 @@ BUGS = (
         "consumer.hpp",
         "cutlass::arch::ClusterBarrier::wait(&shared.full[slot], 0);",
         "",
-        EXACT,
-        BACK_TO_BACK,
+        OVERTAKING,
         units=("instantiations/t8_p1_k4_s4.cu",),
     ),
     bug(
