@@ -9,6 +9,7 @@
 #include <mutex>
 #include <utility>
 
+#include "liquidgemm/host/early_weights.hpp"
 #include "liquidgemm/host/launch.hpp"
 
 namespace liquidgemm {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "liquidgemm/host/early_weights.hpp"
 #include "liquidgemm/host/plan.hpp"
 
 using namespace liquidgemm;
