@@ -331,7 +331,7 @@ Tensor linear_op(Tensor const& x,
     return run({x, k}, nullptr, std::nullopt);
   const Tensor dense = torch::stable::contiguous(x);
   const Problem problem = checked_problem("linear", m, checked.n(), k, device);
-  if (m <= kMostQuantizedTokens && has_aligned_16_bits(dense)) {
+  if (m <= kMostQuantizedTokens && has_aligned_16_bits(dense)) {  // else no need to look for a plan
     const Plan plan = select_plan(problem);
     if (pays_to_quantize(problem, plan))
       return run({dense, k}, nullptr, plan);

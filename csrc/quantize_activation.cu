@@ -15,7 +15,6 @@
 namespace liquidgemm {
 namespace {
 
-constexpr int kMaxThreads = 1024;
 constexpr int kMaxCluster = 4;
 constexpr int64_t kManyVectors = 1 << 19;     // some two for every thread that an H100 can hold
 constexpr int64_t kFewCtas = 128;             // leave the GEMM room to start beside them
@@ -24,7 +23,7 @@ constexpr int64_t kStreamedBytes = 12 << 20;  // with what is written, about hal
 // Vectors that a thread can hold, and how many threads then have the registers for it.
 constexpr int kMaxHeld = 8;
 constexpr int max_threads(int held) {
-  return held == kMaxHeld ? kMaxThreads / 2 : kMaxThreads;
+  return held == kMaxHeld ? kMaxQuantizerThreads / 2 : kMaxQuantizerThreads;
 }
 
 // The threads of a cluster share a row, a vector at a time.
@@ -88,7 +87,7 @@ class ClusterMax {
   struct Shared {
     int4 of_cta[kMaxCluster];
     uint64_t arrived;
-    uint32_t of_warp[kMaxThreads / 32];
+    uint32_t of_warp[kMaxQuantizerThreads / 32];
   };
   __device__ static Shared& shared() {
     __shared__ Shared shared;
@@ -191,10 +190,11 @@ cudaError_t launch(QuantizeArguments const& a, cudaStream_t stream) {
   // wait.
   const bool few = a.m * vectors < kManyVectors;
   int cluster = 1;
-  while (few && vectors > kMaxThreads && cluster < kMaxCluster && 2 * cluster * a.m <= kFewCtas)
+  while (few && vectors > kMaxQuantizerThreads && cluster < kMaxCluster &&
+         2 * cluster * a.m <= kFewCtas)
     cluster *= 2;
   int held = few ? 1 : 2;
-  const auto most_threads = [&] { return few ? max_threads(held) : kMaxThreads / 2; };
+  const auto most_threads = [&] { return few ? max_threads(held) : kMaxQuantizerThreads / 2; };
   while (held < kMaxHeld && int64_t(cluster) * held * most_threads() < vectors)
     held *= 2;
   const int64_t threads =

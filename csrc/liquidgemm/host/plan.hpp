@@ -11,6 +11,7 @@
 
 #include "liquidgemm/kernel/tile.hpp"
 #include "liquidgemm/quant/pack.hpp"
+#include "liquidgemm/quant/quantizer_threads.hpp"
 
 namespace liquidgemm {
 
@@ -220,9 +221,8 @@ inline bool fits_half_sm(Plan const& plan,
                          CostModel const& c = {}) {
   TileShape const& shape = kTileShapes[plan.tile];
   const int64_t bytes = blocks_per_cta(plan, d.stages) * (kBlockBytes + kBlockK * shape.tokens);
-  if (x_is_new && (d.m_tiles > 1 || bytes > c.half_sm_bytes_when_new))
-    return false;
-  return d.whole_rounds == 1 && bytes <= c.half_sm_bytes;
+  const bool fits = bytes <= (x_is_new ? c.half_sm_bytes_when_new : c.half_sm_bytes);
+  return fits && d.whole_rounds == 1 && !(x_is_new && d.m_tiles > 1);
 }
 
 // Whether a GEMM with this plan can take activations of 16 bits and quantize them itself.
@@ -260,8 +260,8 @@ inline double us_behind_quantizer(Problem const& p,
                                   CostModel const& c = {}) {
   if (kTileShapes[plan.tile].ctas_per_sm > 1)
     return c.half_sm_us[plan.split_k > 1];
-  constexpr int kThreadsPerSm = 2048, kMostThreads = 1024, kElementsPerThread = 8;
-  const int64_t threads = std::min<int64_t>(kMostThreads, ceil_div(p.k, kElementsPerThread));
+  constexpr int kThreadsPerSm = 2048;  // sm_90
+  const int64_t threads = std::min<int64_t>(kMaxQuantizerThreads, ceil_div(p.k, kVector));
   const int64_t idle_sms = p.num_sms - std::lround(p.num_sms * busy_at_the_end(plan, d, p.num_sms));
   return p.m * threads > idle_sms * kThreadsPerSm ? c.no_room_us : 0;
 }

@@ -65,9 +65,7 @@ struct Consumer {
         return tCrX(_, _, step, slot);
       }
     };
-    // Two blocks of weights as A operands: (MMA, 1, k step of the block, buffer).
-    Tensor tCrW =
-        make_tensor<int8_t>(make_layout(make_shape(Shape<_4, _2, _2>{}, _1{}, _2{}, _2{})));
+    auto tCrW = weight_operands<2>();  // double-buffered
 
     constexpr int kGroups = Tile::kKGroups;
     const int first = begin + (k_group + kGroups - stages_done % kGroups) % kGroups;
@@ -126,11 +124,9 @@ struct Consumer {
   // one has finished the activations. The first stages of its first tile are dequantized meanwhile,
   // by `dequantize_ahead`; `multiply_ahead` does the rest when there are tokens. Both are unrolled,
   // since registers cannot be indexed.
-  CUTE_DEVICE static auto make_operands_ahead() {  // (MMA, 1, k step of the block, block)
-    using namespace cute;
+  CUTE_DEVICE static auto make_operands_ahead() {
     constexpr int kBlocks = Tile::kStagesAhead * Tile::kStageBlocks;
-    return make_tensor<int8_t>(
-        make_layout(make_shape(Shape<_4, _2, _2>{}, _1{}, _2{}, Int<kBlocks ? kBlocks : 1>{})));
+    return weight_operands<kBlocks ? kBlocks : 1>();
   }
 
   template <class Operands>
@@ -185,6 +181,14 @@ struct Consumer {
   }
 
  private:
+  // Blocks of weights as A operands: (MMA, 1, k step of the block, block).
+  template <int kBlocks>
+  CUTE_DEVICE static auto weight_operands() {
+    using namespace cute;
+    return make_tensor<int8_t>(
+        make_layout(make_shape(Shape<_4, _2, _2>{}, _1{}, _2{}, Int<kBlocks>{})));
+  }
+
   CUTE_DEVICE static auto token_operands(SharedStorage<Tile>& shared) {  // (MMA, 1, k step, slot)
     using namespace cute;
     auto thread_mma = Mma{}.get_thread_slice(threadIdx.x % kWarpGroupThreads);

@@ -16,6 +16,7 @@
 #include <cute/config.hpp>
 
 #include "liquidgemm/quant/format.hpp"
+#include "liquidgemm/quant/quantizer_threads.hpp"
 
 namespace liquidgemm {
 
@@ -30,8 +31,6 @@ CUTE_DEVICE float to_float(__nv_bfloat16 v) {
 }
 
 // What a thread loads, converts and stores at once.
-inline constexpr int kVector = 8;
-
 template <class T>
 struct alignas(16) Vector {
   T values[kVector];
