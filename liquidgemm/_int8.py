@@ -15,10 +15,13 @@ from .format import GROUP, padded
 def instructions_are_exact() -> bool:
     """Whether this process has an INT8 matrix product of torch that can be relied on.
 
-    Without VNNI (or with the instruction set lowered by ONEDNN_MAX_CPU_ISA) oneDNN adds products in
-    pairs of 16 bits that saturate. That shows with operands at the ends of their range, which are
-    tried once, by rows as one token and as many.
+    Without VNNI torch's product is either a plain loop, exact and several times slower than the
+    product in float64, or oneDNN's, which adds products in pairs of 16 bits that saturate. The
+    latter also shows if ONEDNN_MAX_CPU_ISA lowers the instruction set. It shows with operands at
+    the ends of their range, which are tried once, by rows as one token and as many.
     """
+    if not torch.cpu._is_vnni_supported():
+        return False
     k = 4 * GROUP
     for rows, columns in ((1, 64), (17, 192), (128, 64)):
         for x_value, w_value in ((127, -128), (-127, -128), (127, 127)):

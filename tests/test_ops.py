@@ -245,9 +245,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from test_ops import Case, reference
-from liquidgemm import _int8
 assert torch.backends.cpu.get_cpu_capability() == "DEFAULT", "the variable has no effect"
-assert not _int8.instructions_are_exact(), "they saturate here"
 for m, n, k in ((1, 64, 64), (33, 130, 896), (4, 64, 8192)):
     case = Case(m, n, k)
     case.x[:] = case.x.sign() * 127  # where 16-bit sums saturate
@@ -265,7 +263,8 @@ print("exact")
 
 
 def test_exact_with_the_instruction_set_lowered():
-    """Without AVX-512 and VNNI, where INT8 products of other libraries saturate."""
+    """Without AVX-512 and VNNI, where INT8 products of other libraries may saturate: whether they
+    do depends on the processor, and our sums must be exact either way."""
     result = run_python(
         LOWERED,
         os.path.dirname(__file__),
