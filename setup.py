@@ -32,10 +32,10 @@ MIN_CUDA = (12, 4)
 
 # The sources of each library: every pattern must match at least one file.
 SOURCES = {
-    "liquidgemm._C_host": ["csrc/bindings_host.cpp"],
+    "liquidgemm._C_host": ["csrc/torch/bindings_host.cpp"],
     "liquidgemm._C_cuda": [
-        "csrc/bindings_cuda.cpp",
-        "csrc/*.cu",
+        "csrc/torch/bindings_cuda.cpp",
+        "csrc/liquidgemm/*/*.cu",
         "csrc/instantiations/*.cu",
     ],
 }

@@ -1,4 +1,4 @@
-"""Fits the constants of csrc/liquidgemm/host/plan.hpp to a sweep of bench.plan_sweep.
+"""Fits the constants of csrc/liquidgemm/plan/plan.hpp to a sweep of bench.plan_sweep.
 
 Prints them, and the regret of the choices that follow: time of the chosen plan over the best one.
 The formula is that of `estimate` in plan.hpp; change the two together.

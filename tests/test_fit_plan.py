@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("scipy")
 from bench import fit_plan, machine, plan_sweep
 
-PLAN_HPP = Path(__file__).parent.parent / "csrc/liquidgemm/host/plan.hpp"
+PLAN_HPP = Path(__file__).parent.parent / "csrc/liquidgemm/plan/plan.hpp"
 PLANS = [
     *("t8_p1_k2_s4_half", "t8_p1_k2_s4_half_split2", "t8_p1_k2_s4_half_split4"),
     *("t8_p1_k4_s4", "t8_p1_k4_s4_split2", "t8_p1_k4_s4_split4"),

@@ -87,9 +87,11 @@ def test_missing_tools_are_named(machine: SimpleNamespace, monkeypatch: pytest.M
 
 def test_missing_sources_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "ROOT", tmp_path)
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc/bindings_cuda.cpp").touch()
-    with pytest.raises(build.BuildError, match=r"no file matches csrc/\*\.cu, csrc/inst"):
+    (tmp_path / "csrc/torch").mkdir(parents=True)
+    (tmp_path / "csrc/torch/bindings_cuda.cpp").touch()
+    with pytest.raises(
+        build.BuildError, match=r"no file matches csrc/liquidgemm/\*/\*\.cu, csrc/inst"
+    ):
         build.source_files("liquidgemm._C_cuda")
 
 

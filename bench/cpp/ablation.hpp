@@ -19,7 +19,7 @@
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
 
-#include "liquidgemm/quant/packed_layout.hpp"
+#include "liquidgemm/formats/packed_layout.hpp"
 
 namespace ablation {
 

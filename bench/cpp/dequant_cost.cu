@@ -24,7 +24,7 @@
 //             bench/cpp/dequant_cost.cu
 // Run:   dequant_cost
 #include "harness.hpp"
-#include "liquidgemm/quant/packed_layout.hpp"
+#include "liquidgemm/formats/packed_layout.hpp"
 
 namespace {
 

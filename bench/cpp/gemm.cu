@@ -10,7 +10,8 @@
 // Checked: the INT32 sums of the same plan at min(M, 64) tokens, bit by bit, against one thread per
 // sum.
 //
-// Build: CMakeLists.txt beside this file; it compiles csrc/gemm.cu and csrc/instantiations.
+// Build: CMakeLists.txt beside this file; it compiles csrc/liquidgemm/host/gemm.cu and
+//        csrc/instantiations.
 // Run:   gemm 4096x4096 28672x4096 ...
 #include "liquidgemm/gemm.hpp"
 

@@ -19,7 +19,7 @@
 //             --expt-relaxed-constexpr -Icsrc -I$CUTLASS/include -o lds_rate bench/cpp/lds_rate.cu
 // Run:   lds_rate
 #include "harness.hpp"
-#include "liquidgemm/quant/packed_layout.hpp"
+#include "liquidgemm/formats/packed_layout.hpp"
 
 namespace {
 

@@ -30,7 +30,7 @@
 #include <cute/tensor.hpp>
 
 #include "harness.hpp"
-#include "liquidgemm/quant/packed_layout.hpp"
+#include "liquidgemm/formats/packed_layout.hpp"
 
 namespace {
 

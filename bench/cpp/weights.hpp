@@ -2,7 +2,7 @@
 #pragma once
 
 #include "harness.hpp"
-#include "liquidgemm/quant/packed_layout.hpp"
+#include "liquidgemm/formats/packed_layout.hpp"
 
 namespace bench {
 

@@ -5,8 +5,9 @@
 
 #include <cstdint>
 
-#include "liquidgemm/host/plan.hpp"
-#include "liquidgemm/kernel/params.hpp"
+#include "liquidgemm/common/element.hpp"
+#include "liquidgemm/formats/pack.hpp"
+#include "liquidgemm/plan/plan.hpp"
 
 namespace liquidgemm {
 
@@ -51,8 +52,8 @@ struct QuantizeArguments {
 };
 cudaError_t quantize_activation(QuantizeArguments const& arguments, cudaStream_t stream);
 
-// Panel-parallel versions of pack.hpp. *infeasible (device memory, zeroed by the caller) becomes 1
-// if a code overflows.
+// Panel-parallel versions of formats/pack.hpp. *infeasible (device memory, zeroed by the caller)
+// becomes 1 if a code overflows.
 cudaError_t pack_weight(LogicalWeight const& logical,
                         uint8_t* packed,
                         int* infeasible,

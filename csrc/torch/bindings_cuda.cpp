@@ -4,8 +4,9 @@
 
 #include <tuple>
 
-#include "liquidgemm/binding/weight.hpp"
+#include "liquidgemm/common/math.hpp"
 #include "liquidgemm/gemm.hpp"
+#include "weight.hpp"
 
 namespace liquidgemm::binding {
 namespace {

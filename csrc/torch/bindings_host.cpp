@@ -2,8 +2,8 @@
 // ask.
 #include <atomic>
 
-#include "liquidgemm/binding/weight.hpp"
-#include "liquidgemm/host/plan.hpp"
+#include "liquidgemm/plan/plan.hpp"
+#include "weight.hpp"
 
 namespace liquidgemm::binding {
 namespace {

@@ -1,8 +1,9 @@
 // What pack_weight and unpack_weight share on CPU and CUDA: argument checks, shapes and allocation.
 #pragma once
 
-#include "liquidgemm/binding/check.hpp"
-#include "liquidgemm/quant/pack.hpp"
+#include "check.hpp"
+#include "liquidgemm/common/math.hpp"
+#include "liquidgemm/formats/pack.hpp"
 
 namespace liquidgemm::binding {
 

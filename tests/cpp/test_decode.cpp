@@ -1,7 +1,7 @@
 // The kernel's own decode function over every step, offset and code.
 #include <cstdio>
 
-#include "liquidgemm/quant/format.hpp"
+#include "liquidgemm/formats/format.hpp"
 
 using namespace liquidgemm;
 

@@ -3,7 +3,7 @@
 #include <set>
 #include <vector>
 
-#include "liquidgemm/quant/pack.hpp"
+#include "liquidgemm/formats/pack.hpp"
 
 using namespace liquidgemm;
 

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "liquidgemm/host/early_weights.hpp"
-#include "liquidgemm/host/plan.hpp"
+#include "liquidgemm/plan/early_weights.hpp"
+#include "liquidgemm/plan/plan.hpp"
 
 using namespace liquidgemm;
 

@@ -183,13 +183,13 @@ BUGS = (
         "activations are quantized before the previous kernel is done",
         (
             Patch(
-                "csrc/quantize_activation.cu",
+                "csrc/liquidgemm/producers/quantize_activation.cu",
                 "cutlass::arch::wait_on_dependent_grids();",
                 "",
             ),
         ),
         (OVERTAKING,),
-        units=("quantize_activation.cu",),
+        units=("liquidgemm/producers/quantize_activation.cu",),
     ),
     # GEMMs that quantize.
     Bug(

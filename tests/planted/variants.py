@@ -34,7 +34,7 @@ TILES = (
 )
 
 TILE_HEADER = "csrc/liquidgemm/kernel/tile.hpp"
-PLAN_HEADER = "csrc/liquidgemm/host/plan.hpp"
+PLAN_HEADER = "csrc/liquidgemm/plan/plan.hpp"
 
 
 def slug(bug: Bug) -> str:

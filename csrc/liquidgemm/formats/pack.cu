@@ -1,5 +1,6 @@
 // Packing and unpacking on the GPU: one CTA per block, one thread per row, through the functions of
-// quant/pack.hpp.
+// formats/pack.hpp.
+#include "liquidgemm/common/math.hpp"
 #include "liquidgemm/gemm.hpp"
 
 namespace liquidgemm {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "liquidgemm/quant/packed_layout.hpp"
+#include "liquidgemm/formats/packed_layout.hpp"
 
 namespace liquidgemm {
 
@@ -18,10 +18,6 @@ struct LogicalWeight {
 };
 
 inline constexpr int kPaddingOffset = kOffsetBias;  // rows past n decode to 0
-
-CUTE_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // One row (0..63) of a block, and where it lies there. Four neighbouring k share a 32-bit word, as
 // they share a register of the A operand, so that packing moves words instead of nibbles.

@@ -23,7 +23,7 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/layout.hpp>
 
-#include "liquidgemm/quant/format.hpp"
+#include "liquidgemm/formats/format.hpp"
 
 namespace liquidgemm {
 

@@ -9,8 +9,10 @@
 #include <mutex>
 #include <utility>
 
-#include "liquidgemm/host/early_weights.hpp"
+#include "liquidgemm/common/math.hpp"
 #include "liquidgemm/host/launch.hpp"
+#include "liquidgemm/kernel/params.hpp"
+#include "liquidgemm/plan/early_weights.hpp"
 
 namespace liquidgemm {
 namespace {

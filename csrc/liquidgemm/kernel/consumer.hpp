@@ -9,9 +9,12 @@
 // group that takes every stage gives it back after the first multiplication of the next one.
 #pragma once
 
+#include <cutlass/arch/barrier.h>
+
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
 
+#include "liquidgemm/common/cluster_ptx.hpp"
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/quantized_tokens.hpp"
 #include "liquidgemm/kernel/ring.hpp"

@@ -9,9 +9,9 @@
 
 #include <cute/config.hpp>
 
-namespace liquidgemm {
+#include "liquidgemm/common/element.hpp"
 
-enum class Element : int { kBFloat16, kFloat16, kFloat32, kInt32, kInt8 };
+namespace liquidgemm {
 
 inline constexpr int kBandTiles = 8;
 

@@ -9,6 +9,7 @@
 
 #include <cute/arch/cluster_sm90.hpp>
 
+#include "liquidgemm/common/cluster_ptx.hpp"
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/ring.hpp"
 #include "liquidgemm/kernel/scheduler.hpp"

@@ -6,6 +6,7 @@
 // are tokens have one of their own.
 #pragma once
 
+#include <cutlass/arch/barrier.h>
 #include <cutlass/arch/grid_dependency_control.h>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>

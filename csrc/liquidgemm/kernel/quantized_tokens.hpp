@@ -19,7 +19,7 @@
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/partial_sums.hpp"
 #include "liquidgemm/kernel/ring.hpp"
-#include "liquidgemm/quant/activation.hpp"
+#include "liquidgemm/producers/quantizer.hpp"
 
 namespace liquidgemm {
 

@@ -11,7 +11,7 @@
 #include <string>
 #include <type_traits>
 
-#include "liquidgemm/quant/packed_layout.hpp"
+#include "liquidgemm/formats/packed_layout.hpp"
 
 namespace liquidgemm {
 

@@ -6,7 +6,7 @@
 //   quantizes  this one does so itself
 #pragma once
 
-#include "liquidgemm/host/plan.hpp"
+#include "liquidgemm/plan/plan.hpp"
 
 namespace liquidgemm {
 

@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "liquidgemm/common/math.hpp"
 #include "liquidgemm/kernel/tile.hpp"
-#include "liquidgemm/quant/pack.hpp"
-#include "liquidgemm/quant/quantizer_threads.hpp"
+#include "liquidgemm/producers/quantizer_threads.hpp"
 
 namespace liquidgemm {
 

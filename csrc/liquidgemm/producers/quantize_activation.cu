@@ -1,16 +1,18 @@
 // Activation quantization: one CTA per token, or for few long ones a cluster of them. The formula
-// is that of quant/activation.hpp.
+// is that of producers/quantizer.hpp.
 //
 // A thread keeps its part of the row in registers between the maximum and the division. For few
 // tokens this kernel is latency and nothing else, much of it that of fetching instructions: each
 // thread has one vector then, and the code is short. For many it runs at the speed of memory.
+#include <cutlass/arch/barrier.h>
 #include <cutlass/arch/grid_dependency_control.h>
 
 #include <algorithm>
 
+#include "liquidgemm/common/cluster_ptx.hpp"
+#include "liquidgemm/common/math.hpp"
 #include "liquidgemm/gemm.hpp"
-#include "liquidgemm/kernel/ring.hpp"
-#include "liquidgemm/quant/activation.hpp"
+#include "liquidgemm/producers/quantizer.hpp"
 
 namespace liquidgemm {
 namespace {

@@ -15,8 +15,8 @@
 
 #include <cute/config.hpp>
 
-#include "liquidgemm/quant/format.hpp"
-#include "liquidgemm/quant/quantizer_threads.hpp"
+#include "liquidgemm/formats/format.hpp"
+#include "liquidgemm/producers/quantizer_threads.hpp"
 
 namespace liquidgemm {
 
