@@ -154,9 +154,8 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
     for name, sizes in manifest["layers"].items():
         old = model.get_submodule(name)
         if _sizes(old) != sizes or not isinstance(old, LiquidLinear):
-            like = old.packed if isinstance(old, LiquidLinear) else old.weight
-            dtype = like.dtype if old.bias is None else old.bias.dtype
-            layer = LiquidLinear(**sizes, device=like.device, dtype=dtype)
+            dtype = old.weight.dtype if old.bias is None else old.bias.dtype
+            layer = LiquidLinear(**sizes, device=old.weight.device, dtype=dtype)
             layer.train(old.training)
             for path in paths[old]:
                 replace_module(model, path, layer)
@@ -166,6 +165,8 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
         model.liquid_config = config
     attach(model)
     if rebuilt:
+        for layer in (model.get_submodule(name) for name in manifest["layers"]):
+            layer._dtype = model.dtype  # the skeleton was of the default dtype
         model.tie_weights()
         model.eval()
     return model

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from ._stand_in import WeightStandIn, no_float_weight
 from .format import GROUP, ceil_div
 from .quantize import quantize_weight
 from .weight import QuantizedWeight, dequantize_weight
@@ -23,14 +24,14 @@ class LiquidLinear(nn.Module):
 
     A new layer is zero until it is loaded. Nothing in it is trained, but gradients flow through it
     to x. Casts such as ``.half()`` change the bias alone: the scale stays float32, and the output
-    always has the dtype of x.
+    always has the dtype of x. ``weight`` tells shape, dtype and device, and holds no values.
 
     Args:
         in_features: K, 1 to 132 104.
         out_features: N, at least 1.
         bias: whether there is a bias.
         device: where the buffers live.
-        dtype: dtype of the bias: float32, bfloat16 or float16.
+        dtype: dtype of the bias, and the one that ``weight`` tells: float32, bfloat16 or float16.
         augment: number of residual columns (see `QuantizedWeight`), a multiple of 64. Their
             activations are repeated at run time; the buffer ``columns`` says which.
 
@@ -38,11 +39,14 @@ class LiquidLinear(nn.Module):
 
     Raises:
         ValueError: a size out of range.
-        RuntimeError: in forward, as `liquidgemm.linear`.
+        RuntimeError: in forward, for an x of other than K features and as `liquidgemm.linear`.
+        TypeError: as ``weight`` is assigned or registered, or its values are used.
     """
 
     # Of the state_dict; a newer one is refused.
     _version = 1
+    # Of the float weight, as casts change it. A default for pickles of older versions.
+    _dtype = torch.float32
 
     packed: Tensor
     scale: Tensor
@@ -59,6 +63,7 @@ class LiquidLinear(nn.Module):
         augment: int = 0,
     ) -> None:
         super().__init__()
+        self._dtype = torch.get_default_dtype() if dtype is None else dtype
         if out_features < 1:
             raise ValueError(f"out_features: expected at least 1, got {out_features}")
         if augment < 0 or augment % GROUP:
@@ -87,9 +92,19 @@ class LiquidLinear(nn.Module):
         self.register_buffer("columns", weight.columns.clone() if weight.augment else None)
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> LiquidLinear:
-        """A layer around a quantized weight; the bias ``[N]`` is copied to the weight's device."""
-        layer = cls(weight.in_features, weight.out_features, bias is not None, device="meta")
+    def from_quantized(
+        cls,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LiquidLinear:
+        """A layer around a quantized weight; the bias ``[N]`` is copied to the weight's device.
+
+        A layer without a bias takes the dtype that its ``weight`` tells from ``dtype``.
+        """
+        layer = cls(
+            weight.in_features, weight.out_features, bias is not None, device="meta", dtype=dtype
+        )
         if bias is not None:
             if list(bias.shape) != [weight.out_features] or bias.dtype not in ops.FLOATS:
                 raise ValueError(
@@ -114,11 +129,16 @@ class LiquidLinear(nn.Module):
             TypeError, ValueError: as `quantize_weight`.
         """
         weight = quantize_weight(linear.weight.detach(), group_size, method, importance)
-        layer = cls.from_quantized(weight, linear.bias)
+        layer = cls.from_quantized(weight, linear.bias, linear.weight.dtype)
         layer.train(linear.training)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.in_features,):
+            raise RuntimeError(
+                f"x: expected K = {self.in_features} features in the last dimension, "
+                f"got shape {list(x.shape)}"
+            )
         if self.columns is not None:
             # Before they are rounded: the scale of a token does not change by it, nor do the bits,
             # and gradients find their way.
@@ -132,11 +152,32 @@ class LiquidLinear(nn.Module):
         return QuantizedWeight(*tensors, self.scale, self.in_features, self.columns)
 
     @property
-    def qweight(self) -> Tensor:
-        """The codes as in ``state_dict``, uint8 ``[N, K / 2]`` (unpacked anew on each call).
+    def weight(self) -> WeightStandIn:
+        """Shape ``[N, K]``, dtype and device of the float weight; it has no values."""
+        dtype = self._dtype if self.bias is None else self.bias.dtype
+        return WeightStandIn((self.out_features, self.in_features), dtype, self.scale.device)
 
-        Where there is no ``weight``, other libraries look here for the device of a layer.
-        """
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise TypeError(no_float_weight("weight = ..."))
+
+    @weight.deleter
+    def weight(self) -> None:
+        raise TypeError(no_float_weight("del weight"))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise TypeError(no_float_weight("weight = ..."))
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if name == "weight":
+            raise TypeError(no_float_weight("weight = ..."))
+        super().register_buffer(name, tensor, persistent)
+
+    @property
+    def qweight(self) -> Tensor:
+        """The codes as in ``state_dict``, uint8 ``[N, K / 2]`` (unpacked anew on each call)."""
         return ops.unpack_weight(self.packed, self.out_features)[0]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -152,6 +193,7 @@ class LiquidLinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> LiquidLinear:
         scale = self.scale
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=scale.device)).dtype
         super()._apply(fn, recurse)
         if self.scale.dtype != torch.float32:
             # A cast to another float type came along; only its change of device is wanted.

@@ -168,7 +168,7 @@ def _replace(
 ) -> tuple[int, int]:
     """Put a quantized layer into its places; the bytes before and after."""
     linear = model.get_submodule(paths[0])
-    layer = LiquidLinear.from_quantized(weight, bias)
+    layer = LiquidLinear.from_quantized(weight, bias, linear.weight.dtype)
     layer.train(linear.training)
     if coarse := _count_coarse_rows(linear.weight, layer.scale):
         coarse_rows[paths[0]] = coarse

@@ -375,8 +375,9 @@ def gemm(
     Args:
         x: int8 ``[..., K]`` with values in -127..127, K up to 132 104.
         x_scale: float32 ``[...]``, one scale per row of x.
-        weight: packed weight, uint8 ``[ceil(N / 64), ceil(K / 64), 2176]``; columns of it past
-            K are ignored.
+        weight: packed weight, uint8 ``[ceil(N / 64), ceil(K / 64), 2176]``. It tells its K only
+            rounded up to a multiple of 64: an x with up to 63 columns less is taken, and columns
+            of the weight past those of x are ignored. `LiquidLinear` checks K itself.
         weight_scale: float32 ``[N]``.
         bias: float32, bfloat16 or float16 ``[N]``.
         out_dtype: bfloat16 (default), float16 or float32; int32 returns the sum itself, without
@@ -399,7 +400,8 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None 
 
     Args:
         x: float32, bfloat16 or float16 ``[..., K]``, K up to 132 104.
-        weight: packed weight, uint8 ``[ceil(N / 64), ceil(K / 64), 2176]``.
+        weight: packed weight, uint8 ``[ceil(N / 64), ceil(K / 64), 2176]``. It tells its K only
+            rounded up to a multiple of 64, as in `gemm`.
         weight_scale: float32 ``[N]``.
         bias: float32, bfloat16 or float16 ``[N]``.
 

@@ -9,6 +9,7 @@ import reference
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import liquidgemm
 from liquidgemm import LiquidLinear, dequantize_weight, quantize_weight
@@ -76,6 +77,70 @@ def test_bias_is_checked(bias):
     """CHECKLIST 7."""
     with pytest.raises(ValueError, match="bias: expected float32, bfloat16 or float16 of shape"):
         LiquidLinear.from_quantized(quantize_weight(torch.randn(72, 64)), bias)
+
+
+WIDTHS = [(64, (1, 63, 65)), (100, (65, 99, 101, 128)), (128, (64, 127, 129, 192))]
+WIDTHS = [(k, wrong) for k, widths in WIDTHS for wrong in widths]
+
+
+def augmented(in_features):
+    torch.manual_seed(0)
+    linear = nn.Linear(in_features, 40)
+    linear.weight.data[:, 64:] = 0  # so that the residual columns are the first 64
+    model = nn.Sequential(linear)
+    liquidgemm.quantize_(model, liquidgemm.LiquidConfig(augment=64), progress=False)
+    assert model[0].columns is not None
+    return model[0]
+
+
+@pytest.mark.parametrize("kind", [make, augmented])
+@pytest.mark.parametrize(("k", "wrong"), WIDTHS)
+def test_any_other_number_of_features_is_refused(k, wrong, kind):
+    """CHECKLIST 24: eager, with gradients, on meta and fake tensors, exported and compiled."""
+    layer = kind(k)
+    message = rf"x: expected K = {k} features in the last dimension, got shape \[2, {wrong}\]"
+    x = torch.randn(2, wrong)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    torch._dynamo.reset()
+    attempts = {
+        "eager": lambda: layer(x),
+        "gradients": lambda: layer(x.clone().requires_grad_()),
+        "meta": lambda: copy.deepcopy(layer).to("meta")(x.to("meta")),
+        "fake": lambda: layer(fake.from_tensor(x)),
+        "export": lambda: torch.export.export(layer, (x,), strict=False),
+        "compile": lambda: torch.compile(layer, backend="eager")(x),
+        "compile in one graph": lambda: torch.compile(layer, backend="eager", fullgraph=True)(x),
+    }
+    for attempt in attempts.values():
+        with pytest.raises(RuntimeError, match=message):
+            attempt()
+
+
+def test_dimensions_without_features_are_refused():
+    """CHECKLIST 24: x of no dimension; no tokens are fine."""
+    with pytest.raises(RuntimeError, match=r"x: expected K = 200 .*got shape \[\]"):
+        make()(torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match=r"x: expected K = 200 .*got shape \[3, 0\]"):
+        make()(torch.empty(3, 0))
+    assert make()(torch.empty(0, 200)).shape == (0, 72)
+
+
+def test_a_graph_refuses_another_number_of_features():
+    """CHECKLIST 24: compiled and exported for K, then given more or less."""
+    layer = make(100)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, dynamic=True)
+    for m in (2, 3, 65):
+        compiled(torch.randn(m, 100))
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(layer, (torch.randn(4, 100),), dynamic_shapes=({0: tokens},))
+    for wrong in (65, 99, 101, 128):
+        with pytest.raises(RuntimeError, match="x: expected K = 100 features"):
+            compiled(torch.randn(2, wrong))
+        with pytest.raises((RuntimeError, AssertionError), match="100"):
+            program.module()(torch.randn(2, wrong))
+    assert counter.frame_count == 1
 
 
 def test_training_mode_is_kept():

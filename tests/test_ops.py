@@ -462,6 +462,19 @@ def test_errors_of_linear(changes, message):
         linear(**(arguments | changes))
 
 
+def test_ops_know_k_by_its_groups():
+    """CHECKLIST 24: as documented: up to 63 columns less than the padded K, the first ones."""
+    case = Case(3, 72, 128)
+    for k in (65, 66, 127, 128):
+        x = torch.randn(3, k)
+        padded_x = torch.nn.functional.pad(x, (0, 128 - k))
+        expected = linear(padded_x, case.weight, case.weight_scale)
+        assert_same(linear(x, case.weight, case.weight_scale), expected, k=k)
+    for k in (1, 64, 129, 192):
+        with pytest.raises(RuntimeError, match=f"weight: expected shape .*K = {k} of x"):
+            linear(torch.randn(3, k), case.weight, case.weight_scale)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
     [

@@ -11,6 +11,7 @@ import warnings
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear
 
+from .._stand_in import WeightStandIn
 from ..linear import LiquidLinear
 
 
@@ -23,6 +24,11 @@ class LiquidLora(Linear):
         with warnings.catch_warnings():  # that PEFT does not know LiquidLinear
             warnings.filterwarnings("ignore", "Unsupported layer type")
             super().__init__(base_layer, *args, **kwargs)
+
+    @property
+    def weight(self) -> WeightStandIn:
+        """The base layer's, where PEFT's own gives the packed codes of quantized layers."""
+        return self.get_base_layer().weight
 
     def merge(self, *args, **kwargs) -> None:
         raise NotImplementedError(

@@ -226,7 +226,7 @@ class _Unpacked(nn.Module):
         self.register_buffer("scale", torch.empty(n, dtype=torch.float32, device="meta"))
         columns = torch.empty(augment, dtype=torch.int32, device="meta") if augment else None
         self.register_buffer("columns", columns)
-        bias = linear.bias
+        self.dtype, bias = linear.weight.dtype, linear.bias
         self.register_buffer(
             "bias", None if bias is None else torch.empty_like(bias, device="meta")
         )
@@ -240,7 +240,7 @@ class _Unpacked(nn.Module):
             )
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
-        layer = LiquidLinear.from_quantized(weight, self.bias)
+        layer = LiquidLinear.from_quantized(weight, self.bias, self.dtype)
         return layer.train(self.training)
 
 
