@@ -166,7 +166,7 @@ def write(folder: Path, layers: dict[str, dict[str, Tensor]], settings: dict | N
 
 SETTINGS = {
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
-    "awq": {"quant_method": "awq", "bits": 4, "version": "gemm", "group_size": 128},
+    "awq": {"quant_method": "awq", "bits": 4, "version": "gemm"},
     "qoq": None,
     "qqq": {"quant_method": "qqq", "wbits": 4},
 }
@@ -208,6 +208,6 @@ def packed(name: str, group: int, version: int = 1) -> tuple[dict[str, Tensor], 
         tensors = compressed_tensors(codes, scales, zeros)
         return tensors, SETTINGS["compressed-tensors"], weight
     if name == "awq":
-        return awq(codes, scales, zeros), SETTINGS["awq"], weight
+        return awq(codes, scales, zeros), {**SETTINGS["awq"], "group_size": group}, weight
     tensors = gptq(codes, scales, zeros, K // scales.shape[1], version)
     return tensors, gptq_settings(group, version), weight

@@ -1,14 +1,21 @@
 """Import 4-bit checkpoints of other projects.
 
-A format is a module with ``REQUIRED`` and ``OPTIONAL``, the names of a layer's tensors, and
-``read(tensors, settings)``, which makes a `SourceWeight` of them. The rest is common.
+A format is a module with
+
+- ``MARKS``: names of tensors by which a layer is known to be quantized;
+- ``SYNONYMS`` and ``HARMLESS``: other names of settings, and settings that change nothing;
+- ``scheme(settings)``: what the settings say of each layer;
+- ``names(layer)``: the tensors that a layer of such settings must have, and may have;
+- ``read(tensors, layer)``: the weight as a `SourceWeight` or a `ByteWeight`.
+
+The rest is common.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +25,7 @@ from tqdm.auto import tqdm
 
 from ..weight import QuantizedWeight
 from . import awq, compressed_tensors, gptq, qoq, qqq
+from .architecture import Architecture
 from .folder import (
     SETTINGS_FILES,
     ShardWriter,
@@ -26,6 +34,7 @@ from .folder import (
     new_folder,
     read_json,
 )
+from .settings import LayerScheme, LayerSettings, Settings, merged
 from .source import fit
 
 __all__ = ["ImportReport", "ImportedLayer", "import_checkpoint"]
@@ -61,10 +70,19 @@ class ImportedLayer:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What `import_checkpoint` did: the source's format, and every quantized layer."""
+    """What `import_checkpoint` did.
+
+    Attributes:
+        source: the source's format.
+        layers: every quantized layer.
+        loaded_as: the model as which the result was loaded once, or why that was not tried.
+        notes: what was left out or not carried over.
+    """
 
     source: str
     layers: tuple[ImportedLayer, ...]
+    loaded_as: str
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         exact = sum(layer.error == 0 for layer in self.layers)
@@ -76,124 +94,188 @@ class ImportReport:
                 f"weight error of the others: {mean:.2%} on average, at most {lossy[0].error:.2%} "
                 f"({lossy[0].name})"
             )
+        lines.append(f"loaded as {self.loaded_as}".replace("loaded as not tried", "not tried"))
+        lines += self.notes
         return "\n".join(lines)
 
 
 def import_checkpoint(
     directory: str | os.PathLike, output: str | os.PathLike, progress: bool = True
 ) -> ImportReport:
-    """Convert a 4-bit checkpoint of another project to one of ours.
+    """Convert a checkpoint of another project to one of ours.
 
-    Reads compressed-tensors (``pack-quantized``), AutoAWQ (``gemm``), GPTQ (versions 1 and 2), QoQ
-    as of QServe, and QQQ, in groups of 64 columns or multiples of it, or per channel. Weights
-    whose grid is one of ours (QoQ, QQQ with integer group scales, all that is scaled per channel)
-    keep every value. Scales of groups that are floats have to become integer multiples of one
-    scale per row; the report has what that costs.
+    Reads compressed-tensors (``pack-quantized`` and ``int-quantized``), AutoAWQ (``gemm``), GPTQ
+    (versions 1 and 2), QoQ as of QServe, and QQQ, of 4 bits in groups of 64 columns or multiples
+    of it, or per channel; compressed-tensors of 8 bits per channel, too. Weights whose grid is one
+    of ours (QoQ, QQQ with integer group scales, all that is scaled per channel) keep every value.
+    Scales of groups that are floats have to become integer multiples of one scale per row; the
+    report has what that costs.
 
-    The output can be loaded by `load_quantized` and by ``from_pretrained`` of transformers. It
-    appears when it is complete, or not at all.
+    The output can be loaded by `load_quantized` and by ``from_pretrained`` of transformers: it is
+    loaded once as the model that config.json names, where transformers has it; the report says so.
+    It appears when it is complete, or not at all.
 
     Args:
         directory: the source: ``config.json`` and ``*.safetensors`` (or ``pytorch_model*.bin``).
+            Where there is an index, the files that it names.
         output: the folder to create.
         progress: show a progress bar.
 
     Raises:
         FileNotFoundError: the folder or a file of it is missing.
         FileExistsError: output is there and not empty.
-        ValueError: the checkpoint is damaged, in no format above, or has something that our format
-            cannot hold: groups of 32, columns out of order (desc_act), not 4 bits. The message
-            names the layer and the tensor.
+        ValueError: the checkpoint is damaged, in no format above, has a setting whose meaning is
+            not known, something that our format cannot hold (groups of 32, columns out of order,
+            transforms of activations), or does not load as the model that it is for. The message
+            names the layer and the tensor, or the setting.
     """
     directory, output = Path(directory), Path(output)
     config = read_json(directory / "config.json")
-    settings = _settings(directory, config)
+    files = _settings_by_file(directory, config)
     source = Source(directory)
-    name, module = _format(settings, source.names())
-    layers = _layers(module, source.names())
-    if not layers:
-        raise ValueError(
-            f"{directory}: expected layers with {', '.join(sorted(module.REQUIRED))} as {name} has "
-            "them, got none"
-        )
-    imported = []
+    name, module = _format(files, source.names())
+    settings = merged(files, module.SYNONYMS, module.HARMLESS)
+    settings.pop("quant_method", None)
+    architecture = Architecture(directory, config)
+    layers = _layers(module, source.names(), module.scheme(Settings(settings)), architecture)
+    imported, names, notes = [], {}, list(source.notes)
     with new_folder(output) as staging:
         writer = ShardWriter(staging)
-        for layer, keys in tqdm(layers.items(), "importing", unit="layer", disable=not progress):
+        for layer in tqdm(layers, "importing", unit="layer", disable=not progress):
             try:
-                weight = module.read({k: source[f"{layer}.{k}"] for k in keys}, settings)
+                weight = module.read(
+                    {k: source[f"{layer.name}.{k}"] for k in layer.keys}, layer.settings
+                )
+                bias = architecture.check(layer.module, *weight.shape, weight.bias)
                 quantized, error = fit(weight)
             except ValueError as problem:
-                raise ValueError(f"{layer}: {problem}") from None
-            for key, tensor in _tensors(quantized, weight.bias):
-                writer.add(f"{layer}.{key}", tensor)
-            n, k = weight.codes.shape
+                raise ValueError(f"{layer.name}: {problem}") from None
+            for key, tensor in _tensors(quantized, bias):
+                writer.add(f"{layer.name}.{key}", tensor)
+            n, k = weight.shape
             group = -1 if weight.span >= k else weight.span
-            imported.append(ImportedLayer(layer, n, k, group, error))
-        taken = {f"{layer}.{key}" for layer, keys in layers.items() for key in keys}
+            imported.append(ImportedLayer(layer.name, n, k, group, error))
+            names[layer.module] = quantized.augment
+            if weight.bias is not None and bias is None:
+                notes.append(f"{layer.name}.bias: left out, all zeros and not in the model")
+        taken = {f"{layer.name}.{key}" for layer in layers for key in layer.keys}
         for key in source.names():
             if key not in taken:
                 writer.add(key, source[key])
         writer.close()
-        copy_other_files(directory, staging)
-        report = ImportReport(name, tuple(imported))
+        if left := copy_other_files(directory, staging):
+            notes.append(f"left out: {', '.join(left)}")
         config["quantization_config"] = {
             "quant_method": "liquidgemm",
             "format_version": 1,
             "config": None,
-            "layers": dict.fromkeys(layers, 0),
+            "layers": names,
         }
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        loaded_as = architecture.try_loading(staging)
+        notes += dict.fromkeys(layer.settings.note for layer in layers if layer.settings.note)
+        report = ImportReport(name, tuple(imported), loaded_as, tuple(notes))
         (staging / REPORT_FILE).write_text(json.dumps(asdict(report), indent=1) + "\n")
     return report
 
 
-def _settings(directory: Path, config: dict) -> dict:
-    """How the source says that it is quantized, removed from the config; {} if it does not."""
-    settings = [config.pop(key, None) for key in ("quantization_config", "compression_config")]
-    settings += [read_json(directory / f) for f in SETTINGS_FILES if (directory / f).exists()]
-    found = next((s for s in settings if s), {})
-    if not isinstance(found, dict):
-        raise ValueError(f"quantization_config: expected an object, got {type(found).__name__}")
-    return found
+def _settings_by_file(directory: Path, config: dict) -> dict[str, dict]:
+    """How the source says that it is quantized, by file; removed from the config."""
+    found = dict(_pop_settings(config, "config.json"))
+    for file in SETTINGS_FILES:
+        if (directory / file).exists():
+            found[file] = read_json(directory / file)
+    for file, settings in found.items():
+        if not isinstance(settings, dict):
+            raise ValueError(f"{file}: expected an object, got {type(settings).__name__}")
+    return {file: settings for file, settings in found.items() if settings}
 
 
-def _format(settings: dict, names: Iterable[str]) -> tuple[str, ModuleType]:
-    method = settings.get("quant_method")
-    if method is None:  # QServe writes none, and some files of QQQ and AutoGPTQ have none
+def _pop_settings(config: dict, path: str) -> Iterator[tuple[str, object]]:
+    """Those of the whole model, and of its parts: of a text_config, for one."""
+    for key, value in list(config.items()):
+        if key in ("quantization_config", "compression_config"):
+            del config[key]
+            if value is not None:
+                yield f"{path}: {key}", value
+        elif isinstance(value, dict):
+            yield from _pop_settings(value, f"{path}: {key}")
+
+
+def _format(files: dict[str, dict], names: list[str]) -> tuple[str, ModuleType]:
+    said = {f: m for f, s in files.items() if (m := s.get("quant_method")) is not None}
+    methods = [m.lower() if isinstance(m, str) else m for m in said.values()]
+    if any(method != methods[0] for method in methods):
+        raise ValueError(f"quant_method: expected one, got {said}")
+    method = methods[0] if methods else None
+    if method is None:  # QServe writes none; QQQ, AutoAWQ and AutoGPTQ have not always done so
         ends = {name.rpartition(".")[2] for name in names}
-        unmistakable = ("compressed-tensors", "qoq", "qqq")
-        method = next((m for m in unmistakable if ends >= FORMATS[m].REQUIRED), None)
-        if method is None and "desc_act" in settings:
-            method = "gptq"
+        keys = {key for settings in files.values() for key in settings}
+        unmistakable = (
+            ("compressed-tensors", ends >= {"weight_packed", "weight_scale"}),
+            ("qoq", ends >= qoq.MARKS),
+            ("qqq", ends >= {"B", "s_channel"}),
+            ("awq", ends >= awq.MARKS and bool(keys & {"zero_point", "w_bit", "q_group_size"})),
+            ("gptq", ends >= gptq.MARKS and bool(keys & {"desc_act", "sym", "bits"})),
+        )
+        method = next((method for method, is_so in unmistakable if is_so), None)
+        if method is None and ends >= awq.MARKS:
+            raise ValueError(
+                "quant_method: expected settings that tell AutoAWQ from GPTQ, got none in "
+                f"{', '.join(files or ('config.json', *SETTINGS_FILES))}"
+            )
     if not isinstance(method, str) or method not in FORMATS:
+        nothing = f"none in {', '.join(files)}" if files else "no quantization"
         raise ValueError(
             f"quant_method: expected one of {', '.join(FORMATS)}, got "
-            f"{'no quantization' if method is None else repr(method)}"
+            f"{nothing if method is None else repr(method)}"
         )
     return method, FORMATS[method]
 
 
-def _layers(module: ModuleType, names: Iterable[str]) -> dict[str, list[str]]:
-    """Every quantized layer with the last parts of its tensors' names."""
+@dataclass(frozen=True)
+class _Layer:
+    """A quantized layer: its name in the checkpoint and in the model, and its tensors' keys."""
+
+    name: str
+    module: str
+    keys: tuple[str, ...]
+    settings: LayerSettings
+
+
+def _layers(
+    module: ModuleType, names: list[str], scheme: LayerScheme, architecture: Architecture
+) -> list[_Layer]:
+    """Every quantized layer."""
     by_layer: dict[str, list[str]] = {}
     for name in names:
         layer, _, key = name.rpartition(".")
         by_layer.setdefault(layer, []).append(key)
-    layers = {name: keys for name, keys in by_layer.items() if module.REQUIRED & set(keys)}
-    for layer, keys in layers.items():
-        if missing := sorted(module.REQUIRED - set(keys)):
-            raise ValueError(f"{layer}.{missing[0]}: missing beside {layer}.{keys[0]}")
-        if unknown := sorted(set(keys) - module.REQUIRED - module.OPTIONAL):
+    layers = []
+    for name, keys in by_layer.items():
+        if not module.MARKS & set(keys):
+            continue
+        in_model = architecture.module_of(name)
+        settings = scheme(name, in_model)
+        required, optional = module.names(settings)
+        if missing := sorted(required - set(keys)):
+            raise ValueError(f"{name}.{missing[0]}: missing beside {name}.{keys[0]}")
+        if unknown := sorted(set(keys) - required - optional):
             raise ValueError(
-                f"{layer}.{unknown[0]}: expected nothing but "
-                f"{', '.join(sorted(module.REQUIRED | module.OPTIONAL))}"
+                f"{name}.{unknown[0]}: expected nothing but "
+                f"{', '.join(sorted(required | optional))}"
             )
+        layers.append(_Layer(name, in_model, tuple(keys), settings))
+    if not layers:
+        raise ValueError(
+            f"weights: expected layers with {' or '.join(sorted(module.MARKS))}, got none"
+        )
     return layers
 
 
-def _tensors(weight: QuantizedWeight, bias: Tensor | None) -> Iterable[tuple[str, Tensor]]:
-    for key in ("qweight", "qscale", "qoffset", "scale"):
-        yield key, getattr(weight, key)
+def _tensors(weight: QuantizedWeight, bias: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    for key in ("qweight", "qscale", "qoffset", "scale", "columns"):
+        if (tensor := getattr(weight, key)) is not None:
+            yield key, tensor
     if bias is not None:
         yield "bias", bias

@@ -1,16 +1,22 @@
-"""Nibbles in 32-bit words, as most formats have them."""
+"""Codes in 32-bit words, as most formats have them, and checks of tensors."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..format import ceil_div
 
-def unpack_words(words: Tensor, dim: int) -> Tensor:
-    """int32 with eight nibbles per word, the lowest first, to uint8, eight times as long in dim."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    nibbles = (words.unsqueeze(dim + 1) >> shifts.view(-1, *[1] * (words.dim() - dim - 1))) & 0xF
-    return nibbles.to(torch.uint8).flatten(dim, dim + 1)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+WORDS = (torch.int32,)
+
+
+def unpack_words(words: Tensor, dim: int, bits: int = 4) -> Tensor:
+    """int32 with 32 / bits codes per word, the lowest first, to uint8, that much longer in dim."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = shifts.view(-1, *[1] * (words.dim() - dim - 1))
+    codes = (words.unsqueeze(dim + 1) >> shifts) & (2**bits - 1)
+    return codes.to(torch.uint8).flatten(dim, dim + 1)
 
 
 def expect(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: list[int]) -> None:
@@ -23,14 +29,40 @@ def expect(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: li
         )
 
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-WORDS = (torch.int32,)
+def expect_scales(
+    name: str, tensor: Tensor, shape: list[int], dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> None:
+    """As `expect`, for numbers that are finite and not all zero, as where none were written."""
+    expect(name, tensor, dtypes, shape)
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name}: expected finite values, got a NaN or an infinity")
+    if not tensor.any():
+        raise ValueError(f"{name}: expected scales, got nothing but zeros")
 
 
 def expect_matrix(name: str, tensor: Tensor) -> None:
     """Raises a ValueError unless there are rows and columns; `expect` has to follow."""
     if tensor.dim() != 2 or tensor.numel() == 0:
         raise ValueError(f"{name}: expected a matrix, got shape {list(tensor.shape)}")
+
+
+def span_of(name: str, k: int, groups: int, group_size: int | None) -> int:
+    """Columns of a group, by the settings if they say so, else by the number of groups.
+
+    Raises:
+        ValueError: they do not divide k, or the settings say another number than the tensor.
+    """
+    if group_size is None:
+        if k % groups:
+            raise ValueError(f"{name}: expected groups that divide {k} columns, got {groups}")
+        return k // groups
+    span = k if group_size == -1 else min(group_size, k)
+    if ceil_div(k, span) != groups:
+        raise ValueError(
+            f"{name}: expected {ceil_div(k, span)} groups for {k} columns and group_size = "
+            f"{group_size}, got {groups}"
+        )
+    return span
 
 
 def in_order(name: str, group_of_column: Tensor | None, k: int, span: int) -> None:

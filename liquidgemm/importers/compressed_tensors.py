@@ -1,9 +1,11 @@
-"""compressed-tensors, format ``pack-quantized``, 4 bits (vllm-project/compressed-tensors).
+"""compressed-tensors, integers of 4 or 8 bits (vllm-project/compressed-tensors).
 
-Per layer: ``weight_packed`` int32 ``[N, ceil(K / 8)]``, codes + 8, the first of eight columns in
-the low nibble; ``weight_scale`` float ``[N, G]``; ``weight_shape`` ``[2]``; if asymmetric,
-``weight_zero_point`` int32 ``[ceil(N / 8), G]``, packed likewise along the rows;
-``weight_g_idx`` ``[K]`` if columns were put into groups out of order.
+Per layer, ``pack-quantized``: ``weight_packed`` int32 ``[N, ceil(K * bits / 32)]``, codes + 8 (or
+128), the first of a word's columns in its low bits; ``weight_scale`` float ``[N, G]``;
+``weight_shape`` ``[2]``; if asymmetric, ``weight_zero_point``, int32 ``[ceil(N * bits / 32), G]``,
+packed likewise along the rows, or int8 ``[N, G]`` as older versions wrote it; ``weight_g_idx``
+``[K]`` if columns were put into groups out of order. ``int-quantized``: ``weight`` int8
+``[N, K]`` instead of the first, no shape, and zero points int8 ``[N, G]``.
 ``W = scale * (code - zero)``.
 """
 
@@ -13,35 +15,240 @@ import torch
 from torch import Tensor
 
 from ..format import ceil_div
-from .bits import FLOATS, WORDS, expect, expect_matrix, in_order, unpack_words
-from .source import SourceWeight
+from .bits import WORDS, expect, expect_matrix, expect_scales, in_order, span_of, unpack_words
+from .settings import LayerScheme, LayerSettings, Settings, harmless, matched, not_quantized
+from .source import ByteWeight, SourceWeight
 
-REQUIRED = frozenset({"weight_packed", "weight_scale", "weight_shape"})
-OPTIONAL = frozenset({"weight_zero_point", "weight_g_idx", "bias"})
+MARKS = frozenset({"weight_packed", "weight_scale", "weight_shape", "weight_zero_point"})
+
+SYNONYMS: dict[str, str] = {}
+
+HARMLESS = harmless(
+    {
+        "described": "version global_compression_ratio",
+        "seen by the tensors of a layer": "quantization_status",
+        "how a loader computes": "run_compressed",
+    }
+)
+# Of the arguments for weights and activations. Scales and zeros lie there with their dtypes.
+_HARMLESS_ARGUMENTS = harmless(
+    {"how the scales were found": "observer observer_kwargs scale_dtype zp_dtype"}
+)
+
+# naive-quantized stores integers as int-quantized does.
+_LAYOUTS = ("pack-quantized", "int-quantized", "naive-quantized")
+_OFFLINE = ("weight_input", "weight_output")
 
 
-def read(tensors: dict[str, Tensor], settings: dict) -> SourceWeight:
-    if settings.get("format", "pack-quantized") != "pack-quantized":
-        raise ValueError(f"format: expected 'pack-quantized', got {settings['format']!r}")
-    packed, scale = tensors["weight_packed"], tensors["weight_scale"]
-    expect_matrix("weight_packed", packed)
+def names(layer: LayerSettings) -> tuple[frozenset[str], frozenset[str]]:
+    optional = frozenset({"weight_zero_point", "weight_g_idx", "bias"})
+    if layer.layout == "pack-quantized":
+        return frozenset({"weight_packed", "weight_scale", "weight_shape"}), optional
+    return frozenset({"weight", "weight_scale"}), optional
+
+
+def scheme(settings: Settings) -> LayerScheme:
+    layout = settings.choice("format", (*_LAYOUTS, "mixed-precision"))
+    _check_transforms(settings)
+    if sparsity := settings.take("sparsity_config"):
+        Settings(sparsity, "sparsity_config.").choice("format", ("dense",), "missing")
+    ignored = settings.names("ignore")
+    groups = {}
+    for name, group in settings.objects("config_groups").items():
+        targets = group.names("targets")
+        groups[name] = targets, _group(group, layout)
+    settings.harmless(HARMLESS)
+    settings.close()  # kv_cache_scheme, moe_sparsity_config: not understood
+    if not groups and layout != "pack-quantized":
+        raise ValueError(
+            f"config_groups: expected the settings of the layers, got none for format {layout!r}"
+        )
+
+    def layer(name: str, module: str) -> LayerSettings:
+        for entry in ignored:
+            if entry == "Linear" or matched(entry, (name, module)):
+                raise not_quantized("ignore", entry, name)
+        if not groups:
+            return LayerSettings("pack-quantized")
+        found = _of_layer(groups, (name, module))
+        if isinstance(found, str):
+            raise not_quantized("config_groups", found, name)
+        return found
+
+    return layer
+
+
+def _of_layer(
+    groups: dict[str, tuple[list[str], LayerSettings | str]], layer: tuple[str, str]
+) -> LayerSettings | str:
+    """Of the groups that target the layer, the library's choice: one that names it, then one by
+    a regular expression, in the order of the alphabet, then one for its class."""
+    by_target = {t: parsed for targets, parsed in groups.values() for t in targets}
+    for target in sorted(by_target, key=lambda t: (t.startswith("re:"), t)):
+        if matched(target, layer):
+            return by_target[target]
+    if "Linear" in by_target:
+        return by_target["Linear"]
+    raise ValueError(
+        f"config_groups: expected a group that targets {layer[0]}, whose tensors are quantized, "
+        f"got targets {', '.join(sorted(by_target))}"
+    )
+
+
+def _group(group: Settings, layout: str | None) -> LayerSettings | str:
+    """The settings of a group's layers, or why they are not quantized."""
+    own = group.choice("format", (*_LAYOUTS, "dense"))
+    weights, inputs = group.take("weights"), group.take("input_activations")
+    group.close()  # output_activations would change the results
+    note = ""
+    if inputs is not None:
+        note = _inputs(Settings(inputs, f"{group.path}input_activations."))
+    if weights is None:
+        return f"{group.path}weights = null"
+    layout = own or layout
+    if layout in (None, "mixed-precision", "dense"):
+        raise ValueError(f"{group.path}format: expected one of {_LAYOUTS}, got {own!r}")
+    weights = Settings(weights, f"{group.path}weights.")
+    bits = weights.choice("num_bits", (4, 8), 8)
+    weights.choice("type", ("int",), "int")
+    weights.choice("dynamic", (False,))
+    symmetric = weights.choice("symmetric", (True, False), True)
+    span = weights.group_size()
+    strategy = weights.choice("strategy", ("channel", "group", "tensor"))
+    if strategy is None:
+        strategy = "tensor" if span is None else "channel" if span == -1 else "group"
+    if (strategy == "group") != (span not in (None, -1)):
+        raise ValueError(
+            f"{weights.path}group_size: expected a number of columns for strategy 'group' alone, "
+            f"got {span!r} for {strategy!r}"
+        )
+    # With "group" the columns are out of order, which weight_g_idx has to tell.
+    order = weights.choice("actorder", (False, "weight", "static", "group", "dynamic", True))
+    weights.harmless(_HARMLESS_ARGUMENTS)
+    weights.close()
+    layout = "pack-quantized" if layout == "pack-quantized" else "int-quantized"
+    ordered = order not in ("group", "dynamic", True)
+    span = span if strategy == "group" else -1
+    return LayerSettings(layout, bits, span, symmetric, ordered, note)
+
+
+def _inputs(inputs: Settings) -> str:
+    """What there is to say of how the source quantizes activations: here they are quantized to 8
+    bits as the model runs, each token by its own scale. Scales measured before have no place."""
+    inputs.choice("dynamic", (True,), False)
+    kind = {
+        "num_bits": inputs.take("num_bits", 8),
+        "type": inputs.take("type", "int"),
+        "symmetric": inputs.take("symmetric", True),
+        "strategy": inputs.take("strategy", "tensor"),
+    }
+    span = inputs.group_size()
+    inputs.harmless(_HARMLESS_ARGUMENTS)
+    inputs.close()
+    if kind == {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token"}:
+        return ""
+    said = ", ".join(f"{key} = {value}" for key, value in {**kind, "group_size": span}.items())
+    return (
+        f"{inputs.path.removesuffix('.')}: not carried over ({said}): activations are quantized to "
+        "8 bits, each token by its own scale"
+    )
+
+
+def _check_transforms(settings: Settings) -> None:
+    """Those of weights are in the weights already; any other would have to run with the model."""
+    transforms = Settings(settings.take("transform_config", {}), "transform_config.")
+    for group in transforms.objects("config_groups").values():
+        apply = group.take("apply", [])
+        for entry in apply if isinstance(apply, list) else [apply]:
+            where = Settings(entry, f"{group.path}apply.")
+            location = where.take("location")
+            if location not in _OFFLINE:
+                raise ValueError(
+                    f"{where.path}location: expected a transform of the weights, which are stored "
+                    f"transformed, got {location!r}: an online transform ({group.take('type')}), "
+                    "without which the model computes something else, has no place in the format"
+                )
+    transforms.close()
+
+
+def read(tensors: dict[str, Tensor], layer: LayerSettings) -> SourceWeight | ByteWeight:
+    codes, scale = _codes(tensors, layer), tensors["weight_scale"]
+    n, k = codes.shape
+    if scale.numel() == 1 and layer.group_size in (None, -1):  # strategy tensor
+        scale = scale.reshape(1, 1).expand(n, 1)
     expect_matrix("weight_scale", scale)
+    groups = scale.shape[1]
+    expect_scales("weight_scale", scale, [n, groups])
+    span = span_of("weight_scale", k, groups, layer.group_size)
+    group_of_column = tensors.get("weight_g_idx")
+    in_order("weight_g_idx", group_of_column, k, span)
+    if layer.ordered is False and groups > 1 and group_of_column is None:
+        raise ValueError("weight_g_idx: expected the order of columns as actorder says, got none")
+    zero, bias = _zeros(tensors, layer, [n, groups]), tensors.get("bias")
+    if layer.bits == 8:
+        if groups > 1:
+            raise ValueError(
+                "num_bits: expected 4 for weights in groups, got 8: weights of 8 bits fit the "
+                "format with one scale per row"
+            )
+        return ByteWeight(codes, zero[:, 0], scale[:, 0].float(), bias)
+    step = scale.double()
+    return SourceWeight(
+        (codes + 8).to(torch.uint8), step, -(zero + 8).double() * step, span, bias=bias
+    )
+
+
+def _codes(tensors: dict[str, Tensor], layer: LayerSettings) -> Tensor:
+    """Signed codes, int16 ``[N, K]``."""
+    half = 2 ** (layer.bits - 1)
+    if layer.layout == "int-quantized":
+        codes = tensors["weight"]
+        expect_matrix("weight", codes)
+        expect("weight", codes, (torch.int8,), list(codes.shape))
+        low, high = (int(extremum) for extremum in codes.aminmax())
+        if low < -half or high >= half:
+            raise ValueError(
+                f"weight: expected codes of {layer.bits} bits, {-half} to {half - 1}, got {low} to "
+                f"{high}"
+            )
+        return codes.short()
+    packed = tensors["weight_packed"]
+    expect_matrix("weight_packed", packed)
     expect("weight_shape", tensors["weight_shape"], (torch.int64, torch.int32), [2])
     n, k = (int(size) for size in tensors["weight_shape"])
-    if list(packed.shape) == [n, ceil_div(k, 4)]:
+    per_word = 32 // layer.bits
+    if n < 1 or k < 1:
+        raise ValueError(f"weight_shape: expected a matrix, got {n} x {k}")
+    if list(packed.shape) == [n, ceil_div(k, 4)] and layer.bits == 4:
         raise ValueError("weight_packed: expected 4 bits per weight, got 8")
-    expect("weight_packed", packed, WORDS, [n, ceil_div(k, 8)])
-    groups = scale.shape[1]
-    expect("weight_scale", scale, FLOATS, [n, groups])
-    if k % groups:
-        raise ValueError(f"weight_scale: expected groups that divide {k} columns, got {groups}")
-    in_order("weight_g_idx", tensors.get("weight_g_idx"), k, k // groups)
+    expect("weight_packed", packed, WORDS, [n, ceil_div(k, per_word)])
+    return unpack_words(packed, dim=1, bits=layer.bits)[:, :k].short() - half
+
+
+def _zeros(tensors: dict[str, Tensor], layer: LayerSettings, shape: list[int]) -> Tensor:
+    """Signed zeros, int16 ``[N, G]``."""
     zero = tensors.get("weight_zero_point")
     if zero is None:
-        zero = torch.full((n, groups), 8)
+        if layer.symmetric is False:
+            raise ValueError("weight_zero_point: expected one, as symmetric = false says, got none")
+        return torch.zeros(shape, dtype=torch.int16)
+    n, groups = shape
+    half = 2 ** (layer.bits - 1)
+    if layer.layout == "pack-quantized" and zero.dtype == torch.int32:
+        expect("weight_zero_point", zero, WORDS, [ceil_div(n * layer.bits, 32), groups])
+        zero = unpack_words(zero, dim=0, bits=layer.bits)[:n].short() - half
     else:
-        expect("weight_zero_point", zero, WORDS, [ceil_div(n, 8), groups])
-        zero = unpack_words(zero, dim=0)[:n]
-    step = scale.double()
-    codes = unpack_words(packed, dim=1)[:, :k]
-    return SourceWeight(codes, step, -zero.double() * step, k // groups, bias=tensors.get("bias"))
+        if zero.numel() == n * groups == n:
+            zero = zero.reshape(shape)
+        elif zero.numel() == 1:
+            zero = zero.reshape(1, 1).expand(shape)
+        expect("weight_zero_point", zero, (torch.int8,), shape)
+        zero = zero.short()
+    low, high = (int(extremum) for extremum in zero.aminmax())
+    if low < -half or high >= half:
+        raise ValueError(f"weight_zero_point: expected {-half} to {half - 1}, got {low} to {high}")
+    if layer.symmetric and (low, high) != (0, 0):
+        raise ValueError(
+            f"weight_zero_point: expected zeros, as symmetric = true means, got {low} to {high}"
+        )
+    return zero

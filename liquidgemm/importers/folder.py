@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,39 +17,76 @@ from torch import Tensor
 
 # Files that say how the source was stored.
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf", ".onnx", ".h5")
+_WEIGHTS += (".msgpack", ".ot")
+# The same model in the names of another library, and adapters, which are not of the model.
+_NOT_OF_THE_MODEL = ("consolidated", "adapter_model")
 
 SHARD_BYTES = 5_000_000_000
 
 
 class Source:
-    """The tensors of a folder by name, each read when it is asked for."""
+    """The tensors of a folder by name, each read when it is asked for.
+
+    Where there is an index, a tensor comes from the file that the index names.
+
+    Attributes:
+        notes: what was left out, and what lies beside the index.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: a file is damaged, the index names what is not there, or without an index two
+            files hold a tensor of the same name.
+    """
 
     def __init__(self, directory: Path) -> None:
-        files = sorted(directory.glob("*.safetensors"))
+        self.notes: list[str] = []
         self._tensors: dict[str, Path | Tensor] = {}
+        if (directory / "adapter_config.json").exists():
+            raise ValueError(
+                f"{directory / 'adapter_config.json'}: expected a model, got one with an adapter: "
+                "merge the adapter, or move it to a folder of its own"
+            )
+        files, index, read = _weights(directory)
+        weight_map = None if index is None else _weight_map(index)
+        if weight_map is not None:
+            files = [directory / name for name in sorted(set(weight_map.values()))]
         for file in files:
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    self._tensors.update(dict.fromkeys(handle.keys(), file))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: truncated or damaged ({error})") from None
-        if not files:
-            files = sorted(directory.glob("pytorch_model*.bin"))
-            for file in files:
-                self._tensors.update(_load_pickle(file))
-        if not files:
-            raise FileNotFoundError(f"{directory}: holds no *.safetensors or pytorch_model*.bin")
-        self._check_complete(directory)
+            for name, where in read(file).items():
+                self._add(name, where, file, weight_map)
+        if weight_map is not None:
+            self._check_complete(index, weight_map)
+        left = sorted(
+            file.name
+            for file in directory.iterdir()
+            if file.is_file() and file.name.endswith(_WEIGHTS) and file not in (*files, index)
+        )
+        if left:
+            self.notes.append(f"left out: {', '.join(left)}")
 
-    def _check_complete(self, directory: Path) -> None:
-        for index in sorted(directory.glob("*.index.json")):
-            names = read_json(index).get("weight_map", {})
-            if missing := sorted(names.keys() - self._tensors.keys()):
-                raise ValueError(
-                    f"{directory}: {missing[0]} is missing, though {index.name} says that it is in "
-                    f"{names[missing[0]]}"
-                )
+    def _add(
+        self, name: str, where: Path | Tensor, file: Path, weight_map: dict[str, str] | None
+    ) -> None:
+        if weight_map is not None and weight_map.get(name, file.name) != file.name:
+            return
+        if name in self._tensors:
+            raise ValueError(
+                f"{file}: expected each tensor in one file, got {name} in several, and no index "
+                "that says which is right: remove the files that are not of the model"
+            )
+        self._tensors[name] = where
+
+    def _check_complete(self, index: Path, weight_map: dict[str, str]) -> None:
+        if missing := sorted(weight_map.keys() - self._tensors.keys()):
+            raise ValueError(
+                f"{index.parent}: {missing[0]} is missing, though {index.name} says that it is in "
+                f"{weight_map[missing[0]]}"
+            )
+        if unnamed := sorted(self._tensors.keys() - weight_map.keys()):
+            self.notes.append(
+                f"not in {index.name}, but in the files that it names: {', '.join(unnamed[:3])}"
+                + (f" and {len(unnamed) - 3} more" if len(unnamed) > 3 else "")
+            )
 
     def names(self) -> list[str]:
         return sorted(self._tensors)
@@ -60,6 +97,59 @@ class Source:
             return found.clone()  # names of a pickle may share memory, which safetensors refuses
         with safe_open(found, framework="pt") as handle:
             return handle.get_tensor(name)
+
+
+def _weights(
+    directory: Path,
+) -> tuple[list[Path], Path | None, Callable[[Path], dict[str, Path | Tensor]]]:
+    """The files with weights, their index if there is one, and what reads such a file."""
+    for pattern, read in (
+        ("*.safetensors", _names_of_safetensors),
+        ("pytorch_model*.bin", _load_pickle),
+    ):
+        files, indices = (
+            sorted(f for f in directory.glob(p) if not f.name.startswith(_NOT_OF_THE_MODEL))
+            for p in (pattern, f"{pattern}.index.json")
+        )
+        if len(indices) > 1:
+            names = ", ".join(index.name for index in indices)
+            indices = [i for i in indices if i.name == "model.safetensors.index.json"]
+            if not indices:
+                raise ValueError(f"{directory}: expected one index, got {names}")
+        if files or indices:
+            return files, indices[0] if indices else None, read
+    held = ", ".join(sorted(f.name for f in directory.iterdir() if f.name.endswith(_WEIGHTS)))
+    raise FileNotFoundError(
+        f"{directory}: holds no *.safetensors or pytorch_model*.bin"
+        + (f", but {held}" if held else "")
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor.
+
+    Raises:
+        ValueError: it is no such index, or names a file that is not in the folder.
+    """
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise ValueError(f"{index}: expected a weight_map of files by tensor, got {names!r:.80}")
+    for name, file in names.items():
+        if Path(file).name != file:
+            raise ValueError(f"{index}: expected the name of a file for {name}, got {file!r}")
+        if not (index.parent / file).is_file():
+            raise ValueError(
+                f"{index.parent}: {name} is missing, though {index.name} says that it is in {file}"
+            )
+    return names
+
+
+def _names_of_safetensors(file: Path) -> dict[str, Path]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return dict.fromkeys(handle.keys(), file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: truncated or damaged ({error})") from None
 
 
 def _load_pickle(file: Path) -> dict[str, Tensor]:
@@ -109,12 +199,21 @@ def _umask() -> int:
     return mask
 
 
-def copy_other_files(directory: Path, staging: Path) -> None:
-    """Tokenizer, generation settings and the like: all but weights and what described them."""
-    for file in sorted(directory.iterdir()):
-        described = file.name in (*SETTINGS_FILES, "config.json", "liquidgemm.json")
-        if file.is_file() and not described and not file.name.endswith(_WEIGHTS):
-            shutil.copyfile(file, staging / file.name)
+def copy_other_files(directory: Path, staging: Path) -> list[str]:
+    """Tokenizer, generation settings and the like, in folders below too: all but weights and what
+    described them. Returns the weights below that were left out."""
+    described = {*SETTINGS_FILES, "config.json", "liquidgemm.json"}
+    left = []
+    for path, folders, files in os.walk(directory):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = Path(path).relative_to(directory)
+        for name in sorted(files):
+            if name.endswith(_WEIGHTS):
+                left += [] if below == Path() else [str(below / name)]
+            elif below != Path() or name not in described:
+                (staging / below).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(Path(path, name), staging / below / name)
+    return left
 
 
 class ShardWriter:

@@ -14,11 +14,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import WORDS, expect, expect_matrix, unpack_words
+from .bits import WORDS, expect, expect_matrix, expect_scales, span_of, unpack_words
+from .settings import LayerScheme, LayerSettings, Settings, harmless, no_override
 from .source import SourceWeight
 
-REQUIRED = frozenset({"B", "s_channel"})
-OPTIONAL = frozenset({"s_group", "bias"})
+MARKS = frozenset({"B", "s_channel", "s_group"})
+
+SYNONYMS = {
+    "w_bit": "bits",
+    "wbits": "bits",
+    "q_group_size": "group_size",
+    "checkpoint_format": "format",
+}
+
+HARMLESS = harmless(
+    {
+        "the columns are stored in their own order, no tensor has another": "desc_act",
+        "seen by the tensors of the layer": "lm_head",
+        "how the codes were found": "damp_percent damp_auto_increment static_groups "
+        "true_sequential act_group_aware mse",
+        "meant by its writer for what changes nothing": "meta",
+    }
+)
 
 _TILE_CHANNELS = 64
 # Nibble of each of the eight codes of a word.
@@ -26,7 +43,28 @@ _PLACES_BY_GROUP = (0, 4, 1, 5, 2, 6, 3, 7)
 _PLACES_BY_CHANNEL = (1, 3, 5, 7, 0, 2, 4, 6)
 
 
-def read(tensors: dict[str, Tensor], settings: dict) -> SourceWeight:
+def names(layer: LayerSettings) -> tuple[frozenset[str], frozenset[str]]:
+    return frozenset({"B", "s_channel"}), frozenset({"s_group", "bias"})
+
+
+def scheme(settings: Settings) -> LayerScheme:
+    settings.choice("bits", (4,), 4)
+    settings.choice("format", ("qqq",))
+    settings.choice("pack_dtype", ("int32", "torch.int32"))
+    settings.choice("sym", (True,))
+    span = settings.group_size()
+    dynamic = settings.objects("dynamic")
+    settings.harmless(HARMLESS)
+    settings.close()
+
+    def layer(name: str, module: str) -> LayerSettings:
+        no_override(dynamic, name, module)
+        return LayerSettings("qqq", group_size=span)
+
+    return layer
+
+
+def read(tensors: dict[str, Tensor], layer: LayerSettings) -> SourceWeight:
     words, s_channel = tensors["B"], tensors["s_channel"]
     s_group = tensors.get("s_group", torch.empty(0, dtype=torch.float16))
     expect_matrix("B", words)
@@ -35,20 +73,20 @@ def read(tensors: dict[str, Tensor], settings: dict) -> SourceWeight:
     if n % _TILE_CHANNELS:
         raise ValueError(f"s_channel: expected a multiple of {_TILE_CHANNELS} channels, got {n}")
     expect("B", words, WORDS, [k // 16, 2 * n])
-    expect("s_channel", s_channel, (torch.float32,), [1, n])
+    expect_scales("s_channel", s_channel, [1, n], (torch.float32,))
     sigma, bias = _channels(s_channel), tensors.get("bias")
     if s_group.numel() == 0:
+        span_of("s_group", k, 1, layer.group_size)
         codes = _codes(words, _PLACES_BY_CHANNEL) ^ 8  # two's complement to code + 8
         step = 16 * sigma.double().unsqueeze(1)
         return SourceWeight(codes, step, -8 * step, k, bias=bias)
     expect_matrix("s_group", s_group)
     groups = s_group.shape[0]
-    if k % groups:
-        raise ValueError(f"s_group: expected groups that divide {k} columns, got {groups}")
-    expect("s_group", s_group, (torch.float16,), [groups, n])
+    span = span_of("s_group", k, groups, layer.group_size)
+    expect_scales("s_group", s_group, [groups, n], (torch.float16,))
     step = s_group.view(groups, -1, 8, 8).transpose(2, 3).reshape(groups, n).t().double()
     codes = _codes(words, _PLACES_BY_GROUP)
-    return SourceWeight(codes, step, -8 * step, k // groups, sigma, bias)
+    return SourceWeight(codes, step, -8 * step, span, sigma, bias)
 
 
 def _codes(words: Tensor, places: tuple[int, ...]) -> Tensor:

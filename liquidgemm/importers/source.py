@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..format import GROUP, Q_MAX, ceil_div, pack_nibbles, padded
@@ -35,7 +36,7 @@ class SourceWeight:
 
     Raises:
         ValueError: at construction, for shapes that do not fit together, numbers that are not
-            finite, a negative step, or groups that are not whole groups of 64.
+            finite, or groups that are not whole groups of 64.
     """
 
     codes: Tensor
@@ -76,9 +77,10 @@ class SourceWeight:
                 raise ValueError(f"{name}: expected finite values, got a NaN or an infinity")
         if self.bias is not None and self.bias.dtype not in FLOATS:
             raise ValueError(f"bias: expected {FLOATS}, got {self.bias.dtype}")
-        for name, tensor in (("scales", self.step), ("channel scales", self.sigma)):
-            if tensor is not None and tensor.min() < 0:
-                raise ValueError(f"{name}: expected values >= 0, got {tensor.min().item()}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.codes.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as the source's own arithmetic has it, ``[N, K]``."""
@@ -101,8 +103,97 @@ class SourceWeight:
                 self.codes[chunk], self.step[chunk], self.offset[chunk], self.span, sigma
             )
 
+    def positive(self) -> SourceWeight:
+        """The same weight without a negative step: codes of such a group count backwards."""
+        step, offset, sigma = self.step, self.offset, self.sigma
+        if sigma is not None:
+            sign = torch.where(sigma < 0, -1.0, 1.0).double().unsqueeze(1)
+            step, offset, sigma = sign * step, sign * offset, sigma.abs()
+        turned = (step < 0).repeat_interleave(self.span, dim=1)[:, : self.codes.shape[1]]
+        return replace(
+            self,
+            codes=torch.where(turned, Q_MAX - self.codes, self.codes),
+            step=step.abs(),
+            offset=torch.where(step < 0, offset + Q_MAX * step, offset),
+            sigma=sigma,
+        )
 
-def fit(source: SourceWeight) -> tuple[QuantizedWeight, float]:
+
+@dataclass(frozen=True, eq=False)
+class ByteWeight:
+    """``W = scale * (code - zero)`` with 8-bit codes.
+
+    Attributes:
+        codes: int16 ``[N, K]``, -128 to 127.
+        zero: int16 ``[N]``, likewise.
+        scale: float32 ``[N]``.
+        bias: float ``[N]`` or None.
+    """
+
+    codes: Tensor
+    zero: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.codes)
+        if self.bias is not None and (
+            list(self.bias.shape) != [n] or self.bias.dtype not in FLOATS
+        ):
+            raise ValueError(
+                f"bias: expected floats of shape {[n]}, got {self.bias.dtype} of "
+                f"{list(self.bias.shape)}"
+            )
+        if self.bias is not None and not self.bias.isfinite().all():
+            raise ValueError("bias: expected finite values, got a NaN or an infinity")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.codes.shape)
+
+    @property
+    def span(self) -> int:
+        return self.codes.shape[1]
+
+    def fit(self) -> QuantizedWeight:
+        """The weight as two times four bits: the high ones, and the low ones in residual columns.
+
+        Raises:
+            ValueError: the zero of a row leaves values that two groups cannot hold together.
+        """
+        n, k = self.codes.shape
+        values = (self.codes - self.zero.unsqueeze(1)).int()
+        values = torch.where(self.scale.unsqueeze(1) < 0, -values, values)
+        low, high = values.aminmax(dim=1)
+        # Without a zero the two offsets are -128 and 0, as wherever weights have 8 bits here.
+        least = torch.where((low >= _INT8_MIN) & (high <= _INT8_MAX), _INT8_MIN, low.clamp(max=-1))
+        offset = torch.where(least <= -16, -128, -113)
+        residual = least - offset
+        codes = values - least.unsqueeze(1)
+        # Residual columns past K repeat the last one, and have to be zeros.
+        if (codes > 255).any() or (k % GROUP and residual.any()):
+            raise ValueError(
+                f"zero points: expected 8-bit weights of {_INT8_MIN} to {_INT8_MAX} once the zeros "
+                f"are subtracted, got {int(low.min())} to {int(high.max())}"
+            )
+        codes = F.pad(codes.to(torch.uint8), (0, padded(k) - k))
+        groups = padded(k) // GROUP
+
+        def wide(parameter: Tensor) -> Tensor:
+            return parameter.to(torch.uint8).unsqueeze(1).expand(n, groups)
+
+        step = torch.ones(n, dtype=torch.int32)
+        return QuantizedWeight(
+            pack_nibbles(torch.cat((codes >> 4, codes & 15), 1)),
+            torch.cat((wide(16 * step), wide(step)), 1),
+            torch.cat((wide(offset - _INT8_MIN), wide(residual - _INT8_MIN)), 1),
+            self.scale.abs(),
+            k,
+            torch.arange(padded(k), dtype=torch.int32).clamp_(max=k - 1),
+        )
+
+
+def fit(source: SourceWeight | ByteWeight) -> tuple[QuantizedWeight, float]:
     """The weight on our grid, and the relative error of that: ``|W' - W| / |W|``.
 
     Rows whose grid is one of ours (integer steps and offsets within INT8) are converted code by
@@ -110,11 +201,14 @@ def fit(source: SourceWeight) -> tuple[QuantizedWeight, float]:
     to the source's while the codes stay; then each code goes where the weight is nearest. Where
     `quantize_weight` of the dequantized row has less error than that, it is taken instead.
     """
+    if isinstance(source, ByteWeight):
+        return source.fit(), 0.0
     parts, error, norm = [], 0.0, 0.0
     for chunk in source.row_chunks():
-        exact, part = _exact(chunk)
+        positive = chunk.positive()
+        exact, part = _exact(positive)
         if not exact.all():
-            part = _select(exact, part, _nearest(chunk))
+            part = _select(exact, part, _nearest(positive))
         parts.append(part)
         reference = chunk.dequantize(torch.float64)
         error += float((_values(part) - reference).square().sum())

@@ -119,11 +119,17 @@ class LiquidGemmQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs
+        self,
+        model: nn.Module,
+        checkpoint_files: list[str] | None = None,
+        device_map: Mapping | None = None,
+        **kwargs,
     ) -> None:
         if not self.pre_quantized:
             return
         self._check_files(checkpoint_files or [])
+        # Without any data: to see whether every tensor finds its place.
+        self._on_meta = {str(device) for device in (device_map or {}).values()} == {"meta"}
         paths = paths_of_modules(model)
         for name, augment in self._layers_of(model).items():
             linear = model.get_submodule(name)
@@ -144,7 +150,7 @@ class LiquidGemmQuantizer(HfQuantizer):
             return
         for layer, names in paths_of_modules(model).items():
             if isinstance(layer, _Unpacked):
-                packed = layer.pack(names[0])
+                packed = layer.without_data() if self._on_meta else layer.pack(names[0])
                 for name in names:
                     replace_module(model, name, packed)
         if config is not None:
@@ -230,6 +236,16 @@ class _Unpacked(nn.Module):
         self.register_buffer(
             "bias", None if bias is None else torch.empty_like(bias, device="meta")
         )
+
+    def without_data(self) -> LiquidLinear:
+        return LiquidLinear(
+            self.in_features,
+            len(self.scale),
+            bias=self.bias is not None,
+            augment=0 if self.columns is None else len(self.columns),
+            device="meta",
+            dtype=None if self.bias is None else self.bias.dtype,
+        ).train(self.training)
 
     def pack(self, name: str) -> LiquidLinear:
         if self.qweight.is_meta:

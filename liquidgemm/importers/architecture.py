@@ -1,0 +1,190 @@
+"""The model that a checkpoint is for, as its configuration names it.
+
+Before anything is converted, every quantized layer is looked up in the model; afterwards the
+result is loaded once.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+LOADED_WHOLE_BYTES = 2_000_000_000
+"""Up to this size the result is loaded with its values; a larger one on the meta device."""
+
+
+class Architecture:
+    """The class that ``architectures`` names, built without data, or why there is none.
+
+    Args:
+        directory: the model's folder; its config.json is read as transformers reads it.
+        config: its content, without the settings of the quantization.
+
+    Attributes:
+        untried: why there is no model to try; None if there is.
+
+    Raises:
+        ValueError: the configuration does not describe such a model.
+    """
+
+    def __init__(self, directory: Path, config: dict) -> None:
+        self.model: nn.Module | None = None
+        self._renames = None
+        self._class, self.untried = _class_of(config)
+        if self._class is None:
+            return
+        import transformers
+
+        self.name = self._class.__name__
+        self._with = f"{self.name} of transformers {transformers.__version__}"
+        try:
+            with quiet(), torch.device("meta"):
+                parsed = self._class.config_class.from_dict(copy.deepcopy(config))
+                self.model = self._class(parsed)
+        except Exception as error:  # transformers raises whatever a wrong value leads to
+            raise ValueError(
+                f"{directory / 'config.json'}: does not describe a {self.name} ({error})"
+            ) from error
+        self._modules = dict(self.model.named_modules(remove_duplicate=False))
+        self._keys = self.model.state_dict()
+
+    def module_of(self, layer: str) -> str:
+        """The name in the model of a layer of the checkpoint.
+
+        Raises:
+            ValueError: there is no linear layer of that name.
+        """
+        if self.model is None:
+            return layer
+        key, merged = self._renamed(f"{layer}.weight")
+        name = key.removesuffix(".weight")
+        if not merged and isinstance(self._modules.get(name), nn.Linear):
+            return name
+        if merged or "experts" in layer.split("."):
+            raise ValueError(
+                f"{layer}: expected a linear layer in {self._with}, got a part of {key}: it keeps "
+                "experts, or layers that it computes together, in one parameter, where a 4-bit "
+                "layer has no place yet; quantize the float model instead, which keeps those in "
+                "float"
+            )
+        found = type(self._modules[name]).__name__ if name in self._modules else "nothing"
+        raise ValueError(f"{layer}: expected a linear layer in {self._with}, got {found}")
+
+    def check(self, module: str, n: int, k: int, bias: Tensor | None) -> Tensor | None:
+        """The bias that the model's layer takes: zeros are left out where it has none.
+
+        Raises:
+            ValueError: the layer is of another size, or has no bias where there is one.
+        """
+        if self.model is None:
+            return bias
+        linear = self._modules[module]
+        if (linear.out_features, linear.in_features) != (n, k):
+            raise ValueError(
+                f"weight: expected {linear.out_features} x {linear.in_features} as in {self._with},"
+                f" got {n} x {k}"
+            )
+        if bias is None or linear.bias is not None:
+            return bias
+        if bias.any():
+            raise ValueError(f"bias: expected none in {self._with}, got one that is not zero")
+        return None
+
+    def try_loading(self, folder: Path) -> str:
+        """Loads the result once; returns how, for the report.
+
+        Raises:
+            ValueError: it does not load, or not every tensor finds its place.
+        """
+        if self.model is None:
+            return f"not tried: {self.untried}"
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        device = "cpu" if size <= LOADED_WHOLE_BYTES else "meta"
+        try:
+            with quiet():
+                _, info = self._class.from_pretrained(
+                    folder, device_map={"": device}, output_loading_info=True
+                )
+        except Exception as error:
+            raise ValueError(f"the result does not load as {self._with}: {error}") from error
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+            if found := sorted(map(str, info.get(kind, ()))):
+                raise ValueError(
+                    f"{found[0]}: expected every tensor to find its place in {self._with}, got "
+                    f"{len(found)} {kind.replace('_', ' ')}"
+                )
+        how = "with its values" if device == "cpu" else "on the meta device, without its values"
+        return f"{self._with}, {how}"
+
+    def _renamed(self, key: str) -> tuple[str, bool]:
+        """A key of the checkpoint as from_pretrained renames it, and whether it is merged."""
+        if key in self._keys:
+            return key, False
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import (
+                WeightConverter,
+                WeightRenaming,
+                rename_source_key,
+            )
+        except ImportError:  # transformers 4 has one table
+            table = getattr(self.model, "_checkpoint_conversion_mapping", None) or {}
+            for pattern, replacement in table.items():
+                key = re.sub(pattern, replacement, key)
+            return self._with_prefix(key), False
+        if self._renames is None:
+            mapping = get_model_conversion_mapping(self.model)
+            self._renames = (
+                [entry for entry in mapping if isinstance(entry, WeightRenaming)],
+                [entry for entry in mapping if isinstance(entry, WeightConverter)],
+            )
+        key, merged = rename_source_key(
+            key, *self._renames, self.model.base_model_prefix, self._keys
+        )
+        return self._with_prefix(key), merged is not None
+
+    def _with_prefix(self, key: str) -> str:
+        prefix = f"{self.model.base_model_prefix}."
+        for name in (key, prefix + key, key.removeprefix(prefix)):
+            if name in self._keys:
+                return name
+        return key
+
+
+def _class_of(config: dict) -> tuple[type | None, str | None]:
+    """The class, or why there is none."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        return None, "config.json names no architectures"
+    if importlib.util.find_spec("transformers") is None:
+        return None, "transformers is not installed"
+    import transformers
+
+    found = getattr(transformers, names[0], None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        return None, f"transformers {transformers.__version__} has no model {names[0]}"
+    return found, None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own progress and reports: what matters becomes an error."""
+    from transformers.utils import logging as theirs
+
+    level, bar = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.CRITICAL)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bar:
+            theirs.enable_progress_bar()
