@@ -1,9 +1,12 @@
-"""Finding and replacing modules by name."""
+"""Finding and replacing modules by name; linear layers whatever their class."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from types import ModuleType
 
 from torch import nn
 
@@ -26,15 +29,75 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase("." + name, "*." + pattern)
 
 
+def imported(name: str) -> ModuleType | None:
+    """A module of an optional library if it has been imported, without importing it."""
+    return sys.modules.get(name)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer, whose weight is ``[K, N]``: no subclass of it."""
+    library = imported("transformers.pytorch_utils")
+    return library is not None and type(module) is library.Conv1D
+
+
+def as_linear(module: nn.Module | None) -> nn.Linear | None:
+    """A linear layer as ``nn.Linear``; None if it is none.
+
+    That is itself, or for GPT-2's Conv1D one that shares its memory, whose weight is a transposed
+    view.
+    """
+    if isinstance(module, nn.Linear):
+        return module
+    if module is None or not is_conv1d(module):
+        return None
+    linear = nn.Linear(module.nx, module.nf, device="meta")
+    linear.weight = nn.Parameter(module.weight.detach().T, module.weight.requires_grad)
+    linear.bias = module.bias
+    return linear.train(module.training)
+
+
+@contextmanager
+def conv1d_as_linear(model: nn.Module) -> Iterator[None]:
+    """Each Conv1D is an ``nn.Linear`` in here; those that are still there turn back afterwards."""
+    paths = paths_of_modules(model)
+    views = {module: as_linear(module) for module in paths if is_conv1d(module)}
+
+    def replace(old: nn.Module, new: nn.Module) -> None:
+        for path in paths[old]:
+            replace_module(model, path, new)
+
+    for conv, view in views.items():
+        replace(conv, view)
+    try:
+        yield
+    finally:
+        for conv, view in views.items():
+            now = model.get_submodule(paths[conv][0])
+            if now is view:
+                replace(conv, conv)
+            else:
+                now.replaces = type(conv)
+
+
 def attach(model: nn.Module) -> None:
-    """Tells transformers, if the model is one of its, which layers are quantized."""
-    # Absent for versions of transformers with which it does not work; that has been warned of.
-    integration = sys.modules.get(f"{__package__}.integrations.transformers")
-    if integration is not None and is_from_transformers(model):
-        integration.attach(model)
+    """Tells other libraries which layers are quantized: PEFT, and transformers for each of its
+    models in this one."""
+    # Absent for versions with which it does not work; that has been warned of.
+    if (adapters := imported(f"{__package__}.integrations.peft")) is not None:
+        adapters.adopt(model)
+    integration = imported(f"{__package__}.integrations.transformers")
+    if integration is None:
+        return
+    inside = ""
+    for name, module in model.named_modules():
+        if is_from_transformers(module) and not (inside and name.startswith(inside)):
+            integration.attach(module, getattr(model, "liquid_config", None))
+            if not name:
+                return
+            inside = name + "."
 
 
 def is_from_transformers(model: nn.Module) -> bool:
     """Without importing transformers, which is optional."""
-    transformers = sys.modules.get("transformers")
+    transformers = imported("transformers")
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ._modules import attach, is_from_transformers, paths_of_modules, replace_module
+from ._modules import as_linear, attach, is_from_transformers, paths_of_modules, replace_module
 from .config import LiquidConfig
 from .linear import LiquidLinear
 from .weight import QuantizedWeight
@@ -84,7 +84,8 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
             os.replace(file, directory / file.name)
 
 
-def _sizes(layer: nn.Linear | LiquidLinear) -> dict[str, int | bool]:
+def _sizes(layer: nn.Module) -> dict[str, int | bool]:
+    layer = layer if isinstance(layer, LiquidLinear) else as_linear(layer)
     sizes = {
         "in_features": layer.in_features,
         "out_features": layer.out_features,
@@ -157,6 +158,7 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
             dtype = old.weight.dtype if old.bias is None else old.bias.dtype
             layer = LiquidLinear(**sizes, device=old.weight.device, dtype=dtype)
             layer.train(old.training)
+            layer.replaces = getattr(old, "replaces", type(old))
             for path in paths[old]:
                 replace_module(model, path, layer)
     on_meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
@@ -249,7 +251,7 @@ def _check_fit(
             layer = model.get_submodule(name)
         except AttributeError:
             layer = None
-        if not isinstance(layer, nn.Linear | LiquidLinear):
+        if not isinstance(layer, LiquidLinear) and as_linear(layer) is None:
             kind = type(layer).__name__ if layer is not None else "nothing"
             raise ValueError(f"{name}: expected a linear layer in the model, got {kind}")
         got, wanted, augment = _sizes(layer), sizes, 0
@@ -266,12 +268,12 @@ def _check_fit(
         if missing := [key for key, tensor in tensors.items() if tensor is None]:
             raise ValueError(f"{name}: {', '.join(missing)} missing in {directory}")
         try:
-            weight = QuantizedWeight(**tensors, in_features=layer.in_features)
+            weight = QuantizedWeight(**tensors, in_features=got["in_features"])
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
-        if weight.out_features != layer.out_features:
+        if weight.out_features != got["out_features"]:
             raise ValueError(
-                f"{name}.scale: expected {layer.out_features} rows, got {weight.out_features}"
+                f"{name}.scale: expected {got['out_features']} rows, got {weight.out_features}"
             )
         if weight.augment != augment:
             raise ValueError(f"{name}.columns: expected {augment} columns, got {weight.augment}")

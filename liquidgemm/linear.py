@@ -52,6 +52,8 @@ class LiquidLinear(nn.Module):
     scale: Tensor
     bias: Tensor | None
     columns: Tensor | None
+    # The class of the float layer in whose place it is: nn.Linear, or one that holds it transposed.
+    replaces: type[nn.Module] = nn.Linear
 
     def __init__(
         self,

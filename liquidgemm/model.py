@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ._modules import attach, matches, paths_of_modules, replace_module
+from ._modules import as_linear, attach, conv1d_as_linear, paths_of_modules, replace_module
 from .calibration.data import as_batches
 from .calibration.driver import Calibrated, calibrate
 from .calibration.gate import check_gate
@@ -22,11 +22,13 @@ from .calibration.plan import plan
 from .calibration.report import LayerReport, QuantizationReport
 from .calibration.rotate import rotate_
 from .config import CALIBRATED, LiquidConfig
-from .format import GROUP, MAX_IN_FEATURES, Q_MAX
+from .format import GROUP, Q_MAX
 from .linear import LiquidLinear
-from .ops import FLOATS
 from .quantize import check_finite
+from .selection import DONE, OTHER_KIND, Selection, select
 from .weight import QuantizedWeight
+
+_REASONS = 3  # that an error names
 
 
 @torch.no_grad()
@@ -45,15 +47,21 @@ def quantize_(
 ) -> QuantizationReport:
     """Replace the linear layers of a model by `LiquidLinear`, in place, on their own devices.
 
+    Linear layers are ``nn.Linear`` and GPT-2's Conv1D. What stays in floats stays for a reason that
+    the report gives: other kinds of layers, adapters and what they train, heads, layers whose
+    weight is shared or read by other code. A model whose layers are quantized already stays as it
+    is; one in which some are gets the others quantized, and no config is recorded where those had
+    another.
+
     All weights are checked before the first layer is replaced. A layer used in several places
     stays one layer. With calibration data the model is quantized block by block, each on what the
     quantized blocks before it give, and nothing of it is replaced before the last block is done;
     only a rotation, which leaves its function as it is, comes first.
 
     Args:
-        model: any module that contains ``nn.Linear`` layers.
+        model: any module that contains linear layers.
         config: method, patterns and so on; the defaults if None.
-        filter_fn: called with the name and module of each ``nn.Linear`` that is about to be
+        filter_fn: called with the name and module of each linear layer that is about to be
             quantized; it is left alone where this returns False.
         progress: show a progress bar.
         calibration: token batches (int64 ``[B, T]``, or mappings of the model's arguments) or
@@ -66,7 +74,8 @@ def quantize_(
         dry_run: change nothing; the report says what would become of each layer.
 
     Raises:
-        ValueError, TypeError: the model itself is an ``nn.Linear``; a weight is NaN, infinite or on
+        ValueError, TypeError: the model itself is an ``nn.Linear``, or has no layer that can be
+            quantized (the message gives the reasons); a weight is NaN, infinite or on
             the meta device; the data is missing or no data; the architecture does not permit what
             the config asks for; resume holds another calibration. The message names the layer or
             argument.
@@ -74,51 +83,58 @@ def quantize_(
             gate is "raise".
     """
     config = config or LiquidConfig()
-    if isinstance(model, nn.Linear):
+    if as_linear(model) is not None:
         raise ValueError(
-            "model: expected a module that contains nn.Linear layers, got an nn.Linear, which "
-            "cannot be replaced in place: use LiquidLinear.from_linear(model)"
+            f"model: expected a module that contains nn.Linear layers, got an nn.Linear "
+            f"({type(model).__name__}), which cannot be replaced in place: use "
+            "LiquidLinear.from_linear(model)"
         )
-    paths = paths_of_modules(model)
-    names, skipped = _sort_out(model, paths, config, filter_fn)
-    for name in names:
-        weight = model.get_submodule(name).weight
-        if weight.is_meta:
-            raise ValueError(f"{name}: expected a weight with data, got one on the meta device")
-        try:
-            check_finite(weight)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    if dry_run:
-        return QuantizationReport(tuple(names), skipped, plan=plan(model, names, config))
-    if calibration is None and config.needs_calibration:
-        wanted = "smooth" if config.smooth else "tune"
-        if config.method in CALIBRATED:
-            wanted = f"method {config.method!r}"
-        raise ValueError(f"calibration: expected token batches or texts for {wanted}, got None")
-    batches = None if calibration is None else as_batches(calibration, tokenizer)
-    unseen = None if held_out is None else as_batches(held_out, tokenizer, "held_out")
-    if config.rotate or config.rotate_heads:
-        rotate_(model, config)
+    selection = select(model, config, filter_fn)
+    names = selection.names
+    if not names:
+        if DONE not in selection.skipped.values():
+            raise _nothing(selection)
+        return QuantizationReport((), selection.skipped, parameters=selection.parameters)
+    _check_weights(model, names)
+    with conv1d_as_linear(model):
+        if dry_run:
+            lines = plan(model, names, config)
+            return QuantizationReport(
+                tuple(names), selection.skipped, plan=lines, parameters=selection.parameters
+            )
+        if calibration is None and config.needs_calibration:
+            wanted = "smooth" if config.smooth else "tune"
+            if config.method in CALIBRATED:
+                wanted = f"method {config.method!r}"
+            raise ValueError(f"calibration: expected token batches or texts for {wanted}, got None")
+        batches = None if calibration is None else as_batches(calibration, tokenizer)
+        unseen = None if held_out is None else as_batches(held_out, tokenizer, "held_out")
+        recorded = _common_config(model, config)
+        if config.rotate or config.rotate_heads:
+            rotate_(model, config)
 
-    if batches is None:
-        layers, coarse_rows, sizes = _quantize_without_data(model, names, paths, config, progress)
-        losses = {}
-    else:
-        folder = None if resume is None else Path(resume)
-        found = calibrate(model, names, config, batches, unseen, device, folder, progress)
-        layers, losses = found.layers, found.held_out
-        check_gate(losses, config.gate)
-        coarse_rows, sizes = _install(model, names, paths, found)
-    model.liquid_config = config
+        paths = paths_of_modules(model)
+        if batches is None:
+            layers, coarse_rows, sizes = _quantize_without_data(
+                model, names, paths, config, progress
+            )
+            losses = {}
+        else:
+            folder = None if resume is None else Path(resume)
+            found = calibrate(model, names, config, batches, unseen, device, folder, progress)
+            layers, losses = found.layers, found.held_out
+            check_gate(losses, config.gate)
+            coarse_rows, sizes = _install(model, names, paths, found)
+    model.liquid_config = recorded
     attach(model)
     return QuantizationReport(
         tuple(names),
-        skipped,
-        *map(sum, zip(*sizes, strict=True)) if sizes else (0, 0),
+        selection.skipped,
+        *map(sum, zip(*sizes, strict=True)),
         coarse_rows,
         tuple(layers),
         losses,
+        parameters=selection.parameters,
     )
 
 
@@ -177,52 +193,34 @@ def _replace(
     return linear.weight.nbytes, layer.packed.nbytes + layer.scale.nbytes
 
 
-def _sort_out(
-    model: nn.Module,
-    paths: dict[nn.Module, list[str]],
-    config: LiquidConfig,
-    filter_fn: Callable[[str, nn.Module], bool] | None,
-) -> tuple[list[str], dict[str, str]]:
-    """Names of the layers to quantize, and name and reason for the matrices to leave alone."""
-    users = Counter(p for module in paths for p in module._parameters.values() if p is not None)
-    quantized, skipped = [], {}
-    for module, names in paths.items():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, LiquidLinear):
-            skipped[names[0]] = "already quantized"
-        elif isinstance(weight, Tensor) and weight.dim() >= 2:
-            reason = _reason_to_skip(module, names, users, config, filter_fn)
-            if reason is None:
-                quantized.append(names[0])
-            else:
-                skipped[names[0]] = reason
-    return quantized, skipped
+def _check_weights(model: nn.Module, names: list[str]) -> None:
+    for name in names:
+        weight = model.get_submodule(name).weight
+        if weight.is_meta:
+            raise ValueError(f"{name}: expected a weight with data, got one on the meta device")
+        try:
+            check_finite(as_linear(model.get_submodule(name)).weight)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
-def _reason_to_skip(
-    module: nn.Module,
-    names: list[str],
-    users: Counter,
-    config: LiquidConfig,
-    filter_fn: Callable[[str, nn.Module], bool] | None,
-) -> str | None:
-    # Not isinstance: a subclass may use its weight in ways of its own.
-    if type(module) is not nn.Linear:
-        return f"not nn.Linear but {type(module).__name__}"
-    for pattern in config.skip:
-        if any(matches(name, pattern) for name in names):
-            return f"matches the pattern {pattern!r}"
-    if users[module.weight] > 1:
-        return "its weight is tied to another module's"
-    if module.weight.dtype not in FLOATS:
-        return f"its dtype is {module.weight.dtype}"
-    if not (module.weight.numel() > 0 and module.in_features <= MAX_IN_FEATURES):
-        return f"its shape is {list(module.weight.shape)}"
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return "it has hooks, which would be lost"
-    if filter_fn is not None and not filter_fn(names[0], module):
-        return "rejected by filter_fn"
-    return None
+def _nothing(selection: Selection) -> ValueError:
+    """The error of a model without a single layer to quantize; linear ones come first."""
+    wanted = "expected at least one linear layer to quantize"
+    reasons = Counter(selection.skipped.values()).most_common()
+    if not reasons:
+        return ValueError(f"model: {wanted}, got a module without any matrix")
+    first = {reason: name for name, reason in reversed(selection.skipped.items())}
+    reasons.sort(key=lambda item: item[0].startswith(OTHER_KIND))
+    told = [f"{first[reason] or 'model'}: {reason}" for reason, _ in reasons[:_REASONS]]
+    return ValueError(f"{'; '.join(told)}: {wanted}, got none")
+
+
+def _common_config(model: nn.Module, config: LiquidConfig) -> LiquidConfig | None:
+    """The config that holds for all quantized layers; None if older ones had another, or none."""
+    if not any(isinstance(module, LiquidLinear) for module in model.modules()):
+        return config
+    return config if getattr(model, "liquid_config", None) == config else None
 
 
 def _count_coarse_rows(weight: Tensor, scale: Tensor) -> int:

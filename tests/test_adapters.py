@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -107,3 +109,24 @@ def test_torchao_refuses_what_needs_more_than_a_layer(torchao):
         with pytest.raises(ValueError, match=r"config: expected a method .* liquidgemm\.quantize_"):
             torchao.quantize_(model, config)
     assert type(model[0]) is nn.Linear
+
+
+def test_torchao_with_nothing_to_quantize_warns(torchao):
+    model = nn.Sequential(nn.Conv1d(4, 4, 3))
+    with pytest.warns(UserWarning, match="not one layer was quantized"):
+        torchao.quantize_(model, LiquidConfig())
+    with pytest.warns(UserWarning, match="not one layer was quantized"):
+        torchao.quantize_(nn.Sequential(nn.Linear(64, 64)), LiquidConfig(), lambda *_: False)
+
+
+@pytest.mark.parametrize("first", ["torchao", "liquidgemm"])
+def test_torchao_warns_whichever_is_imported_first(torchao, first):
+    code = f"""
+import {first}, warnings, torch, liquidgemm
+from torchao.quantization import quantize_
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    quantize_(torch.nn.Sequential(), liquidgemm.LiquidConfig())
+assert any("not one layer" in str(w.message) for w in caught), caught
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

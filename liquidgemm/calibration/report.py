@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,8 @@ from .moments import round_activation
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+_LARGEST = 3  # parameters in floats that a report names
 
 
 @dataclass
@@ -70,13 +73,34 @@ class LayerReport:
         return report
 
 
+@dataclass
+class ParameterReport:
+    """What became of one parameter of two or more dimensions.
+
+    Attributes:
+        shape: of the float parameter, as the model holds it.
+        reason: why it is still in floats, or why there was nothing to do; None if this call has
+            quantized it.
+        quantized: whether it is in four bits now.
+    """
+
+    shape: tuple[int, ...]
+    reason: str | None
+    quantized: bool
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
 @dataclass(frozen=True)
 class QuantizationReport:
     """What `quantize_` did.
 
     Attributes:
         quantized: names of the layers that are now `LiquidLinear`.
-        skipped: name and reason of every other module that holds a matrix.
+        skipped: name and reason of every other module that holds a matrix; "" is the model itself.
         bytes_before, bytes_after: size of the weights of the quantized layers.
         coarse_rows: per layer that has any, the number of rows in which at least half of the
             groups span less than 15 steps of the INT8 grid, so that not even s = 1 gives them 4
@@ -85,6 +109,8 @@ class QuantizationReport:
         held_out: mean loss on held-out text of the model "reference", quantized "data-free" and
             "calibrated"; empty if there was none.
         plan: of a dry run, what would become of each layer.
+        parameters: by name, every parameter of two or more dimensions that the model had, one that
+            is used in several places once; weights of layers that were quantized before, too.
     """
 
     quantized: tuple[str, ...]
@@ -95,19 +121,39 @@ class QuantizationReport:
     layers: tuple[LayerReport, ...] = ()
     held_out: dict[str, float] = field(default_factory=dict)
     plan: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, ParameterReport] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[str, ParameterReport]:
+        """The parameters that stay in floats, the largest first."""
+        kept = {name: p for name, p in self.parameters.items() if not p.quantized}
+        return dict(sorted(kept.items(), key=lambda item: -item[1].size))
+
+    def accounting(self) -> str:
+        """One line: how many weights of how many are quantized, and the largest that are not."""
+        total = sum(p.size for p in self.parameters.values())
+        kept = self.kept
+        done = total - sum(p.size for p in kept.values())
+        line = f"{done} of {total} weights quantized ({100 * done / max(1, total):.1f} %)"
+        if kept:
+            largest = (f"{name} {list(p.shape)}" for name, p in list(kept.items())[:_LARGEST])
+            line += f"; the largest in floats: {', '.join(largest)}"
+        return line
 
     def __str__(self) -> str:
         if self.plan:
             width = max(map(len, self.plan))
             lines = [f"{name:{width}}  {what}" for name, what in self.plan.items()]
-            return "\n".join([*lines, *(f"{name}: {why}" for name, why in self.skipped.items())])
+            lines += [f"{name or 'the model'}: {why}" for name, why in self.skipped.items()]
+            return "\n".join([*lines, self.accounting()])
         lines = [
             f"{len(self.quantized)} linear layers quantized, {self.bytes_before / 1e6:.1f} MB to "
-            f"{self.bytes_after / 1e6:.1f} MB"
+            f"{self.bytes_after / 1e6:.1f} MB",
+            self.accounting(),
         ]
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
-            by_reason.setdefault(reason, []).append(name)
+            by_reason.setdefault(reason, []).append(name or "the model")
         for reason, names in by_reason.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"skipped {', '.join(names[:3])}{more}: {reason}")

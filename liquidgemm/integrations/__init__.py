@@ -17,7 +17,7 @@ from types import ModuleType
 _WAITING = {
     "transformers.quantizers.auto": "transformers",
     "peft.tuners.lora.layer": "peft",
-    "torchao.quantization.transform_module": "torchao",
+    "torchao.quantization.quant_api": "torchao",
 }
 
 

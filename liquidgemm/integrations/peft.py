@@ -7,9 +7,13 @@ every new ``LoraConfig`` gets that for `LiquidLinear`, also those that PEFT make
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
 
 from .._stand_in import WeightStandIn
 from ..linear import LiquidLinear
@@ -46,3 +50,29 @@ def _post_init_and_register(config: LoraConfig) -> None:
 
 
 LoraConfig.__post_init__ = _post_init_and_register
+
+
+def left_for_training(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """What has to stay in floats for the adapters in a module of PEFT, and the reasons."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        for child in module.modules():
+            yield child, f"in a {type(module).__name__} of PEFT, which trains it"
+    if not isinstance(module, BaseTunerLayer):
+        return
+    kind = f"{type(module).__name__} of PEFT"
+    base = module.get_base_layer()
+    inside = set(base.modules())
+    for child in module.modules():
+        if child not in inside:
+            yield child, f"part of an adapter, a {kind}"
+    if type(module) is not Linear or any(module.use_dora.values()):
+        yield base, f"the base of an adapter, a {kind}, that may read its weight"
+    elif module.merged:
+        yield base, f"an adapter, a {kind}, is merged into it"
+
+
+def adopt(model: nn.Module) -> None:
+    """Adapters whose base has been quantized refuse to be merged, as new ones on it do."""
+    for module in model.modules():
+        if type(module) is Linear and isinstance(module.get_base_layer(), LiquidLinear):
+            module.__class__ = LiquidLora

@@ -23,7 +23,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .._modules import paths_of_modules, replace_module
+from .._modules import as_linear, paths_of_modules, replace_module
 from ..config import LiquidConfig
 from ..format import GROUP, ceil_div
 from ..linear import LiquidLinear
@@ -140,13 +140,14 @@ class LiquidGemmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
         config = self.quantization_config.config
         if not self.pre_quantized:
-            report = quantize_(model, config, progress=False)
-            if hooked := [name for name, why in report.skipped.items() if "hooks" in why]:
+            hooked = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
+            if hooked:
                 raise ValueError(
                     f"device_map: expected one device, got several, between which accelerate moves "
-                    f"the activations of {hooked[0]}: quantize on one device, save, and load that "
+                    f"the activations of {hooked[-1]}: quantize on one device, save, and load that "
                     "with the device_map"
                 )
+            quantize_(model, config, progress=False)
             return
         for layer, names in paths_of_modules(model).items():
             if isinstance(layer, _Unpacked):
@@ -167,7 +168,7 @@ class LiquidGemmQuantizer(HfQuantizer):
             name = next((name for name in names if name in modules), None)
             if name is None and model.base_model is model and not saved.startswith(prefix):
                 continue  # of the head, which a base model does not have
-            if not isinstance(modules.get(name), nn.Linear):
+            if as_linear(modules.get(name)) is None:
                 kind = "nothing" if name is None else type(modules[name]).__name__
                 raise ValueError(f"{saved}: expected a linear layer in the model, got {kind}")
             found[name] = augment
@@ -200,6 +201,13 @@ class LiquidGemmQuantizer(HfQuantizer):
                 raise ValueError(f"{key}: missing in the checkpoint")
         return missing_keys
 
+    def get_state_dict_and_metadata(self, model: nn.Module, *args) -> tuple[None, dict]:
+        """Asked by save_pretrained before it writes the config, which names the layers of now."""
+        self.quantization_config.layers = _quantized_layers(model)
+        if not self.quantization_config.layers:
+            self.remove_quantization_config(model)
+        return None, {}
+
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
 
@@ -223,6 +231,9 @@ class _Unpacked(nn.Module):
 
     def __init__(self, linear: nn.Linear, augment: int) -> None:
         super().__init__()
+        self.replaces = type(linear)
+        self._shape = linear.weight.shape
+        linear = as_linear(linear)
         n, self.in_features = linear.out_features, linear.in_features
         groups = ceil_div(self.in_features, GROUP) + augment // GROUP
         byte = {"dtype": torch.uint8, "device": "meta"}
@@ -247,6 +258,11 @@ class _Unpacked(nn.Module):
             dtype=None if self.bias is None else self.bias.dtype,
         ).train(self.training)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Without data: the initialization of what is around this layer may ask for it."""
+        return torch.empty(self._shape, device="meta")
+
     def pack(self, name: str) -> LiquidLinear:
         if self.qweight.is_meta:
             raise ValueError(f"{name}: expected a device_map of CPU or GPUs, got it offloaded")
@@ -257,16 +273,23 @@ class _Unpacked(nn.Module):
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
         layer = LiquidLinear.from_quantized(weight, self.bias, self.dtype)
+        layer.replaces = self.replaces
         return layer.train(self.training)
 
 
-def attach(model: transformers.PreTrainedModel) -> None:
+def attach(model: transformers.PreTrainedModel, config: LiquidConfig | None) -> None:
     """Tell transformers of layers that were quantized in place, for save_pretrained and others."""
-    layers = {
+    if layers := _quantized_layers(model):
+        model.liquid_config = config
+        model.hf_quantizer = LiquidGemmQuantizer(
+            LiquidGemmConfig(config, layers), pre_quantized=True
+        )
+        model.config.quantization_config = model.hf_quantizer.quantization_config
+
+
+def _quantized_layers(model: nn.Module) -> dict[str, int]:
+    return {
         name: 0 if layer.columns is None else len(layer.columns)
         for name, layer in model.named_modules()
         if isinstance(layer, LiquidLinear)
     }
-    config = LiquidGemmConfig(getattr(model, "liquid_config", None), layers)
-    model.hf_quantizer = LiquidGemmQuantizer(config, pre_quantized=True)
-    model.config.quantization_config = config
