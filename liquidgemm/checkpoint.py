@@ -8,34 +8,32 @@ A checkpoint is a folder with
   version 2 if any layer has residual columns, which version 1 does not know;
 - for ``transformers`` models also ``config.json`` and ``generation_config.json``, with which
   ``from_pretrained`` can load the folder as well. `load_quantized` reads what ``save_pretrained``
-  writes, too, which has no ``liquidgemm.json``.
+  writes, too, which has no ``liquidgemm.json``, or one of a checkpoint before it.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from . import _pretrained
+from ._files import move_into, staging_folder, write_tensors
 from ._modules import as_linear, attach, is_from_transformers, paths_of_modules, replace_module
+from ._pretrained import MANIFEST_FILE, TRANSFORMERS_WEIGHTS_FILE
 from .config import LiquidConfig
 from .linear import LiquidLinear
 from .weight import QuantizedWeight
 
 FORMAT_VERSION = 2
-MANIFEST_FILE = "liquidgemm.json"
 WEIGHTS_FILE = "liquidgemm.safetensors"
-TRANSFORMERS_WEIGHTS_FILE = "model.safetensors"
 
 _LOGICAL = ("qweight", "qscale", "qoffset", "scale")
 
@@ -43,45 +41,54 @@ _LOGICAL = ("qweight", "qscale", "qoffset", "scale")
 def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write a quantized model to a folder, from which `load_quantized` restores it to the bit.
 
-    The folder is created if needed. Each file is complete or absent: it is written under another
-    name first. An interruption between files leaves a folder that `load_quantized` refuses.
+    The folder is created if needed. A checkpoint of ours that it holds is replaced, all else in it
+    stays. If writing fails or is interrupted, the folder is as it was; if the process is killed
+    between the last renames, `load_quantized` refuses it.
 
     Raises:
         ValueError: the model has no quantized layer, or holds data that cannot be saved.
+        FileExistsError: a file of the checkpoint's names is in the folder that is none of ours,
+            such as the weights of the float model.
         OSError: writing fails.
     """
-    layers = {
-        name: _sizes(layer)
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, LiquidLinear)
-    }
+    layers = _layers_of(model)
     if not layers or isinstance(model, LiquidLinear):
         raise ValueError("model: expected a module that contains quantized layers, got none")
     tensors, aliases = _storable(model.state_dict())
-    weights_file = TRANSFORMERS_WEIGHTS_FILE if is_from_transformers(model) else WEIGHTS_FILE
+    pretrained = is_from_transformers(model)
+    weights_file = TRANSFORMERS_WEIGHTS_FILE if pretrained else WEIGHTS_FILE
     config = getattr(model, "liquid_config", None)
     manifest = {
         "format": "liquidgemm",
         "format_version": 2 if any("augment" in sizes for sizes in layers.values()) else 1,
         "config": asdict(config) if isinstance(config, LiquidConfig) else None,
-        "transformers_class": type(model).__name__ if is_from_transformers(model) else None,
+        "transformers_class": type(model).__name__ if pretrained else None,
         "layers": layers,
         "aliases": aliases,
         "weights": weights_file,
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as folder:
-        staging = Path(folder)
-        save_file(tensors, staging / weights_file, metadata={"format": "pt"})
+    with staging_folder(directory) as staging:
+        if pretrained:
+            _pretrained.write_config(model, staging)
+        names = [weights_file, MANIFEST_FILE, *(file.name for file in staging.iterdir())]
+        _pretrained.check_replaceable(directory, names)
+        write_tensors(tensors, staging / weights_file, metadata={"format": "pt"})
         manifest["sha256"] = _sha256(staging / weights_file)
-        if is_from_transformers(model):
-            _write_transformers_config(model, staging)
         (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
         # The manifest comes last: until then the folder holds no checkpoint, or the old manifest
         # with a hash that no longer fits.
-        for file in sorted(staging.iterdir(), key=lambda file: file.name == MANIFEST_FILE):
-            os.replace(file, directory / file.name)
+        shards = _pretrained.shards_of_ours(directory) if pretrained else []
+        move_into(staging, directory, last=MANIFEST_FILE, remove=shards)
+
+
+def _layers_of(model: nn.Module) -> dict[str, dict[str, int | bool]]:
+    return {
+        name: _sizes(layer)
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, LiquidLinear)
+    }
 
 
 def _sizes(layer: nn.Module) -> dict[str, int | bool]:
@@ -122,7 +129,7 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
     Everything is checked before the model is touched: an error leaves it as it was.
 
     Args:
-        directory: the folder.
+        directory: the folder. If both have written to it, the later checkpoint counts.
         model: for a model that is not from ``transformers``, an instance with the same
             architecture, quantized or not, on any device (meta included). It is filled in place:
             its linear layers are replaced and all other tensors overwritten, keeping its dtypes.
@@ -133,26 +140,36 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
         the model.
 
     Raises:
-        FileNotFoundError: the folder holds no checkpoint.
+        FileNotFoundError: the folder holds no checkpoint, or a file of it is missing.
         ValueError: the checkpoint is truncated, damaged, not liquidgemm's or of a newer version,
             does not fit the model, or needs the model argument; the message says which.
     """
     directory = Path(directory)
-    if model is None and not (directory / MANIFEST_FILE).exists():
-        class_name = _class_of_pretrained(directory)
-        if class_name is not None:
-            return _transformers_class(directory, class_name).from_pretrained(directory)
-    manifest = _read_manifest(directory / MANIFEST_FILE)
-    config = manifest["config"]
-    config = None if config is None else LiquidConfig._from_dict(config)
-    state = _read_weights(directory / manifest.get("weights", WEIGHTS_FILE), manifest)
+    manifest = None
+    if (directory / MANIFEST_FILE).exists():
+        manifest = _read_manifest(directory / MANIFEST_FILE)
+    if _pretrained.is_latest(directory, manifest, with_model=model is not None):
+        loaded = _pretrained.load(directory, model)
+        if model is None:
+            return loaded
+        layers, config = _layers_of(loaded), getattr(loaded, "liquid_config", None)
+        state = loaded.state_dict()
+        del loaded
+    elif manifest is None:
+        raise FileNotFoundError(
+            f"{directory / MANIFEST_FILE}: no such file: expected a folder from save_quantized"
+        )
+    else:
+        layers, config = manifest["layers"], manifest["config"]
+        config = None if config is None else LiquidConfig._from_dict(config)
+        state = _read_weights(directory / manifest.get("weights", WEIGHTS_FILE), manifest)
     rebuilt = model is None
     if rebuilt:
-        model = _build_transformers_model(directory, manifest["transformers_class"])
-    _check_fit(model, manifest["layers"], state, directory)
+        model = _pretrained.build(directory, manifest["transformers_class"])
+    _check_fit(model, layers, state, directory)
 
     paths = paths_of_modules(model)
-    for name, sizes in manifest["layers"].items():
+    for name, sizes in layers.items():
         old = model.get_submodule(name)
         if _sizes(old) != sizes or not isinstance(old, LiquidLinear):
             dtype = old.weight.dtype if old.bias is None else old.bias.dtype
@@ -167,7 +184,7 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
         model.liquid_config = config
     attach(model)
     if rebuilt:
-        for layer in (model.get_submodule(name) for name in manifest["layers"]):
+        for layer in (model.get_submodule(name) for name in layers):
             layer._dtype = model.dtype  # the skeleton was of the default dtype
         model.tie_weights()
         model.eval()
@@ -176,8 +193,6 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
 
 def _read_manifest(path: Path) -> dict:
     """The manifest, known to be complete and of a version that this code reads."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file: expected a folder from save_quantized")
     try:
         manifest = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
@@ -216,7 +231,8 @@ def _read_weights(path: Path, manifest: dict) -> dict[str, Tensor]:
     if (found := _sha256(path)) != manifest["sha256"]:
         raise ValueError(
             f"{path}: truncated, damaged or not the file that {MANIFEST_FILE} was saved with: "
-            f"expected sha256 {manifest['sha256']}, got {found}"
+            f"expected sha256 {manifest['sha256']}, got {found} "
+            f"(if save_pretrained wrote it since, remove {MANIFEST_FILE})"
         )
     try:
         state = load_file(path)
@@ -297,68 +313,3 @@ def _check_fit(
 def _loads_as(stored: torch.dtype, wanted: torch.dtype) -> bool:
     """Floats are converted to the precision of the model; everything else has to be the same."""
     return stored == wanted or (stored.is_floating_point and wanted.is_floating_point)
-
-
-# transformers is optional: only models that come from it make this module import it.
-
-
-def _write_transformers_config(model: nn.Module, directory: Path) -> None:
-    attach(model)  # how the float model had been stored says nothing about this one
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.dtype = str(model.dtype).removeprefix("torch.")
-    config.save_pretrained(directory)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.to_json_file(directory / "generation_config.json")
-
-
-def _class_of_pretrained(directory: Path) -> str | None:
-    """The class of the model, if the folder is one of ours that ``save_pretrained`` wrote."""
-    try:
-        config = json.loads((directory / "config.json").read_text())
-        method = config["quantization_config"]["quant_method"]
-        return config["architectures"][0] if method == "liquidgemm" else None
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return None
-
-
-def _transformers_class(directory: Path, class_name: str | None) -> type:
-    if class_name is None:
-        raise ValueError(f"{directory}: not a transformers model: pass an instance as model=")
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError(f"{directory}: needs the transformers package") from None
-    model_class = getattr(transformers, class_name, None)
-    if not (
-        isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
-    ):
-        raise ValueError(
-            f"{directory}: transformers {transformers.__version__} has no model {class_name}: "
-            "pass an instance as model="
-        )
-    return model_class
-
-
-def _build_transformers_model(directory: Path, class_name: str | None) -> nn.Module:
-    """A model whose parameters are on the meta device but whose computed buffers are real."""
-    model_class = _transformers_class(directory, class_name)
-    import transformers
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None):
-        if parameter is None or parameter.is_meta:
-            return None
-        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-
-    file = directory / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file, though {MANIFEST_FILE} lies beside")
-    try:
-        config = model_class.config_class.from_pretrained(directory)
-        with register_module_parameter_registration_hook(to_meta):
-            model = model_class(config)
-        if (directory / "generation_config.json").exists():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
-    except Exception as error:  # transformers raises whatever a wrong value leads to
-        raise ValueError(f"{file}: does not describe a {class_name} ({error})") from error
-    return model

@@ -310,7 +310,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
         Path(args[1]).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(liquidgemm.checkpoint, "save_file", full)
+    monkeypatch.setattr(liquidgemm._files, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         save_quantized(make(seed=5), directory)
     assert sorted(file.name for file in directory.iterdir()) == [MANIFEST, WEIGHTS]

@@ -37,6 +37,17 @@ def float_model(folder: Path, dtype=torch.bfloat16, **changes) -> Path:
     return folder
 
 
+def with_tokenizer(folder: Path, tokens: int = 256) -> Path:
+    """The same folder with one whose words are t0, t1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(tokens)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def load(folder: Path, auto=transformers.AutoModelForCausalLM, **options):
     return auto.from_pretrained(folder, **options)
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .._files import write_atomically, write_tensors
 from .._modules import replace_module
 from ..config import LiquidConfig
 from ..weight import QuantizedWeight
@@ -28,7 +26,7 @@ class Resume:
     """A folder with one file for each finished block; nothing at all if the folder is None.
 
     Raises:
-        ValueError: the folder holds the blocks of another run.
+        ValueError: the folder holds the blocks of another run, or a damaged file.
     """
 
     def __init__(
@@ -44,9 +42,12 @@ class Resume:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / _RUN_FILE
         if not path.exists():
-            _write_atomically(path, lambda file: file.write_text(json.dumps(run)))
+            write_atomically(path, lambda file: file.write_text(json.dumps(run)))
             return
-        stored = json.loads(path.read_text())
+        try:
+            stored = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"resume: {path}: truncated or damaged ({error})") from None
         for key, value in run.items():
             if stored.get(key) != value:
                 raise ValueError(
@@ -83,20 +84,25 @@ class Resume:
             "features": json.dumps(features),
             "reports": json.dumps([asdict(report) for report in reports]),
         }
-        _write_atomically(self._path(index), lambda file: save_file(tensors, file, metadata))
+        write_atomically(self._path(index), lambda file: write_tensors(tensors, file, metadata))
 
     def load(self, index: int, original: nn.Module, block: nn.Module) -> list[LayerReport] | None:
         """Bring a float block to what was saved for it; None if nothing was.
 
         Raises:
-            ValueError: what was saved came from other weights.
+            ValueError: what was saved came from other weights, or is damaged.
         """
         if self._folder is None or not self._path(index).exists():
             return None
         device = next(block.parameters()).device
-        with safe_open(self._path(index), "pt") as file:
-            metadata = file.metadata()
-            tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(self._path(index), "pt") as file:
+                metadata = file.metadata()
+                tensors = {k: file.get_tensor(k).to(device) for k in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"resume: {self._path(index)}: truncated or damaged ({error})"
+            ) from None
         if metadata["original"] != _digest(original):
             raise ValueError(f"resume: {self._path(index)} was made from other weights")
         for name, in_features in json.loads(metadata["features"]).items():
@@ -112,14 +118,3 @@ class Resume:
 
 def _digest(block: nn.Module) -> str:
     return digest([dict(block.state_dict())])
-
-
-def _write_atomically(path: Path, write) -> None:
-    descriptor, name = tempfile.mkstemp(prefix=".saving-", dir=path.parent)
-    os.close(descriptor)
-    try:
-        write(Path(name))
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

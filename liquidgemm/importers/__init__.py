@@ -23,6 +23,7 @@ from types import ModuleType
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._files import new_folder
 from ..weight import QuantizedWeight
 from . import awq, compressed_tensors, gptq, qoq, qqq
 from .architecture import Architecture
@@ -31,7 +32,6 @@ from .folder import (
     ShardWriter,
     Source,
     copy_other_files,
-    new_folder,
     read_json,
 )
 from .settings import LayerScheme, LayerSettings, Settings, merged

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from .._files import write_tensors
 
 # Files that say how the source was stored.
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
@@ -174,31 +173,6 @@ def read_json(path: Path) -> dict:
     return content
 
 
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write to that becomes output when the block ends, and vanishes if it fails.
-
-    Raises:
-        FileExistsError: output exists and is not an empty folder.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output}: expected a new or empty folder, got one with content")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        yield staging
-        staging.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
-        os.replace(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def copy_other_files(directory: Path, staging: Path) -> list[str]:
     """Tokenizer, generation settings and the like, in folders below too: all but weights and what
     described them. Returns the weights below that were left out."""
@@ -232,7 +206,7 @@ class ShardWriter:
         self._pending[name] = tensor.contiguous()
 
     def _flush(self) -> None:
-        save_file(self._pending, self._shard(len(self._shards)), metadata={"format": "pt"})
+        write_tensors(self._pending, self._shard(len(self._shards)), metadata={"format": "pt"})
         self._bytes += sum(tensor.nbytes for tensor in self._pending.values())
         self._shards.append(list(self._pending))
         self._pending = {}

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
+from types import MethodType
 
 import torch
 import transformers
@@ -24,6 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .._modules import as_linear, paths_of_modules, replace_module
+from .._pretrained import check_one_checkpoint, finishing_save_pretrained
 from ..config import LiquidConfig
 from ..format import GROUP, ceil_div
 from ..linear import LiquidLinear
@@ -156,6 +159,7 @@ class LiquidGemmQuantizer(HfQuantizer):
                     replace_module(model, name, packed)
         if config is not None:
             model.liquid_config = config
+        model.save_pretrained = MethodType(save_pretrained, model)
 
     def _layers_of(self, model: nn.Module) -> dict[str, int]:
         """The layers by their names in this model, which may be a part or the whole of the one
@@ -178,6 +182,7 @@ class LiquidGemmQuantizer(HfQuantizer):
         """Raises a ValueError if a layer is not complete: transformers would make it up."""
         if not files or not all(str(file).endswith(".safetensors") for file in files):
             return
+        check_one_checkpoint(Path(files[0]).parent, [Path(file).name for file in files])
         keys = set()
         for file in files:
             with safe_open(file, framework="pt") as handle:
@@ -285,6 +290,7 @@ def attach(model: transformers.PreTrainedModel, config: LiquidConfig | None) -> 
             LiquidGemmConfig(config, layers), pre_quantized=True
         )
         model.config.quantization_config = model.hf_quantizer.quantization_config
+        model.save_pretrained = MethodType(save_pretrained, model)
 
 
 def _quantized_layers(model: nn.Module) -> dict[str, int]:
@@ -293,3 +299,9 @@ def _quantized_layers(model: nn.Module) -> dict[str, int]:
         for name, layer in model.named_modules()
         if isinstance(layer, LiquidLinear)
     }
+
+
+def save_pretrained(model: transformers.PreTrainedModel, save_directory, *args, **kwargs):
+    """That of the model's class; then its files, and no older ones, are what the folder holds."""
+    with finishing_save_pretrained(Path(save_directory)):
+        return type(model).save_pretrained(model, save_directory, *args, **kwargs)
