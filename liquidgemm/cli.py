@@ -105,7 +105,10 @@ def import_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The checkpoint to import.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")],
 ) -> None:
-    """Convert a 4-bit checkpoint of another project: compressed-tensors, AWQ, GPTQ, QoQ, QQQ."""
+    """Convert a checkpoint of another project: compressed-tensors, AWQ, GPTQ, QoQ, QQQ.
+
+    Prints what became of the layers, how the result was loaded, and what was left out.
+    """
     try:
         typer.echo(liquidgemm.import_checkpoint(directory, output))
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ from foreign import SETTINGS, K, N, gptq_settings, packed, random_grid, run, wri
 from torch import Tensor
 
 from liquidgemm import import_checkpoint, importers
-from liquidgemm.importers.settings import Settings
+from liquidgemm.importers.settings import Settings, merged
 from liquidgemm.importers.source import fit
 
 
@@ -120,7 +120,8 @@ def test_mutated_tensors(name):
     """Whatever is wrong with a tensor is a ValueError, or none: never an error of torch's."""
     tensors, settings = every_format()[name]
     module = importers.FORMATS[settings.pop("quant_method")]
-    layer = module.scheme(Settings(dict(settings), synonyms=module.SYNONYMS))("a", "a")
+    settings = merged({"config.json": settings}, module.SYNONYMS, module.HARMLESS)
+    layer = module.scheme(Settings(settings))("a", "a")
     tensors["bias"] = torch.ones(N)
     refused = 0
     for key, mutation in itertools.product(tensors, MUTATIONS):

@@ -49,24 +49,34 @@ class Architecture:
             with quiet(), torch.device("meta"):
                 parsed = self._class.config_class.from_dict(copy.deepcopy(config))
                 self.model = self._class(parsed)
+                self.model.tie_weights()
         except Exception as error:  # transformers raises whatever a wrong value leads to
             raise ValueError(
                 f"{directory / 'config.json'}: does not describe a {self.name} ({error})"
             ) from error
         self._modules = dict(self.model.named_modules(remove_duplicate=False))
         self._keys = self.model.state_dict()
+        self._tied: dict[nn.Parameter, list[str]] = {}
+        for key, parameter in self.model.named_parameters(remove_duplicate=False):
+            self._tied.setdefault(parameter, []).append(key)
 
     def module_of(self, layer: str) -> str:
         """The name in the model of a layer of the checkpoint.
 
         Raises:
-            ValueError: there is no linear layer of that name.
+            ValueError: there is no linear layer of that name, or its weight is another's as well.
         """
         if self.model is None:
             return layer
         key, merged = self._renamed(f"{layer}.weight")
         name = key.removesuffix(".weight")
         if not merged and isinstance(self._modules.get(name), nn.Linear):
+            if others := [k for k in self._tied[self._modules[name].weight] if k != key]:
+                raise ValueError(
+                    f"{layer}: expected a weight of its own, got one that {self._with} ties to "
+                    f"{others[0]}: set tie_word_embeddings to false in config.json if the "
+                    "checkpoint has both"
+                )
             return name
         if merged or "experts" in layer.split("."):
             raise ValueError(
@@ -106,13 +116,18 @@ class Architecture:
         """
         if self.model is None:
             return f"not tried: {self.untried}"
+        import transformers
+
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        device = "cpu" if size <= LOADED_WHOLE_BYTES else "meta"
+        whole = size <= LOADED_WHOLE_BYTES
+        if not whole and importlib.util.find_spec("accelerate") is None:
+            return f"not tried: {size / 1e9:.0f} GB, which takes accelerate to load without values"
+        how = {} if whole else {"device_map": {"": "meta"}}
+        if int(transformers.__version__.partition(".")[0]) < 5:
+            how["dtype"] = torch.float32  # all that its quantizers can load
         try:
             with quiet():
-                _, info = self._class.from_pretrained(
-                    folder, device_map={"": device}, output_loading_info=True
-                )
+                _, info = self._class.from_pretrained(folder, output_loading_info=True, **how)
         except Exception as error:
             raise ValueError(f"the result does not load as {self._with}: {error}") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -121,8 +136,7 @@ class Architecture:
                     f"{found[0]}: expected every tensor to find its place in {self._with}, got "
                     f"{len(found)} {kind.replace('_', ' ')}"
                 )
-        how = "with its values" if device == "cpu" else "on the meta device, without its values"
-        return f"{self._with}, {how}"
+        return f"{self._with}, {'with' if whole else 'on the meta device, without'} its values"
 
     def _renamed(self, key: str) -> tuple[str, bool]:
         """A key of the checkpoint as from_pretrained renames it, and whether it is merged."""

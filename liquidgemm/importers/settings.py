@@ -49,33 +49,20 @@ class Settings:
     Args:
         values: the object.
         path: where it lies, for messages: ``"config_groups.group_0."``.
-        synonyms: other names of keys.
 
     Raises:
-        ValueError: it is no object, or has two names of one key with different values.
+        ValueError: it is no object.
     """
 
-    def __init__(
-        self, values: object, path: str = "", synonyms: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, values: object, path: str = "") -> None:
         if not isinstance(values, dict):
             raise ValueError(
                 f"{path.removesuffix('.') or 'quantization_config'}: expected an object, "
                 f"got {type(values).__name__}"
             )
         self.path = path
-        self._values: dict[str, object] = {}
-        for name, value in values.items():
-            key = (synonyms or {}).get(name, name)
-            if key in self._values and _plain(self._values[key]) != _plain(value):
-                if value is None:
-                    continue
-                if self._values[key] is not None:
-                    raise ValueError(
-                        f"{path}{name}: expected {self._values[key]!r}, like {key}, got {value!r}"
-                    )
-            self._values[key] = value
-        self._left = set(self._values)
+        self._values: dict[str, object] = values
+        self._left = set(values)
 
     def take(self, key: str, default: object = None) -> object:
         """The value of a key, or the default where it is null or missing."""

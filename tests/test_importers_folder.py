@@ -1,0 +1,212 @@
+"""Which files of a folder an import reads, and which it keeps."""
+
+import json
+import os
+
+import pytest
+import torch
+from foreign import packed, write
+from safetensors.torch import load_file, save_file
+
+from liquidgemm import import_checkpoint
+
+INDEX = "model.safetensors.index.json"
+
+
+def checkpoint(folder):
+    tensors, settings, _ = packed("awq", 128)
+    return write(folder, {"a.b": tensors, "c": tensors}, settings)
+
+
+def shards(folder, suffix="safetensors"):
+    """The same in two files with an index."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(state)
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
+    weight_map = {}
+    for part, keys in enumerate((names[:2], names[2:])):
+        file = f"{stem}-0000{part + 1}-of-00002.{suffix}"
+        tensors = {key: state[key] for key in keys}
+        if suffix == "bin":
+            torch.save(tensors, folder / file)
+        else:
+            save_file(tensors, folder / file)
+        weight_map |= dict.fromkeys(keys, file)
+    index(folder, weight_map, f"{stem}.{suffix}.index.json")
+    return weight_map
+
+
+def index(folder, weight_map, name=INDEX):
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def stale(folder, name):
+    """A file with other values under the same names."""
+    state = load_file(folder / "../fresh/model.safetensors")
+    save_file({key: torch.full_like(t, 3) for key, t in state.items()}, folder / name)
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """A sound folder, and the tensors of its import."""
+    source = checkpoint(tmp_path / "fresh")
+    import_checkpoint(source, tmp_path / "expected", progress=False)
+    return load_file(tmp_path / "expected/model.safetensors")
+
+
+def assert_imports(folder, expected):
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+    report = import_checkpoint(folder, folder.parent / f"{folder.name}-out", progress=False)
+    after = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+    assert before == after
+    state = load_file(folder.parent / f"{folder.name}-out/model.safetensors")
+    assert state.keys() == expected.keys()
+    assert all(state[key].equal(expected[key]) for key in state)
+    return report
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("more", [[], ["model.safetensors"], ["old.safetensors", "z.safetensors"]])
+def test_a_tensor_comes_from_the_file_that_the_index_names(tmp_path, fresh, suffix, more):
+    source = checkpoint(tmp_path / "source")
+    shards(source, suffix)
+    if suffix == "bin":
+        more = [f"pytorch_model_{name.replace('safetensors', 'bin')}" for name in more]
+        state = load_file(tmp_path / "fresh/model.safetensors")
+        for name in more:
+            torch.save({key: torch.full_like(t, 3) for key, t in state.items()}, source / name)
+    else:
+        for name in more:
+            stale(source, name)
+    report = assert_imports(source, fresh)
+    assert list(report.notes) == ([f"left out: {', '.join(sorted(more))}"] if more else [])
+
+
+def test_a_name_in_two_shards_comes_from_the_right_one(tmp_path, fresh):
+    source = checkpoint(tmp_path / "source")
+    weight_map = shards(source)
+    name, file = next(iter(weight_map.items()))
+    other = next(f for f in weight_map.values() if f != file)
+    state = load_file(source / other)
+    save_file({**state, name: torch.zeros_like(load_file(source / file)[name])}, source / other)
+    assert_imports(source, fresh)
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors"])
+def test_files_that_are_not_of_the_model(tmp_path, fresh, name):
+    source = checkpoint(tmp_path / "source")
+    stale(source, name)
+    assert f"left out: {name}" in assert_imports(source, fresh).notes
+
+
+def test_the_hub_keeps_files_behind_links(tmp_path, fresh):
+    source = checkpoint(tmp_path / "source")
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    shards(source)
+    for number, file in enumerate(sorted(source.iterdir())):
+        os.replace(file, blobs / str(number))
+        file.symlink_to(os.path.relpath(blobs / str(number), source))
+    assert_imports(source, fresh)
+    assert not any(path.is_symlink() for path in (tmp_path / "source-out").iterdir())
+
+
+def damage(folder, how):
+    weight_map = shards(folder)
+    name, file = next(iter(weight_map.items()))
+    changed = {
+        "no such file": {**weight_map, name: "other.safetensors"},
+        "no such tensor": {**weight_map, "more": file},
+        "another folder": {**weight_map, name: "../fresh/model.safetensors"},
+        "no map": None,
+        "no files": list(weight_map),
+        "no names": dict.fromkeys(weight_map, 3),
+    }
+    index(folder, changed[how])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no such file", r"is missing, though model\.safetensors\.index\.json .*other"),
+        ("no such tensor", "more is missing, though model"),
+        ("another folder", "expected the name of a file"),
+        ("no map", "expected a weight_map"),
+        ("no files", "expected a weight_map"),
+        ("no names", "expected a weight_map"),
+    ],
+)
+def test_an_index_that_is_wrong_is_refused(tmp_path, fresh, how, message):
+    source = checkpoint(tmp_path / "source")
+    damage(source, how)
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(source, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_an_index_one_name_in_two_files_is_refused(tmp_path, fresh):
+    source = checkpoint(tmp_path / "source")
+    stale(source, "z-old.safetensors")
+    with pytest.raises(ValueError, match=r"z-old\.safetensors: expected each tensor in one file"):
+        import_checkpoint(source, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_indices_of_which_none_is_the_usual_one_are_refused(tmp_path, fresh):
+    source = checkpoint(tmp_path / "source")
+    weight_map = dict.fromkeys(load_file(source / "model.safetensors"), "model.safetensors")
+    for name in ("x.safetensors.index.json", "y.safetensors.index.json"):
+        index(source, weight_map, name)
+    with pytest.raises(ValueError, match="expected one index, got x"):
+        import_checkpoint(source, tmp_path / "out", progress=False)
+    (source / "x.safetensors.index.json").rename(source / INDEX)
+    assert_imports(source, fresh)
+
+
+def test_tensors_that_the_index_forgets_are_said(tmp_path, fresh):
+    source = checkpoint(tmp_path / "source")
+    weight_map = shards(source)
+    del weight_map["norm.weight"]
+    index(source, weight_map)
+    (note,) = assert_imports(source, fresh).notes
+    assert note == f"not in {INDEX}, but in the files that it names: norm.weight"
+
+
+def test_weights_of_another_kind_are_named(tmp_path):
+    source = checkpoint(tmp_path / "source")
+    (source / "model.safetensors").rename(source / "model.pt")
+    with pytest.raises(FileNotFoundError, match=r"holds no \*\.safetensors .*, but model\.pt"):
+        import_checkpoint(source, tmp_path / "out", progress=False)
+
+
+def test_an_adapter_is_refused(tmp_path):
+    source = checkpoint(tmp_path / "source")
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected a model, got one with an adapter"):
+        import_checkpoint(source, tmp_path / "out", progress=False)
+
+
+def test_folders_below_are_kept_without_their_weights(tmp_path, fresh):
+    source = checkpoint(tmp_path / "source")
+    for name in ("1_Pooling/config.json", "1_Pooling/more/vocab.txt", "onnx/model.onnx", ".git/x"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    report = assert_imports(source, fresh)
+    out = tmp_path / "source-out"
+    assert (out / "1_Pooling/config.json").read_text() == "1_Pooling/config.json"
+    assert (out / "1_Pooling/more/vocab.txt").exists()
+    assert not (out / "onnx").exists()
+    assert not (out / ".git").exists()
+    assert report.notes == ("left out: onnx/model.onnx",)
+
+
+def test_the_output_may_lie_within_the_source(tmp_path, fresh):
+    source = checkpoint(tmp_path / "source")
+    import_checkpoint(source, source / "out", progress=False)
+    assert sorted(path.name for path in (source / "out").iterdir()) == [
+        "config.json",
+        "liquidgemm_import.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]

@@ -1,0 +1,202 @@
+"""Imports of whole models: each result is loaded as the model that its configuration names."""
+
+import json
+
+import foreign_models
+import pytest
+import torch
+from foreign_models import EXPERTS, MODELS, SETTINGS, make, outputs, write
+from safetensors.torch import load_file, save_file
+
+from liquidgemm import LiquidLinear, import_checkpoint, load_quantized
+from liquidgemm.importers import architecture
+
+
+def rewrite(folder, change):
+    """Changes the tensors of a folder in place."""
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def reconfigure(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def assert_same_model(folder, out, model_class, weights):
+    """The import has the source's weights to the bit, and computes what they make of an input."""
+    loaded = model_class.from_pretrained(out).eval()
+    layers = {n: m for n, m in loaded.named_modules() if isinstance(m, LiquidLinear)}
+    assert len(layers) == len(weights) > 0
+    ours = sorted(layer.dequantize().double().norm().item() for layer in layers.values())
+    theirs = sorted(weight.float().double().norm().item() for weight in weights.values())
+    assert ours == theirs
+    again = load_quantized(out)
+    expected = outputs(model_class.from_pretrained(folder / "float").eval())
+    got = outputs(loaded)
+    assert torch.equal(got, outputs(again))
+    assert (got - expected).norm() < 0.1 * expected.norm()
+    return layers
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_architecture(tmp_path, kind):
+    model = make(kind)
+    weights = write(model, tmp_path)
+    report = import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    assert report.loaded_as.startswith(f"{type(model).__name__} of transformers")
+    assert report.loaded_as.endswith("with its values")
+    assert all(layer.error == 0 for layer in report.layers)
+    saved = json.loads((tmp_path / "out/liquidgemm_import.json").read_text())
+    assert saved["loaded_as"] == report.loaded_as
+    assert_same_model(tmp_path, tmp_path / "out", type(model), weights)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_format(tmp_path, name):
+    model = make("grouped queries")
+    weights = write(model, tmp_path, name)
+    report = import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    assert all(layer.error == 0 for layer in report.layers)
+    layers = assert_same_model(tmp_path, tmp_path / "out", type(model), weights)
+    for layer, weight in weights.items():
+        assert torch.equal(layers[layer].dequantize(), weight.float())
+
+
+def test_multimodal_names_of_either_age(tmp_path):
+    """Files name the parts by the path in the model, or as they did before it changed."""
+    model = make("vision tower")
+    modules = dict(model.named_modules())
+    for age, rename in (
+        ("old", lambda key: key),
+        ("new", lambda key: _path_in_model(key, modules)),
+    ):
+        (tmp_path / age).mkdir()
+        weights = write(model, tmp_path / age, rename=rename)
+        import_checkpoint(tmp_path / age, tmp_path / age / "out", progress=False)
+        layers = assert_same_model(tmp_path / age, tmp_path / age / "out", type(model), weights)
+        assert set(layers) <= set(modules)
+
+
+def _path_in_model(key, modules):
+    old = {"language_model.model": "model.language_model", "language_model.lm_head": "lm_head"}
+    for start, path in {**old, "vision_tower": "model.vision_tower"}.items():
+        if key.startswith(start) and key.rpartition(".")[0] not in modules:
+            return path + key.removeprefix(start)
+    return key if key.rpartition(".")[0] in modules else f"model.{key}"
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_in_one_parameter_are_refused(tmp_path, kind):
+    write(make(kind), tmp_path)
+    with pytest.raises(ValueError, match=r"experts\.0\.\w+: expected a linear layer in .*experts"):
+        import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_in_float_are_kept(tmp_path, monkeypatch):
+    """A checkpoint of which only the attention is quantized."""
+    old = foreign_models.is_linear
+    monkeypatch.setattr(
+        foreign_models, "is_linear", lambda key, value: "self_attn" in key and old(key, value)
+    )
+    model = make("one parameter")
+    weights = write(model, tmp_path)
+    import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    assert_same_model(tmp_path, tmp_path / "out", type(model), weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("model.norm.weight"), r"model\.norm\.weight: .* 1 missing keys"),
+        (lambda s: s.update({"more.weight": torch.ones(3)}), r"more\.weight: .* 1 unexpected keys"),
+        (lambda s: s.update({"model.norm.weight": torch.ones(3)}), "does not load as Llama"),
+        (
+            lambda s: s.update({"model.layers.0.mlp.down_proj.bias": torch.ones(128)}),
+            "bias: expected none in LlamaForCausalLM",
+        ),
+    ],
+)
+def test_what_finds_no_place_is_refused(tmp_path, change, message):
+    write(make("grouped queries"), tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 1}, r"model\.layers\.1\.\S+: expected a linear layer .* nothing"),
+        ({"intermediate_size": 512}, "weight: expected (512 x 128|128 x 512) as in Llama"),
+        ({"hidden_act": "no such"}, r"config\.json: does not describe a LlamaForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "expected a linear layer"),
+    ],
+)
+def test_a_configuration_of_another_model_is_refused(tmp_path, fields, message):
+    write(make("grouped queries"), tmp_path)
+    reconfigure(tmp_path, **fields)
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"architectures": None}, "config.json names no architectures"),
+        ({"architectures": ["TheirOwnForCausalLM"]}, "has no model TheirOwnForCausalLM"),
+    ],
+)
+def test_what_cannot_be_tried_is_said(tmp_path, fields, why):
+    write(make("grouped queries"), tmp_path)
+    reconfigure(tmp_path, **fields)
+    report = import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    assert report.loaded_as.startswith("not tried: ")
+    assert why in report.loaded_as
+    assert "not tried" in str(report)
+
+
+def test_a_large_result_is_loaded_without_its_values(tmp_path, monkeypatch):
+    monkeypatch.setattr(architecture, "LOADED_WHOLE_BYTES", 1000)
+    write(make("vision tower"), tmp_path)
+    report = import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    assert report.loaded_as.endswith("on the meta device, without its values")
+    rewrite(tmp_path, lambda state: state.pop("language_model.model.norm.weight"))
+    with pytest.raises(ValueError, match=r"norm\.weight: .* 1 missing keys"):
+        import_checkpoint(tmp_path, tmp_path / "again", progress=False)
+
+
+def test_biases_of_zeros_are_left_out_where_the_model_has_none(tmp_path):
+    """As some writers give every layer."""
+    model = make("grouped queries")
+    weights = write(model, tmp_path, "gptq")
+    zeros = {f"{layer}.bias": torch.zeros(len(weight)) for layer, weight in weights.items()}
+    rewrite(tmp_path, lambda state: state.update(zeros))
+    report = import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    assert sum("bias: left out" in note for note in report.notes) == len(weights)
+    assert_same_model(tmp_path, tmp_path / "out", type(model), weights)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantized_head(tmp_path, tied, monkeypatch):
+    """It loads, or where the configuration ties it to the embeddings, it is refused."""
+    model = make("tied head" if tied else "grouped queries")
+    old = foreign_models.is_linear
+    monkeypatch.setattr(
+        foreign_models, "is_linear", lambda k, v: k == "lm_head.weight" or old(k, v)
+    )
+    monkeypatch.setitem(SETTINGS, "pack-quantized", {**SETTINGS["pack-quantized"], "ignore": []})
+    weights = write(model, tmp_path)
+    if tied:
+        parts, _ = foreign_models.quantized(model.lm_head.weight.detach(), "pack-quantized")
+        rewrite(tmp_path, lambda s: s.update({f"lm_head.{k}": v for k, v in parts.items()}))
+        with pytest.raises(ValueError, match=r"lm_head: expected a weight of its own, .* ties"):
+            import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+        return
+    import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    assert "lm_head" in weights
+    assert_same_model(tmp_path, tmp_path / "out", type(model), weights)
