@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -30,9 +31,36 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MIN_CUDA = (12, 4)
 
+# The CPU kernels of each instruction set, chosen at run time (csrc/liquidgemm/cpu/kernels.hpp).
+X86_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+AVX512_FLAGS = (
+    *X86_FLAGS,
+    *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")),
+    "-Wno-maybe-uninitialized",  # of GCC's own headers
+)
+CPU_FLAGS = {
+    "x86_64": {
+        "avx2": X86_FLAGS,
+        "avx_vnni": (*X86_FLAGS, "-mavxvnni"),
+        "avx512_vnni": AVX512_FLAGS,
+        "amx": (*AVX512_FLAGS, "-mamx-tile", "-mamx-int8"),
+    },
+    "aarch64": {
+        "neon_dotprod": ("-march=armv8.2-a+dotprod",),
+        "neon_i8mm": ("-march=armv8.2-a+dotprod+i8mm",),
+    },
+}.get(platform.machine(), {})
+CPU_COMMON = ("gemm", "kernels", "portable", "processor")
+# Every operation is rounded, and none of them traps or sets errno: so loops can become vectors.
+CPU_CXX_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+
 # The sources of each library: every pattern must match at least one file.
 SOURCES = {
-    "liquidgemm._C_host": ["csrc/torch/bindings_host.cpp"],
+    "liquidgemm._C_host": [
+        "csrc/torch/bindings_host.cpp",
+        "csrc/torch/bindings_cpu.cpp",
+        *(f"csrc/liquidgemm/cpu/{name}.cpp" for name in (*CPU_COMMON, *CPU_FLAGS)),
+    ],
     "liquidgemm._C_cuda": [
         "csrc/torch/bindings_cuda.cpp",
         "csrc/liquidgemm/*/*.cu",
@@ -222,6 +250,13 @@ def source_files(extension: str) -> list[Path]:
     return [file for matches in files.values() for file in matches]
 
 
+def cpu_flags(source: Path) -> tuple[str, ...]:
+    """What a source of the CPU kernels is compiled with besides CXX_FLAGS."""
+    if source.parent.name != "cpu":
+        return ()
+    return (*CPU_CXX_FLAGS, *CPU_FLAGS.get(source.stem, ()))
+
+
 def write_build_file(tools: Toolchain, folder: Path, extensions: list[str]) -> list[Path]:
     """Writes build.ninja; returns the files that will hold the reports of ptxas."""
     from ninja import ninja_syntax  # absent where only the metadata is asked for
@@ -238,7 +273,7 @@ def write_build_file(tools: Toolchain, folder: Path, extensions: list[str]) -> l
         ninja.variable("ninja_required_version", "1.8")
         ninja.rule(
             "cxx",
-            f"{command(tools.cxx, *CXX_FLAGS)} $defines {command(*common)} {depfile}",
+            f"{command(tools.cxx, *CXX_FLAGS)} $flags {command(*common)} {depfile}",
             depfile="$out.d",
             deps="gcc",
             description="g++ $name",
@@ -264,7 +299,8 @@ def write_build_file(tools: Toolchain, folder: Path, extensions: list[str]) -> l
                     rule, variables = "cuda", {}
                     reports.append(Path(f"{target}.log"))
                 else:
-                    rule, variables = "cxx", {"defines": "-DUSE_CUDA" if cuda else ""}
+                    flags = ["-DUSE_CUDA"] if cuda else cpu_flags(source)
+                    rule, variables = "cxx", {"flags": command(*flags)}
                 ninja.build(str(target), rule, str(source), variables={**variables, "name": name})
                 objects.append(str(target))
             every_object += objects

@@ -6,6 +6,7 @@ the same bits as the kernel.
 
 from importlib.metadata import PackageNotFoundError, version
 
+from ._cpu import cpu_kernel, cpu_kernels, set_cpu_kernel
 from .checkpoint import load_quantized, save_quantized
 from .config import LiquidConfig
 from .importers import ImportReport, import_checkpoint
@@ -28,6 +29,8 @@ __all__ = [
     "LiquidLinear",
     "QuantizedWeight",
     "__version__",
+    "cpu_kernel",
+    "cpu_kernels",
     "dequantize_weight",
     "gemm",
     "import_checkpoint",
@@ -38,6 +41,7 @@ __all__ = [
     "quantize_activation",
     "quantize_weight",
     "save_quantized",
+    "set_cpu_kernel",
     "unpack_weight",
 ]
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 import liquidgemm
-from liquidgemm import _int8, _library, demo
+from liquidgemm import _library, demo
 from liquidgemm.cli_models import eval_command, quantize_command
 
 app = typer.Typer(
@@ -132,7 +132,8 @@ def info() -> None:
         ("CUDA library", str(status.cuda_library or "not loaded")),
         ("configurations", ", ".join(torch.ops.liquidgemm_testing.config_names())),
         ("Hopper kernel", status.reason),
-        ("otherwise", f"the CPU path, exact to the same bits, by {_int8.description()}"),
+        ("CPU kernels", f"{liquidgemm.cpu_kernel()}, exact to the same bits"),
+        ("CPU kernels there are", ", ".join(liquidgemm.cpu_kernels())),
     ]
     for row in rows:
         table.add_row(*map(Text, row))  # as it stands: a GPU's name is no markup

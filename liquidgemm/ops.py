@@ -1,9 +1,7 @@
-"""The five ops of ``torch.ops.liquidgemm``: schemas, shape functions, CPU path, autograd.
+"""The five ops of ``torch.ops.liquidgemm``: schemas, shape functions, autograd.
 
-CUDA implementations come from ``_C_cuda.so`` and the CPU side of ``pack_weight`` and
-``unpack_weight`` from ``_C_host.so``. The rest of the CPU path is here, in plain torch, and gives
-the same bits as the kernel: the integer product is exact, and every floating-point operation
-around it is a separately rounded float32 operation in a fixed order.
+CUDA implementations come from ``_C_cuda.so``, those of the CPU from ``_C_host.so``, which calls
+`_reference` if it is told to (`_cpu`). All give the same bits.
 
 Every op takes inputs of any layout, stride and storage offset, checks them before it computes, and
 raises a RuntimeError that names the argument, what was expected and what came.
@@ -11,13 +9,11 @@ raises a RuntimeError that names the argument, what was expected and what came.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from . import _int8, _library
+from . import _library, _reference
 from .format import (
     BLOCK_BYTES,
     GROUP,
@@ -30,10 +26,6 @@ from .format import (
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32)
-
-# Size of what the exact CPU product works on at a time, as float64: small enough to stay in a cache
-# and to be allocated without fresh pages from the system, large enough for matmul.
-_CHUNK_BYTES = 8 << 20
 
 _SCHEMAS = (
     "quantize_activation(Tensor x) -> (Tensor, Tensor)",
@@ -50,8 +42,7 @@ for _schema in _SCHEMAS:
 _cuda_library_problem = _library.load_libraries()
 
 
-# Checks, shared by the shape functions and the CPU path. The kernels check for themselves, in the
-# same words.
+# Checks of the shape functions. The kernels check for themselves, in the same words.
 
 
 def _require(condition: bool, argument: str, expected: str, got: object) -> None:
@@ -187,56 +178,6 @@ def _linear_fake(x, weight, weight_scale, bias=None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
-# The CPU path.
-
-
-def _row_chunks(rows: int, bytes_per_row: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices of about _CHUNK_BYTES that cover ``range(rows)``, each a multiple long."""
-    step = max(1, _CHUNK_BYTES // (bytes_per_row * multiple)) * multiple
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def _quantize_activation_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
-    x8, scale = _quantize_activation_fake(x)
-    columns = x.shape[-1]
-    rows, rows8, row_scale = x.reshape(-1, columns), x8.view(-1, columns), scale.view(-1)
-    for chunk in _row_chunks(len(rows), 4 * columns):
-        values = rows[chunk].float()
-        amax = values.abs().amax(-1)  # NaN if any entry is NaN
-        finite = amax.isfinite()
-        step = torch.where(finite, amax / 127, torch.nan)
-        q = (values / step.unsqueeze(-1)).round_().clamp_(-127, 127)
-        usable = finite & (step > 0)
-        rows8[chunk] = torch.where(usable.unsqueeze(-1), q, 0.0).to(torch.int8)
-        row_scale[chunk] = step
-    return x8, scale
-
-
-def _gemm_cpu(x, x_scale, weight, weight_scale, bias=None, out_dtype=None) -> Tensor:
-    out_dtype = _check_gemm(x, x_scale, weight, weight_scale, bias, out_dtype)
-    k, n = x.shape[-1], weight_scale.shape[0]
-    out = x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
-    rows, row_scale, out_rows = x.reshape(-1, k), x_scale.reshape(-1, 1), out.view(-1, n)
-    for n_chunk in _row_chunks(n, 8 * k, PANEL):
-        panels = weight[n_chunk.start // PANEL : ceil_div(n_chunk.stop, PANEL)]
-        w8 = decode(*unpack_weight(panels, n_chunk.stop - n_chunk.start))
-        for m_chunk in _row_chunks(len(rows), 8 * k):
-            acc = _int8.product(rows[m_chunk], w8)
-            if out_dtype != torch.int32:
-                acc = acc.float().mul_(row_scale[m_chunk]).mul_(weight_scale[n_chunk])
-                if bias is not None:
-                    acc.add_(bias[n_chunk].float())
-            out_rows[m_chunk, n_chunk] = acc.to(out_dtype)
-    return out
-
-
-def _linear_cpu(x, weight, weight_scale, bias=None) -> Tensor:
-    _check_linear(x, weight, weight_scale, bias)
-    x8, x_scale = _quantize_activation_cpu(x)
-    return _gemm_cpu(x8, x_scale, weight, weight_scale, bias, x.dtype)
-
-
 # Autograd.
 
 
@@ -281,18 +222,34 @@ def _without_cuda_library(op: str):
     return raise_readable
 
 
-for _op, _fake, _cpu in (
-    ("quantize_activation", _quantize_activation_fake, _quantize_activation_cpu),
-    ("pack_weight", _pack_weight_fake, None),
-    ("unpack_weight", _unpack_weight_fake, None),
-    ("gemm", _gemm_fake, _gemm_cpu),
-    ("linear", _linear_fake, _linear_cpu),
+for _op, _fake in (
+    ("quantize_activation", _quantize_activation_fake),
+    ("pack_weight", _pack_weight_fake),
+    ("unpack_weight", _unpack_weight_fake),
+    ("gemm", _gemm_fake),
+    ("linear", _linear_fake),
 ):
     register_fake(f"liquidgemm::{_op}", _fake, lib=_lib)
-    if _cpu is not None:
-        _lib.impl(_op, _cpu, "CPU")
     if _cuda_library_problem is not None:
         _lib.impl(_op, _without_cuda_library(_op), "CUDA")
+
+if not hasattr(torch.ops.liquidgemm_cpu, "kernels"):
+    # TEMPORARY, until every checkout has built its host library anew: no CPU kernels in it.
+    def _gemm_alone(x, x_scale, weight, weight_scale, bias=None, out_dtype=None):
+        out_dtype = _check_gemm(x, x_scale, weight, weight_scale, bias, out_dtype)
+        return _reference.gemm(x, x_scale, weight, weight_scale, bias, out_dtype)
+
+    def _linear_alone(x, weight, weight_scale, bias=None):
+        _check_linear(x, weight, weight_scale, bias)
+        return _reference.linear(x, weight, weight_scale, bias)
+
+    def _quantize_alone(x):
+        _check_rows(x, *FLOATS)
+        return _reference.quantize_activation(x)
+
+    _lib.impl("gemm", _gemm_alone, "CPU")
+    _lib.impl("linear", _linear_alone, "CPU")
+    _lib.impl("quantize_activation", _quantize_alone, "CPU")
 
 register_autograd(
     "liquidgemm::linear", _linear_backward, setup_context=_linear_setup_context, lib=_lib

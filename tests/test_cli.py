@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import liquidgemm
-from liquidgemm import _int8, _library, cli, demo
+from liquidgemm import _library, cli, demo
 
 runner = CliRunner()
 
@@ -80,7 +80,7 @@ def test_info_says_whether_the_kernel_can_run(monkeypatch: pytest.MonkeyPatch) -
     assert torch.__version__ in result.stdout
     assert str(_library.HOST_LIBRARY) in result.stdout
     assert _library.status().reason in result.stdout
-    assert f"by {_int8.description()}" in result.stdout
+    assert f"{liquidgemm.cpu_kernel()}, exact to the same bits" in result.stdout
     assert all(name in result.stdout for name in torch.ops.liquidgemm_testing.config_names())
 
 

@@ -1,7 +1,5 @@
 """The ops on the CPU: exactness, inputs, errors, autograd, torch.compile and export."""
 
-import os
-
 import numpy as np
 import pytest
 import reference
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import liquidgemm
-from liquidgemm import _int8, gemm, linear, pack_weight, quantize_activation, unpack_weight
+from liquidgemm import gemm, linear, pack_weight, quantize_activation, unpack_weight
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 OPS = torch.ops.liquidgemm
@@ -95,13 +93,6 @@ def test_quantize_activation_divides_as_ieee():
         reference.assert_same(got, expected)
 
 
-def test_quantize_activation_in_chunks():
-    """More rows than the CPU path takes at a time."""
-    x = torch.randn(300_000, 33)
-    for got, expected in zip(quantize_activation(x), reference.quantize_activation(x), strict=True):
-        reference.assert_same(got, expected)
-
-
 # gemm.
 
 
@@ -159,14 +150,6 @@ def test_gemm_at_the_ends_of_the_range(low):
     x[1] = -127
     got = gemm(x, torch.ones(2), packed, torch.ones(2), out_dtype=torch.int32)
     assert got.tolist() == [[127 * value * k] * 2, [-127 * value * k] * 2]
-
-
-def test_gemm_in_chunks(monkeypatch):
-    """Chunks in both directions give what one piece does."""
-    case = Case(50, 300, 200)
-    expected = case.gemm(case.bias)
-    monkeypatch.setattr(liquidgemm.ops, "_CHUNK_BYTES", 8 * 200 * 7)
-    reference.assert_same(case.gemm(case.bias), expected)
 
 
 def test_accumulator_is_rounded_once():
@@ -238,75 +221,6 @@ def test_linear_is_quantize_and_gemm(dtype):
     x8, scale = quantize_activation(x)
     expected = gemm(x8, scale, case.weight, case.weight_scale, case.bias, dtype)
     reference.assert_same(linear(x, case.weight, case.weight_scale, case.bias), expected)
-
-
-LOWERED = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from test_ops import Case, reference
-assert torch.backends.cpu.get_cpu_capability() == "DEFAULT", "the variable has no effect"
-for m, n, k in ((1, 64, 64), (33, 130, 896), (4, 64, 8192)):
-    case = Case(m, n, k)
-    case.x[:] = case.x.sign() * 127  # where 16-bit sums saturate
-    acc = reference.product(case.x, reference.decode(*case.logical))
-    reference.assert_same(case.gemm(out_dtype=torch.int32), acc.int(), m=m, n=n, k=k)
-    expected = reference.epilogue(acc, case.x_scale, case.weight_scale, case.bias, torch.bfloat16)
-    reference.assert_same(case.gemm(case.bias), expected, m=m, n=n, k=k)
-x = torch.randn(9, 576)
-for got, expected in zip(
-    torch.ops.liquidgemm.quantize_activation(x), reference.quantize_activation(x)
-):
-    reference.assert_same(got, expected)
-print("exact")
-"""
-
-
-def test_exact_with_the_instruction_set_lowered():
-    """Without AVX-512 and VNNI, where INT8 products of other libraries may saturate: whether they
-    do depends on the processor, and our sums must be exact either way."""
-    result = run_python(
-        LOWERED,
-        os.path.dirname(__file__),
-        ONEDNN_MAX_CPU_ISA="AVX2",
-        ATEN_CPU_CAPABILITY="default",
-        MKL_ENABLE_INSTRUCTIONS="AVX2",
-    )
-    assert result.stdout.strip() == "exact", result.stdout + result.stderr
-
-
-@pytest.mark.parametrize("instructions", [False, True])
-def test_exact_with_and_without_int8_instructions(instructions, monkeypatch):
-    """CHECKLIST 3: operands at the ends of their range, and K that torch's product gets wrong."""
-    if instructions and not _int8.instructions_are_exact():
-        pytest.skip("no exact INT8 instructions on this processor")
-    monkeypatch.setattr(_int8, "instructions_are_exact", lambda: instructions)
-    for m, n, k in ((1, 1, 1), (5, 64, 1), (1, 200, 63), (16, 7, 65), (33, 130, 4096)):
-        case = Case(m, n, k)
-        case.x[::2] = case.x[::2].sign() * 127
-        acc = reference.product(case.x, reference.decode(*case.logical))
-        for x in (case.x, case.x.T.contiguous().T):
-            sums = gemm(x, case.x_scale, case.weight, case.weight_scale, out_dtype=torch.int32)
-            reference.assert_same(sums, acc.int(), m=m, n=n, k=k)
-
-
-def test_the_default_device_does_not_matter():
-    expected = _int8.instructions_are_exact()
-    with torch.device("meta"):
-        assert _int8.instructions_are_exact.__wrapped__() == expected
-
-
-def test_int8_instructions_that_saturate_are_not_used(monkeypatch):
-    def saturating(x, w):
-        """As without VNNI: unsigned times signed bytes, added in pairs of 16 bits."""
-        products = (x.int() + 128).unsqueeze(2) * w.int()
-        pairs = products.unflatten(1, (-1, 2)).sum(2).clamp(-(2**15), 2**15 - 1)
-        return (pairs.sum(1) - 128 * w.int().sum(0)).int()
-
-    monkeypatch.setattr(torch, "_int_mm", saturating)
-    assert not _int8.instructions_are_exact.__wrapped__()
-    monkeypatch.delattr(torch, "_int_mm")
-    assert not _int8.instructions_are_exact.__wrapped__()
 
 
 def test_exact_whatever_the_matmul_precision():

@@ -4,19 +4,13 @@
 
 #include <tuple>
 
-#include "liquidgemm/common/math.hpp"
 #include "liquidgemm/gemm.hpp"
-#include "weight.hpp"
+#include "product.hpp"
 
 namespace liquidgemm::binding {
 namespace {
 
 using torch::stable::accelerator::DeviceGuard;
-using OptionalTensor = std::optional<Tensor>;
-using OptionalType = std::optional<ScalarType>;
-
-constexpr std::initializer_list<ScalarType> kFloats = {ScalarType::Float, ScalarType::BFloat16,
-                                                       ScalarType::Half};
 
 std::string version_name(int cuda_version) {
   return message(cuda_version / 1000, ".", cuda_version % 1000 / 10);
@@ -63,38 +57,6 @@ cudaStream_t current_stream(Tensor const& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-Element element_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    case ScalarType::Float:
-      return Element::kFloat32;
-    default:
-      return Element::kInt32;
-  }
-}
-
-std::vector<int64_t> leading_sizes(Tensor const& x) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i)
-    sizes.push_back(x.size(i));
-  return sizes;
-}
-
-std::vector<int64_t> with_last(std::vector<int64_t> sizes, int64_t last) {
-  sizes.push_back(last);
-  return sizes;
-}
-
-int64_t rows_of(Tensor const& x) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i)
-    rows *= x.size(i);
-  return rows;
-}
-
 bool aligned_to_16(Tensor const& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
 }
@@ -125,44 +87,14 @@ Tokens aligned_tokens(Tensor const& x, int64_t m, int64_t k, cudaStream_t stream
   return tokens;
 }
 
-struct Weight {
-  Tensor packed, scale;
-  OptionalTensor bias;
-  int64_t n() const { return scale.size(0); }
-};
-
-void check_rows(Tensor const& x, std::initializer_list<ScalarType> allowed) {
-  check_dtype("x", x, allowed);
-  check(x.dim() >= 1, "x: expected at least 1 dimension, got shape ", shape_of(x));
-  check(x.size(-1) >= 1, "x: expected at least 1 column, got shape ", shape_of(x));
-}
-
-Weight checked_weight(Tensor const& x,
+// The kernel's bulk copies read multiples of 16 bytes.
+Weight aligned_weight(Tensor const& x,
                       Tensor const& weight,
                       Tensor const& weight_scale,
                       OptionalTensor const& bias) {
-  const int64_t k = x.size(-1);
-  check_k("x", k, kMaxK);
-  check_dtype("weight", weight, {ScalarType::Byte});
-  check_dtype("weight_scale", weight_scale, {ScalarType::Float});
-  check(weight_scale.dim() == 1 && weight_scale.size(0) >= 1,
-        "weight_scale: expected shape [N], got ", shape_of(weight_scale));
-  const int64_t n = weight_scale.size(0);
-  check_shape("weight", weight, {ceil_div(n, kBlockRows), ceil_div(k, kBlockK), kBlockBytes},
-              " for N = ", n, " of weight_scale and K = ", k, " of x");
-  if (bias) {
-    check_dtype("bias", *bias, kFloats);
-    check_shape("bias", *bias, {n});
-    check_same_device("bias", *bias, "x", x);
-  }
-  check_same_device("weight", weight, "x", x);
-  check_same_device("weight_scale", weight_scale, "x", x);
-  Weight result{torch::stable::contiguous(weight), torch::stable::contiguous(weight_scale),
-                std::nullopt};
+  Weight result = checked_weight(x, weight, weight_scale, bias);
   if (!aligned_to_16(result.packed))
     result.packed = torch::stable::clone(result.packed);
-  if (bias)
-    result.bias = torch::stable::contiguous(*bias);
   return result;
 }
 
@@ -225,17 +157,9 @@ Tensor checked_gemm(char const* op,
                     OptionalType const& out_dtype,
                     std::optional<Plan> forced,
                     int num_sms) {
-  check_rows(x, {ScalarType::Char});
-  const std::vector<int64_t> leading = leading_sizes(x);
-  check_dtype("x_scale", x_scale, {ScalarType::Float});
-  check_shape("x_scale", x_scale, leading);
-  check_same_device("x_scale", x_scale, "x", x);
-  const Weight checked = checked_weight(x, weight, weight_scale, bias);
-  const ScalarType out_type = out_dtype.value_or(ScalarType::BFloat16);
-  check_dtype("out_dtype", out_type,
-              {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float, ScalarType::Int}, "");
-  check(out_type != ScalarType::Int || !bias,
-        "bias: expected None with out_dtype int32, got a tensor");
+  check_quantized_rows(x, x_scale);
+  const Weight checked = aligned_weight(x, weight, weight_scale, bias);
+  const ScalarType out_type = checked_out_type(out_dtype, bias);
 
   const DeviceGuard guard(x.get_device_index());
   const DeviceInfo device = hopper_device(op);
@@ -244,8 +168,8 @@ Tensor checked_gemm(char const* op,
   const int64_t k = x.size(-1);
   const Tensor scale = torch::stable::contiguous(x_scale);
   const Tokens tokens = aligned_tokens(x, m, k, stream);
-  return run_gemm(op, tokens, static_cast<float const*>(scale.const_data_ptr()), leading, m, k,
-                  checked, out_type, device, stream, forced, num_sms);
+  return run_gemm(op, tokens, static_cast<float const*>(scale.const_data_ptr()), leading_sizes(x),
+                  m, k, checked, out_type, device, stream, forced, num_sms);
 }
 
 Tensor gemm_op(Tensor const& x,
@@ -318,7 +242,7 @@ Tensor linear_op(Tensor const& x,
                  Tensor const& weight_scale,
                  OptionalTensor const& bias) {
   check_rows(x, kFloats);
-  const Weight checked = checked_weight(x, weight, weight_scale, bias);
+  const Weight checked = aligned_weight(x, weight, weight_scale, bias);
   const DeviceGuard guard(x.get_device_index());
   const DeviceInfo device = hopper_device("linear");
   const cudaStream_t stream = current_stream(x);
@@ -350,7 +274,7 @@ Tensor linear_with_config(Tensor const& x,
                           int64_t config,
                           int64_t num_sms) {
   check_rows(x, kFloats);
-  const Weight checked = checked_weight(x, weight, weight_scale, bias);
+  const Weight checked = aligned_weight(x, weight, weight_scale, bias);
   const Plan plan = checked_plan(config);
   const int sms = checked_sms(num_sms);
   const DeviceGuard guard(x.get_device_index());

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _int8
+from .. import _cpu
 from ..linear import LiquidLinear
 from ..weight import QuantizedWeight, dequantize_weight
 from .moments import round_activation
@@ -18,7 +18,7 @@ class SimulatedLinear(nn.Module):
     """A `LiquidLinear` whose product is a float matrix product of the dequantized operands.
 
     It differs from the kernel by the rounding of float32 sums alone. Where the exact path is
-    faster, on a CPU with INT8 instructions, and no gradient is asked for, it is that.
+    faster, on a CPU with kernels of its own, and no gradient is asked for, it is that.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
@@ -32,7 +32,7 @@ class SimulatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cpu and not torch.is_grad_enabled() and self.factor is None:
-            if self._exact is None and _int8.instructions_are_exact():
+            if self._exact is None and _cpu.is_fast():
                 self._exact = self.to_layer()
             if self._exact is not None:
                 return self._exact(x)

@@ -1,0 +1,56 @@
+// AVX512-VNNI: four products of bytes per 32-bit lane (vpdpbusd), in registers of 64 bytes, each a
+// chunk.
+#pragma once
+
+#include "liquidgemm/cpu/x86.hpp"
+
+namespace liquidgemm::cpu {
+namespace {
+
+struct Avx512Vnni {
+  static constexpr int kTokens = 8;
+  // A lane has four products of the chunk's low nibbles and four of its high ones. Its upper 16
+  // bits, which are its sign, are multiplied by 0.
+  static_assert(8 * kLargestCode * kLargestX <= kInt16Max);
+
+  using Sums = __m512i;
+  struct Codes {
+    __m512i low, high;
+  };
+  using Steps = __m512i;
+
+  static Sums zero() { return _mm512_setzero_si512(); }
+
+  static Codes codes(uint8_t const* chunk) {
+    const __m512i nibble = _mm512_set1_epi8(15), bytes = _mm512_loadu_si512(chunk);
+    return {_mm512_and_si512(bytes, nibble), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble)};
+  }
+
+  static Steps steps(uint8_t const* params) {
+    const __m128i order = _mm_setr_epi8(0, -1, -1, -1, 2, -1, -1, -1, 0, -1, -1, -1, 2, -1, -1, -1);
+    return _mm512_shuffle_epi8(_mm512_set1_epi32(load_word(params)), _mm512_broadcast_i32x4(order));
+  }
+
+  static Sums multiply_add(Sums sums, Codes const& codes, int8_t const* x, Steps steps) {
+    __m512i products = _mm512_dpbusd_epi32(zero(), codes.low, _mm512_loadu_si512(x));
+    products = _mm512_dpbusd_epi32(products, codes.high, _mm512_loadu_si512(x + kChunk));
+    return _mm512_dpwssd_epi32(sums, products, steps);
+  }
+
+  static void add_offsets(uint8_t const* params, int32_t sum, int32_t* rows) {
+    add_offsets256(params, sum, rows);
+  }
+
+  static void fold(Sums const* sums, int stride, int32_t* rows) {
+    fold_quads(
+        [&](int g) {
+          const __m512i all = sums[g * stride];
+          return quad_of(
+              _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1)));
+        },
+        rows);
+  }
+};
+
+}  // namespace
+}  // namespace liquidgemm::cpu

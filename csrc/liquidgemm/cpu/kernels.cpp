@@ -1,0 +1,98 @@
+#include "liquidgemm/cpu/kernels.hpp"
+
+#include <atomic>
+#include <cstring>
+
+#include "liquidgemm/cpu/layout.hpp"
+#include "liquidgemm/cpu/processor.hpp"
+#include "liquidgemm/cpu/sets.hpp"
+#include "liquidgemm/formats/packed_layout.hpp"
+
+namespace liquidgemm::cpu {
+namespace {
+
+// What layout.hpp says of the packed layout is what packed_layout.hpp derives.
+static_assert(kGroup == kBlockK && kPanel == kBlockRows && kBlock == kBlockBytes &&
+              kParams == kBlockCodeBytes && kLargestCode == kMaxCode);
+
+constexpr bool chunks_are_the_layout() {
+  for (int chunk = 0; chunk < kPanelChunks; ++chunk) {
+    for (int byte = 0; byte < kChunk; ++byte) {
+      const int word = byte / 4;
+      const int row = kBand * (chunk / kBandChunks) + chunk % kBandChunks + 8 * (word % 2);
+      const CodePosition at = code_position(row, first_k(word) + byte % 4);
+      const CodePosition later = code_position(row, first_k(word) + byte % 4 + 32);
+      if (at.byte != kChunk * chunk + byte || at.shift != 0)
+        return false;
+      if (later.byte != at.byte || later.shift != 4)
+        return false;
+      if (param_position(row) != kParams + 4 * chunk + 2 * (word % 2))
+        return false;
+    }
+  }
+  return true;
+}
+static_assert(chunks_are_the_layout());
+
+struct Supported {
+  Kernels const* sets[5];
+  int count = 0;
+
+  void add(bool usable, Kernels const* (*kernels)()) {
+    if (usable)
+      sets[count++] = kernels();
+  }
+
+  Supported() {
+    const Processor processor = detect_processor();
+#if defined(__x86_64__)
+    add(processor.amx, amx_kernels);
+    add(processor.avx512_vnni, avx512_vnni_kernels);
+    add(processor.avx_vnni, avx_vnni_kernels);
+    add(processor.avx2, avx2_kernels);
+#elif defined(__aarch64__)
+    add(processor.i8mm, neon_i8mm_kernels);
+    add(processor.dotprod, neon_dotprod_kernels);
+#endif
+    add(true, portable_kernels);
+    (void)processor;
+  }
+};
+
+Supported const& supported() {
+  static const Supported found;
+  return found;
+}
+
+std::atomic<Kernels const*>& chosen() {
+  static std::atomic<Kernels const*> kernels{supported().sets[0]};
+  return kernels;
+}
+
+}  // namespace
+
+Kernels const* const* supported_kernels(int* count) {
+  *count = supported().count;
+  return supported().sets;
+}
+
+Kernels const* current_kernels() {
+  return chosen().load(std::memory_order_relaxed);
+}
+
+bool choose_kernels(char const* name) {
+  if (std::strcmp(name, "reference") == 0) {
+    chosen() = nullptr;
+    return true;
+  }
+  for (int i = 0; i < supported().count; ++i) {
+    Kernels const* const kernels = supported().sets[i];
+    if (*name == '\0' || std::strcmp(name, kernels->name) == 0) {
+      chosen() = kernels;
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace liquidgemm::cpu

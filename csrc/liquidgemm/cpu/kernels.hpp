@@ -1,0 +1,73 @@
+// What one instruction set offers, as a table of functions, and the choice of the set.
+#pragma once
+
+#include <cstdint>
+
+#include "liquidgemm/common/element.hpp"
+
+namespace liquidgemm::cpu {
+
+// Activations of some tokens, arranged for one Product.
+struct Activations {
+  int8_t* x;
+  int32_t* group_sums;  // [groups][tokens]: the sum of x over a group of a token
+  int32_t* totals;      // [tokens]
+  int64_t tokens;       // in whole tiles of the Product
+  int64_t groups;
+};
+
+// y[m, n] = cast(float(sum) * x_scale[m] * weight_scale[n] + bias[n]), or the sum itself.
+struct Output {
+  void* y;
+  Element type;
+  int64_t tokens;  // those that are stored
+  int64_t n;       // also the row stride of y
+  float const* x_scale;
+  float const* weight_scale;
+  float const* bias;  // or null
+};
+
+// A way to multiply: how it wants the activations, and the product itself.
+struct Product {
+  int64_t tile;             // tokens that are arranged together
+  int64_t bytes_per_group;  // of an arranged token
+  int64_t scratch_bytes;    // of a thread
+
+  // Arranges tokens [first, first + tile) from rows of int8 [groups * 64].
+  void (*arrange)(int8_t const* rows, int64_t first, Activations const& to);
+
+  // Bands [first, last) of the weight, which are counted through all panels, for all tokens.
+  void (*multiply)(uint8_t const* weight,
+                   int64_t first,
+                   int64_t last,
+                   Activations const& x,
+                   Output const& out,
+                   uint8_t* scratch);
+};
+
+// The problem of the quantizer's search; see search.hpp.
+struct Search;
+
+struct Kernels {
+  char const* name;
+  Product few;          // tokens
+  Product many;         // tokens
+  int64_t fewest_many;  // tokens from which on `many` is the faster one
+
+  // One row of K activations to int8, and its scale.
+  float (*quantize)(void const* x, Element type, int64_t k, int8_t* out);
+
+  Product const& product(int64_t tokens) const { return tokens < fewest_many ? few : many; }
+};
+
+// The sets that this processor and its operating system support, the fastest first, and how many.
+// The last one is always there: portable C++.
+Kernels const* const* supported_kernels(int* count);
+
+// The set that runs now: the fastest one unless another one was chosen. null: the reference.
+Kernels const* current_kernels();
+
+// By name; "" takes the fastest set, "reference" none. False if there is no such set here.
+bool choose_kernels(char const* name);
+
+}  // namespace liquidgemm::cpu

@@ -1,0 +1,43 @@
+// The packed layout as the CPU reads it. The layout itself is formats/packed_layout.hpp;
+// kernels.cpp asserts that both say the same. This header includes nothing else, because it is
+// compiled once per instruction set (see simd.hpp).
+//
+// The 64 x 64 codes of a block are 32 chunks of 64 bytes. Chunk 8 b + g holds all codes of two
+// rows, 16 b + g and 16 b + g + 8, as 16 words of four k each:
+//
+//   word        0        1        2         3         4        5       ...  15
+//   row         g        g + 8    g         g + 8     g        g + 8
+//   low nibble  k 0-3    0-3      16-19     16-19     4-7      4-7          28-31
+//   high nibble k 32-35  32-35    48-51     48-51     36-39    36-39        60-63
+//
+// so that a 32-bit lane belongs to one row throughout: even lanes to row g, odd ones to row g + 8.
+// The word (s[g], a[g], s[g + 8], a[g + 8]) of the chunk lies at kParams + 4 (8 b + g). The eight
+// chunks of one b are a band: 16 rows.
+#pragma once
+
+#include <cstdint>
+
+namespace liquidgemm::cpu {
+
+inline constexpr int kGroup = 64;        // k per block: one (s, a) per row
+inline constexpr int kPanel = 64;        // rows per block
+inline constexpr int kChunk = 64;        // bytes: two rows of one group
+inline constexpr int kBand = 16;         // rows of eight chunks
+inline constexpr int kBandChunks = 8;    // chunks per band
+inline constexpr int kPanelBands = 4;    // bands per panel
+inline constexpr int kPanelChunks = 32;  // chunks per block
+inline constexpr int kParams = kPanelChunks * kChunk;
+inline constexpr int kBlock = kParams + 2 * kPanel;  // bytes
+inline constexpr int kArranged = 2 * kGroup;         // bytes of one token's group, arranged
+
+// The first k of the four of a word, for its low nibbles; those of the high nibbles are 32 later.
+constexpr int first_k(int word) {
+  return 4 * (word / 4) + 16 * (word / 2 % 2);
+}
+
+// Bounds that let sums of products of codes stay in 16 bits. x = -128 is not a valid activation,
+// but it must not overflow either.
+inline constexpr int kLargestCode = 15, kLargestX = 128, kInt16Max = 32767;
+static_assert(kGroup * kLargestX <= kInt16Max, "the sum of a group's x fits 16 bits");
+
+}  // namespace liquidgemm::cpu

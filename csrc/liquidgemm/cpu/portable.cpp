@@ -1,0 +1,86 @@
+// Plain C++ for any little-endian processor; compilers make 16-byte vectors of its loops.
+#include "liquidgemm/cpu/codes.hpp"
+#include "liquidgemm/cpu/sets.hpp"
+
+namespace liquidgemm::cpu {
+namespace {
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "words of the layout are little-endian");
+
+// The bytes of a chunk as 32 halves of two: those at even places and those at odd places.
+struct Portable {
+  static constexpr int kTokens = 1;  // more would not fit the registers
+  static constexpr int kHalves = kChunk / 2, kWords = kChunk / 4;
+  // 4 products of a half, and 8 of a word, in 16 bits.
+  static_assert(8 * kLargestCode * kLargestX <= kInt16Max);
+
+  struct Sums {
+    uint32_t words[kWords];
+  };
+  struct Codes {
+    int16_t even[2][kHalves], odd[2][kHalves];  // [low or high nibbles]
+  };
+  struct Steps {
+    int16_t of_row[2];
+  };
+
+  static Sums zero() { return {}; }
+
+  static Codes codes(uint8_t const* chunk) {
+    Codes result;
+    for (int i = 0; i < kHalves; ++i) {
+      uint16_t half;
+      memcpy(&half, chunk + 2 * i, 2);
+      result.even[0][i] = int16_t(half & 15);
+      result.even[1][i] = int16_t(half >> 4 & 15);
+      result.odd[0][i] = int16_t(half >> 8 & 15);
+      result.odd[1][i] = int16_t(half >> 12);
+    }
+    return result;
+  }
+
+  static Steps steps(uint8_t const* params) { return {{params[0], params[2]}}; }
+
+  static Sums multiply_add(Sums sums, Codes const& codes, int8_t const* x, Steps steps) {
+    int16_t products[kHalves] = {};
+    for (int nibble = 0; nibble < 2; ++nibble) {
+      for (int i = 0; i < kHalves; ++i) {
+        uint16_t half;
+        memcpy(&half, x + kChunk * nibble + 2 * i, 2);
+        const int16_t even = int16_t(int16_t(half << 8) >> 8), odd = int16_t(int16_t(half) >> 8);
+        products[i] = int16_t(products[i] + codes.even[nibble][i] * even);
+        products[i] = int16_t(products[i] + codes.odd[nibble][i] * odd);
+      }
+    }
+    for (int i = 0; i < kWords; ++i)
+      sums.words[i] += uint32_t((products[2 * i] + products[2 * i + 1]) * steps.of_row[i % 2]);
+    return sums;
+  }
+
+  static void add_offsets(uint8_t const* params, int32_t sum, int32_t* rows) {
+    for (int g = 0; g < kBandChunks; ++g) {
+      rows[g] = int32_t(uint32_t(rows[g]) + uint32_t(params[4 * g + 1] * sum));
+      rows[g + 8] = int32_t(uint32_t(rows[g + 8]) + uint32_t(params[4 * g + 3] * sum));
+    }
+  }
+
+  static void fold(Sums const* sums, int stride, int32_t* rows) {
+    for (int g = 0; g < kBandChunks; ++g) {
+      uint32_t of_row[2] = {uint32_t(rows[g]), uint32_t(rows[g + 8])};
+      for (int i = 0; i < kWords; ++i)
+        of_row[i % 2] += sums[g * stride].words[i];
+      rows[g] = int32_t(of_row[0]);
+      rows[g + 8] = int32_t(of_row[1]);
+    }
+  }
+};
+
+}  // namespace
+
+Kernels const* portable_kernels() {
+  static constexpr Product by_codes = product_by_codes<Portable>();
+  static constexpr Kernels kernels{"portable", by_codes, by_codes, INT64_MAX, quantize};
+  return &kernels;
+}
+
+}  // namespace liquidgemm::cpu

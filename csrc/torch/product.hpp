@@ -1,0 +1,105 @@
+// What gemm, linear and quantize_activation share on CPU and CUDA: argument checks and shapes.
+#pragma once
+
+#include <optional>
+
+#include "liquidgemm/common/element.hpp"
+#include "weight.hpp"
+
+namespace liquidgemm::binding {
+
+using OptionalTensor = std::optional<Tensor>;
+using OptionalType = std::optional<ScalarType>;
+
+inline constexpr std::initializer_list<ScalarType> kFloats = {
+    ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+
+inline Element element_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kFloat16;
+    case ScalarType::Float:
+      return Element::kFloat32;
+    default:
+      return Element::kInt32;
+  }
+}
+
+inline std::vector<int64_t> leading_sizes(Tensor const& x) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i)
+    sizes.push_back(x.size(i));
+  return sizes;
+}
+
+inline std::vector<int64_t> with_last(std::vector<int64_t> sizes, int64_t last) {
+  sizes.push_back(last);
+  return sizes;
+}
+
+inline int64_t rows_of(Tensor const& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i)
+    rows *= x.size(i);
+  return rows;
+}
+
+struct Weight {
+  Tensor packed, scale;
+  OptionalTensor bias;
+  int64_t n() const { return scale.size(0); }
+};
+
+inline void check_rows(Tensor const& x, std::initializer_list<ScalarType> allowed) {
+  check_dtype("x", x, allowed);
+  check(x.dim() >= 1, "x: expected at least 1 dimension, got shape ", shape_of(x));
+  check(x.size(-1) >= 1, "x: expected at least 1 column, got shape ", shape_of(x));
+}
+
+inline Weight checked_weight(Tensor const& x,
+                             Tensor const& weight,
+                             Tensor const& weight_scale,
+                             OptionalTensor const& bias) {
+  const int64_t k = x.size(-1);
+  check_k("x", k, kMaxK);
+  check_dtype("weight", weight, {ScalarType::Byte});
+  check_dtype("weight_scale", weight_scale, {ScalarType::Float});
+  check(weight_scale.dim() == 1 && weight_scale.size(0) >= 1,
+        "weight_scale: expected shape [N], got ", shape_of(weight_scale));
+  const int64_t n = weight_scale.size(0);
+  check_shape("weight", weight, {ceil_div(n, kBlockRows), ceil_div(k, kBlockK), kBlockBytes},
+              " for N = ", n, " of weight_scale and K = ", k, " of x");
+  if (bias) {
+    check_dtype("bias", *bias, kFloats);
+    check_shape("bias", *bias, {n});
+    check_same_device("bias", *bias, "x", x);
+  }
+  check_same_device("weight", weight, "x", x);
+  check_same_device("weight_scale", weight_scale, "x", x);
+  Weight result{torch::stable::contiguous(weight), torch::stable::contiguous(weight_scale),
+                std::nullopt};
+  if (bias)
+    result.bias = torch::stable::contiguous(*bias);
+  return result;
+}
+
+// What gemm asks beyond checked_weight; returns the type of the output.
+inline ScalarType checked_out_type(OptionalType const& out_dtype, OptionalTensor const& bias) {
+  const ScalarType out_type = out_dtype.value_or(ScalarType::BFloat16);
+  check_dtype("out_dtype", out_type,
+              {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float, ScalarType::Int}, "");
+  check(out_type != ScalarType::Int || !bias,
+        "bias: expected None with out_dtype int32, got a tensor");
+  return out_type;
+}
+
+inline void check_quantized_rows(Tensor const& x, Tensor const& x_scale) {
+  check_rows(x, {ScalarType::Char});
+  check_dtype("x_scale", x_scale, {ScalarType::Float});
+  check_shape("x_scale", x_scale, leading_sizes(x));
+  check_same_device("x_scale", x_scale, "x", x);
+}
+
+}  // namespace liquidgemm::binding
