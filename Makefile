@@ -46,28 +46,28 @@ test-gpu: build
 # the others from running.
 PEERS ?= bf16,fp8,int8,humming,humming-g128,humming-channel,gemlite,vllm
 bench: build
-	@folder="$(FOLDER)"; folder="$${folder:-$$($(BIN)/python -m bench.machine)}" || exit; status=0; \
+	@folder="$(FOLDER)"; folder="$${folder:-$$($(BIN)/python -m bench folder)}" || exit; status=0; \
 	set -x; \
-	$(BIN)/python -m bench.microbench --json "$$folder/microbench.json" || status=1; \
-	$(BIN)/python -m bench --against $(PEERS) --json "$$folder/results.json" || status=1; \
-	$(BIN)/python -m bench --against fp8 --m 256,512,1024,2048,4096 --ops gemm --rest 20 \
+	$(BIN)/python -m bench micro --json "$$folder/microbench.json" || status=1; \
+	$(BIN)/python -m bench gemm --against $(PEERS) --json "$$folder/results.json" || status=1; \
+	$(BIN)/python -m bench gemm --against fp8 --m 256,512,1024,2048,4096 --ops gemm --rest 20 \
 	  --json "$$folder/results_bursts.json" || status=1; \
-	$(BIN)/python -m bench --against fp8 --m 3,17,33,65,100,192,384,1100,1500,3000,16384 --ops gemm \
+	$(BIN)/python -m bench gemm --against fp8 --m 3,17,33,65,100,192,384,1100,1500,3000,16384 --ops gemm \
 	  --seconds 60 --json "$$folder/results_ragged.json" || status=1; \
-	$(BIN)/python -m bench --against fp8 --m 1,16,32,64 --ops gemm --seconds 30 \
+	$(BIN)/python -m bench gemm --against fp8 --m 1,16,32,64 --ops gemm --seconds 30 \
 	  --shapes 576x1536,2048x2048,2560x2560,1536x4096,1024x8192,8192x1024,2048x4096,5120x5120 \
 	  --json "$$folder/results_small.json" || status=1; \
-	$(BIN)/python -m bench.sustained --json "$$folder/sustained.json" || status=1; \
-	$(BIN)/python -m bench.counters --json "$$folder/counters.json" || status=1; \
-	$(BIN)/python -m bench.ablation --json "$$folder/ablation.json" || status=1; \
-	$(BIN)/python -m bench.report "$$folder" && exit $$status
+	$(BIN)/python -m bench sustained --json "$$folder/sustained.json" || status=1; \
+	$(BIN)/python -m bench counters --json "$$folder/counters.json" || status=1; \
+	$(BIN)/python -m bench ablation --json "$$folder/ablation.json" || status=1; \
+	$(BIN)/python -m bench report "$$folder" && exit $$status
 
 microbench: build
-	$(BIN)/python -m bench.microbench
+	$(BIN)/python -m bench micro
 
 # From the newest results of whatever GPU, or from RESULTS=bench/results/.../results.json.
 readme-table: $(VENV)/dev.stamp
-	$(BIN)/python -m bench.readme_table $(RESULTS)
+	$(BIN)/python -m bench readme-table $(RESULTS)
 
 # racecheck gets a build in which every lane arrives at a barrier (csrc/liquidgemm/kernel/ring.hpp),
 # and the smallest problems: it needs minutes for more.

@@ -8,23 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import (
-    driver,
-    machine,
-    readme_table,
-    report,
-    results,
-    roofline,
-    shapes,
-    stream_floor,
-    tables,
-    timing,
-)
-from bench.__main__ import main
+from bench import __main__ as command
+from bench.core import machine, results, roofline, shapes, stream_floor, timing
 from bench.peers import PEERS, Unsupported, parse_peers
 from bench.peers.base import WrongResult, check_result, exact_product, poison, sample_rows
 from bench.peers.liquid import Liquid
 from bench.peers.native import Bf16, Int8
+from bench.report import readme, tables
+from bench.report import write as report
+from bench.suites import driver
+from bench.suites.gemm import main
 
 # Made-up numbers, written by results.Run.save: 2 shapes, 4 batch sizes, 4 peers and an absent one.
 RECORD = Path(__file__).parent / "data/bench_run.json"
@@ -145,9 +138,9 @@ class TestRoofline:
 
 class TestMachine:
     def test_a_command_line_names_no_folders_of_the_machine(self):
-        words = ["--shapes", "64x64", "--json", "/home/me/results.json", "--plot", "bench/plots"]
-        assert machine.command_line("bench", words) == (
-            "python -m bench --shapes 64x64 --json results.json --plot bench/plots"
+        words = ["--shapes", "64x64", "--json", "/home/me/results.json", "--against", "bench/x"]
+        assert machine.command_line("gemm", words) == (
+            "python -m bench gemm --shapes 64x64 --json results.json --against bench/x"
         )
 
     def test_snapshot_line(self):
@@ -539,17 +532,30 @@ class TestReport:
 
 def test_readme_table_says_how_to_repeat_the_run():
     command = "python -m bench --m 1 --stream-floor x/floor --commit abc --json r.json"
-    assert readme_table.reproduce(command) == "python -m bench --m 1 --json r.json"
+    assert readme.reproduce(command) == "python -m bench --m 1 --json r.json"
 
 
 def test_readme_table_stands_between_its_markers():
-    text = f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n"
-    content = readme_table.table(results.load(RECORD), "bench/results/x/results.json")
-    replaced = readme_table.replace_between(text, content)
+    text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    content = readme.table(results.load(RECORD), "bench/results/x/results.json")
+    replaced = readme.replace_between(text, content)
     assert replaced.startswith("before\n")
     assert replaced.endswith("after\n")
     assert "old" not in replaced
     assert content.count("\n| ") == 1 + len(results.load(RECORD).shapes)
-    assert readme_table.replace_between(replaced, content) == replaced
+    assert readme.replace_between(replaced, content) == replaced
     with pytest.raises(SystemExit, match="expected the lines"):
-        readme_table.replace_between("no markers", content)
+        readme.replace_between("no markers", content)
+
+
+class TestCommand:
+    def test_every_command_says_what_it_takes(self, capsys):
+        for name in command.COMMANDS:
+            with pytest.raises(SystemExit) as ended:
+                command.main([name, "--help"])
+            assert ended.value.code == 0
+            assert "usage:" in capsys.readouterr().out
+
+    def test_an_unknown_command_is_refused(self, capsys):
+        assert command.main(["gem"]) == 2
+        assert "no command 'gem'" in capsys.readouterr().err

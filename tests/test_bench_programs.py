@@ -11,20 +11,11 @@ import pytest
 import torch
 
 import setup as build
-from bench import (
-    ablation,
-    counters,
-    machine,
-    microbench,
-    programs,
-    report,
-    results,
-    roofline,
-    shapes,
-    sustained,
-)
+from bench.core import machine, programs, results, roofline, shapes
 from bench.peers import PEERS, Unsupported
 from bench.peers.base import check_result
+from bench.report import write as report
+from bench.suites import ablation, counters, micro, sustained
 
 CPP = Path(programs.SOURCES)
 GPU = {
@@ -81,7 +72,7 @@ class TestSources:
 
     def test_each_states_its_question(self):
         sources = sorted(CPP.glob("*.cu"))
-        assert {source.stem for source in sources} == {*microbench.TITLES, ablation.NAME}
+        assert {source.stem for source in sources} == {*micro.TITLES, ablation.NAME}
         for source in sources:
             head = source.read_text().split("#include", maxsplit=1)[0]
             for part in (
@@ -105,7 +96,7 @@ class TestPrograms:
     def test_what_went_wrong_is_told(self, tmp_path):
         rows, problem = programs.run(tmp_path / "none", [])
         assert rows == []
-        assert "none has not been built: python -m bench.microbench" in problem
+        assert "none has not been built: python -m bench micro" in problem
         failing = fake_program(
             tmp_path, "failing", "printf 'a\\tb\\n1\\t2\\n'; echo no >&2; exit 1"
         )
@@ -137,12 +128,12 @@ class TestPrograms:
     def test_microbenchmarks_run_in_turn(self, tmp_path, capsys):
         fake_program(tmp_path, "lds_rate", "printf 'pattern\\tclk\\ncodes\\t16.5\\n'")
         fake_program(tmp_path, "gemm", 'printf "shape\\n$1\\n"; exit 1')
-        options = microbench.make_parser().parse_args(
+        options = micro.make_parser().parse_args(
             ["--folder", str(tmp_path), "--no-build", "--json", str(tmp_path / "out.json")]
         )
         one = record()
-        jobs = {name: microbench.arguments_of(name) for name in ("lds_rate", "gemm")}
-        microbench.build_and_run(one, jobs, options)
+        jobs = {name: micro.arguments_of(name) for name in ("lds_rate", "gemm")}
+        micro.build_and_run(one, jobs, options)
         kept = programs.load(tmp_path / "out.json")
         assert kept.tables == {
             "lds_rate": [{"pattern": "codes", "clk": 16.5}],
@@ -151,11 +142,11 @@ class TestPrograms:
         assert kept.problems == {"gemm": "gemm exited with 1"}
         said = capsys.readouterr().out
         assert "codes  16.5" in said
-        text = microbench.markdown(kept)
+        text = micro.markdown(kept)
         assert "**Not complete**: gemm exited with 1" in text
         assert "| codes | 16.5 |" in text
 
-    @pytest.mark.parametrize("module", [microbench, ablation])
+    @pytest.mark.parametrize("module", [micro, ablation])
     def test_without_a_hopper_gpu(self, module, monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(SystemExit):
@@ -170,7 +161,7 @@ class TestPrograms:
 
     def test_unknown_names(self, capsys):
         with pytest.raises(SystemExit):
-            microbench.main(["--only", "speed"])
+            micro.main(["--only", "speed"])
         assert "'speed' is none of stream_floor" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             ablation.main(["--shapes", "llama4"])

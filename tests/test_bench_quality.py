@@ -1,4 +1,4 @@
-"""bench.quality from end to end, on tiny models and texts."""
+"""bench quality from end to end, on tiny models and texts."""
 
 import json
 import random
@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from bench import quality, quality_data, quality_tables
+from bench.suites import quality, quality_data, quality_tables
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -14,7 +14,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """A folder as of bench.quality_data, with a Llama and a BERT of two blocks."""
+    """A folder as of bench quality-data, with a Llama and a BERT of two blocks."""
     words = [chr(97 + i) * 3 for i in range(26)]
     vocabulary = {word: i for i, word in enumerate([*words, "[UNK]", "[PAD]"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))

@@ -83,7 +83,7 @@ def test_configurations_are_those_that_the_library_dispatches_from() -> None:
     import torch
     import variants
 
-    from bench.fit_plan import tile_of
+    from bench.plan.fit import tile_of
 
     names = torch.ops.liquidgemm_testing.config_names()
     compiled = {file.stem for file in (ROOT.parent / "csrc/instantiations").glob("*.cu")}

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 pytest.importorskip("scipy")
-from bench import fit_plan, machine, plan_sweep
+from bench.core import machine
+from bench.plan import fit
+from bench.plan import sweep as plan_sweep
 
 PLAN_HPP = Path(__file__).parent.parent / "csrc/liquidgemm/plan/plan.hpp"
 PLANS = [
@@ -22,7 +24,7 @@ OF_TILES = ([0.06, 0.05, 0.2], [0.6, 0.8, 2.5], [0.4, 0.5, 3.0], [0.5, 0.7, 3.5]
 TRUE = np.log([1.0, 0.9, 0.5, 0.9, 0.3, *np.ravel(OF_TILES)])
 
 
-def synthetic_sweep(path: Path) -> fit_plan.Sweep:
+def synthetic_sweep(path: Path) -> fit.Sweep:
     """Three tiles and their plans, sizes on both sides of the crossover; times from TRUE itself."""
     rows = [
         {"n": n, "k": k, "m": m, "plan": plan, "us": 1.0}
@@ -33,17 +35,17 @@ def synthetic_sweep(path: Path) -> fit_plan.Sweep:
     ]
     data = {"gpu": "none", "sms": 132, "memory_bytes_per_us": 3.35e6, "rows": rows}
     path.write_text(json.dumps(data))
-    times = fit_plan.predict(fit_plan.Sweep.load(path), TRUE, PAIR_GAIN)
+    times = fit.predict(fit.Sweep.load(path), TRUE, PAIR_GAIN)
     for row, us in zip(rows, times, strict=True):
         row["us"] = us
     path.write_text(json.dumps(data))
-    return fit_plan.Sweep.load(path)
+    return fit.Sweep.load(path)
 
 
 def test_fit_recovers_the_constants(tmp_path: Path) -> None:
     sweep = synthetic_sweep(tmp_path / "sweep.json")
     assert sweep.pair_gain() == pytest.approx(PAIR_GAIN, abs=0.01)
-    predicted = fit_plan.predict(sweep, fit_plan.fit(sweep, PAIR_GAIN), PAIR_GAIN)
+    predicted = fit.predict(sweep, fit.fit(sweep, PAIR_GAIN), PAIR_GAIN)
     np.testing.assert_allclose(predicted, sweep.us, rtol=0.02)
 
 
@@ -56,7 +58,7 @@ def test_formula_is_the_library_s() -> None:
         assert match, name
         return float(match[1])
 
-    assert constant("half_sm_bytes") == fit_plan.HALF_SM_BYTES
+    assert constant("half_sm_bytes") == fit.HALF_SM_BYTES
     number = r"([\d.]+)"
     costs = re.findall(
         rf"\{{{number}, {number}, \{{{number}, {number}\}}\}},\s+// (t\d+_p\d+_k\d+_s\d+\S*)",
@@ -64,10 +66,10 @@ def test_formula_is_the_library_s() -> None:
     )
     tiles = [cost[4] for cost in costs]
     plans = torch.ops.liquidgemm_testing.config_names()
-    assert tiles == list(dict.fromkeys(map(fit_plan.tile_of, plans)))
+    assert tiles == list(dict.fromkeys(map(fit.tile_of, plans)))
     by_kind = np.array([cost[:4] for cost in costs], dtype=float).T.ravel()
     with np.errstate(divide="ignore"):  # what no plan of a tile has costs nothing
-        parameters = np.log([*map(constant, fit_plan.NAMES), *by_kind])
+        parameters = np.log([*map(constant, fit.NAMES), *by_kind])
 
     chosen = set()
     for m, n, k in [
@@ -80,9 +82,9 @@ def test_formula_is_the_library_s() -> None:
         assert match, text
         chosen.add(match[1])
         row = {"n": n, "k": k, "m": m, "plan": match[1], "us": 1.0}
-        sweep = fit_plan.Sweep.of([row], 132, 3.35e6)
+        sweep = fit.Sweep.of([row], 132, 3.35e6)
         sweep.tile = np.array([tiles.index(sweep.names[0])])
-        estimate = fit_plan.predict(sweep, parameters, constant("pair_gain"))[0]
+        estimate = fit.predict(sweep, parameters, constant("pair_gain"))[0]
         assert estimate == pytest.approx(float(match[2]), abs=0.06), text
     assert {plan.rsplit("_", 1)[-1] for plan in chosen} >= {"pairs", "split4", "s2", "half"}
     assert {re.search(r"_k(\d)_", plan)[1] for plan in chosen} == {"1", "2", "3", "4"}

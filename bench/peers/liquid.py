@@ -11,7 +11,7 @@ import liquidgemm
 from liquidgemm import _library
 from liquidgemm.format import decode
 
-from .. import machine
+from ..core import machine
 from .base import Peer, Way, exact_product
 
 

@@ -65,7 +65,7 @@ struct TileCost {
   double block_us, tile_us, split_us[2];
 };
 
-// All constants come from bench/fit_plan.py and a sweep over every plan on an H100; the memory's
+// All constants come from bench/plan/fit.py and a sweep over every plan on an H100; the memory's
 // bandwidth is asked of the GPU.
 inline constexpr TileCost kTileCosts[] = {
     {0.0511, 0.671, {0.353, 0.439}},  // t8_p1_k2_s4_half
@@ -199,7 +199,7 @@ inline Estimate estimate(Problem const& p,
   return e;
 }
 
-// Tiles far too large or too small for m tokens are not measured (bench/plan_sweep.py asks here):
+// Tiles far too large or too small for m tokens are not measured (bench/plan/sweep.py asks here):
 // the estimate says nothing of them.
 inline bool is_plausible(TileShape const& shape, int64_t m) {
   const bool too_large = shape.tokens >= (m <= 16 ? 2 : 4) * std::max<int64_t>(m, 8);

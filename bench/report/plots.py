@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from .peers import OURS
-from .results import Case, Run
-from .roofline import (
+from ..core.results import Case, Run
+from ..core.roofline import (
     H100,
     Ceilings,
     crossover_tokens,
@@ -20,6 +19,7 @@ from .roofline import (
     roof_ops_per_us,
     roofline,
 )
+from ..peers import OURS
 from .tables import comparisons
 
 OUR_COLOUR = "#d62728"

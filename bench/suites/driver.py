@@ -15,11 +15,11 @@ from torch import Tensor
 
 from liquidgemm._timing import CallGraph, capture
 
-from . import machine, stream_floor, timing
-from .peers import PEERS, Peer, Unsupported
-from .peers.base import Way, check_result, poison, sample_rows
-from .results import Case, Measurement, Run
-from .shapes import Shape
+from ..core import machine, stream_floor, timing
+from ..core.results import Case, Measurement, Run
+from ..core.shapes import Shape
+from ..peers import PEERS, Peer, Unsupported
+from ..peers.base import Way, check_result, poison, sample_rows
 
 MAX_CASE_SECONDS = 3.0  # of timing; longer changes nothing
 EXACT_ROWS, SAMPLED_ROWS = 1024, 64  # verified against the reference, at most

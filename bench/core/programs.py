@@ -102,7 +102,7 @@ def run(
 ) -> tuple[list[Row], str | None]:
     """The rows that a program printed, and why some or all are missing."""
     if not program.exists():
-        return [], f"{program.name} has not been built: python -m bench.microbench builds it"
+        return [], f"{program.name} has not been built: python -m bench micro builds it"
     try:
         done = subprocess.run(
             [str(program.resolve()), *arguments],

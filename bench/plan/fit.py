@@ -1,4 +1,4 @@
-"""Fits the constants of csrc/liquidgemm/plan/plan.hpp to a sweep of bench.plan_sweep.
+"""Fits the constants of csrc/liquidgemm/plan/plan.hpp to a sweep of bench sweep.
 
 Prints them, and the regret of the choices that follow: time of the chosen plan over the best one.
 The formula is that of `estimate` in plan.hpp; change the two together.
@@ -219,13 +219,9 @@ def report(s: Sweep, parameters: np.ndarray, pair_gain: float) -> None:
         print(f"  {regret:.3f}  {s.n[row]:.0f}x{s.k[row]:.0f} m={s.m[row]:.0f}: {s.plans[row]}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("sweep", help="JSON of bench.plan_sweep")
-    sweep = Sweep.load(parser.parse_args().sweep).considered()
+    parser.add_argument("sweep", help="JSON of bench sweep")
+    sweep = Sweep.load(parser.parse_args(arguments).sweep).considered()
     gain = sweep.pair_gain()
     report(sweep, fit(sweep, gain), gain)
-
-
-if __name__ == "__main__":
-    main()

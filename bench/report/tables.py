@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .peers import OURS
-from .results import Case, Measurement, Run
-from .roofline import H100, Ceilings, Roofline, roofline
+from ..core.results import Case, Measurement, Run
+from ..core.roofline import H100, Ceilings, Roofline, roofline
+from ..peers import OURS
 
 
 @dataclass(frozen=True)

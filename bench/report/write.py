@@ -1,4 +1,4 @@
-"""``python -m bench.report RESULTS``: tables and plots from a run; needs no GPU."""
+"""``python -m bench report RESULTS``: tables and plots from a run; needs no GPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from . import ablation, counters, microbench, programs, sustained, tables
-from .results import BadResults, Run, load
-from .roofline import ceilings_of
+from ..core import programs
+from ..core.results import BadResults, Run, load
+from ..core.roofline import ceilings_of
+from ..suites import ablation, counters, micro, sustained
+from . import tables
 
 RESULTS, MICROBENCHMARKS, ABLATION = "results*.json", "microbench.json", "ablation.json"
 SUSTAINED, COUNTERS = "sustained.json", "counters.json"
@@ -56,7 +58,7 @@ def write_folder(folder: Path) -> list[Path]:
         plots = folder / path.stem.replace("results", "plots", 1)
         written += write_plots(run, plots, measured)
     if measured.exists():
-        write_text("microbench.md", microbench.markdown(programs.load(measured)))
+        write_text("microbench.md", micro.markdown(programs.load(measured)))
     if (folder / SUSTAINED).exists():
         write_text("sustained.md", sustained.markdown(programs.load(folder / SUSTAINED)))
     if (folder / COUNTERS).exists():
@@ -75,9 +77,9 @@ def write_folder(folder: Path) -> list[Path]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.report",
+        prog="python -m bench report",
         description="Makes Markdown tables and plots of the results of python -m bench, "
-        "bench.microbench and bench.ablation. For a file without options, the table goes to "
+        "bench micro and bench ablation. For a file without options, the table goes to "
         "standard output.",
     )
     parser.add_argument(
@@ -115,12 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
             for path in write_plots(run, options.plots, measured):
                 print(path)
     except (BadResults, NoPlots) as error:
-        print(f"python -m bench.report: error: {error}", file=sys.stderr)
+        print(f"python -m bench report: error: {error}", file=sys.stderr)
         return 1
     if not options.markdown and not options.plots:
         print(text, end="")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

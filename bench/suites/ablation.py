@@ -1,7 +1,7 @@
-"""``python -m bench.ablation``: what each part of the design is worth, after the paper's figure 13.
+"""``python -m bench ablation``: what each part of the design is worth, after the paper's figure 13.
 
 The kernels are in cpp/ablation.hpp. Times come from a Hopper GPU; table and plot are made of the
-JSON file anywhere (python -m bench.report).
+JSON file anywhere (python -m bench report).
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import machine, microbench, programs
-from .results import BadResults
-from .shapes import MODELS, argument, parse_shapes
+from ..core import machine, programs
+from ..core.results import BadResults
+from ..core.shapes import MODELS, argument, parse_shapes
+from . import micro
 
 NAME = "ablation"
 ABLATED = ("llama2-7b", "llama2-13b", "llama2-70b", "mixtral")
@@ -137,7 +138,7 @@ def markdown(record: programs.Record) -> str:
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
-        prog="python -m bench.ablation", description=__doc__.split("\n", maxsplit=1)[0]
+        prog="python -m bench ablation", description=__doc__.split("\n", maxsplit=1)[0]
     )
     parser.add_argument(
         "--shapes",
@@ -146,19 +147,15 @@ def main(arguments: list[str] | None = None) -> int:
         help="comma-separated: NxK, or the layers of models by name (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the results")
-    microbench.add_program_options(parser)
+    micro.add_program_options(parser)
     options = parser.parse_args(words)
-    microbench.require_gpu(parser)
-    record = programs.new_record(machine.command_line("bench.ablation", words), options.commit)
+    machine.require_gpu(parser)
+    record = programs.new_record(machine.command_line("ablation", words), options.commit)
     jobs = {NAME: [str(shape) for shape in options.shapes]}
     try:
-        microbench.build_and_run(record, jobs, options)
+        micro.build_and_run(record, jobs, options)
         print("\n" + markdown(record), end="")
     except (programs.ProgramError, BadResults) as error:
-        print(f"python -m bench.ablation: error: {error}", file=sys.stderr)
+        print(f"python -m bench ablation: error: {error}", file=sys.stderr)
         return 1
     return 1 if record.problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

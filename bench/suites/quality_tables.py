@@ -1,14 +1,15 @@
-"""The tables of bench.quality's results, as Markdown: beside the JSON, and in docs/quality.md."""
+"""The tables of bench quality's results, as Markdown: beside the JSON, and in docs/quality.md."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from ..core.machine import ROOT
 from .quality_data import HOME, UNSEEN
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "quality.md"
-BEGIN, END = "<!-- tables: python -m bench.quality --render -->", "<!-- end of tables -->"
+DOCUMENT = ROOT / "docs" / "quality.md"
+BEGIN, END = "<!-- tables: python -m bench quality --render -->", "<!-- end of tables -->"
 
 
 def render(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""``python -m bench.microbench``: builds and runs the C++ microbenchmarks, prints their tables."""
+"""``python -m bench micro``: builds and runs the C++ microbenchmarks, prints their tables."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from . import machine, programs
-from .shapes import argument, parse_shapes
+from ..core import machine, programs
+from ..core.shapes import argument, parse_shapes
 
 TITLES = {
     "stream_floor": "Stream floor: packed bytes into shared memory",
@@ -53,7 +51,7 @@ def markdown(record: programs.Record) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.microbench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench micro", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the results")
     parser.add_argument(
         "--only",
@@ -76,16 +74,6 @@ def add_program_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--commit", help="the commit to record, where the sources are no git checkout"
     )
-
-
-def require_gpu(parser: argparse.ArgumentParser) -> None:
-    """Ends the program with a message where the microbenchmarks cannot run."""
-    if not torch.cuda.is_available():
-        parser.error("needs a Hopper GPU; there is no CUDA device here")
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) != (9, 0):
-        name = torch.cuda.get_device_name()
-        parser.error(f"needs a Hopper GPU (compute capability 9.0); {name} has {major}.{minor}")
 
 
 def build_and_run(
@@ -118,15 +106,11 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     parser = make_parser()
     options = parser.parse_args(words)
-    require_gpu(parser)
-    record = programs.new_record(machine.command_line("bench.microbench", words), options.commit)
+    machine.require_gpu(parser)
+    record = programs.new_record(machine.command_line("micro", words), options.commit)
     try:
         build_and_run(record, {name: arguments_of(name) for name in options.only}, options)
     except programs.ProgramError as error:
-        print(f"python -m bench.microbench: error: {error}", file=sys.stderr)
+        print(f"python -m bench micro: error: {error}", file=sys.stderr)
         return 1
     return 1 if record.problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,8 +7,8 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from . import programs
-from .ablation import ABLATED, BASE, VARIANTS, points, times
+from ..core import programs
+from ..suites.ablation import ABLATED, BASE, VARIANTS, points, times
 from .plots import FLOOR_COLOUR, OUR_COLOUR, STYLE, save_figure
 
 LABELS = {

@@ -1,8 +1,8 @@
 """Every method of quantization on real models: perplexity, agreement, time, memory.
 
-python -m bench.quality_data DATA
-python -m bench.quality DATA --out bench/results/quality/DATE     (a GPU is used if there is one)
-python -m bench.quality --render bench/results/quality/DATE       (its tables into docs/quality.md)
+python -m bench quality-data DATA
+python -m bench quality DATA --out bench/results/quality/DATE     (a GPU is used if there is one)
+python -m bench quality --render bench/results/quality/DATE       (its tables into docs/quality.md)
 
 Language models are calibrated on the home domains and judged on other documents of those, and on a
 domain that calibration has never seen. Baseline are the weights of the GGUF file, 4 to 8 bits
@@ -36,7 +36,7 @@ from liquidgemm.calibration.data import token_windows
 from liquidgemm.evaluate import Evaluation, evaluate, sliding_windows
 from liquidgemm.sources import load_model
 
-from .machine import commit, save_json
+from ..core.machine import commit, save_json
 from .quality_data import HOME, MINILM, QWEN, SMOLLM2, UNSEEN, read_texts
 from .quality_tables import processor_of, render
 
@@ -315,9 +315,9 @@ def line(row: dict) -> str:
     )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("data", type=Path, nargs="?", help="folder of bench.quality_data")
+    parser.add_argument("data", type=Path, nargs="?", help="folder of bench quality-data")
     parser.add_argument("--out", type=Path, default=Path("quality"), help="folder for the results")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument(
@@ -333,7 +333,7 @@ def main() -> None:
     )
     parser.add_argument("--commit", help="commit that is measured, where git is not at hand")
     parser.add_argument("--render", type=Path, help="write the tables of such a folder")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments)
     if arguments.render is not None:
         render(arguments.render)
         return
@@ -369,7 +369,3 @@ def machine(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-if __name__ == "__main__":
-    main()

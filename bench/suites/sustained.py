@@ -1,6 +1,6 @@
 """How fast for seconds on end? One large product after the other, at the GPU's limit of power.
 
-    python -m bench.sustained --json sustained.json
+    python -m bench sustained --json sustained.json
 
 Each candidate runs for --seconds without a pause, twice, in turn with the others. A row says how
 fast it was in the first and in the last fifth of that time, and what clocks and power were then.
@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from . import machine, programs, timing
+from ..core import machine, programs, timing
+from ..core.machine import require_gpu
+from ..core.shapes import argument, parse_shapes
+from ..peers import OURS, PEERS, parse_peers
+from ..peers.base import check_result, poison, sample_rows
 from .driver import SAMPLED_ROWS
-from .microbench import require_gpu
-from .peers import OURS, PEERS, parse_peers
-from .peers.base import check_result, poison, sample_rows
-from .shapes import argument, parse_shapes
 
 ROUNDS = 2
 
@@ -99,7 +99,7 @@ def markdown(record: programs.Record) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m bench.sustained", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench sustained", description=__doc__)
     parser.add_argument("--shape", type=argument(parse_shapes), default="8192x8192", help="N x K")
     parser.add_argument("--m", type=int, default=8192, help="tokens (default: 8192)")
     parser.add_argument("--against", type=argument(parse_peers), default="fp8")
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--commit", help="the commit to record, where there is no git checkout")
     options = parser.parse_args(words)
     require_gpu(parser)
-    record = programs.new_record(machine.command_line("bench.sustained", words), options.commit)
+    record = programs.new_record(machine.command_line("sustained", words), options.commit)
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
         for shape in options.shape:
             n, k = shape.n, shape.k
@@ -121,7 +121,3 @@ def main(arguments: list[str] | None = None) -> int:
                         record.save(options.json)
             print(programs.text_table(rows), flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

