@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
+from torch.library import Library, register_fake, register_vmap
 
-from . import _library, _reference
+from . import _autograd, _library, _reference
 from .format import (
     BLOCK_BYTES,
     GROUP,
@@ -178,36 +178,65 @@ def _linear_fake(x, weight, weight_scale, bias=None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
-# Autograd.
+# Derivatives. All take the rounding of x for the identity ("straight-through").
 
 
-def _linear_setup_context(ctx, inputs, output) -> None:
-    x, weight, weight_scale, bias = inputs
-    ctx.in_features = x.shape[-1]
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(weight, weight_scale)
+def _dequantized(weight: Tensor, weight_scale: Tensor, k: int) -> Tensor:
+    w8 = decode(*unpack_weight(weight, weight_scale.shape[0]))[:, :k]
+    return w8.float() * weight_scale.unsqueeze(-1)
 
 
-def _linear_backward(ctx, grad: Tensor):
-    """Straight-through: activations are taken as if they had not been rounded."""
-    weight, weight_scale = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        w8 = decode(*unpack_weight(weight, weight_scale.shape[0]))[:, : ctx.in_features]
-        grad_x = grad @ (w8.float() * weight_scale.unsqueeze(-1)).to(grad.dtype)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
-        grad_bias = grad_bias.to(ctx.bias_dtype)
-    return grad_x, None, None, grad_bias
+class _LinearRules(_autograd.Rules):
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, x, weight, weight_scale, bias = inputs
+        ctx.in_features = x.shape[-1]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.dtype, ctx.shape = output.dtype, output.shape
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, weight_scale)
+        ctx.save_for_forward(weight, weight_scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None):
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[3]:
+            raise RuntimeError(_ONLY_X_AND_BIAS)
+        if grad is not None and ctx.needs_input_grad[1]:
+            w = _dequantized(*ctx.saved_tensors, ctx.in_features)
+            grad_x = grad @ w.to(grad.dtype)
+        if grad is not None and ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
+            grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+            grad_bias = grad_bias.to(ctx.bias_dtype)
+        return None, grad_x, None, None, grad_bias
+
+    @staticmethod
+    def jvp(ctx, _, x, weight, weight_scale, bias):
+        if weight_scale is not None:
+            raise RuntimeError(_ONLY_X_AND_BIAS)
+        tangent = None
+        if x is not None:
+            w = _dequantized(*ctx.saved_tensors, ctx.in_features)
+            tangent = x @ w.to(ctx.dtype).T
+        if bias is not None:
+            bias = bias.to(ctx.dtype).expand(ctx.shape)
+            tangent = bias.clone() if tangent is None else tangent + bias
+        return tangent
 
 
-def _not_differentiable(op: str):
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"liquidgemm.{op} is not differentiable; liquidgemm.linear is, with respect to x"
-        )
+_ONLY_X_AND_BIAS = "liquidgemm.linear is differentiable with respect to x and bias alone"
 
-    return backward
+
+def _linear_vmap(info, in_dims, x, weight, weight_scale, bias=None):
+    """One call for a batch of x, one for each sample where the weight has a batch of its own."""
+    args, in_dims = (x, weight, weight_scale, bias), (*in_dims, None)[:4]
+    if in_dims[1:] == (None, None, None):
+        return linear(x.movedim(in_dims[0], 0), *args[1:]), 0
+    samples = (
+        (t if dim is None else t.select(dim, i) for t, dim in zip(args, in_dims, strict=True))
+        for i in range(info.batch_size)
+    )
+    return torch.stack([linear(*sample) for sample in samples]), 0
 
 
 # Registration.
@@ -251,11 +280,10 @@ if not hasattr(torch.ops.liquidgemm_cpu, "kernels"):
     _lib.impl("linear", _linear_alone, "CPU")
     _lib.impl("quantize_activation", _quantize_alone, "CPU")
 
-register_autograd(
-    "liquidgemm::linear", _linear_backward, setup_context=_linear_setup_context, lib=_lib
-)
+_autograd.register("linear", _LinearRules, _lib)
 for _op in ("quantize_activation", "gemm"):
-    register_autograd(f"liquidgemm::{_op}", _not_differentiable(_op), lib=_lib)
+    _autograd.register(_op, _autograd.not_differentiable(_op), _lib)
+register_vmap("liquidgemm::linear", _linear_vmap, lib=_lib)
 
 
 # Public functions.
@@ -352,8 +380,9 @@ def gemm(
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`quantize_activation` and `gemm` in one call; the output has the dtype of x.
 
-    Differentiable with respect to x and bias, not to the weight. The gradient of x is
-    ``grad_y @ W`` with the dequantized weight: rounding x is passed straight through.
+    Differentiable with respect to x and bias, in reverse and forward mode and under torch.func's
+    transforms. The derivative is that of the dequantized weight W, ``grad_y @ W`` and
+    ``dx @ W.T``: rounding x is passed straight through.
 
     Args:
         x: float32, bfloat16 or float16 ``[..., K]``, K up to 132 104.
@@ -366,6 +395,7 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None 
         ``[..., N]`` of x.dtype, contiguous.
 
     Raises:
-        RuntimeError: a wrong dtype, shape or device, or on a CUDA tensor no usable kernel.
+        RuntimeError: a wrong dtype, shape or device, or on a CUDA tensor no usable kernel; and
+            where a derivative with respect to weight_scale is asked for.
     """
     return torch.ops.liquidgemm.linear(x, weight, weight_scale, bias)
