@@ -64,14 +64,14 @@ SOURCES = {
     "liquidgemm._C_cuda": [
         "csrc/torch/bindings_cuda.cpp",
         "csrc/liquidgemm/*/*.cu",
-        "csrc/instantiations/*.cu",
+        "csrc/instantiations/*/*.cu",
     ],
 }
 
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DNDEBUG"]
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = [
-    "-std=c++17",
+    "-std=c++20",
     "-O3",
     "-gencode=arch=compute_90a,code=sm_90a",
     "--expt-relaxed-constexpr",

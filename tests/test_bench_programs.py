@@ -63,7 +63,7 @@ class TestSources:
         """One program by itself, and the one that uses the library's API."""
         tools = build.Toolchain.find()
         command = [
-            *(str(tools.nvcc), f"-ccbin={tools.cxx}", "-std=c++17", "-O1", "-DNDEBUG", "-c"),
+            *(str(tools.nvcc), f"-ccbin={tools.cxx}", "-std=c++20", "-O1", "-DNDEBUG", "-c"),
             *("-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr"),
             *(*tools.includes(), "-o", str(tmp_path / "x.o"), str(CPP / f"{name}.cu")),
         ]

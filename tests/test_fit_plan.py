@@ -61,7 +61,8 @@ def test_formula_is_the_library_s() -> None:
     assert constant("half_sm_bytes") == fit.HALF_SM_BYTES
     number = r"([\d.]+)"
     costs = re.findall(
-        rf"\{{{number}, {number}, \{{{number}, {number}\}}\}},\s+// (t\d+_p\d+_k\d+_s\d+\S*)",
+        rf"\{{[\d, ]+\}}, {number}, {number}, \{{{number}, {number}\}}\}},\s+"
+        r"// (t\d+_p\d+_k\d+_s\d+\S*)",
         source,
     )
     tiles = [cost[4] for cost in costs]

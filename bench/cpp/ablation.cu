@@ -21,7 +21,7 @@
 // Checked, before anything is timed: all values of a small product against one thread per value,
 // to the last bit, with several tiles per CTA and launches that overlap.
 //
-// Build: nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -cudart=static -DNDEBUG
+// Build: nvcc -std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -cudart=static -DNDEBUG
 //             --expt-relaxed-constexpr -Icsrc -I$CUTLASS/include -o ablation bench/cpp/ablation.cu
 // Run:   ablation 4096x4096 28672x4096 ...
 #include "ablation.hpp"

@@ -19,7 +19,7 @@
 //
 // Checked: the codes after a few steps, against the same steps byte by byte on the host.
 //
-// Build: nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -cudart=static -DNDEBUG
+// Build: nvcc -std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -cudart=static -DNDEBUG
 //             --expt-relaxed-constexpr -Icsrc -I$CUTLASS/include -o dequant_cost
 //             bench/cpp/dequant_cost.cu
 // Run:   dequant_cost

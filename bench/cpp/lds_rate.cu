@@ -15,7 +15,7 @@
 //
 // Checked: the sums of all words that were read, against the host's.
 //
-// Build: nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -cudart=static -DNDEBUG
+// Build: nvcc -std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -cudart=static -DNDEBUG
 //             --expt-relaxed-constexpr -Icsrc -I$CUTLASS/include -o lds_rate bench/cpp/lds_rate.cu
 // Run:   lds_rate
 #include "harness.hpp"

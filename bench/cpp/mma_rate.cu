@@ -20,7 +20,7 @@
 //
 // Checked: the sums of a short run against plain loops on the host.
 //
-// Build: nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -cudart=static -DNDEBUG
+// Build: nvcc -std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -cudart=static -DNDEBUG
 //             --expt-relaxed-constexpr -Icsrc -I$CUTLASS/include -o mma_rate bench/cpp/mma_rate.cu
 // Run:   mma_rate [--sustain 2]
 #include <cstring>

@@ -15,7 +15,7 @@
 // Checked: a variant of the kernel that also adds up the words it was given must find the checksum
 // of every copy; the timed kernel counts the bytes that its barriers waited for.
 //
-// Build: nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -cudart=static
+// Build: nvcc -std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -cudart=static
 //             -o stream_floor bench/cpp/stream_floor.cu   (or CMakeLists.txt beside this file)
 // Run:   stream_floor 4096x4096 28672x4096 ...            (NxK; tab-separated lines on stdout)
 #include "harness.hpp"

@@ -204,8 +204,9 @@ def report(s: Sweep, parameters: np.ndarray, pair_gain: float) -> None:
     shared = (s.split_k == 2) | s.pairs, s.split_k == 4  # what the two costs of a split are of
     for i, costs in enumerate(values[len(NAMES) :].reshape(4, -1).T):
         splits = [c * (by & (s.tile == i)).any() for c, by in zip(costs[2:], shared, strict=True)]
-        numbers = "{{{:.4f}, {:.3f}, {{{:.3f}, {:.3f}}}}}".format(*costs[:2], *splits)
-        print(f"{numbers},  // {s.names[i]}")
+        numbers = "{:.4f}, {:.3f}, {{{:.3f}, {:.3f}}}".format(*costs[:2], *splits)
+        shape = re.findall(r"\d+", s.names[i]) + ["2"] * s.names[i].endswith("_half")
+        print(f"{{{{{', '.join(shape)}}}, {numbers}}},  // {s.names[i]}")
     predicted = predict(s, parameters, pair_gain)
     error = np.abs(np.log(predicted / s.us))
     print(f"error of the estimate: median {np.median(error):.3f}")

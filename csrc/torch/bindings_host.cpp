@@ -61,7 +61,7 @@ std::vector<std::string> config_names() {
 std::vector<int64_t> plausible_configs(int64_t m) {
   std::vector<int64_t> configs;
   for (size_t i = 0; i < all_plans().size(); ++i) {
-    if (is_plausible(kTileShapes[all_plans()[i].tile], m))
+    if (is_plausible(all_plans()[i].tile, m))
       configs.push_back(static_cast<int64_t>(i));
   }
   return configs;

@@ -1,11 +1,19 @@
 // The heuristic: a pure function that always names something the kernel can run.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 #include "liquidgemm/plan/early_weights.hpp"
 #include "liquidgemm/plan/plan.hpp"
 
 using namespace liquidgemm;
+
+static_assert(supports<LiquidQuant>({8, 1, 4, 4, 1, 2}, Element::kInt8));
+static_assert(supports<LiquidQuant>({8, 1, 4, 4, 1, 2}, Element::kBFloat16));
+static_assert(!supports<LiquidQuant>({8, 1, 4, 4, 1, 2}, Element::kFloat32));
+static_assert(supports<LiquidQuant>({128, 2, 1, 2}, Element::kInt8));
+static_assert(!supports<LiquidQuant>({128, 2, 1, 2}, Element::kBFloat16));  // too many tokens
+static_assert(!supports<LiquidQuant>({64, 5, 1, 2}, Element::kInt8));       // not listed
 
 namespace {
 
@@ -26,7 +34,7 @@ bool is_listed(Plan const& plan) {
 // Every tile is computed once: whole by one CTA, or along K by all CTAs of a cluster.
 void expect_all_tiles(Problem const& p, Plan const& plan, int workers) {
   const Division d = divide(p.m, p.n, p.k, plan, workers);
-  TileShape const& shape = kTileShapes[plan.tile];
+  TileShape const& shape = plan.tile;
   const int64_t units = int64_t(d.m_tiles) * d.n_tiles;
   const int64_t per_pair = plan.pairs ? 2 : 1;
   expect(int64_t(d.m_tiles) * d.tile_tokens >= p.m && d.tile_tokens <= shape.tokens,
@@ -41,7 +49,7 @@ void expect_all_tiles(Problem const& p, Plan const& plan, int workers) {
 
 // What is dequantized before there are tokens is part of every CTA's first tile, for every group.
 void expect_weights_ahead(Problem const& p, Plan const& plan, bool x_is_new) {
-  TileShape const& shape = kTileShapes[plan.tile];
+  TileShape const& shape = plan.tile;
   const Division d = divide(p.m, p.n, p.k, plan, plan.workers(p.num_sms));
   const int eighths = eighths_ahead(plan, d, p.num_sms, false, x_is_new);
   expect(eighths >= 4 && eighths <= 8, "half of the ring ahead, or more", p, plan);
@@ -55,17 +63,17 @@ void expect_weights_ahead(Problem const& p, Plan const& plan, bool x_is_new) {
 }
 
 void expect_good(Problem const& p, Plan const& plan, bool x_is_new) {
-  expect(plan.tile >= 0 && plan.tile < kNumTileShapes, "a compiled tile", p, plan);
+  expect(is_listed(plan.tile), "a compiled tile", p, plan);
   expect(is_listed(plan) && plan.cluster() <= p.num_sms, "a possible plan", p, plan);
   const Division d = divide(p, plan);
   expect(plan.split_k <= d.stages, "work for every CTA of a cluster", p, plan);
-  expect(is_plausible(kTileShapes[plan.tile], p.m), "a tile of a fitting size", p, plan);
+  expect(is_plausible(plan.tile, p.m), "a tile of a fitting size", p, plan);
   expect(plan.split_k < 4 || d.whole_rounds == 1, "clusters of 4 in one round", p, plan);
   expect(estimate(p, plan, d).total() > 0, "a positive estimate", p, plan);
   const double busy = busy_at_the_end(plan, d, p.num_sms);
   expect(busy > 0 && busy <= 1, "some SMs are busy to the end", p, plan);
-  expect(kTileShapes[plan.tile].ctas_per_sm == 1 || fits_half_sm(plan, d, x_is_new),
-         "half of an SM is enough", p, plan);
+  expect(plan.tile.ctas_per_sm == 1 || fits_half_sm(plan, d, x_is_new), "half of an SM is enough",
+         p, plan);
   if (fits_quantized(p.m, p.k, plan)) {
     const int eighths = eighths_ahead(plan, d, p.num_sms, true, true);
     expect(eighths >= 4 && eighths <= 8, "half of the ring ahead, or more", p, plan);
@@ -93,8 +101,15 @@ int main() {
   }
   for (int i = 1; i < kNumTileShapes; ++i) {
     expect(kTileShapes[i - 1].tokens <= kTileShapes[i].tokens, "tiles sorted by tokens", {},
-           {i, 1});
+           {kTileShapes[i]});
+    for (int j = 0; j < i; ++j)
+      expect(!has_same_name(kTileShapes[i], kTileShapes[j]), "one name, one tile", {},
+             {kTileShapes[i]});
   }
+  const Problem p{64, 4096, 4096, 132, 3.35e6};
+  const Plan not_measured{TileShape{64, 5, 1, 2}};
+  expect(std::isinf(estimate(p, not_measured, divide(p, not_measured)).total()),
+         "a tile without measured costs is never selected", p, not_measured);
   std::printf("%s\n", failures ? "plan: FAILED" : "plan: ok");
   return failures != 0;
 }

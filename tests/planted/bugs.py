@@ -11,6 +11,7 @@ watchdog ends it. BUILD means that the check of ptxas' report refuses the librar
 from dataclasses import dataclass
 
 KERNEL = "csrc/liquidgemm/kernel"
+INSTANTIATIONS = "instantiations/liquidquant"  # below csrc
 BUILD = "the build"
 ALL_TILES = ()
 
@@ -36,7 +37,7 @@ class Bug:
     patches: tuple[Patch, ...]
     caught_by: tuple[str, ...]
     tool: str = ""  # of compute-sanitizer, which has to report it too
-    units: tuple[str, ...] = ("instantiations/t32_p1_k3_s2.cu",)  # what is compiled with the bug
+    units: tuple[str, ...] = (f"{INSTANTIATIONS}/t32_p1_k3_s2.cu",)  # what is compiled with the bug
 
     def apply(self, text: str, file: str) -> str:
         """The file's text with the patches that are meant for it.
@@ -122,7 +123,7 @@ BUGS = (
         "",
         EXACT,
         BACK_TO_BACK,
-        units=("instantiations/t8_p1_k4_s4.cu",),
+        units=(f"{INSTANTIATIONS}/t8_p1_k4_s4.cu",),
     ),
     bug(
         "what was dequantized early does not wait for tokens",
@@ -130,7 +131,7 @@ BUGS = (
         "cutlass::arch::ClusterBarrier::wait(&shared.full[slot], 0);",
         "",
         OVERTAKING,
-        units=("instantiations/t8_p1_k4_s4.cu",),
+        units=(f"{INSTANTIATIONS}/t8_p1_k4_s4.cu",),
     ),
     bug(
         "what was multiplied early is multiplied again",
@@ -138,7 +139,7 @@ BUGS = (
         "const int first = begin + ",
         "const int first = ",
         EXACT,
-        units=("instantiations/t8_p1_k4_s4.cu",),
+        units=(f"{INSTANTIATIONS}/t8_p1_k4_s4.cu",),
     ),
     bug(
         "stages that were multiplied early are not given back",
@@ -146,7 +147,7 @@ BUGS = (
         "release(shared, slot, true, -1);",
         "",
         EXACT,
-        units=("instantiations/t8_p1_k4_s4.cu",),
+        units=(f"{INSTANTIATIONS}/t8_p1_k4_s4.cu",),
     ),
     # Fences.
     bug(
@@ -177,7 +178,7 @@ BUGS = (
         "cutlass::arch::wait_on_dependent_grids();",
         "",
         OVERTAKING,
-        units=("instantiations/t8_p1_k4_s4.cu",),
+        units=(f"{INSTANTIATIONS}/t8_p1_k4_s4.cu",),
     ),
     Bug(
         "activations are quantized before the previous kernel is done",
@@ -207,7 +208,7 @@ BUGS = (
             ),
         ),
         (QUANTIZING,),
-        units=("instantiations/t8_p1_k4_s4.cu",),
+        units=(f"{INSTANTIATIONS}/t8_p1_k4_s4.cu",),
     ),
     bug(
         "past the end of a row it begins anew",
@@ -215,7 +216,7 @@ BUGS = (
         "vector = {};",
         "vector.load(x, kVector, true);",
         QUANTIZING,
-        units=("instantiations/t8_p1_k4_s4.cu",),
+        units=(f"{INSTANTIATIONS}/t8_p1_k4_s4.cu",),
     ),
     # The epilogue.
     bug(
@@ -255,7 +256,7 @@ BUGS = (
         "first_token + row < rows_",
         "first_token + row <= rows_",
         CANARIES,
-        units=("instantiations/t256_p2_k1_s2.cu",),
+        units=(f"{INSTANTIATIONS}/t256_p2_k1_s2.cu",),
     ),
     bug(
         "TMA stores rows of the next tile",
@@ -264,7 +265,7 @@ BUGS = (
         "true;",
         EPILOGUE,
         EXACT,
-        units=("instantiations/t128_p2_k1_s2.cu",),
+        units=(f"{INSTANTIATIONS}/t128_p2_k1_s2.cu",),
     ),
     bug(
         "neighbouring channels are exchanged",
@@ -319,7 +320,7 @@ BUGS = (
             ),
         ),
         (EXACT, BACK_TO_BACK),
-        units=("instantiations/t128_p2_k1_s2.cu",),
+        units=(f"{INSTANTIATIONS}/t128_p2_k1_s2.cu",),
     ),
     bug(
         "the other CTA of a pair does not hear that a stage is free",
@@ -327,7 +328,7 @@ BUGS = (
         "arrives && pair_rank >= 0",
         "false",
         EXACT,
-        units=("instantiations/t128_p2_k1_s2.cu",),
+        units=(f"{INSTANTIATIONS}/t128_p2_k1_s2.cu",),
     ),
     bug(
         "the CTAs of a pair release each other's rings for a tile that they share",
@@ -335,7 +336,7 @@ BUGS = (
         "Scheduler<Tile>::rank() ^ !work.split",
         "Scheduler<Tile>::rank() ^ 1",
         EXACT,
-        units=("instantiations/t128_p2_k1_s2.cu",),
+        units=(f"{INSTANTIATIONS}/t128_p2_k1_s2.cu",),
     ),
     Bug(
         "a CTA of a pair leaves before the other has arrived at its barriers",
@@ -349,7 +350,7 @@ BUGS = (
             ),
         ),
         (EXACT,),
-        units=("instantiations/t128_p2_k1_s2.cu",),
+        units=(f"{INSTANTIATIONS}/t128_p2_k1_s2.cu",),
     ),
     bug(
         "both CTAs of a pair load the same half of the tokens",
@@ -357,7 +358,7 @@ BUGS = (
         "half * Scheduler<Tile>::rank()",
         "0",
         EXACT,
-        units=("instantiations/t128_p2_k1_s2.cu",),
+        units=(f"{INSTANTIATIONS}/t128_p2_k1_s2.cu",),
     ),
 )
 

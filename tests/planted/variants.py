@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from bugs import BUGS, BUILD, DELAY, EVERY_LANE, Bug  # noqa: E402
+from bugs import BUGS, BUILD, DELAY, EVERY_LANE, INSTANTIATIONS, Bug  # noqa: E402
 
 import setup as build  # noqa: E402
 
-NONE = Bug("none", (), (), units=("instantiations/t8_p1_k4_s4.cu",))
+NONE = Bug("none", (), (), units=(f"{INSTANTIATIONS}/t8_p1_k4_s4.cu",))
 VARIANTS = (NONE, DELAY, EVERY_LANE, *BUGS)
 FOLDER = ROOT / "build/planted"
 REFUSED = "refused.txt"  # in place of a package: why there is none
@@ -33,8 +33,7 @@ TILES = (
     *("t128_p2_k1_s2", "t256_p2_k1_s2"),
 )
 
-TILE_HEADER = "csrc/liquidgemm/kernel/tile.hpp"
-PLAN_HEADER = "csrc/liquidgemm/plan/plan.hpp"
+TILE_HEADER = "csrc/liquidgemm/plan/tiles.hpp"
 
 
 def slug(bug: Bug) -> str:
@@ -56,26 +55,20 @@ def tile_name(row: str) -> str:
 
 
 def reduced_sources(root: Path, tiles: tuple[str, ...] = TILES) -> dict[str, str]:
-    """Text of every source by path, with the lists of tiles cut down to the given ones."""
+    """Text of every source by path, with the list of tiles cut down to the given ones."""
     paths = [path for path in sorted((root / "csrc").rglob("*")) if path.is_file()]
     sources = {str(path.relative_to(root)): path.read_text() for path in paths}
-    names = [tile_name(row) for row in rows_of(sources[TILE_HEADER], "kTileShapes")[2]]
-    if missing := set(tiles) - set(names):
+    text = sources[TILE_HEADER]
+    begin, end, rows = rows_of(text, "kTileShapes")
+    if missing := set(tiles) - set(map(tile_name, rows)):
         raise LookupError(f"{TILE_HEADER} has no tile {', '.join(sorted(missing))}: choose others")
-    for file, array in ((TILE_HEADER, "kTileShapes"), (PLAN_HEADER, "kTileCosts")):
-        begin, end, rows = rows_of(sources[file], array)
-        if len(rows) != len(names):
-            raise LookupError(f"{file}: {array} has {len(rows)} rows for {len(names)} tiles")
-        kept = [row for row, name in zip(rows, names, strict=True) if name in tiles]
-        sources[file] = sources[file][:begin] + "".join(kept) + sources[file][end:]
-    kept_names = [name for name in names if name in tiles]
-    for file in [file for file in sources if file.startswith("csrc/instantiations/")]:
-        name = Path(file).stem
-        text = sources.pop(file)
-        if name in kept_names:
-            index = kept_names.index(name)
-            sources[file] = re.sub(r"(is_tile\(|launch_tile<)\d+", rf"\g<1>{index}", text)
-    return sources
+    kept = [row for row in rows if tile_name(row) in tiles]
+    sources[TILE_HEADER] = text[:begin] + "".join(kept) + text[end:]
+    return {
+        file: text
+        for file, text in sources.items()
+        if not file.startswith("csrc/instantiations/") or Path(file).stem in tiles
+    }
 
 
 def patched_sources(root: Path, bug: Bug) -> dict[str, str]:
@@ -135,7 +128,7 @@ def compile_variant(base: Base, bug: Bug) -> str:
     write_tree(tree, patched_sources(base.root, bug))
 
     link = base.command("_C_cuda.so")
-    for unit in bug.units or [f"instantiations/{tile}.cu" for tile in TILES]:
+    for unit in bug.units or [f"{INSTANTIATIONS}/{tile}.cu" for tile in TILES]:
         old, new = str(base.folder / f"csrc/{unit}.o"), str(tree / f"{Path(unit).name}.o")
         sources = str(base.tree / "csrc"), str(tree / "csrc")
         compiled = build.run_quietly(

@@ -70,4 +70,9 @@ CUTE_HOST_DEVICE constexpr int param_word(int thread) {
   return thread / 4;
 }
 
+// The format as a template argument of the kernels.
+struct LiquidQuant {
+  static constexpr int kBlockBytes = liquidgemm::kBlockBytes;
+};
+
 }  // namespace liquidgemm

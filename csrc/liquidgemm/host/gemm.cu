@@ -12,47 +12,67 @@
 #include "liquidgemm/common/math.hpp"
 #include "liquidgemm/host/launch.hpp"
 #include "liquidgemm/kernel/params.hpp"
+#include "liquidgemm/kernel/tile.hpp"
 #include "liquidgemm/plan/early_weights.hpp"
+#include "liquidgemm/plan/tiles.hpp"
 
 namespace liquidgemm {
 namespace {
 
 using Launcher = cudaError_t (*)(KernelParams const&, int, cudaStream_t);  // int: clusters
 
-// Null where there is no such kernel.
-template <class Input, int I>
+// The kernels of one tile, by the type of their activations; null where none is compiled.
+struct TileKernels {
+  TileShape tile;
+  bool stores_by_tma;
+  Launcher of_int8, of_bfloat16, of_float16;
+
+  Launcher launcher(Element x_type) const {
+    switch (x_type) {
+      case Element::kInt8:
+        return of_int8;
+      case Element::kBFloat16:
+        return of_bfloat16;
+      case Element::kFloat16:
+        return of_float16;
+      default:
+        return nullptr;
+    }
+  }
+};
+
+template <TileShape tile, class Format, Element x_type, class Input>
 constexpr Launcher launcher() {
-  if constexpr (std::is_same_v<Input, int8_t> || kTileShapes[I].can_quantize()) {
-    return &launch_tile<I, Input>;
+  if constexpr (supports<Format>(tile, x_type)) {
+    return &launch<tile, Format, Input>;
   } else {
     return nullptr;
   }
 }
-template <class Input, int... I>
-constexpr std::array<Launcher, sizeof...(I)> launchers(std::integer_sequence<int, I...>) {
-  return {launcher<Input, I>()...};
-}
-template <class Input>
-constexpr auto kLaunchers = launchers<Input>(std::make_integer_sequence<int, kNumTileShapes>{});
 
-Launcher launcher(Element x_type, int tile) {
-  switch (x_type) {
-    case Element::kInt8:
-      return kLaunchers<int8_t>[tile];
-    case Element::kBFloat16:
-      return kLaunchers<__nv_bfloat16>[tile];
-    case Element::kFloat16:
-      return kLaunchers<__half>[tile];
-    default:
-      return nullptr;
+template <class Format, int... I>
+constexpr std::array<TileKernels, sizeof...(I)> tile_kernels(std::integer_sequence<int, I...>) {
+  return {TileKernels{
+      .tile = kTileShapes[I],
+      .stores_by_tma = Tile<kTileShapes[I], Format>::kStoresByTma,
+      .of_int8 = launcher<kTileShapes[I], Format, Element::kInt8, int8_t>(),
+      .of_bfloat16 = launcher<kTileShapes[I], Format, Element::kBFloat16, __nv_bfloat16>(),
+      .of_float16 = launcher<kTileShapes[I], Format, Element::kFloat16, __half>(),
+  }...};
+}
+template <class Format>
+constexpr auto kTileKernels =
+    tile_kernels<Format>(std::make_integer_sequence<int, kNumTileShapes>{});
+
+// Null if the tile is not compiled for weights of this format.
+template <class Format>
+TileKernels const* find_kernels(TileShape const& tile) {
+  for (TileKernels const& kernels : kTileKernels<Format>) {
+    if (kernels.tile == tile)
+      return &kernels;
   }
+  return nullptr;
 }
-
-template <int... I>
-constexpr std::array<bool, sizeof...(I)> stores_by_tma(std::integer_sequence<int, I...>) {
-  return {Tile<I>::kStoresByTma...};
-}
-constexpr auto kStoresByTma = stores_by_tma(std::make_integer_sequence<int, kNumTileShapes>{});
 
 // The driver's function without linking libcuda, which build machines lack.
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
@@ -129,7 +149,8 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
   if (a.m == 0 || a.n == 0)
     return cudaSuccess;
   const bool quantizes = a.x_type != Element::kInt8;
-  const Launcher launch = launcher(a.x_type, plan.tile);
+  TileKernels const* const kernels = find_kernels<LiquidQuant>(plan.tile);
+  const Launcher launch = kernels ? kernels->launcher(a.x_type) : nullptr;
   if (!launch || (quantizes && !fits_quantized(a.m, a.k, plan)))
     return cudaErrorInvalidValue;
   const Division division = divide(a.m, a.n, a.k, plan, plan.workers(num_sms));
@@ -167,9 +188,9 @@ cudaError_t gemm(GemmArguments const& a, Plan const& plan, int num_sms, cudaStre
                    division.tile_tokens / (plan.pairs ? 2 : 1));
   }
   const bool two_bytes = a.y_type == Element::kBFloat16 || a.y_type == Element::kFloat16;
-  if (error == cudaSuccess && kStoresByTma[plan.tile] && two_bytes && params.rows_are_vectors())
+  if (error == cudaSuccess && kernels->stores_by_tma && two_bytes && params.rows_are_vectors())
     error = encode(params.y_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, a.m, a.n, a.y_stride * 2,
-                   kTileShapes[plan.tile].store_tokens());
+                   plan.tile.store_tokens());
   if (error != cudaSuccess)
     return error;
   return launch(params, division.workers, stream);

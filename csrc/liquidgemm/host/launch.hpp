@@ -5,11 +5,12 @@
 #include <cuda_runtime_api.h>
 
 #include "liquidgemm/kernel/params.hpp"
+#include "liquidgemm/kernel/tile_shape.hpp"
 
 namespace liquidgemm {
 
-// Input as in Tile. A cluster that does not fit is reported as an error by the runtime.
-template <int TileIndex, class Input>
-cudaError_t launch_tile(KernelParams const& params, int clusters, cudaStream_t stream);
+// The runtime reports a cluster that does not fit as an error.
+template <TileShape shape, class Format, class Input>
+cudaError_t launch(KernelParams const& params, int clusters, cudaStream_t stream);
 
 }  // namespace liquidgemm

@@ -5,9 +5,9 @@
 
 namespace liquidgemm {
 
-template <int TileIndex, class Input>
-cudaError_t launch_tile(KernelParams const& params, int clusters, cudaStream_t stream) {
-  using TileT = Tile<TileIndex, Input>;
+template <TileShape shape, class Format, class Input>
+cudaError_t launch(KernelParams const& params, int clusters, cudaStream_t stream) {
+  using TileT = Tile<shape, Format, Input>;
   constexpr int kSharedBytes = sizeof(SharedStorage<TileT>);
   static_assert(kSharedBytes <= TileT::kSharedBytes);
   auto* const kernel = gemm_kernel<TileT>;

@@ -1,74 +1,13 @@
-// Tile shapes: the list of compiled configurations, and everything that follows from a shape.
-//
-// A CTA computes `panels` x 64 output channels for `tokens` tokens with panels * k_groups consumer
-// warp-groups. The k_groups of a panel share its rows and take turns along K, one pipeline stage
-// each, so that even a single panel keeps two to four of them dequantizing; their int32 partial
-// sums meet in the epilogue. Some CTAs take half an SM: in the other half a CTA of the next launch
-// already fetches its first weights.
+// Everything that follows from a tile's shape, the weights' format and the activations' type.
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <type_traits>
 
 #include "liquidgemm/formats/packed_layout.hpp"
+#include "liquidgemm/kernel/tile_shape.hpp"
 
 namespace liquidgemm {
-
-// Tiles for so many tokens have a variant that quantizes its activations: quantized_tokens.hpp.
-inline constexpr int kMostQuantizedTokens = 8;
-
-struct TileShape {
-  int tokens;        // N of the wgmma
-  int panels;        // 64-channel panels per CTA
-  int k_groups;      // consumer warp-groups per panel, alternating along K
-  int stage_blocks;  // 64-deep blocks per pipeline stage
-  int ctas_per_sm = 1;
-  int stages_ahead = 0;  // of each k group, at most: weights that wait, dequantized, for tokens
-
-  // Whether a group has all of K, and CTAs can work in pairs: see scheduler.hpp. The other tiles
-  // are for few tokens, and their clusters share K.
-  constexpr bool can_pair() const { return k_groups == 1; }
-  constexpr bool can_quantize() const { return tokens == kMostQuantizedTokens; }
-  // Rows of a box of y. A pair shares them, so there are two at least.
-  constexpr int store_tokens() const { return tokens < 64 || tokens == 96 ? 16 : 32; }
-};
-
-// Sorted by tokens; a comment says what a row and those below it are for.
-inline constexpr TileShape kTileShapes[] = {
-    {8, 1, 2, 4, 2, 1},   // decode: one panel per CTA spreads any N over the most SMs; a short K
-    {8, 1, 4, 4, 1, 2},   // a longer one
-    {16, 1, 2, 2, 2, 3},  //
-    {16, 1, 4, 4, 1, 2},  //
-    {32, 1, 2, 2, 2, 3},  //
-    {32, 1, 3, 2},        //
-    {32, 4, 1, 2},        // many panels share the tokens once their L2 traffic rivals the weights'
-    {64, 1, 2, 2, 2},     // few panels, or a short K
-    {64, 1, 3, 2},        // a longer one
-    {64, 3, 1, 2},        // many panels again
-    {64, 4, 1, 2},        //
-    {96, 1, 3, 2},        // likewise
-    {96, 2, 1, 2},        //
-    {96, 3, 1, 2},        //
-    {128, 1, 2, 2},       // few panels
-    {128, 2, 1, 2},       // small prefill, or few tiles
-    {128, 3, 1, 2},       //
-    {128, 4, 1, 2},       //
-    {192, 2, 1, 2},       // heights in between: little of the last m tile is wasted
-    {192, 3, 1, 2},       //
-    {224, 2, 1, 2},       //
-    {256, 2, 1, 2},       // prefill: least dequantization per multiplication
-};
-inline constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
-
-constexpr bool is_tile(int index, TileShape const& shape) {
-  TileShape const& s = kTileShapes[index];
-  return s.tokens == shape.tokens && s.panels == shape.panels && s.k_groups == shape.k_groups &&
-         s.stage_blocks == shape.stage_blocks && s.ctas_per_sm == shape.ctas_per_sm;
-}
-
-// How many CTAs may share every tile along K, where k groups take turns.
-inline constexpr int kSplits[] = {1, 2, 4};
 
 // Of octets that k groups sum up in turns, and that CTAs own turn by turn: how many parts one CTA
 // of a cluster receives at most, one of each that it owns from every other CTA.
@@ -83,31 +22,14 @@ constexpr int largest_share(int octets, int k_groups) {
   return largest;
 }
 
-// What a CTA can hold of tokens that it quantizes, in registers for a moment and in shared memory
-// for good: as much as leaves the ring as many stages as it has where they hold tokens, too.
-inline constexpr int kMostQuantizedElements = 32 << 10;
-constexpr int most_quantized_bytes(int ctas_per_sm) {
-  return (ctas_per_sm == 1 ? 37 : 33) * 1024;
-}
-
-// Between chunks of 16 k of m such tokens: see quantized_tokens.hpp.
-constexpr int64_t quantized_chunk_stride(int64_t m) {
-  return 16 * (m | 1);
-}
-
 inline constexpr int kSharedBytesPerSm = 228 * 1024;  // sm_90
 inline constexpr int kReservedBytesPerCta = 1024;     // of those, by the system
 
-inline std::string name(TileShape const& shape) {
-  return "t" + std::to_string(shape.tokens) + "_p" + std::to_string(shape.panels) + "_k" +
-         std::to_string(shape.k_groups) + "_s" + std::to_string(shape.stage_blocks) +
-         (shape.ctas_per_sm == 2 ? "_half" : "");
-}
-
 // Input: int8_t, or for tiles that quantize the 16-bit type of the activations.
-template <int Index, class InputT = int8_t>
+template <TileShape shape, class FormatT, class InputT = int8_t>
 struct Tile {
-  static constexpr TileShape kShape = kTileShapes[Index];
+  static constexpr TileShape kShape = shape;
+  using Format = FormatT;
   using Input = InputT;
   static constexpr bool kQuantizes = !std::is_same_v<Input, int8_t>;
   static_assert(!kQuantizes || kShape.can_quantize());
@@ -151,7 +73,7 @@ struct Tile {
 
   static constexpr int kSharedBytes = kSharedBytesPerSm / kCtasPerSm - kReservedBytesPerCta;
 
-  static constexpr int kStageWeightBytes = kPanels * kStageBlocks * kBlockBytes;
+  static constexpr int kStageWeightBytes = kPanels * kStageBlocks * Format::kBlockBytes;
   // Tokens that the CTA quantizes itself stay for all of its tiles and are no part of the ring.
   static constexpr int kStageTokenBytes = kQuantizes ? 0 : kTokens * kStageK;
   static constexpr int kQuantizedBytes =

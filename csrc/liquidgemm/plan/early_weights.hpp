@@ -22,7 +22,7 @@ inline bool leaves_sms_idle(Plan const& plan, Division const& d, int num_sms) {
 // first lap is best requested at once.
 inline int eighths_ahead(
     Plan const& plan, Division const& d, int num_sms, bool quantizes, bool x_is_new) {
-  TileShape const& shape = kTileShapes[plan.tile];
+  TileShape const& shape = plan.tile;
   if (quantizes)
     return 6;
   if (shape.ctas_per_sm > 1)
@@ -58,7 +58,7 @@ inline int eighths_ahead(
 // there first. Elsewhere that delays the first multiplications.
 inline int stages_ahead(
     Plan const& plan, Division const& d, int num_sms, bool quantizes, bool x_is_new) {
-  TileShape const& shape = kTileShapes[plan.tile];
+  TileShape const& shape = plan.tile;
   if (quantizes || !(x_is_new || shape.ctas_per_sm > 1 || leaves_sms_idle(plan, d, num_sms)))
     return 0;
   // Every group of every CTA must have them.

@@ -6,11 +6,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <limits>
 #include <string>
 #include <vector>
 
 #include "liquidgemm/common/math.hpp"
-#include "liquidgemm/kernel/tile.hpp"
+#include "liquidgemm/formats/packed_layout.hpp"
+#include "liquidgemm/plan/tiles.hpp"
 #include "liquidgemm/producers/quantizer_threads.hpp"
 
 namespace liquidgemm {
@@ -22,7 +24,7 @@ struct Problem {
 };
 
 struct Plan {
-  int tile;            // index into kTileShapes
+  TileShape tile;
   int split_k = 1;     // CTAs of a cluster that share every output tile along K
   bool pairs = false;  // clusters of two: neighbouring tiles, then tiles that both share along K
 
@@ -33,20 +35,19 @@ struct Plan {
 };
 
 inline std::string name(Plan const& plan) {
-  return name(kTileShapes[plan.tile]) + (plan.pairs ? "_pairs"
-                                         : plan.split_k > 1
-                                             ? "_split" + std::to_string(plan.split_k)
-                                             : "");
+  return name(plan.tile) + (plan.pairs         ? "_pairs"
+                            : plan.split_k > 1 ? "_split" + std::to_string(plan.split_k)
+                                               : "");
 }
 
 // Every plan that can be run: see kernel/scheduler.hpp.
 inline std::vector<Plan> const& all_plans() {
   static const std::vector<Plan> plans = [] {
     std::vector<Plan> result;
-    for (int tile = 0; tile < kNumTileShapes; ++tile) {
-      if (kTileShapes[tile].can_pair()) {
+    for (TileShape const& tile : kTileShapes) {
+      if (tile.can_pair()) {
         result.push_back({tile});
-        if (kTileShapes[tile].tokens >= 64)  // below, it is the weights that are loaded
+        if (tile.tokens >= 64)  // below, it is the weights that are loaded
           result.push_back({tile, 1, true});
       } else {
         for (int split_k : kSplits)
@@ -58,40 +59,50 @@ inline std::vector<Plan> const& all_plans() {
   return plans;
 }
 
-// Measured costs of a tile, in the order of kTileShapes: one 64-deep block of K of all its panels,
-// everything that a tile costs beside its blocks (pipeline fill, epilogue), and what it costs more
-// if 2 or 4 CTAs share it along K.
+// Measured costs of a tile: one 64-deep block of K of all its panels, everything that a tile costs
+// beside its blocks (pipeline fill, epilogue), and what it costs more if 2 or 4 CTAs share it along
+// K.
 struct TileCost {
+  TileShape tile;
   double block_us, tile_us, split_us[2];
 };
 
 // All constants come from bench/plan/fit.py and a sweep over every plan on an H100; the memory's
 // bandwidth is asked of the GPU.
 inline constexpr TileCost kTileCosts[] = {
-    {0.0511, 0.671, {0.353, 0.439}},  // t8_p1_k2_s4_half
-    {0.0439, 0.679, {0.564, 0.646}},  // t8_p1_k4_s4
-    {0.0535, 0.906, {0.151, 0.247}},  // t16_p1_k2_s2_half
-    {0.0453, 0.830, {0.334, 0.457}},  // t16_p1_k4_s4
-    {0.0614, 1.083, {0.071, 0.231}},  // t32_p1_k2_s2_half
-    {0.0636, 0.958, {0.245, 0.483}},  // t32_p1_k3_s2
-    {0.2221, 1.044, {0.000, 0.000}},  // t32_p4_k1_s2
-    {0.0884, 1.268, {0.204, 0.372}},  // t64_p1_k2_s2_half
-    {0.0740, 1.274, {0.396, 0.413}},  // t64_p1_k3_s2
-    {0.1938, 1.395, {0.999, 0.000}},  // t64_p3_k1_s2
-    {0.2547, 1.510, {1.080, 0.000}},  // t64_p4_k1_s2
-    {0.0865, 1.515, {0.486, 0.678}},  // t96_p1_k3_s2
-    {0.1565, 1.753, {0.647, 0.000}},  // t96_p2_k1_s2
-    {0.2216, 1.811, {0.933, 0.000}},  // t96_p3_k1_s2
-    {0.1009, 1.824, {0.636, 0.804}},  // t128_p1_k2_s2
-    {0.1688, 1.774, {0.988, 0.000}},  // t128_p2_k1_s2
-    {0.2424, 1.919, {1.372, 0.000}},  // t128_p3_k1_s2
-    {0.3198, 2.304, {1.625, 0.000}},  // t128_p4_k1_s2
-    {0.2237, 2.308, {1.027, 0.000}},  // t192_p2_k1_s2
-    {0.3327, 2.730, {1.382, 0.000}},  // t192_p3_k1_s2
-    {0.2796, 2.551, {1.004, 0.000}},  // t224_p2_k1_s2
-    {0.2984, 2.718, {1.026, 0.000}},  // t256_p2_k1_s2
+    {{8, 1, 2, 4, 2}, 0.0511, 0.671, {0.353, 0.439}},   // t8_p1_k2_s4_half
+    {{8, 1, 4, 4}, 0.0439, 0.679, {0.564, 0.646}},      // t8_p1_k4_s4
+    {{16, 1, 2, 2, 2}, 0.0535, 0.906, {0.151, 0.247}},  // t16_p1_k2_s2_half
+    {{16, 1, 4, 4}, 0.0453, 0.830, {0.334, 0.457}},     // t16_p1_k4_s4
+    {{32, 1, 2, 2, 2}, 0.0614, 1.083, {0.071, 0.231}},  // t32_p1_k2_s2_half
+    {{32, 1, 3, 2}, 0.0636, 0.958, {0.245, 0.483}},     // t32_p1_k3_s2
+    {{32, 4, 1, 2}, 0.2221, 1.044, {0.000, 0.000}},     // t32_p4_k1_s2
+    {{64, 1, 2, 2, 2}, 0.0884, 1.268, {0.204, 0.372}},  // t64_p1_k2_s2_half
+    {{64, 1, 3, 2}, 0.0740, 1.274, {0.396, 0.413}},     // t64_p1_k3_s2
+    {{64, 3, 1, 2}, 0.1938, 1.395, {0.999, 0.000}},     // t64_p3_k1_s2
+    {{64, 4, 1, 2}, 0.2547, 1.510, {1.080, 0.000}},     // t64_p4_k1_s2
+    {{96, 1, 3, 2}, 0.0865, 1.515, {0.486, 0.678}},     // t96_p1_k3_s2
+    {{96, 2, 1, 2}, 0.1565, 1.753, {0.647, 0.000}},     // t96_p2_k1_s2
+    {{96, 3, 1, 2}, 0.2216, 1.811, {0.933, 0.000}},     // t96_p3_k1_s2
+    {{128, 1, 2, 2}, 0.1009, 1.824, {0.636, 0.804}},    // t128_p1_k2_s2
+    {{128, 2, 1, 2}, 0.1688, 1.774, {0.988, 0.000}},    // t128_p2_k1_s2
+    {{128, 3, 1, 2}, 0.2424, 1.919, {1.372, 0.000}},    // t128_p3_k1_s2
+    {{128, 4, 1, 2}, 0.3198, 2.304, {1.625, 0.000}},    // t128_p4_k1_s2
+    {{192, 2, 1, 2}, 0.2237, 2.308, {1.027, 0.000}},    // t192_p2_k1_s2
+    {{192, 3, 1, 2}, 0.3327, 2.730, {1.382, 0.000}},    // t192_p3_k1_s2
+    {{224, 2, 1, 2}, 0.2796, 2.551, {1.004, 0.000}},    // t224_p2_k1_s2
+    {{256, 2, 1, 2}, 0.2984, 2.718, {1.026, 0.000}},    // t256_p2_k1_s2
 };
-static_assert(sizeof(kTileCosts) / sizeof(kTileCosts[0]) == kNumTileShapes);
+
+// A tile that is not measured costs infinitely much, so that no plan with it is selected.
+constexpr TileCost cost_of(TileShape const& tile) {
+  for (TileCost const& cost : kTileCosts) {
+    if (has_same_name(cost.tile, tile))
+      return cost;
+  }
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  return {tile, kInfinity, kInfinity, {kInfinity, kInfinity}};
+}
 
 struct CostModel {
   double launch_us = 0.6735;
@@ -126,7 +137,7 @@ struct Division {
 };
 
 inline Division divide(int64_t m, int64_t n, int64_t k, Plan const& plan, int most_workers) {
-  TileShape const& shape = kTileShapes[plan.tile];
+  TileShape const& shape = plan.tile;
   // Each CTA of a pair loads half of the tokens, whole rows of the 8-row swizzle pattern.
   const int64_t unit = plan.pairs ? 16 : 1;
   const int64_t height = ceil_div(m, ceil_div(m, shape.tokens));
@@ -171,8 +182,8 @@ inline Estimate estimate(Problem const& p,
                          Plan const& plan,
                          Division const& d,
                          CostModel const& c = {}) {
-  TileShape const& shape = kTileShapes[plan.tile];
-  TileCost const& cost = kTileCosts[plan.tile];
+  TileShape const& shape = plan.tile;
+  const TileCost cost = cost_of(plan.tile);
   const double panels = ceil_div(p.n, kBlockRows);
   const double k_blocks = ceil_div(p.k, kBlockK);
   const double tokens = std::min<double>(p.m, shape.tokens);
@@ -209,7 +220,7 @@ inline bool is_plausible(TileShape const& shape, int64_t m) {
 
 // What one CTA multiplies of a tile's stages, in blocks of K.
 inline int64_t blocks_per_cta(Plan const& plan, int64_t stages) {
-  return ceil_div(stages, plan.split_k) * kTileShapes[plan.tile].stage_blocks;
+  return ceil_div(stages, plan.split_k) * plan.tile.stage_blocks;
 }
 
 // CTAs that take half an SM pay where most of what each reads fits its ring, and is fetched while
@@ -219,7 +230,7 @@ inline bool fits_half_sm(Plan const& plan,
                          Division const& d,
                          bool x_is_new,
                          CostModel const& c = {}) {
-  TileShape const& shape = kTileShapes[plan.tile];
+  TileShape const& shape = plan.tile;
   const int64_t bytes = blocks_per_cta(plan, d.stages) * (kBlockBytes + kBlockK * shape.tokens);
   const bool fits = bytes <= (x_is_new ? c.half_sm_bytes_when_new : c.half_sm_bytes);
   return fits && d.whole_rounds == 1 && !(x_is_new && d.m_tiles > 1);
@@ -227,7 +238,7 @@ inline bool fits_half_sm(Plan const& plan,
 
 // Whether a GEMM with this plan can take activations of 16 bits and quantize them itself.
 inline bool fits_quantized(int64_t m, int64_t k, Plan const& plan) {
-  TileShape const& shape = kTileShapes[plan.tile];
+  TileShape const& shape = plan.tile;
   if (!shape.can_quantize() || m > shape.tokens || k % 8 != 0)
     return false;
   int64_t rows = 1;  // a power of two of them, to which the warps are dealt out
@@ -246,8 +257,7 @@ inline bool fits_quantized(int64_t m, int64_t k, Plan const& plan) {
 inline bool pays_to_quantize(Problem const& p, Plan const& plan) {
   if (!fits_quantized(p.m, p.k, plan))
     return false;
-  return kTileShapes[plan.tile].ctas_per_sm > 1 ? p.m * p.k <= 16 << 10
-                                                : divide(p, plan).whole_rounds > 2;
+  return plan.tile.ctas_per_sm > 1 ? p.m * p.k <= 16 << 10 : divide(p, plan).whole_rounds > 2;
 }
 
 // What a plan costs more where the kernel before quantizes its activations. Its CTAs, one per
@@ -258,7 +268,7 @@ inline double us_behind_quantizer(Problem const& p,
                                   Plan const& plan,
                                   Division const& d,
                                   CostModel const& c = {}) {
-  if (kTileShapes[plan.tile].ctas_per_sm > 1)
+  if (plan.tile.ctas_per_sm > 1)
     return c.half_sm_us[plan.split_k > 1];
   constexpr int kThreadsPerSm = 2048;  // sm_90
   const int64_t threads = std::min<int64_t>(kMaxQuantizerThreads, ceil_div(p.k, kVector));
@@ -271,7 +281,7 @@ inline Plan select_plan(Problem const& p, bool x_is_new = false) {
   Plan best{};
   double best_us = 1e300;
   for (Plan const& plan : all_plans()) {
-    if (!is_plausible(kTileShapes[plan.tile], p.m) || plan.cluster() > p.num_sms)
+    if (!is_plausible(plan.tile, p.m) || plan.cluster() > p.num_sms)
       continue;
     const Division d = divide(p, plan);
     if (plan.split_k > d.stages)
@@ -279,7 +289,7 @@ inline Plan select_plan(Problem const& p, bool x_is_new = false) {
     // Clusters of 4 that have to take turns were always slower than the model says.
     if (plan.split_k == 4 && d.whole_rounds > 1)
       continue;
-    if (kTileShapes[plan.tile].ctas_per_sm > 1 && !fits_half_sm(plan, d, x_is_new))
+    if (plan.tile.ctas_per_sm > 1 && !fits_half_sm(plan, d, x_is_new))
       continue;
     double us = estimate(p, plan, d).total();
     if (x_is_new)

@@ -1,0 +1,8 @@
+#include "liquidgemm/host/launch_impl.hpp"
+
+namespace liquidgemm {
+
+constexpr TileShape kTile{16, 1, 2, 2, 2, 3};
+template cudaError_t launch<kTile, LiquidQuant, int8_t>(KernelParams const&, int, cudaStream_t);
+
+}  // namespace liquidgemm

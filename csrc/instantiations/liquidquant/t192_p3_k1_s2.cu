@@ -1,0 +1,8 @@
+#include "liquidgemm/host/launch_impl.hpp"
+
+namespace liquidgemm {
+
+constexpr TileShape kTile{192, 3, 1, 2};
+template cudaError_t launch<kTile, LiquidQuant, int8_t>(KernelParams const&, int, cudaStream_t);
+
+}  // namespace liquidgemm

@@ -1,8 +1,0 @@
-#include "liquidgemm/host/launch_impl.hpp"
-
-namespace liquidgemm {
-
-static_assert(is_tile(10, {64, 4, 1, 2}), "this file is named after its tile");
-template cudaError_t launch_tile<10, int8_t>(KernelParams const&, int, cudaStream_t);
-
-}  // namespace liquidgemm

@@ -1,0 +1,57 @@
+// The compiled kernels. To add a tile, add its row here and a file to csrc/instantiations; the
+// choice of plans takes it once its costs are measured.
+#pragma once
+
+#include <type_traits>
+
+#include "liquidgemm/common/element.hpp"
+#include "liquidgemm/formats/packed_layout.hpp"
+#include "liquidgemm/kernel/tile_shape.hpp"
+
+namespace liquidgemm {
+
+// Sorted by tokens; a comment says what a row and those below it are for.
+inline constexpr TileShape kTileShapes[] = {
+    {8, 1, 2, 4, 2, 1},   // decode: one panel per CTA spreads any N over the most SMs; a short K
+    {8, 1, 4, 4, 1, 2},   // a longer one
+    {16, 1, 2, 2, 2, 3},  //
+    {16, 1, 4, 4, 1, 2},  //
+    {32, 1, 2, 2, 2, 3},  //
+    {32, 1, 3, 2},        //
+    {32, 4, 1, 2},        // many panels share the tokens once their L2 traffic rivals the weights'
+    {64, 1, 2, 2, 2},     // few panels, or a short K
+    {64, 1, 3, 2},        // a longer one
+    {64, 3, 1, 2},        // many panels again
+    {64, 4, 1, 2},        //
+    {96, 1, 3, 2},        // likewise
+    {96, 2, 1, 2},        //
+    {96, 3, 1, 2},        //
+    {128, 1, 2, 2},       // few panels
+    {128, 2, 1, 2},       // small prefill, or few tiles
+    {128, 3, 1, 2},       //
+    {128, 4, 1, 2},       //
+    {192, 2, 1, 2},       // heights in between: little of the last m tile is wasted
+    {192, 3, 1, 2},       //
+    {224, 2, 1, 2},       //
+    {256, 2, 1, 2},       // prefill: least dequantization per multiplication
+};
+inline constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
+
+constexpr bool is_listed(TileShape const& tile) {
+  for (TileShape const& listed : kTileShapes) {
+    if (listed == tile)
+      return true;
+  }
+  return false;
+}
+
+// Whether a kernel is compiled for this tile, weights of this format, and activations of x_type:
+// int8, or 16 bits that the kernel quantizes.
+template <class Format>
+constexpr bool supports(TileShape const& tile, Element x_type) {
+  static_assert(std::is_same_v<Format, LiquidQuant>);
+  const bool quantizes = x_type == Element::kBFloat16 || x_type == Element::kFloat16;
+  return is_listed(tile) && (x_type == Element::kInt8 || (quantizes && tile.can_quantize()));
+}
+
+}  // namespace liquidgemm
