@@ -18,7 +18,7 @@ above say why. A first run needs the network (PyPI) or a pip mirror." >&2; exit 
 .DEFAULT_GOAL := help
 # Two pips at once would trip over each other; ninja compiles in parallel by itself.
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu stress sanitize bench microbench readme-table build wheel lint lint-python lint-cpp format clean
+.PHONY: help demo test test-gpu stress sanitize bench microbench readme-table build wheel lint lint-python lint-cpp lint-text format clean
 
 help:
 	@echo "make demo        set up, then run the demonstration: a small language model before and after"
@@ -97,7 +97,7 @@ wheel: $(VENV)/dev.stamp
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-lint: lint-python lint-cpp
+lint: lint-python lint-cpp lint-text
 
 lint-python: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
@@ -105,6 +105,16 @@ lint-python: $(VENV)/lint.stamp
 
 lint-cpp: $(VENV)/lint.stamp
 	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
+
+# Spelling, and what no file should have: space at the end of a line, marks of a merge, no last newline.
+lint-text: $(VENV)/lint.stamp
+	$(BIN)/typos
+	@! git grep -nIE ' +$$|^(<<<<<<<|>>>>>>>)( |$$)' -- ':!bench/results' ':!LICENSE' || \
+	  { echo "lint-text: space at the end of a line, or marks of a merge" >&2; exit 1; }
+	@$(BIN)/python -c 'import subprocess, sys; names = subprocess.check_output( \
+	  ["git", "ls-files", "-z", ":!bench/results"], text=True).split("\0")[:-1]; \
+	  bad = [n for n in names if (t := open(n, "rb").read()) and not t.endswith(b"\n")]; \
+	  sys.exit("no newline at the end of " + ", ".join(bad) if bad else 0)'
 
 format: $(VENV)/lint.stamp
 	$(BIN)/ruff check --fix .
