@@ -64,9 +64,12 @@ def quantize_(
         filter_fn: called with the name and module of each linear layer that is about to be
             quantized; it is left alone where this returns False.
         progress: show a progress bar.
-        calibration: token batches (int64 ``[B, T]``, or mappings of the model's arguments) or
-            texts. The methods "hessian" and "gptq" and smoothing need it.
-        held_out: text of other kinds, likewise, for the config's gate. The model must have logits.
+        calibration: what the model takes: token batches (int64 ``[B, T]``), mappings of its
+            arguments (features, masks, decoder ids, labels) or texts. The methods "hessian" and
+            "gptq" and smoothing need it.
+        held_out: data of other kinds, likewise, for the config's gate. Judged is the loss of the
+            model where there are labels, that of the next token for language models, and for
+            others how far outputs are from the float model's.
         tokenizer: for texts; called with a text, gives ``input_ids``.
         device: where blocks are calibrated, one at a time; None for where the model is.
         resume: a folder in which finished blocks are kept and, if the same call was interrupted,
@@ -96,19 +99,23 @@ def quantize_(
             raise _nothing(selection)
         return QuantizationReport((), selection.skipped, parameters=selection.parameters)
     _check_weights(model, names)
+    if calibration is None and config.needs_calibration and not dry_run:
+        wanted = "smooth" if config.smooth else "tune"
+        if config.method in CALIBRATED:
+            wanted = f"method {config.method!r}"
+        raise ValueError(f"calibration: expected token batches or texts for {wanted}, got None")
+    takes = getattr(model, "main_input_name", None)
+    batches = unseen = None
+    if calibration is not None:
+        batches = as_batches(calibration, tokenizer, main_input=takes)
+    if held_out is not None:
+        unseen = as_batches(held_out, tokenizer, "held_out", takes)
     with conv1d_as_linear(model):
         if dry_run:
-            lines = plan(model, names, config)
+            lines = plan(model, names, config, batches)
             return QuantizationReport(
                 tuple(names), selection.skipped, plan=lines, parameters=selection.parameters
             )
-        if calibration is None and config.needs_calibration:
-            wanted = "smooth" if config.smooth else "tune"
-            if config.method in CALIBRATED:
-                wanted = f"method {config.method!r}"
-            raise ValueError(f"calibration: expected token batches or texts for {wanted}, got None")
-        batches = None if calibration is None else as_batches(calibration, tokenizer)
-        unseen = None if held_out is None else as_batches(held_out, tokenizer, "held_out")
         recorded = _common_config(model, config)
         if config.rotate or config.rotate_heads:
             rotate_(model, config)
@@ -118,12 +125,12 @@ def quantize_(
             layers, coarse_rows, sizes = _quantize_without_data(
                 model, names, paths, config, progress
             )
-            losses = {}
+            losses, measure = {}, ""
         else:
             folder = None if resume is None else Path(resume)
             found = calibrate(model, names, config, batches, unseen, device, folder, progress)
-            layers, losses = found.layers, found.held_out
-            check_gate(losses, config.gate)
+            layers, losses, measure = found.layers, found.held_out, found.measure
+            check_gate(losses, config.gate, measure)
             coarse_rows, sizes = _install(model, names, paths, found)
     model.liquid_config = recorded
     attach(model)
@@ -134,6 +141,7 @@ def quantize_(
         coarse_rows,
         tuple(layers),
         losses,
+        measure=measure,
         parameters=selection.parameters,
     )
 
@@ -161,7 +169,7 @@ def _quantize_without_data(
 def _install(
     model: nn.Module, names: list[str], paths: dict[nn.Module, list[str]], found: Calibrated
 ) -> tuple[dict[str, int], list[tuple[int, int]]]:
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, value in found.tensors.items():
         parameters[key].copy_(value)
     coarse_rows, sizes = {}, []

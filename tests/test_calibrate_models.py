@@ -253,14 +253,14 @@ def test_resume_gives_the_same_bits(tmp_path, monkeypatch):
     expected = make(kind="Qwen2")
     quantize_(expected, config, calibration=batches(), progress=False)
 
-    model, run = make(kind="Qwen2"), driver._quantize_block
+    model, run = make(kind="Qwen2"), driver._quantize_unit
 
-    def interrupted(block, prefix, *args):
-        if prefix == "model.layers.1.":
+    def interrupted(unit, *args):
+        if unit.name == "model.layers.1":
             raise KeyboardInterrupt
-        return run(block, prefix, *args)
+        return run(unit, *args)
 
-    monkeypatch.setattr(driver, "_quantize_block", interrupted)
+    monkeypatch.setattr(driver, "_quantize_unit", interrupted)
     before = state(model)
     options = {"calibration": batches(), "resume": tmp_path, "progress": False}
     with pytest.raises(KeyboardInterrupt):
@@ -269,11 +269,11 @@ def test_resume_gives_the_same_bits(tmp_path, monkeypatch):
     files = ["block-0000.safetensors", "calibration.json"]
     assert sorted(file.name for file in tmp_path.iterdir()) == files
 
-    def second_only(block, prefix, *args):
-        assert prefix == "model.layers.1."
-        return run(block, prefix, *args)
+    def second_only(unit, *args):
+        assert unit.name == "model.layers.1"
+        return run(unit, *args)
 
-    monkeypatch.setattr(driver, "_quantize_block", second_only)
+    monkeypatch.setattr(driver, "_quantize_unit", second_only)
     report = quantize_(model, config, **options)
     assert_same_state(model, state(expected))
     assert len(report.layers) == 14

@@ -8,8 +8,10 @@ from tiny_models import assert_same_state, batches, make, state
 from torch import nn
 
 from liquidgemm import LiquidConfig, quantize_
-from liquidgemm.calibration.blocks import capture, find_stages
+from liquidgemm.calibration.blocks import find_stages
 from liquidgemm.calibration.data import as_batches, token_windows
+from liquidgemm.calibration.flow import Recordings
+from liquidgemm.calibration.units import find_units
 
 
 def fake_tokenizer(text):
@@ -117,10 +119,13 @@ def test_stages_share_their_input():
     model = make()
     block = model.model.layers[0]
     layers = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-    batch = capture(model, ["model.layers.0"], batches(1)[0])
-    assert find_stages(block, layers, batch, 0) == [
+    units = find_units(model, [f"model.layers.0.{name}" for name in layers])
+    call = Recordings(model, units).flow(batches(1)[0]).call()
+    stages, repeated = find_stages(block, layers, call)
+    assert stages == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         ["self_attn.o_proj"],
         ["mlp.gate_proj", "mlp.up_proj"],
         ["mlp.down_proj"],
     ]
+    assert not repeated

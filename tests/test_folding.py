@@ -6,12 +6,21 @@ from tiny_models import assert_same_state, batches, error, logits, make, state
 from torch import nn
 
 from liquidgemm import LiquidConfig, quantize_
-from liquidgemm.calibration.blocks import capture, find_blocks, run_block
+from liquidgemm.calibration.blocks import main_tensor, run_block
+from liquidgemm.calibration.flow import Recordings
 from liquidgemm.calibration.rotate import rotate_
 from liquidgemm.calibration.smooth import find_sites, usable_sites
+from liquidgemm.calibration.units import find_units
 
 NORMS = ["input_layernorm", "post_attention_layernorm"]
 LINEARS = ["self_attn.v_proj", "mlp.up_proj"]
+
+
+def first_call(model, batch):
+    """Name of the first block, and the call of it."""
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    flow = Recordings(model, find_units(model, layers)).flow(batch)
+    return flow.next, flow.call()
 
 
 @pytest.mark.parametrize(
@@ -29,15 +38,14 @@ LINEARS = ["self_attn.v_proj", "mlp.up_proj"]
 def test_smoothing_pairs(kind, sources):
     """What is found can be folded: `usable_sites` has tried each with arbitrary factors."""
     model = make(kind)
-    name = find_blocks(model, [n for n, m in model.named_modules() if isinstance(m, nn.Linear)])[0]
+    name, call = first_call(model, batches(1)[0])
     if not sources:
         assert find_sites(model.transformer.h[0], LiquidConfig(smooth=True)) == []
         return
     block = model.get_submodule(name)
-    batch = capture(model, [name], batches(1)[0])
     found = find_sites(block, LiquidConfig(smooth=True))
     before = state(block)
-    usable, refused = usable_sites(block, found, lambda b: run_block(b, batch, 0))
+    usable, refused = usable_sites(block, found, lambda b: main_tensor(run_block(b, call)))
     assert [site.source for site in usable] == sources, refused
     assert_same_state(block, before)
 
@@ -57,9 +65,9 @@ def test_a_pair_that_cannot_be_folded_is_found_out():
 
     model = make()
     block = Block(model.model.layers[0])
-    batch = capture(model, ["model.layers.0"], batches(1)[0])
+    _, call = first_call(model, batches(1)[0])
     sites = find_sites(block, LiquidConfig(smooth=True))
-    usable, refused = usable_sites(block, sites, lambda b: run_block(b, batch, 0))
+    usable, refused = usable_sites(block, sites, lambda b: main_tensor(run_block(b, call)))
     assert [site.source for site in usable] == ["self_attn.v_proj"]
     assert [site.source for site in refused] == ["input_layernorm"]
 
@@ -72,6 +80,15 @@ def test_a_pair_that_cannot_be_folded_is_found_out():
         ({"input_layernorm": ["mlp.up_proj"]}, "smooth: input_layernorm into mlp.up_proj: what"),
         ({"input_layernorm": ["self_attn.q_proj"]}, "smooth: input_layernorm into .* used else"),
         ({"mlp.down_proj": ["mlp.up_proj"]}, "smooth: mlp.down_proj into"),
+        ({"mlp.act_fn": ["mlp.down_proj"]}, "smooth: mlp.act_fn: expected a norm .* got SiLU"),
+        (
+            {"input_layernorm": ["self_attn.q_proj", "mlp.down_proj"]},
+            "smooth: expected linears of one input size, got .*: input_layernorm into",
+        ),
+        (
+            {"input_layernorm": ["mlp.down_proj"]},
+            "smooth: input_layernorm into mlp.down_proj: expected a source of 136 .* got 96",
+        ),
     ],
 )
 def test_wrong_pairs_are_refused(pairs, message):
@@ -127,7 +144,7 @@ def test_rotation_spreads_outliers():
     model.model.embed_tokens.weight.data[:, 5] *= 50
 
     def ratio():
-        x = capture(model, find_blocks(model, ["model.layers.0"]), batches(1)[0]).hidden
+        x = first_call(model, batches(1)[0])[1].hidden
         amax = x.abs().flatten(0, 1).amax(0)
         return (amax.max() / amax.median()).item()
 

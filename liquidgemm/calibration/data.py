@@ -1,13 +1,18 @@
-"""Calibration data: texts or batches of tokens."""
+"""Calibration data: texts, batches of tokens, or whatever else a model takes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .masks import token_mask
+from .trees import tensors
 
 TEXT_WINDOW = 1024
 
@@ -37,33 +42,46 @@ def token_windows(
 
 
 def as_batches(
-    data: Iterable[Any], tokenizer: Any = None, argument: str = "calibration"
-) -> list[Tensor | dict[str, Tensor]]:
-    """Batches of tokens as they are, and texts as windows of tokens.
+    data: Iterable[Any],
+    tokenizer: Any = None,
+    argument: str = "calibration",
+    main_input: str | None = None,
+) -> list[Tensor | dict[str, Any]]:
+    """Batches as they are, and texts as windows of tokens.
+
+    Args:
+        data: tensors, mappings of the model's arguments, or texts.
+        tokenizer: for texts.
+        argument: what errors call the data.
+        main_input: name of what the model takes, if it has one.
 
     Raises:
         ValueError, TypeError: naming the argument: there is nothing in it, a text but no
-            tokenizer, or an item of another kind.
+            tokenizer or a model that takes no tokens, or an item of another kind.
     """
     if isinstance(data, str | bytes | Tensor | Mapping):
         raise TypeError(
             f"{argument}: expected an iterable of token batches or texts, "
             f"got one {type(data).__name__}: put it in a list"
         )
-    batches: list[Tensor | dict[str, Tensor]] = []
+    batches: list[Tensor | dict[str, Any]] = []
     texts: list[str] = []
     for item in data:
         if isinstance(item, str):
             texts.append(item)
         elif isinstance(item, Tensor):
             batches.append(item)
-        elif isinstance(item, Mapping) and all(isinstance(v, Tensor) for v in item.values()):
-            batches.append(dict(item))
+        elif isinstance(item, Mapping) and all(map(_is_argument, item.values())):
+            batches.append({key: value for key, value in item.items() if value is not None})
         else:
             raise TypeError(
-                f"{argument}: expected tensors, mappings of tensors or texts, "
-                f"got {type(item).__name__}"
+                f"{argument}: expected tensors, mappings of tensors or texts, got {_kinds(item)}"
             )
+    if texts and main_input not in (None, "input_ids"):
+        raise ValueError(
+            f"{argument}: expected mappings with {main_input!r}, which is what the model takes, "
+            "got texts"
+        )
     if texts and tokenizer is None:
         raise ValueError(f"tokenizer: expected one, as {argument} holds texts, got None")
     if texts:
@@ -73,13 +91,99 @@ def as_batches(
     return batches
 
 
-def digest(batches: Iterable[Tensor | Mapping[str, Tensor]]) -> str:
-    """A hash of all tensors in batches."""
+def digest(batches: Iterable[Tensor | Mapping[str, Any]]) -> str:
+    """A hash of all that batches hold."""
     total = hashlib.sha256()
     for batch in batches:
         items = sorted(batch.items()) if isinstance(batch, Mapping) else [("", batch)]
         for name, value in items:
-            tensor = value.detach().cpu().contiguous()
-            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            total.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+            if not isinstance(value, Tensor | list | tuple):
+                total.update(f"{name} {value!r}".encode())
+            for part in tensors(value):
+                tensor = part.detach().cpu().contiguous()
+                total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                total.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return total.hexdigest()
+
+
+def _is_argument(value: Any) -> bool:
+    """A tensor, tensors, or a setting of the model's forward."""
+    if isinstance(value, list | tuple):
+        return all(isinstance(item, Tensor) for item in value)
+    return value is None or isinstance(value, Tensor | bool | int | float | str)
+
+
+def _kinds(item: Any) -> str:
+    if not isinstance(item, Mapping):
+        return type(item).__name__
+    wrong = {k: type(v).__name__ for k, v in item.items() if not _is_argument(v)}
+    return f"a mapping with {wrong}"
+
+
+def check_batches(
+    model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], argument: str
+) -> None:
+    """What can be said of batches before the model is run.
+
+    Raises:
+        ValueError: naming the argument and the batch: nothing in it, nothing but padding, a NaN or
+            an infinity, or tokens for a model that takes features.
+    """
+    wanted = getattr(model, "main_input_name", None)
+    for number, batch in enumerate(batches):
+        where = f"{argument}: batch {number}"
+        items = batch.items() if isinstance(batch, Mapping) else [("", batch)]
+        tokens = isinstance(batch, Tensor) and not batch.is_floating_point()
+        if tokens and wanted not in (None, "input_ids"):
+            raise ValueError(
+                f"{where}: expected a mapping with {wanted!r}, as {_call(model)} takes, got a "
+                f"tensor of {batch.dtype}, as texts give"
+            )
+        for key, value in items:
+            for tensor in tensors(value):
+                if not tensor.numel():
+                    shape = list(tensor.shape)
+                    raise ValueError(f"{where}: expected data, got {key or 'a tensor'} of {shape}")
+                floats = tensor.is_floating_point() and "mask" not in key
+                if floats and not tensor.isfinite().all():
+                    raise ValueError(
+                        f"{where}: expected finite numbers, got a NaN or an infinity"
+                        + (f" in {key}" if key else "")
+                    )
+            mask = token_mask(key, value)
+            if mask is not None and not mask.any():
+                raise ValueError(f"{where}: expected a token that is no padding, got none in {key}")
+
+
+@contextmanager
+def running(model: nn.Module, batch: Tensor | Mapping[str, Any], where: str) -> Iterator[None]:
+    """Around a run of the float model: its own errors with what was given and what it takes.
+
+    Raises:
+        ValueError: in place of whatever the model raises.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if isinstance(batch, Mapping):
+            got = ", ".join(f"{key} {_shape(value)}" for key, value in batch.items())
+        else:
+            got = f"a tensor {_shape(batch)}"
+        raise ValueError(
+            f"{where}: expected what {_call(model)} takes, got {got}; "
+            f"it raises {type(error).__name__}: {error}"
+        ) from error
+
+
+def _shape(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else repr(value)
+
+
+def _call(model: nn.Module) -> str:
+    """``Model.forward(its arguments)``."""
+    names = [name for name in inspect.signature(model.forward).parameters if name != "kwargs"]
+    main = getattr(model, "main_input_name", None)
+    said = f", whose main input is {main!r}," if main else ""
+    return f"{type(model).__name__}.forward({', '.join(names)}){said}"

@@ -1,18 +1,20 @@
-"""Calibration, block by block.
+"""Calibration, unit by unit: each block of each list, and what lies outside of them.
 
-Each block is copied in float32 to the device and quantized there, stage by stage: a stage is the
-layers that share an input. Its inputs are what the stages and blocks before it give *as quantized*.
-The model itself is not touched until all blocks are done, and no more than one block and the
-activations between two blocks are on the device.
+Units are calibrated in the order in which the model calls them: an encoder before the decoder, a
+vision tower before the language model. Each is copied in float32 to the device and quantized there,
+stage by stage: a stage is the layers that share an input. Its inputs are what the stages and units
+before it give *as quantized*. The model itself is not touched until all units are done, and no more
+than one unit and the activations between two units are on the device. A unit that is called again
+later stays there until its last call.
 """
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +23,21 @@ from tqdm.auto import tqdm
 from .._modules import replace_module
 from ..config import LiquidConfig
 from ..weight import QuantizedWeight
-from . import blocks as B
+from .blocks import Call, find_stages, main_tensor, stage_inputs
+from .data import check_batches, running
+from .flow import Lane, Recordings
 from .gate import HeldOut
 from .layer import quantize_layer
 from .moments import Moments, round_activation
+from .record import order_units
 from .report import LayerReport
 from .resume import Resume
 from .simulate import SimulatedLinear
-from .smooth import Site, find_sites, sample_rows, smooth_site, usable_sites
+from .smooth import Site, Sites, sample_rows, smooth_site
 from .tune import tune_block
+from .units import Unit, find_units
+
+_NOT_REACHED = "no token of the calibration data reaches it"
 
 
 @dataclass
@@ -41,7 +49,8 @@ class Calibrated:
         tensors: new values of parameters of layers that are not quantized, by name.
         biases: the same for biases of quantized layers.
         layers: one report per layer.
-        held_out: losses on held-out text by name, if there was any.
+        held_out: losses on held-out data by name, if there was any.
+        measure: what kind of loss that is, one of `gate`.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -49,6 +58,7 @@ class Calibrated:
     biases: dict[str, Tensor] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     held_out: dict[str, float] = field(default_factory=dict)
+    measure: str = ""
 
 
 @torch.no_grad()
@@ -56,96 +66,133 @@ def calibrate(
     model: nn.Module,
     names: list[str],
     config: LiquidConfig,
-    batches: list[Tensor | Mapping[str, Tensor]],
-    held_out: list[Tensor | Mapping[str, Tensor]] | None = None,
+    batches: list[Tensor | Mapping[str, Any]],
+    held_out: list[Tensor | Mapping[str, Any]] | None = None,
     device: torch.device | str | None = None,
     folder: Path | None = None,
     progress: bool = True,
 ) -> Calibrated:
-    """Quantize the named layers of a model with calibration data; the model stays as it is."""
+    """Quantize the named layers of a model with calibration data; the model stays as it is.
+
+    Raises:
+        ValueError: the model cannot be run with the data, or what it gives cannot be judged on
+            held-out data; nothing has been calibrated yet.
+    """
+    check_batches(model, batches, "calibration")
+    check_batches(model, held_out or [], "held_out")
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        block_names = B.find_blocks(model, names)
-        streams = [B.capture(model, block_names, batch) for batch in batches]
-        unseen = HeldOut(model, block_names, held_out, config) if held_out else None
-        resume = Resume(folder, config, batches)
-        result = Calibrated()
-        bar = tqdm(block_names, desc="calibrating", unit="block", disable=not progress)
-        sites: list[Site] | None = None
-        # What the float model gives; nothing if that is not wanted.
-        targets = [batch.hidden for batch in streams] if config.tune else []
-        for index, name in enumerate(bar):
-            prefix = f"{name}." if name else ""
-            inside = [n for n in names if n.startswith(prefix)]
-            original = model.get_submodule(name)
-            block = copy.deepcopy(original).float()
-            if device is not None:
-                block.to(device)
-            layers = {n: block.get_submodule(n.removeprefix(prefix)) for n in inside}
-            if unseen is not None:
-                unseen.reference(block, layers, index)
-            if sites is None:
-                sites = _sites(block, config, streams[0], index)
-            targets = [
-                B.run_block(block, stream, index, hidden)
-                for stream, hidden in zip(streams, targets, strict=False)
-            ]
-            reports = resume.load(index, original, block)
-            if reports is None:
-                reports = _quantize_block(block, prefix, layers, sites, config, streams, index, bar)
-                if config.tune:
-                    tune_block(block, streams, targets, index, config.tune, config.seed)
-                resume.save(index, original, block, reports)
-            if index + 1 < len(block_names):
-                for batch in streams:
-                    batch.hidden = B.run_block(block, batch, index)
-            if unseen is not None:
-                unseen.calibrated(block, index)
-            _collect(result, block, prefix, inside, reports, next(model.parameters()).device)
-        for name in names:
-            if name not in result.weights:  # outside the blocks
-                linear = model.get_submodule(name)
-                result.weights[name], method = quantize_layer(linear.weight, config, name)
-                report = LayerReport.of(name, method, linear.weight, result.weights[name])
-                result.layers.append(report)
-        if unseen is not None:
-            result.held_out = unseen.losses()
+        run = _Run(model, names, config, batches, held_out, device, folder)
+        bar = tqdm(run.units, desc="calibrating", unit="block", disable=not progress)
+        for index, unit in enumerate(bar):
+            run.calibrate(unit, index, bar)
+        if run.unseen is not None:
+            run.result.held_out = run.unseen.losses()
+            run.result.measure = run.unseen.measure
     finally:
         for module in training:
             module.training = True
-    return result
+    return run.result
 
 
-def _sites(block: nn.Module, config: LiquidConfig, batch: B.Batch, index: int) -> list[Site]:
-    found = find_sites(block, config)
-    usable, refused = usable_sites(block, found, lambda b: B.run_block(b, batch, index))
-    if refused and isinstance(config.smooth, Mapping):
-        site, why = next(iter(refused.items()))
-        raise ValueError(f"smooth: {site.source} into {', '.join(site.linears)}: {why}")
-    return usable
+class _Run:
+    """The units in their order, and the batches on their way through them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: list[str],
+        config: LiquidConfig,
+        batches: list[Tensor | Mapping[str, Any]],
+        held_out: list[Tensor | Mapping[str, Any]] | None,
+        device: torch.device | str | None,
+        folder: Path | None,
+    ) -> None:
+        self.model, self.config, self.device = model, config, device
+        self.result = Calibrated()
+        self.done: dict[nn.Module, QuantizedWeight] = {}
+        recordings = Recordings(model, find_units(model, names))
+        self.sites = Sites(model, recordings.units, config, device)
+        for number, batch in enumerate(batches):
+            with running(model, batch, f"calibration: batch {number}"):
+                recordings.of(batch, self.sites.observe)
+        self.sites.find()
+        self.unseen = HeldOut(model, recordings, held_out, config) if held_out else None
+        self.units = order_units(recordings.units, list(recordings.found.values()))
+        self.resume = Resume(folder, config, batches, [unit.name for unit in self.units])
+        self.lane = Lane([recordings.flow(batch) for batch in batches])
+        # The float model; no batches if what it gives is not wanted.
+        self.floats = Lane([recordings.flow(b) for b in batches if config.tune], to_end=True)
+
+    def calibrate(self, unit: Unit, index: int, bar: tqdm) -> None:
+        original = self.model.get_submodule(unit.name)
+        block = unit.copy(self.model, self.device, self.done)
+        layers = {
+            name: block.get_submodule(unit.inner(name))
+            for name in unit.layers
+            if self.model.get_submodule(name) not in self.done
+        }
+        calls = self.lane.calls(unit.name)
+        if self.unseen is not None:
+            self.unseen.reference(unit, block, layers)
+        targets = [main_tensor(out) for out in self.floats.advance(unit.name, block, changes=True)]
+        reports = self.resume.load(index, original, block)
+        if reports is None:
+            inputs = calls + self.lane.later_calls(unit.name)
+            sites = self.sites.of(unit)
+            reports = _quantize_unit(unit, block, layers, sites, self.config, inputs, bar)
+            if self.config.tune and calls:
+                tune_block(block, calls, targets, self.config.tune, self.config.seed)
+            self.resume.save(index, original, block, reports)
+        self.lane.advance(unit.name, block)
+        if self.unseen is not None:
+            self.unseen.calibrated(unit, block)
+        self._collect(unit, original, block, list(layers), reports)
+
+    def _collect(
+        self,
+        unit: Unit,
+        original: nn.Module,
+        block: nn.Module,
+        names: list[str],
+        reports: list[LayerReport],
+    ) -> None:
+        device = next(self.model.parameters()).device
+        result = self.result
+        for name in names:
+            layer = block.get_submodule(unit.inner(name))
+            result.weights[name] = layer.quantized.to(device)
+            self.done[self.model.get_submodule(name)] = result.weights[name]
+            if layer.bias is not None:
+                result.biases[name] = layer.bias.to(device)
+        before = dict(original.named_parameters())
+        for key, value in block.named_parameters():
+            # Where it is still a parameter it is of no quantized layer; most stay as they are.
+            if not torch.equal(value, before[key].to(value.device, value.dtype)):
+                result.tensors[unit.outer(key)] = value.detach().to(device)
+        result.layers += reports
 
 
-def _quantize_block(
+def _quantize_unit(
+    unit: Unit,
     block: nn.Module,
-    prefix: str,
     layers: dict[str, nn.Linear],
     sites: list[Site],
     config: LiquidConfig,
-    streams: list[B.Batch],
-    index: int,
+    calls: list[Call],
     bar: tqdm,
 ) -> list[LayerReport]:
     reports = []
-    stages = B.find_stages(block, layers, streams[0], index)
+    stages, repeated = find_stages(block, layers, calls[0]) if calls else ([], set())
     called = {name for stage in stages for name in stage}
     stages += [[name] for name in layers if name not in called]
     for stage in stages:
-        bar.set_postfix_str(stage[0].removeprefix(prefix), refresh=False)
+        bar.set_postfix_str(unit.inner(stage[0]), refresh=False)
         start = time.perf_counter()
-        inputs = B.stage_inputs(block, layers[stage[0]], streams, index)
+        inputs = stage_inputs(block, layers[stage[0]], calls, stage[0] in repeated)
         alpha = None
-        inside = {name.removeprefix(prefix) for name in stage}
+        inside = {unit.inner(name) for name in stage}
         site = next((site for site in sites if inside == set(site.linears)), None)
         if site is not None and inputs:
             inputs, alpha = smooth_site(block, site, inputs, config)
@@ -157,28 +204,9 @@ def _quantize_block(
             simulated = SimulatedLinear(quantized, linear.bias)
             report = LayerReport.of(name, method, linear.weight, quantized, sample, alpha)
             report.tokens = moments.tokens if moments is not None else 0
+            report.note = "" if moments is not None else _NOT_REACHED
             report.seconds = (time.perf_counter() - start) / len(stage)
             reports.append(report)
-            replace_module(block, name.removeprefix(prefix), simulated)
+            replace_module(block, unit.inner(name), simulated)
         del inputs, moments
     return reports
-
-
-def _collect(
-    result: Calibrated,
-    block: nn.Module,
-    prefix: str,
-    inside: list[str],
-    reports: list[LayerReport],
-    device: torch.device,
-) -> None:
-    quantized = {name.removeprefix(prefix) for name in inside}
-    for name in quantized:
-        layer = block.get_submodule(name)
-        result.weights[prefix + name] = layer.quantized.to(device)
-        if layer.bias is not None:
-            result.biases[prefix + name] = layer.bias.to(device)
-    for key, value in block.named_parameters():
-        if key.rpartition(".")[0] not in quantized:
-            result.tensors[prefix + key] = value.detach().to(device)
-    result.layers += reports

@@ -1,35 +1,39 @@
-"""The gate: is a calibrated model better than a data-free one on text it has not seen?"""
+"""The gate: is a calibrated model better than a data-free one on data it has not seen?"""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._modules import replace_module
 from ..config import LiquidConfig
-from . import blocks as B
+from .data import running
+from .flow import Lane, Recordings
 from .layer import quantize_layer
+from .measure import NEXT_TOKEN, choose_measure, loss
 from .simulate import SimulatedLinear
+from .units import Unit
 
 REFERENCE, DATA_FREE, CALIBRATED = "reference", "data-free", "calibrated"
 
 
-def check_gate(losses: Mapping[str, float], gate: str) -> None:
-    """Compare losses on held-out text; without any, or with the gate "off", do nothing.
+def check_gate(losses: Mapping[str, float], gate: str, measure: str = NEXT_TOKEN) -> None:
+    """Compare losses on held-out data; without any, or with the gate "off", do nothing.
 
     Raises:
         RuntimeError: the calibrated model is worse than the data-free one and the gate is "raise".
     """
     if not losses or gate == "off" or losses[CALIBRATED] <= losses[DATA_FREE]:
         return
+    kind = "text" if measure == NEXT_TOKEN else "data"
     message = (
-        f"gate: on held-out text the calibrated model has loss {losses[CALIBRATED]:.4f}, one "
-        f"quantized without data {losses[DATA_FREE]:.4f} (float: {losses[REFERENCE]:.4f}): more "
-        "and more varied calibration text, or a larger shrinkage or damping, may help"
+        f"gate: on held-out {kind} the calibrated model has {measure} {losses[CALIBRATED]:.4f}, "
+        f"one quantized without data {losses[DATA_FREE]:.4f} (float: {losses[REFERENCE]:.4f}): "
+        f"more and more varied calibration {kind}, or a larger shrinkage or damping, may help"
     )
     if gate == "raise":
         raise RuntimeError(message)
@@ -37,64 +41,59 @@ def check_gate(losses: Mapping[str, float], gate: str) -> None:
 
 
 class HeldOut:
-    """Held-out text on its way through three models at once, block by block.
+    """Held-out data on its way through three models at once, unit by unit.
 
     They are the float model, one quantized without data, and the calibrated one.
+
+    Attributes:
+        measure: how they are compared, one of `measure`.
+
+    Raises:
+        ValueError: at construction, naming held_out: the model cannot be run with it, or what it
+            gives cannot be judged.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        names: list[str],
-        batches: list[Tensor | Mapping[str, Tensor]],
+        recordings: Recordings,
+        batches: list[Tensor | Mapping[str, Any]],
         config: LiquidConfig,
     ) -> None:
-        self._model, self._names, self._batches = model, names, batches
+        self._model, self._batches = model, batches
         self._data_free = LiquidConfig(group_size=config.group_size, keep=config.keep)
-        streams = [B.capture(model, names, batch) for batch in batches]
-        self._streams = streams
-        kinds = (REFERENCE, DATA_FREE, CALIBRATED)
-        self._hidden = {kind: [s.hidden for s in streams] for kind in kinds}
+        found = []
+        for number, batch in enumerate(batches):
+            with running(model, batch, f"held_out: batch {number}"):
+                found.append(recordings.of(batch))
+        self.measure = choose_measure(model, batches, found)
+        self._lanes = {
+            kind: Lane([recordings.flow(batch) for batch in batches], to_end=True)
+            for kind in (REFERENCE, DATA_FREE, CALIBRATED)
+        }
 
-    def reference(self, block: nn.Module, layers: dict[str, nn.Linear], index: int) -> None:
+    def reference(self, unit: Unit, block: nn.Module, layers: dict[str, nn.Linear]) -> None:
         """Move the float and the data-free model on, given the float block."""
-        self._advance(REFERENCE, block, index)
+        self._lanes[REFERENCE].advance(unit.name, block, changes=True)
         data_free = copy.deepcopy(block)
-        paths = {module: path for path, module in block.named_modules()}
         for name, linear in layers.items():
             weight, _ = quantize_layer(linear.weight, self._data_free, name)
-            replace_module(data_free, paths[linear], SimulatedLinear(weight, linear.bias))
-        self._advance(DATA_FREE, data_free, index)
+            replace_module(data_free, unit.inner(name), SimulatedLinear(weight, linear.bias))
+        self._lanes[DATA_FREE].advance(unit.name, data_free)
 
-    def calibrated(self, block: nn.Module, index: int) -> None:
-        self._advance(CALIBRATED, block, index)
-
-    def _advance(self, kind: str, block: nn.Module, index: int) -> None:
-        hidden = self._hidden[kind]
-        for i, stream in enumerate(self._streams):
-            hidden[i] = B.run_block(block, stream, index, hidden[i])
+    def calibrated(self, unit: Unit, block: nn.Module) -> None:
+        self._lanes[CALIBRATED].advance(unit.name, block)
 
     def losses(self) -> dict[str, float]:
-        """Mean negative log-likelihood of the next token for each of the three.
-
-        Raises:
-            ValueError: the model's output has no logits.
-        """
-        return {kind: self._loss(hidden) for kind, hidden in self._hidden.items()}
-
-    def _loss(self, hidden: list[Tensor]) -> float:
-        total, count = 0.0, 0
-        for batch, last in zip(self._batches, hidden, strict=True):
-            output = B.finish(self._model, self._names, batch, last)
-            logits = getattr(output, "logits", None)
-            if logits is None:
-                raise ValueError(
-                    "held_out: expected None, or a model whose output has logits, "
-                    f"got {type(output).__name__}"
-                )
-            ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
-            target = ids[:, 1:].reshape(-1).to(logits.device)
-            flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-            total += F.cross_entropy(flat, target, reduction="sum").item()
-            count += target.numel()
-        return total / count
+        """The measure for each of the three, over all batches."""
+        totals = dict.fromkeys(self._lanes, 0.0)
+        counts = dict.fromkeys(self._lanes, 0.0)
+        for index, batch in enumerate(self._batches):
+            reference = None
+            for kind, lane in self._lanes.items():
+                output = lane.flows[index].finish()
+                reference = output if kind == REFERENCE else reference
+                total, count = loss(self.measure, self._model, batch, output, reference)
+                totals[kind] += total
+                counts[kind] += count
+        return {kind: totals[kind] / counts[kind] for kind in totals}

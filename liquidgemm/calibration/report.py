@@ -38,6 +38,7 @@ class LayerReport:
         alpha: exponent of the smoothing before it; None if there is none.
         tokens: number of tokens it was calibrated on.
         seconds: time it took.
+        note: why it was quantized without data although there was some; empty as a rule.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LayerReport:
     alpha: float | None = None
     tokens: int = 0
     seconds: float = 0.0
+    note: str = ""
 
     @classmethod
     def of(
@@ -106,8 +108,10 @@ class QuantizationReport:
             groups span less than 15 steps of the INT8 grid, so that not even s = 1 gives them 4
             bits. Mostly it is one huge weight that leaves the others so little of the range.
         layers: errors of each quantized layer.
-        held_out: mean loss on held-out text of the model "reference", quantized "data-free" and
+        held_out: mean loss on held-out data of the model "reference", quantized "data-free" and
             "calibrated"; empty if there was none.
+        measure: what kind of loss that is: "loss" of the next token, "loss on labels", or "relative
+            output error", ``‖y - r‖ / ‖r‖`` with r what the float model gives.
         plan: of a dry run, what would become of each layer.
         parameters: by name, every parameter of two or more dimensions that the model had, one that
             is used in several places once; weights of layers that were quantized before, too.
@@ -120,6 +124,7 @@ class QuantizationReport:
     coarse_rows: dict[str, int] = field(default_factory=dict)
     layers: tuple[LayerReport, ...] = ()
     held_out: dict[str, float] = field(default_factory=dict)
+    measure: str = ""
     plan: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, ParameterReport] = field(default_factory=dict)
 
@@ -162,9 +167,14 @@ class QuantizationReport:
             lines.append(f"{rows} rows in {len(self.coarse_rows)} layers have outliers")
         if self.held_out:
             losses = ", ".join(f"{kind} {loss:.4f}" for kind, loss in self.held_out.items())
-            lines.append(f"loss on held-out text: {losses}")
+            kind = "text" if self.measure == "loss" else "data"
+            lines.append(f"{self.measure} on held-out {kind}: {losses}")
         elif any(layer.tokens for layer in self.layers):
             lines.append("no held-out text: nothing says how this does on text of other kinds")
+        for note in dict.fromkeys(layer.note for layer in self.layers if layer.note):
+            names = [layer.name for layer in self.layers if layer.note == note]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"quantized without data {', '.join(names[:3])}{more}: {note}")
         return "\n".join(lines)
 
     def to_json(self) -> str:

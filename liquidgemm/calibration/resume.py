@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -26,19 +27,25 @@ class Resume:
     """A folder with one file for each finished block; nothing at all if the folder is None.
 
     Raises:
-        ValueError: the folder holds the blocks of another run, or a damaged file.
+        ValueError: the folder holds the blocks of another run, or a damaged file. A run is a
+            config, calibration data, and the names of the units in their order.
     """
 
     def __init__(
         self,
         folder: Path | None,
         config: LiquidConfig,
-        batches: list[Tensor | Mapping[str, Tensor]],
+        batches: list[Tensor | Mapping[str, Any]],
+        structure: list[str],
     ) -> None:
         self._folder = folder
         if folder is None:
             return
-        run = {"config": json.loads(config.to_json()), "calibration": digest(batches)}
+        run = {
+            "config": json.loads(config.to_json()),
+            "calibration": digest(batches),
+            "structure": structure,
+        }
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / _RUN_FILE
         if not path.exists():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LiquidConfig
-from .blocks import find_blocks
+from .units import find_blocks
 
 _READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from ..config import LiquidConfig
 from ..quantize import quantize_weight
 from ..weight import dequantize_weight
+from .blocks import Call, main_tensor, run_block
 from .moments import round_activation
 from .simulate import SimulatedLinear
+from .units import Unit
 
 _ALPHAS = (0.15, 0.3, 0.45, 0.6, 0.75)
 _SAMPLE_TOKENS = 384
@@ -60,25 +62,13 @@ _KNOWN = (
 
 
 def find_sites(block: nn.Module, config: LiquidConfig) -> list[Site]:
-    """Where a block can be smoothed: as the config says, or by the names in it.
-
-    Raises:
-        ValueError: the config names a module that the block does not have, or a wrong kind.
-    """
+    """Where a block can be smoothed: as the config says, or by the names in it."""
     modules = dict(block.named_modules())
     if not config.smooth:
         return []
     if isinstance(config.smooth, dict):
         sites = [Site(source, tuple(names)) for source, names in config.smooth.items()]
-        for site in sites:
-            for name in (site.source, *site.linears):
-                if name not in modules:
-                    raise ValueError(f"smooth: expected names within a block, got {name!r}")
-            for name in site.linears:
-                if not isinstance(modules[name], nn.Linear):
-                    kind = type(modules[name]).__name__
-                    raise ValueError(f"smooth: {name}: expected an nn.Linear, got {kind}")
-        return sites
+        return [s for s in sites if all(name in modules for name in (s.source, *s.linears))]
     sites: list[Site] = []
     for site in _KNOWN:
         taken = {name for other in sites for name in other.linears}
@@ -89,16 +79,118 @@ def find_sites(block: nn.Module, config: LiquidConfig) -> list[Site]:
     return sites
 
 
+def check_pairs(model: nn.Module, units: list[Unit], config: LiquidConfig) -> None:
+    """That each pair of a config that names them is in some block, and of kinds and sizes that fit.
+
+    Raises:
+        ValueError: naming smooth and the pair.
+    """
+    if not isinstance(config.smooth, dict):
+        return
+    blocks = [model.get_submodule(unit.name) for unit in units]
+    known = [dict(block.named_modules()) for block in blocks]
+    for source, linears in config.smooth.items():
+        site = Site(source, tuple(linears))
+        names = (source, *linears)
+        holding = [m for m in known if all(name in m for name in names)]
+        if not holding:
+            wrong = next((n for n in names if not any(n in m for m in known)), None)
+            got = repr(wrong) if wrong else "names that no block has all of"
+            raise ValueError(f"smooth: expected names within a block, got {got}: {_words(site)}")
+        for modules in holding:
+            _check_pair(site, modules)
+
+
+def _check_pair(site: Site, modules: dict[str, nn.Module]) -> None:
+    for name in site.linears:
+        if not isinstance(modules[name], nn.Linear):
+            kind = type(modules[name]).__name__
+            raise ValueError(f"smooth: {name}: expected an nn.Linear, got {kind}: {_words(site)}")
+    source = modules[site.source]
+    weight = getattr(source, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() > 2 or isinstance(source, nn.Embedding):
+        raise ValueError(
+            f"smooth: {site.source}: expected a norm with a weight or an nn.Linear, got "
+            f"{type(source).__name__}: {_words(site)}"
+        )
+    if weight.dim() == 2 and not isinstance(source, nn.Linear):
+        kind = type(source).__name__
+        raise ValueError(
+            f"smooth: {site.source}: expected an nn.Linear, got {kind}: {_words(site)}"
+        )
+    sizes = {name: modules[name].in_features for name in site.linears}
+    if len({*sizes.values()}) > 1:
+        raise ValueError(f"smooth: expected linears of one input size, got {sizes}: {_words(site)}")
+    parent = modules[site.source.rpartition(".")[0]]
+    try:
+        _groups(source, modules[site.linears[0]], getattr(parent, "head_dim", None))
+    except ValueError as error:
+        raise ValueError(f"smooth: {_words(site)}: {error}") from None
+
+
+def _words(site: Site) -> str:
+    return f"{site.source} into {', '.join(site.linears)}"
+
+
+class Sites:
+    """Where each kind of unit can be smoothed: units of one kind have one type and layers.
+
+    Raises:
+        ValueError: at construction, for a pair that the config names and that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: list[Unit],
+        config: LiquidConfig,
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_pairs(model, units, config)
+        self._model, self._config, self._device = model, config, device
+        self._seen: dict[tuple, tuple[Unit, Call]] = {}
+        self._sites: dict[tuple, list[Site]] = {}
+
+    def observe(self, unit: Unit, args: tuple, kwargs: dict) -> None:
+        """Take note of a call in the float model."""
+        if self._config.smooth:
+            self._seen.setdefault(self._kind(unit), (unit, Call(args, kwargs)))
+
+    def find(self) -> None:
+        """Try all of them on the calls that were seen.
+
+        Raises:
+            ValueError: a pair that the config names would change what a block computes.
+        """
+        for kind, (unit, call) in self._seen.items():
+            block = unit.copy(self._model, self._device, {})
+            found = find_sites(block, self._config)
+            if not found:
+                continue
+            usable, refused = usable_sites(
+                block, found, lambda b, call=call: main_tensor(run_block(b, call))
+            )
+            if refused and isinstance(self._config.smooth, dict):
+                site, why = next(iter(refused.items()))
+                raise ValueError(f"smooth: {_words(site)}: {why}")
+            self._sites[kind] = usable
+        self._seen.clear()
+
+    def of(self, unit: Unit) -> list[Site]:
+        return self._sites.get(self._kind(unit), [])
+
+    def _kind(self, unit: Unit) -> tuple:
+        return type(self._model.get_submodule(unit.name)), *map(unit.inner, unit.layers)
+
+
 def _groups(source: nn.Module, linear: nn.Linear, head_size: int | None) -> tuple[int, int, int]:
     """``(heads, repeats, size)``: how outputs of the source become inputs of the linear."""
     wide = linear.in_features
-    own = source.out_features if hasattr(source, "out_features") else wide
+    own = source.weight.shape[0]
     if own == wide:
         return 1, 1, wide
-    if not head_size or own % head_size or wide % own:
-        raise ValueError(
-            f"smooth: expected a source of {wide} features, or of fewer heads, got {own}"
-        )
+    if source.weight.dim() < 2 or not head_size or own % head_size or wide % own:
+        raise ValueError(f"expected a source of {wide} features, or of fewer heads, got {own}")
     return own // head_size, wide // own, head_size
 
 

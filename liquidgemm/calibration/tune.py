@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .blocks import Batch, run_block
+from .blocks import Call, main_tensor, run_block
 from .simulate import SimulatedLinear
 
 _RATE = 1e-3  # relative to the size of what is learned
@@ -21,15 +21,14 @@ _ASIDE = 8  # every eighth batch is for choosing the step
 
 
 def tune_block(
-    block: nn.Module, streams: list[Batch], targets: list[Tensor], index: int, steps: int, seed: int
+    block: nn.Module, calls: list[Call], targets: list[Tensor], steps: int, seed: int
 ) -> float:
     """Fit a quantized block in place.
 
     Args:
         block: with `SimulatedLinear` layers.
-        streams: what reaches the block in the quantized model.
+        calls: of the block in the quantized model.
         targets: what the float block gives in the float model, for each of them.
-        index: of the block.
         steps: steps of Adam.
         seed: of the order of batches.
 
@@ -37,8 +36,8 @@ def tune_block(
         error on the text set aside after over before, 1 if nothing was better than to leave it.
     """
     block.requires_grad_(False)
-    aside = list(range(_ASIDE - 1, len(streams), _ASIDE)) or [len(streams) - 1]
-    used = [i for i in range(len(streams)) if i not in aside] or aside
+    aside = list(range(_ASIDE - 1, len(calls), _ASIDE)) or [len(calls) - 1]
+    used = [i for i in range(len(calls)) if i not in aside] or aside
     layers = [module for module in block.modules() if isinstance(module, SimulatedLinear)]
     gains = [p for p in block.parameters() if p.dim() == 1]
     with torch.enable_grad():
@@ -52,13 +51,14 @@ def tune_block(
     for layer, factor in zip(layers, factors, strict=True):
         layer.factor = factor
     learned = [*factors, *gains]
-    per_batch = max(1, streams[0].hidden[..., 0].numel())
+    per_batch = max(1, targets[0][..., 0].numel())
     count = max(1, _TOKENS // per_batch)
 
     def loss(i: int) -> Tensor:
         target = targets[i]
-        off = (run_block(block, streams[i], index) - target).square().sum(-1)
-        return streams[i].tokens((off / target.square().sum(-1)).unsqueeze(-1)).mean()
+        off = (main_tensor(run_block(block, calls[i])) - target).square().sum(-1)
+        relative = (off / target.square().sum(-1)).unsqueeze(-1)
+        return calls[i].tokens(relative, calls[i].hidden, []).mean()
 
     def error() -> float:
         with torch.no_grad():

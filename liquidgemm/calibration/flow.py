@@ -1,0 +1,312 @@
+"""A batch on its way through a model, unit by unit.
+
+What surrounds the units is the model's own forward. It is run anew from its start whenever the
+arguments of the next unit are wanted, with the units before answered from what they have given. In
+a chain of blocks, each of which takes the hidden state of the one before and nothing else of it,
+one such run finds the arguments of all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Call, Stop, main_tensor, run_block
+from .masks import Padding, is_encoder_decoder
+from .record import Recording, forwards_replaced, hidden_state, model_inputs, record
+from .trees import map_tensors, tensors
+from .units import Unit
+
+
+class _OtherCalls(ValueError):
+    """A batch calls other units than the one that was recorded for it."""
+
+
+class Flow:
+    """One batch in one model: the float model, or one whose units are replaced by others.
+
+    Args:
+        model: stays as it is.
+        units: those that are replaced.
+        batch: arguments of the model.
+        recording: of the float model, for this batch or one of its kind.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: list[Unit],
+        batch: Tensor | Mapping[str, Any],
+        recording: Recording,
+    ) -> None:
+        self._model, self._units, self.batch = model, units, batch
+        self._calls = recording.calls
+        self._names = [unit.name for unit in units]
+        self._given: list[Any] = []  # by the calls so far, as the model sees it
+        self._first = 0  # index of the first call in _ahead
+        self._ahead: list[Call] = []
+        self._hidden: Tensor | None = None  # what the last call has given, in float32
+        self._in_decoder = False  # what comes after a decoder's first block belongs to it
+        self._padding = Padding(batch, is_encoder_decoder(model, batch))
+
+    @property
+    def next(self) -> str | None:
+        """Name of the unit whose turn it is; None if no unit is called any more."""
+        position = len(self._given)
+        return self._calls[position].unit if position < len(self._calls) else None
+
+    @property
+    def at_last(self) -> bool:
+        """Whether the call whose turn it is, is the last one."""
+        return len(self._given) + 1 == len(self._calls)
+
+    def times(self, unit: str) -> int:
+        """How often a unit is called from now on."""
+        return sum(call.unit == unit for call in self._calls[len(self._given) :])
+
+    def call(self) -> Call:
+        """The call whose turn it is."""
+        index = len(self._given) - self._first
+        if not 0 <= index < len(self._ahead):
+            try:
+                self._look_ahead()
+            except _OtherCalls:  # as where a loop has one turn for each token
+                self._record_anew()
+                self._look_ahead()
+            index = 0
+        call = self._ahead[index]
+        return call if index == 0 else call.with_hidden(self._hidden)
+
+    def push(self, out: Any) -> None:
+        """Go on with what the unit gives."""
+        position = len(self._given)
+        end = self._first + len(self._ahead)
+        recorded = self._calls[position].leaves
+        found = list(tensors(out))
+        self._hidden = main_tensor(out) if position + 1 < end else None
+        known = iter(recorded if len(recorded) == len(found) else [None] * len(found))
+
+        def as_seen(tensor: Tensor) -> Tensor:
+            leaf = next(known)
+            if leaf is None:
+                return tensor
+            if leaf.last < end:
+                return _stand_in(tensor, leaf.dtype, leaf.device)
+            return tensor.to(leaf.device, leaf.dtype)
+
+        self._given.append(map_tensors(out, as_seen))
+
+    def later_calls(self, unit: str) -> list[Call]:
+        """Calls of a unit after its turn, with the float units in between."""
+        found: list[Call] = []
+        count = self.times(unit)
+
+        def ask(index: int, name: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
+            if name == unit:
+                found.append(self._make(index, args, kwargs))
+                if len(found) == count:
+                    raise Stop
+            return forward(*args, **kwargs)
+
+        self._replay(ask)
+        return found[1:]
+
+    def finish(self) -> Any:
+        """The model's output, after the last unit.
+
+        Raises:
+            ValueError: the forward calls further units.
+        """
+
+        def ask(index: int, name: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
+            raise _OtherCalls(self._other(name))
+
+        return self._replay(ask)
+
+    def _record_anew(self) -> None:
+        calls = record(self._model, self._units, self.batch)[0].calls
+        position = len(self._given) + 1
+        if [c.unit for c in calls[:position]] != [c.unit for c in self._calls[:position]]:
+            raise _OtherCalls(self._other("others"))
+        self._calls = calls
+
+    def _look_ahead(self) -> None:
+        """Find the arguments of the next call and of those that are chained to it."""
+        start = end = len(self._given)
+        while end + 1 < len(self._calls):
+            following = self._calls[end + 1]
+            if not following.chained or following.needs >= start:
+                break
+            end += 1
+        ahead: list[Call] = []
+
+        def ask(index: int, name: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
+            if name != self._calls[index].unit:
+                raise _OtherCalls(self._other(name))
+            ahead.append(self._make(index, args, kwargs))
+            if index == end:
+                raise Stop
+            hidden = hidden_state(args, kwargs)
+            return map_tensors(self._calls[index].template, lambda _: hidden)
+
+        self._replay(ask)
+        if len(ahead) != end + 1 - start:
+            raise _OtherCalls(self._other("no unit"))
+        self._first, self._ahead = start, ahead
+        for index, given in enumerate(self._given):
+            if any(start <= leaf.last <= end for leaf in self._calls[index].leaves):
+                self._given[index] = self._without_used(index, given, end + 1)
+
+    def _without_used(self, index: int, given: Any, end: int) -> Any:
+        """What a call has given, without the tensors that no call from ``end`` on is given."""
+        leaves = self._calls[index].leaves
+        if len(list(tensors(given))) != len(leaves):
+            return given
+        known = iter(leaves)
+
+        def drop(tensor: Tensor) -> Tensor:
+            return _stand_in(tensor) if next(known).last < end else tensor
+
+        return map_tensors(given, drop)
+
+    def _make(self, index: int, args: tuple, kwargs: dict) -> Call:
+        name = self._calls[index].unit if index < len(self._calls) else ""
+        kwargs = {key: value for key, value in kwargs.items() if not _is_cache(value)}
+        if self._padding.encoder_decoder and not self._in_decoder:
+            parts = name.split(".")
+            self._in_decoder = isinstance(kwargs.get("encoder_hidden_states"), Tensor) or any(
+                "decoder" in part and "encoder" not in part for part in parts
+            )
+        return Call(args, kwargs, name, self._padding, self._in_decoder)
+
+    def _replay(self, ask: Callable[[int, str, Callable, tuple, dict], Any]) -> Any:
+        """Run the model; calls of units that are not answered yet go to ``ask``."""
+        index = -1
+        inside = False
+
+        def make(name: str, forward: Callable) -> Callable:
+            def run(*args, **kwargs):
+                nonlocal index, inside
+                if inside:
+                    return forward(*args, **kwargs)
+                index += 1
+                if index < len(self._given):
+                    if name != self._calls[index].unit:
+                        raise _OtherCalls(self._other(name))
+                    return self._given[index]
+                inside = True
+                try:
+                    return ask(index, name, forward, args, kwargs)
+                finally:
+                    inside = False
+
+            return run
+
+        args, kwargs = model_inputs(self.batch, self._model)
+        with forwards_replaced(self._model, self._names, make):
+            try:
+                return self._model(*args, **kwargs)
+            except Stop:
+                return None
+
+    def _other(self, name: str) -> str:
+        return (
+            "calibration, held_out: expected batches with the same keys to call the same parts of "
+            f"the model in one order, got one that calls {name} where another calls {self.next}"
+        )
+
+
+def _stand_in(
+    tensor: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Tensor:
+    """Of the same shape, without memory."""
+    empty = torch.zeros((), dtype=dtype or tensor.dtype, device=device or tensor.device)
+    return empty.expand(tensor.shape)
+
+
+def _is_cache(value: Any) -> bool:
+    return "Cache" in type(value).__name__
+
+
+class Lane:
+    """Batches on their way through models of one kind.
+
+    Args:
+        flows: one for each batch.
+        to_end: whether what the last unit gives is wanted.
+    """
+
+    def __init__(self, flows: list[Flow], to_end: bool = False) -> None:
+        self.flows, self._to_end = flows, to_end
+        self._kept: dict[str, nn.Module] = {}  # units that are called again
+
+    def calls(self, unit: str) -> list[Call]:
+        """Calls of the unit whose turn it is, one for each batch that calls it."""
+        return [flow.call() for flow in self._turn(unit)]
+
+    def later_calls(self, unit: str) -> list[Call]:
+        """Calls after that, as they are with what follows in float."""
+        again = [flow for flow in self._turn(unit) if flow.times(unit) > 1]
+        return [call for flow in again for call in flow.later_calls(unit)]
+
+    def advance(self, unit: str, block: nn.Module, changes: bool = False) -> list[Any]:
+        """Run the unit, and those after it that have had their first turn; what the unit gives.
+
+        Args:
+            unit: its name.
+            block: what stands for it.
+            changes: whether the block is going to be changed after this.
+        """
+        if any(flow.times(unit) > 1 for flow in self._turn(unit)):
+            self._kept[unit] = copy.deepcopy(block) if changes else block
+        given = [self._push(flow, block) for flow in self._turn(unit)]
+        while name := next((flow.next for flow in self.flows if flow.next in self._kept), None):
+            for flow in self._turn(name):
+                self._push(flow, self._kept[name])
+        for name in list(self._kept):
+            if not any(flow.times(name) for flow in self.flows):
+                del self._kept[name]
+        return given
+
+    def _turn(self, unit: str) -> list[Flow]:
+        return [flow for flow in self.flows if flow.next == unit]
+
+    def _push(self, flow: Flow, block: nn.Module) -> Any:
+        out = run_block(block, flow.call()) if self._to_end or not flow.at_last else None
+        flow.push(out)
+        return out
+
+
+class Recordings:
+    """Recordings of a float model, one for each kind of batch: keys, axes and dtypes."""
+
+    def __init__(self, model: nn.Module, units: list[Unit]) -> None:
+        self.model, self.units = model, units
+        self.found: dict[tuple, Recording] = {}
+
+    def of(
+        self,
+        batch: Tensor | Mapping[str, Any],
+        observe: Callable[[Unit, tuple, dict], None] | None = None,
+    ) -> Recording:
+        kind = _kind(batch)
+        if kind not in self.found:
+            settled = {call.unit for other in self.found.values() for call in other.calls}
+            found = record(self.model, self.units, batch, observe, settled)
+            self.found[kind], self.units = found
+        return self.found[kind]
+
+    def flow(self, batch: Tensor | Mapping[str, Any]) -> Flow:
+        return Flow(self.model, self.units, batch, self.of(batch))
+
+
+def _kind(batch: Tensor | Mapping[str, Any]) -> tuple:
+    items = batch.items() if isinstance(batch, Mapping) else [("", batch)]
+    return tuple(
+        (key, value.dim(), value.dtype) if isinstance(value, Tensor) else (key, str(value))
+        for key, value in sorted(items)
+    )

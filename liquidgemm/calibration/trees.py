@@ -1,0 +1,50 @@
+"""What modules take and return: tensors in tuples, lists, mappings and dataclasses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in a value, in its order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif _is_record(value):
+        for field in fields(value):
+            yield from tensors(getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors(item)
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The value with each tensor changed; what holds no tensors is passed on as it is."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if _is_record(value):
+        names = [field.name for field in fields(value) if field.init]
+        return replace(value, **{n: map_tensors(getattr(value, n), change) for n in names})
+    if isinstance(value, Mapping):
+        items = {key: map_tensors(item, change) for key, item in value.items()}
+        if type(value) is dict:
+            return items
+        changed = copy.copy(value)
+        changed.update(items)
+        return changed
+    if isinstance(value, tuple | list):
+        items = [map_tensors(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _is_record(value: Any) -> bool:
+    """An instance of a dataclass; the outputs of transformers are such."""
+    return is_dataclass(value) and not isinstance(value, type)
