@@ -74,6 +74,16 @@ MODELS = {
         )
     ),
     "vision tower": _llava,
+    "recurrent": lambda: transformers.MambaForCausalLM(
+        transformers.MambaConfig(
+            vocab_size=128, hidden_size=128, state_size=8, num_hidden_layers=1, time_step_rank=64
+        )
+    ),
+}
+TRANSPOSED = {
+    "transposed weights": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=128, n_embd=128, n_layer=1, n_head=4, n_positions=64)
+    ),
 }
 EXPERTS = {
     "one parameter": lambda: _text(
@@ -87,7 +97,7 @@ EXPERTS = {
 
 def make(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = {**MODELS, **EXPERTS}[kind]().eval()
+    model = {**MODELS, **TRANSPOSED, **EXPERTS}[kind]().eval()
     for name, parameter in model.named_parameters():
         if "norm" in name.lower() or "bias" in name:
             parameter.data.add_(torch.rand_like(parameter) / 4)
@@ -112,7 +122,7 @@ def outputs(model: torch.nn.Module) -> Tensor:
 
 def is_linear(name: str, value: Tensor) -> bool:
     """Of the layers within blocks, which all the formats quantize."""
-    blocks = (".layers.", ".layer.", ".block.")
+    blocks = (".layers.", ".layer.", ".h.")
     return (
         name.endswith(".weight")
         and value.dim() == 2
@@ -169,6 +179,8 @@ def write(
 ) -> dict[str, Tensor]:
     """A folder with the model in a format; returns each quantized weight by its layer's name.
 
+    rename: of the keys of the hub to others.
+
     The float model in folder / "float" has the same weights.
     """
     plain = folder / "float"
@@ -180,9 +192,10 @@ def write(
         if not is_linear(key, value):
             tensors[key] = floats[key] = value
             continue
-        parts, weights[layer] = quantized(value, name)
+        transposed = isinstance(model, transformers.GPT2PreTrainedModel)
+        parts, weights[layer] = quantized(value.T if transposed else value, name)
         tensors |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
-        floats[key] = weights[layer].float()
+        floats[key] = (weights[layer].T if transposed else weights[layer]).float().contiguous()
     config = json.loads((plain / "config.json").read_text())
     config["quantization_config"] = SETTINGS[name]
     (folder / "config.json").write_text(json.dumps(config))

@@ -147,6 +147,14 @@ def import_checkpoint(
                     {k: source[f"{layer.name}.{k}"] for k in layer.keys}, layer.settings
                 )
                 bias = architecture.check(layer.module, *weight.shape, weight.bias)
+                if weight.bias is not None and bias is None:
+                    notes.append(f"{layer.name}.bias: left out, all zeros and not in the model")
+                if reader := architecture.reader(layer.module):
+                    writer.add(f"{layer.name}.weight", weight.dequantize())
+                    if bias is not None:
+                        writer.add(f"{layer.name}.bias", bias)
+                    notes.append(f"{layer.name}: in float, since {reader} reads its weight")
+                    continue
                 quantized, error = fit(weight)
             except ValueError as problem:
                 raise ValueError(f"{layer.name}: {problem}") from None
@@ -156,8 +164,8 @@ def import_checkpoint(
             group = -1 if weight.span >= k else weight.span
             imported.append(ImportedLayer(layer.name, n, k, group, error))
             names[layer.module] = quantized.augment
-            if weight.bias is not None and bias is None:
-                notes.append(f"{layer.name}.bias: left out, all zeros and not in the model")
+        if not imported:
+            raise ValueError(f"weights: expected layers of 4 bits, got none: {'; '.join(notes)}")
         taken = {f"{layer.name}.{key}" for layer in layers for key in layer.keys}
         for key in source.names():
             if key not in taken:

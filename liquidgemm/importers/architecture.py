@@ -17,6 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .._modules import as_linear
+from ..readers import weight_readers
+
 LOADED_WHOLE_BYTES = 2_000_000_000
 """Up to this size the result is loaded with its values; a larger one on the meta device."""
 
@@ -59,6 +62,7 @@ class Architecture:
         self._tied: dict[nn.Parameter, list[str]] = {}
         for key, parameter in self.model.named_parameters(remove_duplicate=False):
             self._tied.setdefault(parameter, []).append(key)
+        self._readers = weight_readers(self.model)
 
     def module_of(self, layer: str) -> str:
         """The name in the model of a layer of the checkpoint.
@@ -70,7 +74,7 @@ class Architecture:
             return layer
         key, merged = self._renamed(f"{layer}.weight")
         name = key.removesuffix(".weight")
-        if not merged and isinstance(self._modules.get(name), nn.Linear):
+        if not merged and as_linear(self._modules.get(name)) is not None:
             if others := [k for k in self._tied[self._modules[name].weight] if k != key]:
                 raise ValueError(
                     f"{layer}: expected a weight of its own, got one that {self._with} ties to "
@@ -96,7 +100,7 @@ class Architecture:
         """
         if self.model is None:
             return bias
-        linear = self._modules[module]
+        linear = as_linear(self._modules[module])
         if (linear.out_features, linear.in_features) != (n, k):
             raise ValueError(
                 f"weight: expected {linear.out_features} x {linear.in_features} as in {self._with},"
@@ -107,6 +111,10 @@ class Architecture:
         if bias.any():
             raise ValueError(f"bias: expected none in {self._with}, got one that is not zero")
         return None
+
+    def reader(self, module: str) -> str | None:
+        """The class and method that read the weight of a layer, which has to be in float then."""
+        return None if self.model is None else self._readers.get(self._modules[module])
 
     def try_loading(self, folder: Path) -> str:
         """Loads the result once; returns how, for the report.

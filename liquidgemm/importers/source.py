@@ -155,6 +155,11 @@ class ByteWeight:
     def span(self) -> int:
         return self.codes.shape[1]
 
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight as the source's own arithmetic has it, ``[N, K]``."""
+        values = (self.codes - self.zero.unsqueeze(1)).double()
+        return (self.scale.double().unsqueeze(1) * values).to(dtype)
+
     def fit(self) -> QuantizedWeight:
         """The weight as two times four bits: the high ones, and the low ones in residual columns.
 
