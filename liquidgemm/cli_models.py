@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -12,14 +13,17 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from . import _library
+from ._files import new_folder
 from .calibration.data import token_windows
+from .calibration.report import QuantizationReport
 from .checkpoint import save_quantized
 from .config import GATES, METHODS, LiquidConfig
 from .evaluate import evaluate, sliding_windows
 from .model import quantize_
-from .sources import load_model, read_texts
+from .sources import check_output, check_vocabulary, load_model, read_texts
 
 Method = Enum("Method", {name: name for name in METHODS}, type=str)
 Gate = Enum("Gate", {name: name for name in GATES}, type=str)
@@ -41,15 +45,54 @@ class Precision(str, Enum):
     float16 = "float16"
 
 
-def default_device(device: str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    return torch.device("cuda" if _library.status().cuda_available else "cpu")
+def device_of(name: str | None, for_kernel: bool = False) -> torch.device:
+    """The device to run on, known to be there.
+
+    Raises:
+        ValueError: it is no CPU or GPU, or torch cannot use it; for the kernel also if it is not
+            Hopper.
+    """
+    status = _library.status()
+    if name is None:
+        if not status.cuda_available:
+            return torch.device("cpu")
+        return torch.device("cuda", _library.hopper_devices()[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name}")
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch has no GPU here. {status.reason}")
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise ValueError(f"--device {name}: expected cuda:0 to cuda:{count - 1}")
+    if for_kernel:
+        hopper = _library.hopper_devices() if status.cuda_available else []
+        if device.index is None and hopper:
+            return torch.device("cuda", hopper[0])
+        if (device.index or 0) not in hopper:
+            raise ValueError(f"--device {name}: {status.reason}")
+    return device
+
+
+def settings_of(values: dict[str, Any], more: str) -> LiquidConfig:
+    """The config of the options and of the JSON object in --config, which comes first."""
+    try:
+        fields = json.loads(more)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--config: expected a JSON object, got {more!r} ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"--config: expected a JSON object, got {type(fields).__name__}")
+    return LiquidConfig.from_json(json.dumps({**values, **fields}))
 
 
 def quantize_command(
     model: MODEL,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to create.")],
     method: Annotated[Method, typer.Option(help="How codes are chosen.")] = Method.search,
     calib: Annotated[
         list[Path] | None, typer.Option(help="Text files to calibrate on; several kinds are best.")
@@ -80,9 +123,10 @@ def quantize_command(
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the plan for each layer and stop.")] = False,
 ) -> None:
-    """Quantize a causal language model and write a checkpoint and a report.
+    """Quantize a model of text and write a checkpoint and a report into a new folder.
 
-    The report is quantization.json, and quantization.png if matplotlib is installed.
+    The report is quantization.json, and quantization.png if matplotlib is installed. For models
+    that take other data (speech, images) use liquidgemm.quantize_ in Python.
     """
     console = Console()
     values: dict[str, Any] = {
@@ -95,32 +139,45 @@ def quantize_command(
     }
     if skip is not None:
         values["skip"] = skip
-    settings = LiquidConfig.from_json(json.dumps({**values, **json.loads(config)}))
-    where = default_device(device)
+    settings = settings_of(values, config)
+    where = device_of(device, for_kernel=True)
+    check_output(output, model)
     texts = read_texts(calib or ())
     unseen = read_texts(held_out or ())
     if settings.needs_calibration and not texts and not dry_run:
         raise ValueError(f"--calib: expected text files for method {settings.method}, got none")
-    network, tokenizer = load_model(model, where, dtype and getattr(torch, dtype.value))
-    report = quantize_(
-        network,
-        settings,
-        calibration=token_windows(texts, tokenizer, limit=tokens) if texts else None,
-        held_out=token_windows(unseen, tokenizer, limit=8192) if unseen else None,
-        resume=resume,
-        dry_run=dry_run,
-    )
+    with nullcontext() if dry_run else new_folder(output) as staging:
+        network, tokenizer = load_model(model, where, dtype and getattr(torch, dtype.value))
+        batches = token_windows(texts, tokenizer, limit=tokens)
+        held_out_batches = token_windows(unseen, tokenizer, limit=8192)
+        check_vocabulary([*batches, *held_out_batches], network)
+        report = quantize_(
+            network,
+            settings,
+            calibration=batches if texts else None,
+            held_out=held_out_batches if unseen else None,
+            resume=resume,
+            dry_run=dry_run,
+        )
+        if not dry_run:
+            without_plot = _write(network, tokenizer, report, staging)
+    # Only now: whoever reads it may be gone.
     console.print(str(report), markup=False, highlight=False)
-    if dry_run:
-        return
-    console.print(report.table())
-    save_quantized(network, output)
-    tokenizer.save_pretrained(output)
-    (output / "quantization.json").write_text(report.to_json() + "\n")
+    if not dry_run:
+        console.print(report.table())
+        console.print(f"written to {output}{without_plot}", markup=False, highlight=False)
+
+
+def _write(network: nn.Module, tokenizer: Any, report: QuantizationReport, folder: Path) -> str:
+    """The checkpoint and the report; why there is no plot, if there is none."""
+    save_quantized(network, folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "quantization.json").write_text(report.to_json() + "\n")
     try:
-        report.plot(output / "quantization.png")
+        report.plot(folder / "quantization.png")
     except ImportError as error:
-        console.print(str(error), style="dim")
+        return f"; {error}"
+    return ""
 
 
 def eval_command(
@@ -141,12 +198,19 @@ def eval_command(
     A window of so many tokens slides over the text, and counts the tokens that the window before
     has not: each is predicted once, from at least length - stride tokens before it.
     """
-    where = default_device(device)
+    where = device_of(device)
     precision = dtype and getattr(torch, dtype.value)
+    texts = read_texts(text)
     network, tokenizer = load_model(model, where, precision)
+    if network.config.is_encoder_decoder or not network.can_generate():
+        kind = type(network).__name__
+        raise ValueError(f"{model}: expected a causal language model, got {kind}")
     other = None if reference is None else load_model(reference, where, precision)[0]
-    ids = [token for t in read_texts(text) for token in tokenizer(t)["input_ids"]][:tokens]
+    ids = [token for t in texts for token in tokenizer(t)["input_ids"]][:tokens]
     windows = list(sliding_windows(torch.tensor(ids), length, stride))
+    for each in (network, other):
+        if each is not None:
+            check_vocabulary([window for window, _ in windows], each)
     result = asdict(evaluate(network, windows, other, progress=not as_json))
     if as_json:
         typer.echo(json.dumps(result))

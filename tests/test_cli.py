@@ -73,17 +73,6 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert arguments[-1].strip("-") in result.stderr
 
 
-def test_info_says_whether_the_kernel_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "500")
-    result = runner.invoke(cli.app, ["info"])
-    assert result.exit_code == 0
-    assert torch.__version__ in result.stdout
-    assert str(_library.HOST_LIBRARY) in result.stdout
-    assert _library.status().reason in result.stdout
-    assert f"{liquidgemm.cpu_kernel()}, exact to the same bits" in result.stdout
-    assert all(name in result.stdout for name in torch.ops.liquidgemm_testing.config_names())
-
-
 def test_demo_on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     why = "The Hopper kernel cannot run: this is a test."
     status = _library.LibraryStatus(_library.HOST_LIBRARY, None, False, why)
@@ -222,7 +211,13 @@ def test_demonstration_on_a_tiny_model(capsys: pytest.CaptureFixture[str]) -> No
 @installed
 def test_package_is_runnable_from_anywhere(tmp_path: Path) -> None:
     """The command finds its libraries whatever the working directory."""
-    command = [sys.executable, "-c", "from liquidgemm.cli import app; app()", "info"]
+    command = [
+        sys.executable,
+        "-c",
+        "from liquidgemm.cli import app; app()",
+        "info",
+        "--no-measure",
+    ]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "Hopper kernel" in run.stdout
