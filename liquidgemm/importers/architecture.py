@@ -128,10 +128,14 @@ class Architecture:
 
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         whole = size <= LOADED_WHOLE_BYTES
-        if not whole and importlib.util.find_spec("accelerate") is None:
-            return f"not tried: {size / 1e9:.0f} GB, which takes accelerate to load without values"
+        old = int(transformers.__version__.partition(".")[0]) < 5
+        if not whole and (old or importlib.util.find_spec("accelerate") is None):
+            return (
+                f"not tried: {size / 1e9:.1f} GB, which only transformers 5 with accelerate loads "
+                "without values"
+            )
         how = {} if whole else {"device_map": {"": "meta"}}
-        if int(transformers.__version__.partition(".")[0]) < 5:
+        if old:
             how["dtype"] = torch.float32  # all that its quantizers can load
         try:
             with quiet():
@@ -160,7 +164,9 @@ class Architecture:
         except ImportError:  # transformers 4 has one table
             table = getattr(self.model, "_checkpoint_conversion_mapping", None) or {}
             for pattern, replacement in table.items():
-                key = re.sub(pattern, replacement, key)
+                key, count = re.subn(pattern, replacement, key)
+                if count:
+                    break
             return self._with_prefix(key), False
         if self._renames is None:
             mapping = get_model_conversion_mapping(self.model)

@@ -176,10 +176,12 @@ class ByteWeight:
         residual = least - offset
         codes = values - least.unsqueeze(1)
         # Residual columns past K repeat the last one, and have to be zeros.
-        if (codes > 255).any() or (k % GROUP and residual.any()):
+        ragged = bool(k % GROUP and residual.any())
+        if ragged or (codes > 255).any():
             raise ValueError(
-                f"zero points: expected 8-bit weights of {_INT8_MIN} to {_INT8_MAX} once the zeros "
-                f"are subtracted, got {int(low.min())} to {int(high.max())}"
+                f"zero points: expected 8-bit weights of {_INT8_MIN} to {_INT8_MAX} once they are "
+                f"subtracted, got {int(low.min())} to {int(high.max())}"
+                + (f" and no multiple of {GROUP} columns" if ragged else "")
             )
         codes = F.pad(codes.to(torch.uint8), (0, padded(k) - k))
         groups = padded(k) // GROUP
