@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from liquidgemm import LiquidLinear, import_checkpoint, load_quantized
 from liquidgemm.importers import architecture
 
-
 OLD = int(transformers.__version__.partition(".")[0]) < 5
 
 
