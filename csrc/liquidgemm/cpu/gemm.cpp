@@ -115,7 +115,7 @@ void gemm(Kernels const& kernels, GemmArguments const& a, ParallelFor parallel_f
                      a.weight_scale,
                      a.bias};
     auto multiply = [&](int64_t begin, int64_t end) {
-      const Memory<uint8_t> scratch = allocate<uint8_t>(product.scratch_bytes);
+      const Memory<uint8_t> scratch = allocate<uint8_t>(product.scratch_per_group * groups);
       product.multiply(a.weight, begin, end, arranged, out, scratch.get());
     };
     const int64_t work = count * groups * kGroup * kBand;

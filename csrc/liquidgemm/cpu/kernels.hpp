@@ -29,9 +29,9 @@ struct Output {
 
 // A way to multiply: how it wants the activations, and the product itself.
 struct Product {
-  int64_t tile;             // tokens that are arranged together
-  int64_t bytes_per_group;  // of an arranged token
-  int64_t scratch_bytes;    // of a thread
+  int64_t tile;               // tokens that are arranged together
+  int64_t bytes_per_group;    // of an arranged token
+  int64_t scratch_per_group;  // bytes of a thread
 
   // Arranges tokens [first, first + tile) from rows of int8 [groups * 64].
   void (*arrange)(int8_t const* rows, int64_t first, Activations const& to);
