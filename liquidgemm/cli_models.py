@@ -148,6 +148,8 @@ def quantize_command(
         raise ValueError(f"--calib: expected text files for method {settings.method}, got none")
     with nullcontext() if dry_run else new_folder(output) as staging:
         network, tokenizer = load_model(model, where, dtype and getattr(torch, dtype.value))
+        if texts or unseen:
+            _check_takes_texts(network)
         batches = token_windows(texts, tokenizer, limit=tokens)
         held_out_batches = token_windows(unseen, tokenizer, limit=8192)
         check_vocabulary([*batches, *held_out_batches], network)
@@ -166,6 +168,17 @@ def quantize_command(
     if not dry_run:
         console.print(report.table())
         console.print(f"written to {output}{without_plot}", markup=False, highlight=False)
+
+
+def _check_takes_texts(network: nn.Module) -> None:
+    takes = network.main_input_name
+    if takes == "input_ids" and network.config.is_encoder_decoder:
+        takes = "input_ids and decoder_input_ids"
+    if takes != "input_ids":
+        raise ValueError(
+            f"--calib: expected a model that takes texts alone, got {type(network).__name__}, "
+            f"which takes {takes}: calibrate it in Python with liquidgemm.quantize_"
+        )
 
 
 def _write(network: nn.Module, tokenizer: Any, report: QuantizationReport, folder: Path) -> str:

@@ -406,8 +406,24 @@ def test_models_are_loaded_as_what_they_are(folder, make):
     assert f"model: expected a causal language model, got {type(model).__name__}" in line
 
 
-def test_a_model_of_features_is_refused_in_one_line(folder):
-    """CHECKLIST 28: texts are no input of a speech model."""
-    save(whisper(), folder)
-    error_of(run(*CALIBRATE, "a.txt", "--device", "cpu"))
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 256, "d_model": 64, "d_kv": 32, "d_ff": 128}
+    config = T5Config(**sizes, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "takes"), [(whisper, "input_features"), (t5, "input_ids and decoder_input_ids")]
+)
+@pytest.mark.parametrize("option", ["--calib", "--held-out"])
+def test_a_model_that_takes_more_than_texts_is_refused_in_one_line(
+    folder, monkeypatch, make, takes, option
+):
+    """CHECKLIST 28: before anything is computed."""
+    save(make(), folder)
+    monkeypatch.setattr(cli_models, "quantize_", lambda *_, **__: pytest.fail("too late"))
+    line = error_of(run(*QUANTIZE, option, "a.txt"))
+    assert f"which takes {takes}: calibrate it in Python with liquidgemm.quantize_" in line
     assert not (folder / "out").exists()

@@ -226,6 +226,22 @@ def test_resuming_on_a_full_disk(tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["calibration.json"]
 
 
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("calibration.json", b"{"),
+        ("calibration.json", b"[1]"),
+        ("block-0000.safetensors", b"half"),
+    ],
+)
+def test_damaged_files_of_an_interrupted_calibration(tmp_path, name, data):
+    """CHECKLIST 28: an error that names the file."""
+    write_resume(tmp_path, tmp_path / "out", None)
+    (tmp_path / "out" / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"resume: .*{name}: truncated or damaged"):
+        write_resume(tmp_path, tmp_path / "out", None)
+
+
 @pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt()], ids=type)
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("at", range(5))
