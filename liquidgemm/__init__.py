@@ -12,7 +12,7 @@ from .config import LiquidConfig
 from .importers import ImportReport, import_checkpoint
 from .integrations import register_integrations
 from .linear import LiquidLinear
-from .model import quantize_
+from .model import dequantize_, quantize_
 from .ops import gemm, linear, pack_weight, quantize_activation, unpack_weight
 from .quantize import quantize_weight
 from .weight import QuantizedWeight, dequantize_weight
@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     "cpu_kernel",
     "cpu_kernels",
+    "dequantize_",
     "dequantize_weight",
     "gemm",
     "import_checkpoint",

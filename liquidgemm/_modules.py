@@ -97,6 +97,17 @@ def attach(model: nn.Module) -> None:
             inside = name + "."
 
 
+def detach(model: nn.Module) -> None:
+    """The opposite of `attach`: other libraries are told that there is nothing quantized."""
+    if (adapters := imported(f"{__package__}.integrations.peft")) is not None:
+        adapters.release(model)
+    integration = imported(f"{__package__}.integrations.transformers")
+    for module in model.modules():
+        vars(module).pop("liquid_config", None)
+        if integration is not None and is_from_transformers(module):
+            integration.detach(module)
+
+
 def is_from_transformers(model: nn.Module) -> bool:
     """Without importing transformers, which is optional."""
     transformers = imported("transformers")

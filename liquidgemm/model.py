@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ._modules import as_linear, attach, conv1d_as_linear, paths_of_modules, replace_module
+from ._modules import (
+    as_linear,
+    attach,
+    conv1d_as_linear,
+    detach,
+    paths_of_modules,
+    replace_module,
+)
 from .calibration.data import as_batches
 from .calibration.driver import Calibrated, calibrate
 from .calibration.gate import check_gate
@@ -26,6 +33,7 @@ from .format import GROUP, Q_MAX
 from .linear import LiquidLinear
 from .quantize import check_finite
 from .selection import DONE, OTHER_KIND, Selection, select
+from .verification import Probe
 from .weight import QuantizedWeight
 
 _REASONS = 3  # that an error names
@@ -44,6 +52,7 @@ def quantize_(
     device: torch.device | str | None = None,
     resume: str | os.PathLike | None = None,
     dry_run: bool = False,
+    verify: bool = True,
 ) -> QuantizationReport:
     """Replace the linear layers of a model by `LiquidLinear`, in place, on their own devices.
 
@@ -75,6 +84,11 @@ def quantize_(
         resume: a folder in which finished blocks are kept and, if the same call was interrupted,
             found again.
         dry_run: change nothing; the report says what would become of each layer.
+        verify: run the float model and the quantized one once each on a small input, a part of the
+            calibration data or made up from the config of a model of ``transformers``, and hold
+            each layer against its own arithmetic. What is off by more than rounding can explain is
+            warned of; the report says what was checked. Layers whose weight another module turns
+            out to read stay as they are.
 
     Raises:
         ValueError, TypeError: the model itself is an ``nn.Linear``, or has no layer that can be
@@ -83,7 +97,8 @@ def quantize_(
             the config asks for; resume holds another calibration. The message names the layer or
             argument.
         RuntimeError: on held-out text the calibrated model is worse than a data-free one, and the
-            gate is "raise".
+            gate is "raise"; or the quantized model does not run on the input on which the float
+            one did (it is quantized, then).
     """
     config = config or LiquidConfig()
     if as_linear(model) is not None:
@@ -117,13 +132,18 @@ def quantize_(
                 tuple(names), selection.skipped, plan=lines, parameters=selection.parameters
             )
         recorded = _common_config(model, config)
+        probe = Probe(model, names, batches[0] if batches else None) if verify else None
+        for name, reader in probe.readers.items() if probe else ():
+            selection.leave(name, f"its weight is read by {reader}")
+        if not names:
+            raise _nothing(selection)
         if config.rotate or config.rotate_heads:
             rotate_(model, config)
 
         paths = paths_of_modules(model)
         if batches is None:
             layers, coarse_rows, sizes = _quantize_without_data(
-                model, names, paths, config, progress
+                model, names, paths, config, progress, probe
             )
             losses, measure = {}, ""
         else:
@@ -131,9 +151,13 @@ def quantize_(
             found = calibrate(model, names, config, batches, unseen, device, folder, progress)
             layers, losses, measure = found.layers, found.held_out, found.measure
             check_gate(losses, config.gate, measure)
-            coarse_rows, sizes = _install(model, names, paths, found)
+            coarse_rows, sizes = _install(model, names, paths, found, config, probe)
     model.liquid_config = recorded
     attach(model)
+    if probe is not None:
+        errors = {r.name: r.output_error**0.5 for r in layers if r.output_error is not None}
+        probe.compare(config.rotate, errors)
+        probe.warn()
     return QuantizationReport(
         tuple(names),
         selection.skipped,
@@ -143,7 +167,49 @@ def quantize_(
         losses,
         measure=measure,
         parameters=selection.parameters,
+        verification=None if probe is None else probe.result,
     )
+
+
+@torch.no_grad()
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace each `LiquidLinear` of a model by the float layer it stands for, in place.
+
+    The floats are those of the quantized weights: what rounding has taken does not come back. They
+    are parameters that can be trained, in an ``nn.Linear`` or, where there was one, a Conv1D.
+
+    Args:
+        dtype: of weights and biases; None for what each layer had before.
+
+    Returns:
+        the model.
+
+    Raises:
+        ValueError: the model has no quantized layer, or is one.
+    """
+    paths = paths_of_modules(model)
+    layers = [module for module in paths if isinstance(module, LiquidLinear)]
+    if not layers or model in layers:
+        raise ValueError("model: expected a module that contains quantized layers, got none")
+    for layer in layers:
+        linear = _float_layer(layer, dtype)
+        for name in paths[layer]:
+            replace_module(model, name, linear)
+    detach(model)
+    return model
+
+
+def _float_layer(layer: LiquidLinear, dtype: torch.dtype | None) -> nn.Module:
+    dtype = dtype or layer.weight.dtype
+    weight = layer.dequantize(dtype)
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
+    if not issubclass(layer.replaces, nn.Linear):
+        linear = layer.replaces(layer.out_features, layer.in_features)
+        weight = weight.T.contiguous()
+    linear.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.to(dtype, copy=True))
+    return linear.train(layer.training)
 
 
 def _quantize_without_data(
@@ -152,6 +218,7 @@ def _quantize_without_data(
     paths: dict[nn.Module, list[str]],
     config: LiquidConfig,
     progress: bool,
+    probe: Probe | None,
 ) -> tuple[list[LayerReport], dict[str, int], list[tuple[int, int]]]:
     layers, coarse_rows, sizes = [], {}, []
     # By name, so that each float weight is freed as soon as it is replaced.
@@ -162,24 +229,30 @@ def _quantize_without_data(
         report = LayerReport.of(name, method, linear.weight, weight)
         report.seconds = time.perf_counter() - start
         layers.append(report)
-        sizes.append(_replace(model, paths[linear], weight, linear.bias, coarse_rows))
+        sizes.append(_replace(model, paths[linear], weight, linear.bias, coarse_rows, probe))
     return layers, coarse_rows, sizes
 
 
 def _install(
-    model: nn.Module, names: list[str], paths: dict[nn.Module, list[str]], found: Calibrated
+    model: nn.Module,
+    names: list[str],
+    paths: dict[nn.Module, list[str]],
+    found: Calibrated,
+    config: LiquidConfig,
+    probe: Probe | None,
 ) -> tuple[dict[str, int], list[tuple[int, int]]]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, value in found.tensors.items():
         parameters[key].copy_(value)
     coarse_rows, sizes = {}, []
+    changed = bool(config.smooth or config.rotate or config.rotate_heads or config.tune)
     for name in names:
         linear = model.get_submodule(name)
         bias = found.biases.get(name)
         if bias is not None:
             bias = bias.to(linear.bias.dtype)
         weight = found.weights.pop(name).to(linear.weight.device)
-        sizes.append(_replace(model, paths[linear], weight, bias, coarse_rows))
+        sizes.append(_replace(model, paths[linear], weight, bias, coarse_rows, probe, changed))
     return coarse_rows, sizes
 
 
@@ -189,6 +262,8 @@ def _replace(
     weight: QuantizedWeight,
     bias: Tensor | None,
     coarse_rows: dict[str, int],
+    probe: Probe | None,
+    changed: bool = False,
 ) -> tuple[int, int]:
     """Put a quantized layer into its places; the bytes before and after."""
     linear = model.get_submodule(paths[0])
@@ -196,6 +271,8 @@ def _replace(
     layer.train(linear.training)
     if coarse := _count_coarse_rows(linear.weight, layer.scale):
         coarse_rows[paths[0]] = coarse
+    if probe is not None:
+        probe.check_layer(paths[0], linear, layer, weight, bias, changed)
     for path in paths:
         replace_module(model, path, layer)
     return linear.weight.nbytes, layer.packed.nbytes + layer.scale.nbytes

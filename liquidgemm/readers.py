@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 
 from torch import nn
@@ -41,22 +43,44 @@ def weight_readers(model: nn.Module) -> dict[nn.Module, str]:
             for name, module in owner.named_modules()
             if name
         ]
-        for exact, path, where in uses:
+        for use, where in uses:
+            if not all(_holds(test, wanted, owner) for test, wanted in use.conditions):
+                continue
             for name, module in below:
-                if name == path if exact else name.endswith(path):
+                if name == use.path if use.exact else name.endswith(use.path):
                     found.setdefault(module, where)
     return found
 
 
-@cache
-def _uses(kind: type) -> tuple[tuple[bool, str, str], ...]:
-    """Where a class uses the weights of modules below it.
+@dataclass(frozen=True)
+class _Use:
+    """A use of the weight of a module below.
 
-    Returns:
-        for each use, whether the path is known from the owner on, the path or its end with a
-        leading dot, and ``Class.method``.
+    Attributes:
+        exact: whether the path is known from the owner on, or only its end.
+        path: names of attributes, each with a leading dot.
+        conditions: what settings of the owner have to be, and whether true or false, for the use
+            to be reached at all.
     """
-    uses: dict[tuple[bool, str], str] = {}
+
+    exact: bool
+    path: str
+    conditions: tuple[tuple[ast.expr, bool], ...]
+
+
+def _holds(test: ast.expr, wanted: bool, owner: nn.Module) -> bool:
+    """Whether a setting of the owner is as wanted; True if that cannot be told."""
+    code = compile(ast.Expression(test), "<condition>", "eval")
+    try:
+        return bool(eval(code, {"__builtins__": {}}, {"self": owner})) is wanted
+    except Exception:  # a setting that this owner lacks, or has another type
+        return True
+
+
+@cache
+def _uses(kind: type) -> tuple[tuple[_Use, str], ...]:
+    """Where a class uses the weights of modules below it, each with ``Class.method``."""
+    uses: list[tuple[_Use, str]] = []
     overridden: set[str] = set()
     for base in kind.__mro__:
         if base.__module__.startswith(("torch.", "builtins")) or _is_foundation(base):
@@ -69,10 +93,9 @@ def _uses(kind: type) -> tuple[tuple[bool, str, str], ...]:
         for method in own:
             if method.name in overridden or method.name.startswith(_BEFORE):
                 continue
-            for exact, path in _Method(method).uses:
-                uses.setdefault((exact, path), f"{base.__name__}.{method.name}")
+            uses += [(use, f"{base.__name__}.{method.name}") for use in _Method(method).uses]
         overridden |= {method.name for method in own}
-    return tuple((exact, path, where) for (exact, path), where in uses.items())
+    return tuple(uses)
 
 
 def _is_foundation(kind: type) -> bool:
@@ -88,7 +111,8 @@ class _Method(ast.NodeVisitor):
     """Uses of ``<path>.weight`` in one method."""
 
     def __init__(self, method: ast.FunctionDef) -> None:
-        self.uses: list[tuple[bool, str]] = []
+        self.uses: list[_Use] = []
+        self._conditions: tuple[tuple[ast.expr, bool], ...] = ()
         self._names: dict[str, ast.expr] = {}  # what local names stand for
         self._harmless: set[int] = set()
         for node in ast.walk(method):
@@ -97,6 +121,17 @@ class _Method(ast.NodeVisitor):
                 if isinstance(target, ast.Name):
                     self._names.setdefault(target.id, node.value)
         self.visit(method)
+
+    def visit_If(self, node: ast.If | ast.IfExp) -> None:
+        self.visit(node.test)
+        outside = self._conditions
+        for branch, wanted in ((node.body, True), (node.orelse, False)):
+            self._conditions = outside + tuple(_settings(node.test, wanted))
+            for child in branch if isinstance(branch, list) else [branch]:
+                self.visit(child)
+        self._conditions = outside
+
+    visit_IfExp = visit_If
 
     def visit_Call(self, node: ast.Call) -> None:
         if isinstance(node.func, ast.Name):
@@ -125,7 +160,7 @@ class _Method(ast.NodeVisitor):
             return
         exact, parts = self._path(layer, 0)
         if parts:
-            self.uses.append((exact, "." + ".".join(parts)))
+            self.uses.append(_Use(exact, "." + ".".join(parts), self._conditions))
 
     def _path(self, node: ast.expr, depth: int) -> tuple[bool, list[str]]:
         """Whether it begins at self, and the names of attributes at its end."""
@@ -138,3 +173,27 @@ class _Method(ast.NodeVisitor):
             if node.id in self._names and depth < 4:
                 return self._path(self._names[node.id], depth + 1)
         return False, []
+
+
+def _settings(test: ast.expr, wanted: bool) -> Iterator[tuple[ast.expr, bool]]:
+    """What a branch says of the owner's settings: comparisons of ``self.<path>`` with constants."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        yield from _settings(test.operand, not wanted)
+    elif isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) is wanted:
+        for value in test.values:  # each of them has to be so
+            yield from _settings(value, wanted)
+    elif _is_setting(test):
+        yield test, wanted
+
+
+def _is_setting(node: ast.expr) -> bool:
+    if isinstance(node, ast.Compare):
+        parts = (node.left, *node.comparators)
+        return any(map(_is_setting, parts)) and all(
+            isinstance(part, ast.Constant) or _is_setting(part) for part in parts
+        )
+    while isinstance(node, ast.Attribute):
+        if node.attr == "training":  # may change
+            return False
+        node = node.value
+    return isinstance(node, ast.Name) and node.id == "self"

@@ -45,7 +45,7 @@ class Selection:
         self.skipped[name] = reason
         for key, parameter in self.parameters.items():
             if key.rpartition(".")[0] == name:
-                parameter.reason = reason
+                parameter.reason, parameter.quantized = reason, False
 
 
 def select(

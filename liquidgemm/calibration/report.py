@@ -19,6 +19,8 @@ from .moments import round_activation
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ..verification import Verification
+
 _LARGEST = 3  # parameters in floats that a report names
 
 
@@ -115,6 +117,7 @@ class QuantizationReport:
         plan: of a dry run, what would become of each layer.
         parameters: by name, every parameter of two or more dimensions that the model had, one that
             is used in several places once; weights of layers that were quantized before, too.
+        verification: what the check at the end has found; None if it was not wanted.
     """
 
     quantized: tuple[str, ...]
@@ -127,6 +130,7 @@ class QuantizationReport:
     measure: str = ""
     plan: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, ParameterReport] = field(default_factory=dict)
+    verification: Verification | None = None
 
     @property
     def kept(self) -> dict[str, ParameterReport]:
@@ -175,6 +179,8 @@ class QuantizationReport:
             names = [layer.name for layer in self.layers if layer.note == note]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"quantized without data {', '.join(names[:3])}{more}: {note}")
+        if self.quantized:
+            lines.append(str(self.verification or "not verified: verify=False"))
         return "\n".join(lines)
 
     def to_json(self) -> str:

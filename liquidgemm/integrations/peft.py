@@ -76,3 +76,10 @@ def adopt(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is Linear and isinstance(module.get_base_layer(), LiquidLinear):
             module.__class__ = LiquidLora
+
+
+def release(model: nn.Module) -> None:
+    """Adapters whose base is a float layer again are PEFT's own."""
+    for module in model.modules():
+        if type(module) is LiquidLora and not isinstance(module.get_base_layer(), LiquidLinear):
+            module.__class__ = Linear

@@ -18,6 +18,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from ..config import LiquidConfig
 from ..linear import LiquidLinear
+from ..verification import check_arithmetic, random_input
 
 AOBaseConfig.register(LiquidConfig)  # a virtual subclass: torchao asks isinstance
 
@@ -37,7 +38,12 @@ def _quantize(module: nn.Module, config: LiquidConfig) -> nn.Module:
             "config: expected a method and group_size alone, which one layer at a time can be "
             f"quantized by, got {config}: use liquidgemm.quantize_"
         )
-    return LiquidLinear.from_linear(module, config.group_size, config.method)
+    layer = LiquidLinear.from_linear(module, config.group_size, config.method)
+    x = random_input(module)
+    _, _, fault = check_arithmetic(module, layer, layer.quantized_weight(), layer.bias, x)
+    if fault:
+        warnings.warn(f"a layer of {module}: {fault}", stacklevel=2)
+    return layer
 
 
 _torchao_quantize = quant_api.quantize_

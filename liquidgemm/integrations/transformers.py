@@ -11,6 +11,7 @@ layers with their numbers of residual columns.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -30,7 +31,7 @@ from .._pretrained import check_one_checkpoint, finishing_save_pretrained
 from ..config import LiquidConfig
 from ..format import GROUP, ceil_div
 from ..linear import LiquidLinear
-from ..model import quantize_
+from ..model import dequantize_, quantize_
 from ..weight import QuantizedWeight
 
 METHOD = "liquidgemm"
@@ -150,7 +151,9 @@ class LiquidGemmQuantizer(HfQuantizer):
                     f"the activations of {hooked[-1]}: quantize on one device, save, and load that "
                     "with the device_map"
                 )
-            quantize_(model, config, progress=False)
+            verification = quantize_(model, config, progress=False).verification
+            if verification.reason:  # that nothing is said of faults does not mean that all is well
+                warnings.warn(str(verification), stacklevel=2)
             return
         for layer, names in paths_of_modules(model).items():
             if isinstance(layer, _Unpacked):
@@ -210,8 +213,12 @@ class LiquidGemmQuantizer(HfQuantizer):
         """Asked by save_pretrained before it writes the config, which names the layers of now."""
         self.quantization_config.layers = _quantized_layers(model)
         if not self.quantization_config.layers:
-            self.remove_quantization_config(model)
+            detach(model)
         return None, {}
+
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """What ``model.dequantize()`` calls."""
+        return dequantize_(model, dtype)
 
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
@@ -305,3 +312,13 @@ def save_pretrained(model: transformers.PreTrainedModel, save_directory, *args, 
     """That of the model's class; then its files, and no older ones, are what the folder holds."""
     with finishing_save_pretrained(Path(save_directory)):
         return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+
+
+def detach(model: transformers.PreTrainedModel) -> None:
+    """Take back what `attach` and loading have told transformers."""
+    if not isinstance(getattr(model, "hf_quantizer", None), LiquidGemmQuantizer):
+        return
+    for name in ("hf_quantizer", "quantization_method", "save_pretrained"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
+    model.is_quantized = False

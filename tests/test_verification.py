@@ -1,0 +1,293 @@
+"""The check at the end of quantize_: what it sees, what it says, and that it leaves no trace."""
+
+import copy
+
+import pytest
+import reference
+import torch
+from structures import IDS, structures
+from tiny_models import assert_same_state, state
+from torch import nn
+
+import liquidgemm
+from liquidgemm import LiquidConfig, LiquidLinear, quantize_
+from liquidgemm.calibration import driver
+from liquidgemm.verification import Probe
+
+STRUCTURES = structures()
+
+
+class Net(nn.Module):
+    """Two blocks, which do things that not every model does."""
+
+    def __init__(self, between=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU()) for _ in range(2)
+        )
+        self.head = nn.Linear(64, 32)
+        self.between = between or (lambda net, x: x)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.between(self, x))
+
+
+def data(count=2):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(4, 9, 64, generator=generator) for _ in range(count)]
+
+
+def quantized(net, **options):
+    return quantize_(net, calibration=data(), progress=False, **options).verification
+
+
+# What it says.
+
+
+def test_all_is_well():
+    found = quantized(Net())
+    assert found.faults == {}
+    assert found.input == "the first of the calibration data"
+    assert found.layers.keys() == {"blocks.0.1", "blocks.1.1", "head"}
+    assert all(0.03 < error < 0.15 for error in found.layers.values())
+    assert 0 < found.outputs["output"] < found.bound < 1
+    assert found.unreached == ()
+    assert str(found).startswith("verified on the first of the calibration data: outputs off by ")
+
+
+def test_without_it():
+    report = quantize_(Net(), progress=False, verify=False)
+    assert report.verification is None
+    assert "not verified: verify=False" in str(report)
+
+
+def test_no_input_and_no_run_are_no_silence():
+    report = quantize_(Net(), progress=False)
+    reason = "not verified as a whole: no input is known for it: pass calibration="
+    assert str(report.verification) == reason
+    assert reason in str(report)
+    assert report.verification.layers.keys() == {"blocks.0.1", "blocks.1.1", "head"}
+
+    def fails(net, x):
+        raise KeyError("mode")
+
+    probe = Probe(Net(fails), ["head"], data()[0])
+    assert "the float model does not run on the first of" in str(probe.result)
+    assert "model (Net): KeyError: 'mode'" in str(probe.result)
+
+
+def test_layers_that_are_not_reached():
+    net = Net()
+    net.spare = nn.Linear(64, 16)
+    found = quantized(net)
+    assert found.unreached == ("spare",)
+    assert 0.03 < found.layers["spare"] < 0.15
+    assert "1 layers not reached" in str(found)
+
+
+# Faults, planted.
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Plants a change of the layer that is put in the place of one of 64 x 64."""
+
+    def plant(change):
+        from_quantized = LiquidLinear.from_quantized.__func__
+
+        def changed(cls, weight, bias=None, dtype=None):
+            layer = from_quantized(cls, weight, bias, dtype)
+            return change(layer) or layer
+
+        monkeypatch.setattr(LiquidLinear, "from_quantized", classmethod(changed))
+
+    return plant
+
+
+def lose_bias(layer):
+    layer.bias = None
+
+
+def scale_rows(layer):
+    layer.scale.mul_(1.1)
+
+
+def one_code(layer):
+    layer.packed[..., :64] = 0
+
+
+def not_a_number(layer):
+    layer.scale[3] = torch.nan
+
+
+@pytest.mark.parametrize("fault", [lose_bias, scale_rows, one_code, not_a_number])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_wrong_layer_is_named(planted, fault, calibrated):
+    planted(lambda layer: fault(layer) if layer.out_features == 32 else None)
+    batches = data() if calibrated else None
+    with pytest.warns(UserWarning, match=r"does not do what the float one did: head: "):
+        report = quantize_(Net(), calibration=batches, progress=False)
+    assert report.verification.faults.keys() >= {"head"}
+    assert "FAULT: head: its outputs are off by" in str(report)
+
+
+def test_a_wrong_model_is_noticed(monkeypatch):
+    """Each layer does what its weight says, but one has the weight of another."""
+
+    def swapped(*args, **kwargs):
+        found = calibrate(*args, **kwargs)
+        found.weights["blocks.0.1"] = found.weights["blocks.1.1"]
+        return found
+
+    calibrate = driver.calibrate
+    monkeypatch.setattr(liquidgemm.model, "calibrate", swapped)
+    with pytest.warns(UserWarning, match="more than the .* that rounding explains"):
+        report = quantize_(Net(), LiquidConfig("gptq"), calibration=data(), progress=False)
+    assert "blocks.0" in report.verification.faults
+
+
+def test_a_bias_that_calibration_lost_is_noticed(monkeypatch):
+    def lost(*args, **kwargs):
+        found = calibrate(*args, **kwargs)
+        del found.biases["blocks.1.1"]
+        return found
+
+    calibrate = driver.calibrate
+    monkeypatch.setattr(liquidgemm.model, "calibrate", lost)
+    with pytest.warns(UserWarning, match=r"blocks\.1\.1: it has lost its bias"):
+        quantize_(Net(), LiquidConfig("gptq"), calibration=data(), progress=False)
+
+
+def test_a_crash_names_the_layer():
+    def reads(net, x):
+        return x if isinstance(net.head, nn.Linear) else x @ net.head.weight.T
+
+    with pytest.raises(RuntimeError, match=r"^model \(Net\): .*does not run on .*config's skip"):
+        quantized(Net(reads))
+
+
+# What it finds out before: code that reads the weight of a layer.
+
+
+def read(net, x):
+    return x + (x @ net.head.weight.T).mean()
+
+
+def read_data(net, x):
+    return x + net.head.weight.data.mean()
+
+
+def only_ask(net, x):
+    return x.to(net.head.weight.dtype).view(-1, net.head.weight.shape[1])
+
+
+@pytest.mark.parametrize(("between", "left"), [(read, True), (read_data, True), (only_ask, False)])
+def test_layers_whose_weight_is_read_outside_the_sources(between, left):
+    net = Net(between)
+    report = quantize_(net, calibration=data(), progress=False)
+    assert (report.skipped == {"head": "its weight is read by Net"}) is left
+    assert not report.verification.faults
+    assert report.parameters["head.weight"].quantized is not left
+
+
+# No trace.
+
+
+def count_and_draw(net, x):
+    net.calls = getattr(net, "calls", 0) + 1
+    net.seen.append(x)
+    net.total.add_(1)
+    net.latest = net.latest + 1  # a new tensor in the place of a buffer
+    net.spare.data.mul_(2)
+    net.head.register_forward_hook(lambda *_: None)
+    return x + torch.rand(1)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_it_leaves_no_trace(calibrated):
+    net = Net(count_and_draw).train()
+    net.blocks[1].eval()
+    net.seen = []
+    net.register_buffer("total", torch.zeros(1))
+    net.register_buffer("latest", torch.zeros(1))
+    net.spare = nn.Parameter(torch.ones(3))
+    modes = {name: module.training for name, module in net.named_modules()}
+    generator = torch.get_rng_state()
+    probe = Probe(net, ["head"], data()[0])
+    assert probe.result.input
+    if calibrated:
+        quantize_(net, progress=False)  # no data: the layers alone
+    assert {name: module.training for name, module in net.named_modules()} == modes
+    reference.assert_same(torch.get_rng_state(), generator)
+    assert not hasattr(net, "calls")
+    assert net.seen == []
+    assert net.total.item() == net.latest.item() == 0
+    assert net.spare.tolist() == [1, 1, 1]
+    assert not net.head._forward_hooks
+    assert not torch.nn.modules.module._global_forward_hooks
+
+
+@pytest.mark.parametrize("name", ["RWKV", "LLaVA"])
+def test_models_of_transformers_stay_as_they_were(name):
+    """The first call of RWKV divides its weights, that of LLaVA registers hooks."""
+    model = STRUCTURES[name].make()
+    before = state(model)
+    attributes = [(copy.copy(vars(m)), len(m._forward_hooks)) for m in model.modules()]
+    assert Probe(model, [], None).result.input
+    assert_same_state(model, before)
+    for module, (known, hooks) in zip(model.modules(), attributes, strict=True):
+        assert vars(module).keys() == known.keys()
+        assert len(module._forward_hooks) == hooks
+
+
+def test_what_is_kept_is_bounded(monkeypatch):
+    monkeypatch.setattr(liquidgemm.verification, "_BUDGET", 64 * 4 * 3 * 2)
+    probe = Probe(Net(), ["blocks.0.1", "blocks.1.1", "head"], data()[0])
+    assert {len(x) for x in probe._samples.values()} == {2}
+
+
+@pytest.mark.parametrize(
+    ("batch", "shapes"),
+    [
+        (torch.zeros(9, 100, dtype=torch.long), {"": [2, 32]}),
+        (torch.zeros(9, 100, 64), {"": [2, 100, 64]}),
+        (
+            {k: torch.ones(9, 100, dtype=torch.long) for k in ("input_ids", "attention_mask")},
+            {"input_ids": [2, 32], "attention_mask": [2, 32]},
+        ),
+        (  # nothing says which of these tokens stand for which image
+            {"input_ids": torch.ones(9, 100), "pixel_values": torch.zeros(9, 3, 8, 8)},
+            {"input_ids": [2, 100], "pixel_values": [2, 3, 8, 8]},
+        ),
+        (
+            {"input_ids": torch.ones(1, 100), "pixel_values": torch.zeros(70, 588)},
+            {"input_ids": [1, 100], "pixel_values": [70, 588]},
+        ),
+    ],
+)
+def test_calibration_data_are_cut_where_that_is_safe(batch, shapes):
+    from liquidgemm.verification.inputs import small_inputs
+
+    ((_, (args, kwargs)),) = small_inputs(Net(), batch)
+    found = {"": args[0]} if args else kwargs
+    assert {key: list(x.shape) for key, x in found.items()} == shapes
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_inputs_are_made_up_for_each_kind_of_model(name):
+    probe = Probe(STRUCTURES[name].make(), [], None)
+    assert probe.result.reason == ""
+
+
+def test_from_pretrained_says_so_if_it_could_not(tmp_path, monkeypatch):
+    structure = STRUCTURES["GPT-2"]
+    structure.make().save_pretrained(tmp_path)
+    monkeypatch.setattr(liquidgemm.verification, "small_inputs", lambda *_: [])
+    kind = type(structure.make())
+    with pytest.warns(UserWarning, match="not verified as a whole: no input is known"):
+        model = kind.from_pretrained(tmp_path, quantization_config=liquidgemm.LiquidGemmConfig())
+    with torch.no_grad():
+        assert model(IDS).logits.isfinite().all()
