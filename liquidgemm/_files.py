@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def check_new_folder(output: str | os.PathLike) -> Path:
-    """The folder behind any links, known to be absent or empty.
+def check_new_folder(output: str | os.PathLike, *sources: Path) -> Path:
+    """The folder behind any links, known to be absent or empty, and outside of the sources.
 
     Raises:
         FileExistsError: it is not.
@@ -33,17 +33,22 @@ def check_new_folder(output: str | os.PathLike) -> Path:
             f"{output}: expected a new or empty folder, got {what}: choose another, nothing is "
             "overwritten"
         )
+    for source in sources:
+        if source.resolve() in (folder, *folder.parents):
+            raise FileExistsError(
+                f"{output}: expected a folder outside of {source}, which is read: choose another"
+            )
     return folder
 
 
 @contextmanager
-def new_folder(output: str | os.PathLike) -> Iterator[Path]:
+def new_folder(output: str | os.PathLike, *sources: Path) -> Iterator[Path]:
     """A folder to write to that becomes output when the block ends, and vanishes if it fails.
 
     Raises:
-        FileExistsError: output exists and is not an empty folder.
+        FileExistsError: output exists and is not an empty folder, or is inside of a source.
     """
-    folder = check_new_folder(output)
+    folder = check_new_folder(output, *sources)
     if folder.exists():  # perhaps the working directory or a mount, which cannot be replaced
         with staging_folder(folder) as staging:
             yield staging

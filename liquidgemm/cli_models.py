@@ -16,14 +16,14 @@ from rich.table import Table
 from torch import nn
 
 from . import _library
-from ._files import new_folder
+from ._files import check_new_folder, new_folder
 from .calibration.data import token_windows
 from .calibration.report import QuantizationReport
 from .checkpoint import save_quantized
 from .config import GATES, METHODS, LiquidConfig
 from .evaluate import evaluate, sliding_windows
 from .model import quantize_
-from .sources import check_output, check_vocabulary, load_model, read_texts
+from .sources import check_vocabulary, folders_of, load_model, read_texts
 
 Method = Enum("Method", {name: name for name in METHODS}, type=str)
 Gate = Enum("Gate", {name: name for name in GATES}, type=str)
@@ -141,12 +141,13 @@ def quantize_command(
         values["skip"] = skip
     settings = settings_of(values, config)
     where = device_of(device, for_kernel=True)
-    check_output(output, model)
+    sources = folders_of(model)
+    check_new_folder(output, *sources)
     texts = read_texts(calib or ())
     unseen = read_texts(held_out or ())
     if settings.needs_calibration and not texts and not dry_run:
         raise ValueError(f"--calib: expected text files for method {settings.method}, got none")
-    with nullcontext() if dry_run else new_folder(output) as staging:
+    with nullcontext() if dry_run else new_folder(output, *sources) as staging:
         network, tokenizer = load_model(model, where, dtype and getattr(torch, dtype.value))
         if texts or unseen:
             _check_takes_texts(network)
@@ -203,7 +204,9 @@ def eval_command(
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
     stride: Annotated[int, typer.Option(min=1, help="Tokens between windows.")] = 512,
     device: DEVICE = None,
-    dtype: Annotated[Precision | None, typer.Option(help="Of what is in floats.")] = None,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Of models that are not quantized.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Perplexity, and agreement with a reference model.

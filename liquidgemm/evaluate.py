@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -70,6 +69,9 @@ def evaluate(
         windows: int64 ``[1, T]`` and the index of the first token that counts, at least 1.
         reference: a model with the same vocabulary; where it is does not matter.
         progress: show a progress bar.
+
+    Raises:
+        ValueError: there are no windows, or the reference has another vocabulary.
     """
     loss = reference_loss = 0.0
     same, divergences, count = 0, [], 0
@@ -81,20 +83,32 @@ def evaluate(
         if reference is None:
             continue
         log_r = _log_probabilities(reference, window, first).to(log_p.device)
+        if log_r.shape != log_p.shape:
+            raise ValueError(
+                f"reference: expected the model's vocabulary of {log_p.shape[1]} tokens, "
+                f"got one of {log_r.shape[1]}"
+            )
         reference_loss += F.nll_loss(log_r, target, reduction="sum").item()
         same += int((log_p.argmax(1) == log_r.argmax(1)).sum())
         divergences.append(F.kl_div(log_p, log_r, log_target=True, reduction="none").sum(1).cpu())
+    if count == 0:
+        raise ValueError("windows: expected at least one, got none")
     if reference is None:
-        return Evaluation(count, math.exp(loss / count))
+        return Evaluation(count, _exp(loss / count))
     kl = torch.cat(divergences).double()
     return Evaluation(
         count,
-        math.exp(loss / count),
-        math.exp(reference_loss / count),
+        _exp(loss / count),
+        _exp(reference_loss / count),
         same / count,
         kl.mean().item(),
         kl.quantile(0.99).item(),
     )
+
+
+def _exp(mean: float) -> float:
+    """Of a broken model that is infinity, where `math.exp` would raise an OverflowError."""
+    return torch.tensor(mean, dtype=torch.float64).exp().item()
 
 
 def _log_probabilities(model: nn.Module, window: Tensor, first: int) -> Tensor:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._files import check_new_folder
 from ._pretrained import is_quantized
 from .checkpoint import MANIFEST_FILE, load_quantized
 
@@ -120,23 +119,15 @@ def _explaining(expected: str) -> Iterator[None]:
         raise ValueError(f"{expected}: {reason}") from error
 
 
-def check_output(output: Path, source: str) -> None:
-    """Check, before anything is computed, that a folder can be written and destroys nothing.
-
-    Raises:
-        FileExistsError: it has content, or is inside the source or the cache of the hub.
-    """
-    folder = check_new_folder(output)
-    read = {"the source": Path(source)} if Path(source).is_dir() else {}
+def folders_of(source: str) -> list[Path]:
+    """Where a model is read from, in which nothing may be written: its folder, and the cache of
+    the hub."""
+    found = [Path(source)] if Path(source).is_dir() else []
     if importlib.util.find_spec("huggingface_hub") is not None:
         from huggingface_hub import constants
 
-        read["the cache of the hub"] = Path(constants.HF_HUB_CACHE)
-    for what, parent in read.items():
-        if parent.resolve() in (folder, *folder.parents):
-            raise FileExistsError(
-                f"{output}: expected a folder outside of {what}, {parent}: choose another"
-            )
+        found.append(Path(constants.HF_HUB_CACHE))
+    return found
 
 
 def check_vocabulary(batches: Iterable[Tensor], model: nn.Module) -> None:

@@ -152,6 +152,7 @@ def nothing(folder: Path) -> None:
         (plain_checkpoint, ["eval", "plain", "--text", "a.txt"], "plain: "),
         (nothing, ["import", "model", "-o", "out"], "expected one of compressed-tensors"),
         (nothing, ["import", "nowhere", "-o", "out"], "nowhere"),
+        (nothing, ["import", "model", "-o", "model"], "expected a new or empty folder, got one"),
     ],
 )
 def test_errors_are_one_line(folder, prepare, arguments, message):
@@ -327,16 +328,16 @@ def in_the_cache(folder: Path) -> None:
         (nothing, "model", "model", "expected a new or empty folder, got one with content"),
         (nothing, "model", "./model/../model/", "expected a new or empty folder, got one with c"),
         (nothing, "model", ".", "expected a new or empty folder, got one with content"),
-        (nothing, "model", "model/out", "expected a folder outside of the source"),
+        (nothing, "model", "model/out", "expected a folder outside of "),
         (link, "model", "link", "expected a new or empty folder, got one with content"),
         (link, "link", "model", "expected a new or empty folder, got one with content"),
-        (link, "link", "model/out", "expected a folder outside of the source"),
-        (link, "model", "link/out", "expected a folder outside of the source"),
+        (link, "link", "model/out", "expected a folder outside of "),
+        (link, "model", "link/out", "expected a folder outside of "),
         (another_model, "model", "other", "expected a new or empty folder, got one with content"),
         (nothing, "model", "a.txt", "expected a new or empty folder, got a file"),
         (with_a_gguf_file, "models/m.gguf", "models", "expected a new or empty folder, got one"),
         (with_a_gguf_file, "models/m.gguf", "models/m.gguf", "folder, got a file"),
-        (in_the_cache, "a/b", "cache/models--a--b/snapshots/c", "outside of the cache of the hub"),
+        (in_the_cache, "a/b", "cache/models--a--b/snapshots/c", "expected a folder outside of "),
     ],
 )
 @pytest.mark.parametrize("dry", [False, True])
@@ -351,7 +352,7 @@ def test_no_output_takes_the_place_of_anything(
     there = content(folder)
     monkeypatch.setattr(cli_models, "load_model", lambda *_: pytest.fail("too late"))
     line = error_of(run("quantize", source, "-o", output, *["--dry-run"] * dry))
-    assert f"{output}: {message}".removesuffix("/") in line.replace("/: ", ": ") or message in line
+    assert message in line
     assert "choose another" in line
     assert content(folder) == there
 

@@ -51,6 +51,22 @@ def test_evaluate():
     assert evaluate(model, [window]).mean_kl is None
 
 
+def test_evaluate_says_what_it_cannot_compare():
+    """CHECKLIST 28."""
+    (window,) = sliding_windows(torch.arange(24), 24, 1)
+    with pytest.raises(ValueError, match="reference: expected the model's vocabulary of 64 tok"):
+        evaluate(make(), [window], make(vocab_size=72))
+    with pytest.raises(ValueError, match="windows: expected at least one"):
+        evaluate(make(), [])
+
+
+def test_a_broken_model_has_no_finite_perplexity():
+    model = make()
+    model.lm_head.weight.data.mul_(1e6)
+    (window,) = sliding_windows(torch.arange(24), 24, 1)
+    assert evaluate(model, [window]).perplexity == float("inf")
+
+
 # The command line.
 
 
