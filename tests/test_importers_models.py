@@ -5,8 +5,16 @@ import json
 import foreign_models
 import pytest
 import torch
-import transformers
-from foreign_models import EXPERTS, MODELS, SETTINGS, TRANSPOSED, make, outputs, write
+from foreign_models import (
+    EXPERTS,
+    MODELS,
+    SETTINGS,
+    TRANSPOSED,
+    make,
+    outputs,
+    transformers,
+    write,
+)
 from safetensors.torch import load_file, save_file
 
 from liquidgemm import LiquidLinear, import_checkpoint, load_quantized

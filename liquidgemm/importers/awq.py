@@ -25,6 +25,10 @@ from .source import SourceWeight
 
 MARKS = frozenset({"qweight", "qzeros", "scales"})
 
+# Kernels for this arrangement of the tensors; others are for others.
+_BACKENDS = ("auto", "autoawq", "auto_trainable", "machete", "marlin", "exllama_v1", "exllama_v2")
+_BACKENDS += ("gemm", "gemm_triton", "torch_awq", "torch_fused_awq")
+
 _CHANNEL_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 
 SYNONYMS = {
@@ -56,7 +60,7 @@ def names(layer: LayerSettings) -> tuple[frozenset[str], frozenset[str]]:
 def scheme(settings: Settings) -> LayerScheme:
     bits = settings.choice("bits", (4,), 4)
     settings.choice("version", ("gemm",), "gemm")
-    settings.choice("backend", ("auto", "autoawq", "auto_trainable", "legacy_awq"))
+    settings.choice("backend", _BACKENDS)
     settings.choice("pack_dtype", ("int32", "torch.int32"))
     zero_point = settings.flag("zero_point")
     span = settings.group_size()

@@ -27,7 +27,7 @@ HARMLESS = harmless(
     {
         "described": "version global_compression_ratio",
         "seen by the tensors of a layer": "quantization_status",
-        "how a loader computes": "run_compressed",
+        "how a loader computes": "run_compressed dequantize use_optimized_inference",
     }
 )
 # Of the arguments for weights and activations. Scales and zeros lie there with their dtypes.
