@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_llama
 import torch
-from fresh_process import PACKAGE_ROOT
+from fresh_process import PACKAGE_ROOT, run_python
 from test_folders import content, full_disk
 from typer.testing import CliRunner
 
@@ -365,6 +365,22 @@ def test_quantizing_beside_a_source_and_from_its_result(folder):
     result = run("eval", "out", "--text", "a.txt", "--tokens", "64", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["tokens"] == 63
+
+
+def test_a_model_of_the_hub(folder):
+    """By its name, from the cache, and only outside of that."""
+    repository = folder / "hub/models--a--b"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("c" * 40)
+    (repository / "snapshots").mkdir()
+    (folder / "model").rename(repository / "snapshots" / ("c" * 40))
+    code = "from liquidgemm import cli; cli.app()"
+    for output, exit_code in (("hub/out", 1), ("out", 0)):
+        result = run_python(code, "quantize", "a/b", "-o", output,
+                            HF_HUB_CACHE=str(folder / "hub"), HF_HUB_OFFLINE="1")  # fmt: skip
+        assert result.returncode == exit_code, result.stderr
+    assert not (folder / "hub/out").exists()
+    assert (folder / "out/model.safetensors").exists()
 
 
 # Models of other kinds.
