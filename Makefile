@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --retries 2 --no-warn-conflicts
-CPP    := $(shell find csrc tests bench -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CPP    := $(shell find csrc tests bench examples -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 # $(call fetch,what,arguments): pip install, with a last line that says what could not be had.
 fetch = echo "installing $(1)"; $(PIP) $(2) || { echo "make: could not install $(1): the pip messages \

@@ -58,12 +58,12 @@ CPU_CXX_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 # The sources of each library: every pattern must match at least one file.
 SOURCES = {
     "liquidgemm._C_host": [
-        "csrc/torch/bindings_host.cpp",
-        "csrc/torch/bindings_cpu.cpp",
+        "csrc/torch/host/*.cpp",
         *(f"csrc/liquidgemm/cpu/{name}.cpp" for name in (*CPU_COMMON, *CPU_FLAGS)),
     ],
     "liquidgemm._C_cuda": [
-        "csrc/torch/bindings_cuda.cpp",
+        "csrc/torch/cuda/*.cpp",
+        "csrc/liquidgemm/host/*.cpp",
         "csrc/liquidgemm/*/*.cu",
         "csrc/instantiations/*/*.cu",
     ],

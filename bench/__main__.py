@@ -10,6 +10,7 @@ COMMANDS = {
     "gemm": ("suites.gemm", "liquidgemm beside its peers: gemm and linear by shape and tokens"),
     "sustained": ("suites.sustained", "one large product for seconds on end, clocks and power"),
     "counters": ("suites.counters", "where the time goes, by Nsight Compute"),
+    "host": ("suites.host_cost", "what an eager call costs on the CPU, beside torch's"),
     "ablation": ("suites.ablation", "what each part of the design is worth"),
     "micro": ("suites.micro", "C++ microbenchmarks: the ceilings"),
     "quality": ("suites.quality", "perplexity and cosine of real models by recipe"),

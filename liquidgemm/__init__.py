@@ -14,6 +14,7 @@ from .integrations import register_integrations
 from .linear import LiquidLinear
 from .model import dequantize_, quantize_
 from .ops import gemm, linear, pack_weight, quantize_activation, unpack_weight
+from .plans import explain_plan
 from .quantize import quantize_weight
 from .weight import QuantizedWeight, dequantize_weight
 
@@ -33,6 +34,7 @@ __all__ = [
     "cpu_kernels",
     "dequantize_",
     "dequantize_weight",
+    "explain_plan",
     "gemm",
     "import_checkpoint",
     "linear",

@@ -19,6 +19,7 @@ from torch import Tensor
 import liquidgemm
 
 from . import _library, demo
+from .plans import plan_names
 
 PACKAGES = ("transformers", "accelerate", "gguf", "peft", "torchao", "matplotlib")  # optional
 SIZE = 4096  # features of the layer that is measured, in and out
@@ -70,7 +71,7 @@ def gather(measure: bool = True, plans: bool = False) -> dict[str, Any]:
         "host_library": str(status.host_library),
         "cuda_library": None if status.cuda_library is None else str(status.cuda_library),
         "speed": speed() if measure else None,
-        "plans": list(torch.ops.liquidgemm_testing.config_names()) if plans else None,
+        "plans": plan_names() if plans else None,
     }
 
 

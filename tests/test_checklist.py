@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent
 
 LINES = {
-    1: "every compiled configuration is exact, and then the epilogue's formula to the bit",
+    1: "every compiled plan is exact, and then the epilogue's formula to the bit",
     2: "shapes: M, N and K of every kind, M = 0",
     3: "saturation: both ends of the range, the largest K",
     4: "every step, offset and code through the kernel's own decoding",
@@ -87,14 +87,14 @@ def test_numbers_are_read_from_docstrings() -> None:
     assert lines_of("nothing") == set()
 
 
-def test_configurations_are_those_that_the_library_dispatches_from() -> None:
+def test_plans_are_those_that_the_library_dispatches_from() -> None:
     """CHECKLIST 1: the exactness suite enumerates them, so that a new one cannot be forgotten."""
-    import torch
     import variants
 
     from bench.plan.fit import tile_of
+    from liquidgemm.plans import plan_names
 
-    names = torch.ops.liquidgemm_testing.config_names()
+    names = plan_names()
     compiled = {file.stem for file in (ROOT.parent / "csrc/instantiations").glob("*/*.cu")}
     header = (ROOT.parent / variants.TILE_HEADER).read_text()
     rows = variants.rows_of(header, "kTileShapes")[2]
@@ -102,7 +102,7 @@ def test_configurations_are_those_that_the_library_dispatches_from() -> None:
     assert list(dict.fromkeys(map(tile_of, names))) == tiles
     assert compiled == set(tiles)
     for file in ("test_gemm.py", "test_canaries.py", "test_overtaking.py", "test_few_sms.py"):
-        assert "testing.config_names()" in (ROOT / "gpu" / file).read_text()
+        assert "plan_names()" in (ROOT / "gpu" / file).read_text()
 
 
 def test_guarantees_name_tests_that_exist() -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("scipy")
 from bench.core import machine
 from bench.plan import fit
 from bench.plan import sweep as plan_sweep
+from liquidgemm.plans import explain_plan, plan_names
 
-PLAN_HPP = Path(__file__).parent.parent / "csrc/liquidgemm/plan/plan.hpp"
+COSTS = fit.PLAN / "costs_h100.hpp"
 PLANS = [
     *("t8_p1_k2_s4_half", "t8_p1_k2_s4_half_split2", "t8_p1_k2_s4_half_split4"),
     *("t8_p1_k4_s4", "t8_p1_k4_s4_split2", "t8_p1_k4_s4_split4"),
@@ -49,46 +49,74 @@ def test_fit_recovers_the_constants(tmp_path: Path) -> None:
     np.testing.assert_allclose(predicted, sweep.us, rtol=0.02)
 
 
-def test_formula_is_the_library_s() -> None:
-    """`estimate` in plan.hpp and `predict` agree, with the constants that plan.hpp holds."""
-    source = PLAN_HPP.read_text()
+def library_constant(file: str, name: str) -> float:
+    """A number of csrc/liquidgemm/plan, as it is written there."""
+    match = re.search(rf"\b{name} = ([0-9.e]+)[;,]", (fit.PLAN / file).read_text())
+    assert match, f"{file} has no {name}"
+    return float(match[1])
 
-    def constant(name: str) -> float:
-        match = re.search(rf"{name} = ([0-9.e]+);", source)
-        assert match, name
-        return float(match[1])
 
-    assert constant("half_sm_bytes") == fit.HALF_SM_BYTES
+def library_costs() -> tuple[list[str], np.ndarray, float]:
+    """Tiles, parameters as `fit.predictor` takes them, and pair_gain, of costs_h100.hpp."""
     number = r"([\d.]+)"
     costs = re.findall(
         rf"\{{[\d, ]+\}}, {number}, {number}, \{{{number}, {number}\}}\}},\s+"
         r"// (t\d+_p\d+_k\d+_s\d+\S*)",
-        source,
+        COSTS.read_text(),
     )
-    tiles = [cost[4] for cost in costs]
-    plans = torch.ops.liquidgemm_testing.config_names()
-    assert tiles == list(dict.fromkeys(map(fit.tile_of, plans)))
     by_kind = np.array([cost[:4] for cost in costs], dtype=float).T.ravel()
+    constants = [library_constant(COSTS.name, name) for name in fit.NAMES]
     with np.errstate(divide="ignore"):  # what no plan of a tile has costs nothing
-        parameters = np.log([*map(constant, fit.NAMES), *by_kind])
+        parameters = np.log([*constants, *by_kind])
+    return [cost[4] for cost in costs], parameters, library_constant(COSTS.name, "pair_gain")
 
-    chosen = set()
+
+def test_constants_are_the_library_s() -> None:
+    assert library_constant("divide.hpp", "kQuadClusterFit") == fit.QUAD_CLUSTER_FIT
+    assert library_constant("rules.hpp", "kHalfSmBytes") == fit.HALF_SM_BYTES
+    assert library_constant("cost_model.hpp", "kManyRounds") == fit.MANY_ROUNDS
+
+
+def test_formula_is_the_library_s() -> None:
+    """`estimate` in cost_model.hpp and `predictor` agree on every plan that is scored."""
+    tiles, parameters, pair_gain = library_costs()
+    assert tiles == list(dict.fromkeys(map(fit.tile_of, plan_names())))
+    scored = set()
     for m, n, k in [
         *((1, 28672, 4096), (16, 10240, 8192), (64, 1024, 8192), (4096, 6144, 4096)),
         *((8, 2048, 2048), (32, 4096, 4096), (64, 6144, 4096), (1, 8192, 1024)),
         *((256, 4096, 4096), (1024, 10240, 8192), (100, 4096, 14336), (8192, 8192, 8192)),
     ]:
-        text = torch.ops.liquidgemm_testing.select_config(m, n, k, 132, 3.35)
-        match = re.search(r"plan (\w+); estimated ([\d.]+) us", text)
-        assert match, text
-        chosen.add(match[1])
-        row = {"n": n, "k": k, "m": m, "plan": match[1], "us": 1.0}
-        sweep = fit.Sweep.of([row], 132, 3.35e6)
-        sweep.tile = np.array([tiles.index(sweep.names[0])])
-        estimate = fit.predict(sweep, parameters, constant("pair_gain"))[0]
-        assert estimate == pytest.approx(float(match[2]), abs=0.06), text
-    assert {plan.rsplit("_", 1)[-1] for plan in chosen} >= {"pairs", "split4", "s2", "half"}
-    assert {re.search(r"_k(\d)_", plan)[1] for plan in chosen} == {"1", "2", "3", "4"}
+        candidates = [c for c in explain_plan(m, n, k).candidates if c.us is not None]
+        rows = [{"n": n, "k": k, "m": m, "plan": c.plan, "us": 1.0} for c in candidates]
+        sweep = fit.Sweep.of(rows, 132, 3.35e6)
+        sweep.tile = np.array([tiles.index(fit.tile_of(c.plan)) for c in candidates])
+        predicted = fit.predict(sweep, parameters, pair_gain)
+        np.testing.assert_allclose(predicted, [c.us for c in candidates], rtol=1e-5)
+        # Both leave out the same plans.
+        assert len(sweep.considered().us) == len(rows)
+        scored |= {c.plan for c in candidates}
+    assert {plan.rsplit("_", 1)[-1] for plan in scored} >= {"pairs", "split4", "s2", "half"}
+    assert {re.search(r"_k(\d)_", plan)[1] for plan in scored} == {"1", "2", "3", "4"}
+
+
+def test_costs_are_those_of_the_published_sweep() -> None:
+    """costs_h100.hpp is what `python -m bench fit --write h100` makes of the file that it names."""
+    text = COSTS.read_text()
+    path = machine.ROOT / re.search(r"// Sweep: (\S+),", text)[1]
+    tiles, start, _ = library_costs()
+    sweep = fit.Sweep.load(path).considered()
+    assert sweep.names == tiles
+    gain = sweep.pair_gain()
+    with np.errstate(divide="ignore"):
+        start = np.maximum(start, np.log(1e-4))  # a split that no plan has
+    costs = fit.fit(sweep, gain, start)
+    written = fit.header(sweep, costs, gain, "h100", fit.provenance(path))
+    number = re.compile(r"\b\d+\.\d+\b")
+    assert number.sub("#", written) == number.sub("#", text)
+    for found, expected in zip(number.findall(written), number.findall(text), strict=True):
+        last_place = 10.0 ** -len(expected.partition(".")[2])
+        assert float(found) == pytest.approx(float(expected), abs=1.5 * last_place), expected
 
 
 def test_an_updated_sweep_says_which_run_a_row_is_of():
@@ -141,8 +169,11 @@ def test_the_published_sweep_has_a_run_for_every_row():
     ],
 )
 def test_tells_whether_linear_is_one_launch(sizes, launches):
-    text = torch.ops.liquidgemm_testing.select_config(*sizes, 132)
-    assert text.endswith(f"linear of 16-bit activations: {launches}"), text
+    explained = explain_plan(*sizes, op="linear")
+    assert ("one launch", "two launches")[explained.launches - 1] == launches.split(",")[0]
+    assert launches == "one launch" or launches.endswith(explained.plan)
+    if explained.launches == 1:
+        assert explained.plan == explain_plan(*sizes).plan
 
 
 def test_only_plausible_plans_are_swept_and_chosen():
@@ -151,8 +182,7 @@ def test_only_plausible_plans_are_swept_and_chosen():
         tokens = {int(re.match(r"t(\d+)_", name)[1]) for name in plans.values()}
         assert max(tokens) < (2 if m <= 16 else 4) * max(m, 8)
         assert min(tokens) >= min(m / 4, 128)
-        text = torch.ops.liquidgemm_testing.select_config(m, 4096, 4096, 132)
-        assert re.search(r"plan (\w+);", text)[1] in plans.values()
+        assert explain_plan(m, 4096, 4096).plan in plans.values()
     assert set(dict(plan_sweep.plausible_plans(64, "t64_p1")).values()) == {
         f"t64_p1_{groups}_s2{rest}{split}"
         for groups, rest in (("k2", "_half"), ("k3", ""))

@@ -87,8 +87,9 @@ def test_missing_tools_are_named(machine: SimpleNamespace, monkeypatch: pytest.M
 
 def test_missing_sources_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "ROOT", tmp_path)
-    (tmp_path / "csrc/torch").mkdir(parents=True)
-    (tmp_path / "csrc/torch/bindings_cuda.cpp").touch()
+    for file in ("csrc/torch/cuda/gemm.cpp", "csrc/liquidgemm/host/plan.cpp"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
     with pytest.raises(
         build.BuildError, match=r"no file matches csrc/liquidgemm/\*/\*\.cu, csrc/inst"
     ):

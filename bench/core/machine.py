@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from liquidgemm.plans import explain_plan
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("bench/results")  # in the root
 PACKAGES = (
@@ -128,9 +130,13 @@ def memory_bytes_per_us(properties) -> float:
 def chosen_plan(m: int, n: int, k: int, device: torch.device) -> str:
     """How the library describes the plan that it runs on this GPU."""
     properties = torch.cuda.get_device_properties(device)
-    return torch.ops.liquidgemm_testing.select_config(
-        m, n, k, properties.multi_processor_count, 1e-6 * memory_bytes_per_us(properties)
-    )
+    return explain_plan(
+        m,
+        n,
+        k,
+        num_sms=properties.multi_processor_count,
+        memory_tbps=1e-6 * memory_bytes_per_us(properties),
+    ).summary()
 
 
 def describe(device: torch.device) -> dict:

@@ -10,12 +10,13 @@
 // Checked: the INT32 sums of the same plan at min(M, 64) tokens, bit by bit, against one thread per
 // sum.
 //
-// Build: CMakeLists.txt beside this file; it compiles csrc/liquidgemm/host/gemm.cu and
-//        csrc/instantiations.
+// Build: CMakeLists.txt beside this file, with the target of csrc/CMakeLists.txt.
 // Run:   gemm 4096x4096 28672x4096 ...
 #include "liquidgemm/gemm.hpp"
 
 #include "harness.hpp"
+#include "liquidgemm/device.hpp"
+#include "liquidgemm/plan/select.hpp"
 #include "weights.hpp"
 
 namespace {
@@ -50,13 +51,13 @@ class Benchmark {
   }
 
   void run(int64_t m) const {
-    const Plan plan = select_plan({m, n_, k_, num_sms_, memory_bytes_per_us_});
-    verify(plan, static_cast<int>(std::min<int64_t>(m, kCheckedTokens)));
+    const LaunchPlan plan = plan_gemm({m, n_, k_, num_sms_, memory_bytes_per_us_});
+    verify(plan.plan, static_cast<int>(std::min<int64_t>(m, kCheckedTokens)));
     const double us = bench::graph_us(stream_, copies_, m > 256 ? 8 : 48, [&](int copy) {
-      enqueue(arguments(m, copy, y_.data(), Element::kBFloat16), plan);
+      enqueue(arguments(copy, y_.data(), Element::kBFloat16), plan);
     });
     std::printf("%" PRId64 "\t%" PRId64 "\t%" PRId64 "\t%s\t%.3f\t%.3f\t%.1f\n", n_, k_, m,
-                name(plan).c_str(), us, weight_bytes_ / us / 1e6, 2e-6 * m * n_ * k_ / us);
+                name(plan.plan).c_str(), us, weight_bytes_ / us / 1e6, 2e-6 * m * n_ * k_ / us);
     std::fflush(stdout);
   }
 
@@ -67,7 +68,7 @@ class Benchmark {
     return info.memory_bytes_per_us;
   }
 
-  GemmArguments arguments(int64_t m, int copy, void* y, Element y_type) const {
+  GemmArguments arguments(int copy, void* y, Element y_type) const {
     GemmArguments a{};
     a.x = x_.data();
     a.x_type = Element::kInt8;
@@ -78,19 +79,17 @@ class Benchmark {
     a.y = y;
     a.y_stride = n_;
     a.y_type = y_type;
-    a.m = m;
-    a.n = n_;
-    a.k = k_;
     return a;
   }
 
-  void enqueue(GemmArguments const& a, Plan const& plan) const {
-    check(gemm(a, plan, num_sms_, stream_), "gemm");
+  void enqueue(GemmArguments const& a, LaunchPlan const& plan) const {
+    check(gemm(a, plan, stream_), "gemm");
   }
 
   void verify(Plan const& plan, int m) const {
     bench::DeviceArray<int32_t> sums(m * n_), expected(m * n_);
-    enqueue(arguments(m, copies_ - 1, sums.data(), Element::kInt32), plan);
+    enqueue(arguments(copies_ - 1, sums.data(), Element::kInt32),
+            complete({m, n_, k_, num_sms_, memory_bytes_per_us_}, plan, Activations::kReady));
     bench::reference(weights_.data() + (copies_ - 1) * weight_bytes_, x_.data(), m,
                      static_cast<int>(n_), static_cast<int>(k_), expected.data(), stream_);
     stream_.synchronize("verification");

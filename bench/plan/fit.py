@@ -1,7 +1,10 @@
-"""Fits the constants of csrc/liquidgemm/plan/plan.hpp to a sweep of bench sweep.
+"""Fits the costs of plans to a sweep of bench sweep, for csrc/liquidgemm/plan/costs_*.hpp.
 
-Prints them, and the regret of the choices that follow: time of the chosen plan over the best one.
-The formula is that of `estimate` in plan.hpp; change the two together.
+    python -m bench fit bench/results/h100-sxm/2026-11-27/plan_sweep.json --write h100
+
+Prints how far the estimates are off, and the regret of the choices that follow: time of the chosen
+plan over the best one. The formula is that of `estimate` in plan/cost_model.hpp, and plans that the
+library does not consider (plan/rules.hpp) are left out: change the two together.
 """
 
 from __future__ import annotations
@@ -9,17 +12,24 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from scipy.optimize import least_squares
 
-BLOCK_BYTES = 2176
+from liquidgemm.format import BLOCK_BYTES
+
+from ..core.machine import ROOT
+
+PLAN = ROOT / "csrc/liquidgemm/plan"
+# Constants of the library, under the same names there.
 SOFTNESS = 6.0
 QUAD_CLUSTER_FIT = 0.91
 HALF_SM_BYTES = 160e3
-MANY_ROUNDS = 3  # CTAs fall out of step, and loads that pairs share begin to pay
-NAMES = {  # of the parameters that are not a tile's, and where the fit starts
+MANY_ROUNDS = 3
+NAMES = {  # of the costs that are not a tile's, in the library's order, and where the fit starts
     "launch_us": 1.0,
     "occupancy_us": 1.0,
     "half_sm_occupancy": 0.5,
@@ -58,9 +68,8 @@ class Sweep:
     memory_bytes_per_us: float  # peak of the GPU
 
     @classmethod
-    def load(cls, path: str) -> Sweep:
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
+    def load(cls, path: Path) -> Sweep:
+        data = json.loads(path.read_text(encoding="utf-8"))
         return cls.of(data["rows"], data["sms"], data["memory_bytes_per_us"])
 
     @classmethod
@@ -147,12 +156,12 @@ class Sweep:
         return [np.flatnonzero((keys == key).all(1)) for key in np.unique(keys, axis=0)]
 
 
-def predict(s: Sweep, parameters: np.ndarray, pair_gain: float) -> np.ndarray:
-    """µs of each row; parameters are logarithms, in the order that `report` prints."""
-    values = np.exp(parameters)
-    launch, occupancy, half_sm, efficiency, m_tiles_share = values[: len(NAMES)]
-    block_us, tile_us, split2_us, split4_us = values[len(NAMES) :].reshape(4, -1)[:, s.tile]
+def predictor(s: Sweep, pair_gain: float) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from the costs to the µs of each row; what does not depend on them is done once.
 
+    The costs are logarithms: those of NAMES, then block_us, tile_us, split2_us and split4_us of
+    every tile.
+    """
     panels, k_blocks = ceil_div(s.n, 64), ceil_div(s.k, 64)
     stages = ceil_div(k_blocks, s.stage_blocks)
     units, most = s.units(), s.most_workers()
@@ -161,52 +170,115 @@ def predict(s: Sweep, parameters: np.ndarray, pair_gain: float) -> np.ndarray:
     rounds = whole + splits
 
     busiest = whole * ceil_div(stages, s.split_k) + splits * ceil_div(stages, 2)
-    block_us = block_us * np.where(s.pairs & (whole >= MANY_ROUNDS), pair_gain, 1)
-    shared = np.where(s.m_tiles() > 1, 1 + m_tiles_share, 1)
-    tile_us = tile_us * (1 + np.minimum(s.m, s.tokens) / s.tokens) / 2 * shared
-    split_us = np.select(
-        [s.split_k == 4, s.split_k == 2, splits],
-        [rounds * split4_us, rounds * split2_us, split2_us],
-    )
-    sm = busiest * s.stage_blocks * block_us + rounds * tile_us + split_us
+    gain = np.where(s.pairs & (whole >= MANY_ROUNDS), pair_gain, 1)
+    blocks = busiest * s.stage_blocks * gain
+    tiles = rounds * (1 + np.minimum(s.m, s.tokens) / s.tokens) / 2
+    shares_weights = s.m_tiles() > 1
+    # A round that pairs share is one.
+    splits_by_2 = np.select([s.split_k == 2, splits], [rounds, 1.0], 0.0)
+    splits_by_4 = np.where(s.split_k == 4, rounds, 0.0)
 
     last = np.where(splits, rest, units - (whole - 1) * workers)
     last_ctas = np.where(splits, 2 * rest, last) * s.cluster()
-    bandwidth = s.memory_bytes_per_us * efficiency
-    memory = panels * k_blocks * BLOCK_BYTES / bandwidth
+    busy_cubed = (last_ctas / s.sms) ** 3
+    streaming = panels * k_blocks * BLOCK_BYTES / s.memory_bytes_per_us
 
-    soft_max = (memory**SOFTNESS + sm**SOFTNESS) ** (1 / SOFTNESS)
-    busy = last_ctas / s.sms
-    return launch + occupancy * np.where(s.half_sm, half_sm, 1) * busy**3 + soft_max
+    def predict(parameters: np.ndarray) -> np.ndarray:
+        values = np.exp(parameters)
+        launch, occupancy, half_sm, efficiency, m_tiles_share = values[: len(NAMES)]
+        block_us, tile_us, split2_us, split4_us = values[len(NAMES) :].reshape(4, -1)[:, s.tile]
+        sm = blocks * block_us + tiles * tile_us * np.where(shares_weights, 1 + m_tiles_share, 1)
+        sm += splits_by_2 * split2_us + splits_by_4 * split4_us
+        memory = streaming / efficiency
+        soft_max = (memory**SOFTNESS + sm**SOFTNESS) ** (1 / SOFTNESS)
+        return launch + occupancy * np.where(s.half_sm, half_sm, 1) * busy_cubed + soft_max
+
+    return predict
 
 
-def fit(s: Sweep, pair_gain: float) -> np.ndarray:
-    """Least squares in the logarithm of the time; near the best plan, errors weigh more."""
+def predict(s: Sweep, parameters: np.ndarray, pair_gain: float) -> np.ndarray:
+    """µs of each row; the costs as `predictor` takes them."""
+    return predictor(s, pair_gain)(parameters)
+
+
+def fit(s: Sweep, pair_gain: float, start: np.ndarray | None = None) -> np.ndarray:
+    """Least squares in the logarithm of the time; near the best plan, errors weigh more.
+
+    Returns the costs as `predictor` takes them. A `start` near them saves most of the time.
+    """
     weights = np.empty_like(s.us)
     for rows in s.problems():
         ratio = s.us[rows] / s.us[rows].min()
         weights[rows] = np.select([ratio < 1.12, ratio < 1.6], [3.0, 1.0], 0.25)
     tiles = len(s.names)
     of_tiles = [0.05] * tiles + [1.0] * tiles + [0.5] * 2 * tiles
-    start = np.log([*NAMES.values(), *of_tiles])
+    if start is None:
+        start = np.log([*NAMES.values(), *of_tiles])
+    predicted = predictor(s, pair_gain)
 
     def residuals(parameters: np.ndarray) -> np.ndarray:
-        return weights * np.log(predict(s, parameters, pair_gain) / s.us)
+        return weights * np.log(predicted(parameters) / s.us)
 
     return least_squares(residuals, start, loss="soft_l1", f_scale=0.1, max_nfev=400).x
 
 
+def tile_costs(s: Sweep, parameters: np.ndarray) -> list[tuple[float, ...]]:
+    """block_us, tile_us, split2_us and split4_us of each tile; 0 for a split that no plan has."""
+    by_two, by_four = (s.split_k == 2) | s.pairs, s.split_k == 4
+    costs = np.exp(parameters[len(NAMES) :]).reshape(4, -1).T
+    return [
+        (*cost[:2], cost[2] * by_two[s.tile == i].any(), cost[3] * by_four[s.tile == i].any())
+        for i, cost in enumerate(costs)
+    ]
+
+
+def header(s: Sweep, parameters: np.ndarray, pair_gain: float, gpu: str, source: str) -> str:
+    """The text of plan/costs_GPU.hpp; `source` says where the sweep comes from."""
+    suffix = gpu.upper()
+    rows = []
+    for name, costs in zip(s.names, tile_costs(s, parameters), strict=True):
+        shape = re.findall(r"\d+", name) + ["2"] * name.endswith("_half")
+        numbers = "{:.4f}, {:.3f}, {{{:.3f}, {:.3f}}}".format(*costs)
+        rows.append((f"    {{{{{', '.join(shape)}}}, {numbers}}},", name))
+    width = max(len(row) for row, _ in rows) + 2
+    constants = zip(
+        [*NAMES, "pair_gain"], [*np.exp(parameters[: len(NAMES)]), pair_gain], strict=True
+    )
+    return "\n".join(
+        [
+            f"// Costs measured on an {gpu.upper()}. Written by bench/plan/fit.py: do not edit.",
+            *(f"// {line}" for line in source.splitlines()),
+            "#pragma once",
+            "",
+            '#include "liquidgemm/plan/cost_model.hpp"',
+            "",
+            "namespace liquidgemm {",
+            "",
+            f"inline constexpr TileCost kTileCostsOf{suffix}[] = {{",
+            *(f"{row:{width}}// {name}" for row, name in rows),
+            "};",
+            "",
+            f"inline constexpr Costs kCostsOf{suffix} = {{",
+            *(f"    .{name} = {value:.4g}," for name, value in constants),
+            f"    .tiles = kTileCostsOf{suffix},",
+            "};",
+            "",
+            "}  // namespace liquidgemm",
+            "",
+        ]
+    )
+
+
+def provenance(path: Path) -> str:
+    """Which sweep a header comes from: its file, the GPU, and the commits that were measured."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    name = path.resolve()
+    name = name.relative_to(ROOT) if name.is_relative_to(ROOT) else name.name
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in data["runs"]))
+    return f"Sweep: {name},\non an {data['gpu']}, of the kernels of {commits}."
+
+
 def report(s: Sweep, parameters: np.ndarray, pair_gain: float) -> None:
-    values = np.exp(parameters)
-    for name, value in zip(NAMES, values, strict=False):
-        print(f"{name} = {value:.4g}")
-    print(f"pair_gain = {pair_gain:.4g}")
-    shared = (s.split_k == 2) | s.pairs, s.split_k == 4  # what the two costs of a split are of
-    for i, costs in enumerate(values[len(NAMES) :].reshape(4, -1).T):
-        splits = [c * (by & (s.tile == i)).any() for c, by in zip(costs[2:], shared, strict=True)]
-        numbers = "{:.4f}, {:.3f}, {{{:.3f}, {:.3f}}}".format(*costs[:2], *splits)
-        shape = re.findall(r"\d+", s.names[i]) + ["2"] * s.names[i].endswith("_half")
-        print(f"{{{{{', '.join(shape)}}}, {numbers}}},  // {s.names[i]}")
     predicted = predict(s, parameters, pair_gain)
     error = np.abs(np.log(predicted / s.us))
     print(f"error of the estimate: median {np.median(error):.3f}")
@@ -221,8 +293,24 @@ def report(s: Sweep, parameters: np.ndarray, pair_gain: float) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("sweep", help="JSON of bench sweep")
-    sweep = Sweep.load(parser.parse_args(arguments).sweep).considered()
+    parser = argparse.ArgumentParser(
+        prog="python -m bench fit", description=__doc__.split("\n", maxsplit=1)[0]
+    )
+    parser.add_argument("sweep", type=Path, help="JSON of bench sweep")
+    parser.add_argument(
+        "--write",
+        metavar="GPU",
+        help="write csrc/liquidgemm/plan/costs_GPU.hpp (printed by default)",
+    )
+    options = parser.parse_args(arguments)
+    sweep = Sweep.load(options.sweep).considered()
     gain = sweep.pair_gain()
-    report(sweep, fit(sweep, gain), gain)
+    costs = fit(sweep, gain)
+    text = header(sweep, costs, gain, options.write or "h100", provenance(options.sweep))
+    if options.write:
+        file = PLAN / f"costs_{options.write.lower()}.hpp"
+        file.write_text(text, encoding="utf-8")
+        print(f"written: {file}")
+    else:
+        print(text)
+    report(sweep, costs, gain)

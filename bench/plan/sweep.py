@@ -1,7 +1,7 @@
 """Times every plan of the kernel: a tile, and how CTAs share it. What the heuristic is fitted to.
 
-    python -m bench sweep --json plan_sweep.json      on a Hopper GPU, seven minutes
-    python -m bench fit plan_sweep.json               anywhere
+    python -m bench sweep --json plan_sweep.json        on a Hopper GPU, seven minutes
+    python -m bench fit plan_sweep.json --write h100    anywhere
 
 Cold weights, CUDA graphs and random data as in the benchmark, but unverified: the tests do that. A
 change that concerns some sizes or plans alone needs these alone: with --update the file keeps all
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from liquidgemm._timing import capture
+from liquidgemm.plans import plan_names
 
 from ..core import machine
 from ..core.machine import require_gpu
@@ -50,22 +51,18 @@ REPLAYS = 4
 
 def plausible_plans(m: int, wanted: str) -> Iterator[tuple[int, str]]:
     """Index and name, without tiles far too large or too small for m tokens."""
-    names = torch.ops.liquidgemm_testing.config_names()
-    for config in torch.ops.liquidgemm_testing.plausible_configs(m):
-        if re.search(wanted, names[config]):
-            yield config, names[config]
+    names = plan_names()
+    for plan in torch.ops.liquidgemm_plan.plausible(m):
+        if re.search(wanted, names[plan]):
+            yield plan, names[plan]
 
 
-def time_plan(
-    m: int, k: int, weights: list[torch.Tensor], scale: torch.Tensor, config: int
-) -> float:
+def time_plan(m: int, k: int, weights: list[torch.Tensor], scale: torch.Tensor, plan: int) -> float:
     """Median time of one call in µs."""
     x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device="cuda")
     x_scale = torch.rand(m, device="cuda")
-    run = torch.ops.liquidgemm_testing.gemm_with_config
-    calls = [
-        lambda w=w: run(x, x_scale, w, scale, None, torch.bfloat16, config, 0) for w in weights
-    ]
+    run = torch.ops.liquidgemm_testing.gemm_with_plan
+    calls = [lambda w=w: run(x, x_scale, w, scale, None, torch.bfloat16, plan, 0) for w in weights]
     calls[0]()
     graph = capture(calls, max(len(calls), int(CALLS * min(1, 512 / m))))
     times = []
@@ -86,8 +83,7 @@ def measure(n: int, k: int, tokens: list[int], wanted: str) -> Iterator[dict]:
     scale = torch.rand(n, device="cuda")
     for m in tokens:
         times = {
-            name: time_plan(m, k, weights, scale, config)
-            for config, name in plausible_plans(m, wanted)
+            name: time_plan(m, k, weights, scale, plan) for plan, name in plausible_plans(m, wanted)
         }
         torch.cuda.empty_cache()  # the graphs' memory
         if times:

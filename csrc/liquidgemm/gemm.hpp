@@ -1,4 +1,4 @@
-// The C++ API: plain pointers, plain sizes, a stream. Nothing here knows torch.
+// y = x W^T for int8 activations: plain pointers into device memory, plain sizes, a stream.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -6,58 +6,30 @@
 #include <cstdint>
 
 #include "liquidgemm/common/element.hpp"
-#include "liquidgemm/formats/pack.hpp"
-#include "liquidgemm/plan/plan.hpp"
+#include "liquidgemm/plan.hpp"
 
 namespace liquidgemm {
 
+// Sizes m, n and k are those of the plan's problem.
 struct GemmArguments {
-  void const* x;              // [m, k], 16-byte aligned
-  Element x_type;             // kInt8; kBFloat16 or kFloat16 where fits_quantized() says so
-  int64_t x_stride;           // bytes between rows, a multiple of 16; k elements where not int8
-  float const* x_scale;       // [m], where x is int8
-  bool x_is_new;              // written by the kernel before, a quantizer
-  uint8_t const* weight;      // packed [ceil(n / 64), ceil(k / 64), kBlockBytes], 16-byte aligned
+  void const* x;              // [m, k], aligned to 16 bytes
+  Element x_type;             // kInt8, or as in linear() if the plan quantizes in the kernel
+  int64_t x_stride;           // bytes between rows, a multiple of 16; ignored if not kInt8
+  float const* x_scale;       // [m]; ignored if x is not kInt8
+  uint8_t const* weight;      // from pack_weight(), aligned to 16 bytes
   float const* weight_scale;  // [n]
   void const* bias;           // [n] or null
-  Element bias_type;
-  void* y;           // [m, n], aligned to four elements if y_stride is a multiple of four
-  int64_t y_stride;  // elements between rows
-  Element y_type;    // kInt32: the raw sums
-  int64_t m, n, k;
+  Element bias_type;          // kBFloat16, kFloat16 or kFloat32
+  void* y;                    // [m, n], aligned to four elements if y_stride is a multiple of four
+  Element y_type;             // kBFloat16, kFloat16 or kFloat32; kInt32: the sums, without scales
+  int64_t y_stride;           // elements between rows
 };
 
-struct DeviceInfo {
-  int num_sms;
-  int compute_capability;      // 90 is what the kernels are compiled for
-  double memory_bytes_per_us;  // peak, from clock and bus width
-};
-// Of the current device; asked once per device.
-cudaError_t query_device(DeviceInfo& info);
-
-// Enqueues y = x W^T with the given plan on at most num_sms SMs. Never synchronizes, never
-// allocates.
-cudaError_t gemm(GemmArguments const& arguments,
-                 Plan const& plan,
-                 int num_sms,
-                 cudaStream_t stream);
-
-struct QuantizeArguments {
-  void const* x;   // [m, k] contiguous
-  Element x_type;  // kBFloat16, kFloat16 or kFloat32
-  int8_t* out;     // [m, k], rows out_stride bytes apart
-  int64_t out_stride;
-  float* scale;  // [m]
-  int64_t m, k;
-};
-cudaError_t quantize_activation(QuantizeArguments const& arguments, cudaStream_t stream);
-
-// Panel-parallel versions of formats/pack.hpp. *infeasible (device memory, zeroed by the caller)
-// becomes 1 if a code overflows.
-cudaError_t pack_weight(LogicalWeight const& logical,
-                        uint8_t* packed,
-                        int* infeasible,
-                        cudaStream_t stream);
-cudaError_t unpack_weight(uint8_t const* packed, LogicalWeight const& logical, cudaStream_t stream);
+// Enqueues y = (x W^T) * x_scale * weight_scale + bias on the stream of the current device; the
+// sums are exact. Needs a GPU of compute capability 9.0. Never synchronizes, never allocates.
+//
+// Returns cudaErrorInvalidValue if the plan's kernel does not take x_type, cudaErrorNotSupported
+// if the driver has no tensor maps, otherwise what the launch returns.
+cudaError_t gemm(GemmArguments const& arguments, LaunchPlan const& plan, cudaStream_t stream);
 
 }  // namespace liquidgemm

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "liquidgemm/common/element.hpp"
+#include "tensors.hpp"
 #include "weight.hpp"
 
 namespace liquidgemm::binding {
@@ -22,28 +23,11 @@ inline Element element_of(ScalarType type) {
       return Element::kFloat16;
     case ScalarType::Float:
       return Element::kFloat32;
+    case ScalarType::Char:
+      return Element::kInt8;
     default:
       return Element::kInt32;
   }
-}
-
-inline std::vector<int64_t> leading_sizes(Tensor const& x) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i)
-    sizes.push_back(x.size(i));
-  return sizes;
-}
-
-inline std::vector<int64_t> with_last(std::vector<int64_t> sizes, int64_t last) {
-  sizes.push_back(last);
-  return sizes;
-}
-
-inline int64_t rows_of(Tensor const& x) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i)
-    rows *= x.size(i);
-  return rows;
 }
 
 struct Weight {
@@ -78,10 +62,9 @@ inline Weight checked_weight(Tensor const& x,
   }
   check_same_device("weight", weight, "x", x);
   check_same_device("weight_scale", weight_scale, "x", x);
-  Weight result{torch::stable::contiguous(weight), torch::stable::contiguous(weight_scale),
-                std::nullopt};
+  Weight result{dense(weight), dense(weight_scale), std::nullopt};
   if (bias)
-    result.bias = torch::stable::contiguous(*bias);
+    result.bias = dense(*bias);
   return result;
 }
 

@@ -1,9 +1,9 @@
 // What pack_weight and unpack_weight share on CPU and CUDA: argument checks, shapes and allocation.
 #pragma once
 
-#include "check.hpp"
 #include "liquidgemm/common/math.hpp"
 #include "liquidgemm/formats/pack.hpp"
+#include "tensors.hpp"
 
 namespace liquidgemm::binding {
 
@@ -46,14 +46,13 @@ inline LogicalTensors checked_logical(Tensor const& qweight,
   check_k("qweight", k, kMaxPackedK);
   check_shape("qscale", qscale, {n, k / kBlockK});
   check_shape("qoffset", qoffset, {n, k / kBlockK});
-  return {torch::stable::contiguous(qweight), torch::stable::contiguous(qscale),
-          torch::stable::contiguous(qoffset)};
+  return {dense(qweight), dense(qscale), dense(qoffset)};
 }
 
 inline Tensor empty_packed(LogicalTensors const& logical) {
   const LogicalWeight w = logical.view();
-  return torch::stable::new_empty(
-      logical.qweight, {ceil_div(w.n, kBlockRows), w.k_blocks, kBlockBytes}, ScalarType::Byte);
+  return allocate(logical.qweight, {ceil_div(w.n, kBlockRows), w.k_blocks, kBlockBytes},
+                  ScalarType::Byte);
 }
 
 inline LogicalTensors empty_logical(Tensor const& packed, int64_t n) {
@@ -67,9 +66,9 @@ inline LogicalTensors empty_logical(Tensor const& packed, int64_t n) {
         (packed.size(0) - 1) * kBlockRows + 1, " to ", packed.size(0) * kBlockRows,
         " rows for packed of shape ", shape_of(packed), ", got ", n);
   const int64_t k_blocks = packed.size(1);
-  return {torch::stable::new_empty(packed, {n, k_blocks * kBlockK / 2}, ScalarType::Byte),
-          torch::stable::new_empty(packed, {n, k_blocks}, ScalarType::Byte),
-          torch::stable::new_empty(packed, {n, k_blocks}, ScalarType::Byte)};
+  return {allocate(packed, {n, k_blocks * kBlockK / 2}, ScalarType::Byte),
+          allocate(packed, {n, k_blocks}, ScalarType::Byte),
+          allocate(packed, {n, k_blocks}, ScalarType::Byte)};
 }
 
 }  // namespace liquidgemm::binding

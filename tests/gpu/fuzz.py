@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from problems import DEVICE, assert_equal, testing
 
 import liquidgemm
+from liquidgemm.plans import plan_names
 
 LAYOUTS = ("plain", "row stride", "odd row stride", "odd offset", "transposed", "batched", "same")
 VECTORS = ("plain", "strided", "offset")
@@ -22,12 +23,12 @@ SMS = (0, 0, 1, 2, 3, 7, 8, 16, 66, 131, 132)
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `config` None is the public op; `num_sms` 0 all of them."""
+    """One call. `plan` None is the public op; `num_sms` 0 all of them."""
 
     m: int
     n: int
     k: int
-    config: int | None
+    plan: int | None
     num_sms: int
     out_dtype: torch.dtype
     bias_dtype: torch.dtype | None
@@ -64,13 +65,13 @@ def cases(draw) -> Case:
             st.sampled_from([2880, 4096, 5472, 9000]),
         )
     )
-    config = draw(st.one_of(st.none(), st.integers(0, len(testing.config_names()) - 1)))
+    plan = draw(st.one_of(st.none(), st.integers(0, len(plan_names()) - 1)))
     out_dtype = draw(st.sampled_from(OUT_DTYPES))
     return Case(
         m=m,
         n=n,
         k=k,
-        config=config,
+        plan=plan,
         num_sms=draw(st.sampled_from(SMS)),
         out_dtype=out_dtype,
         bias_dtype=None if out_dtype == torch.int32 else draw(st.sampled_from(BIAS_DTYPES)),
@@ -194,10 +195,10 @@ def check(case: Case, device: str = DEVICE) -> None:
         None if bias is None else place(bias, case.scale_layout),
         case.out_dtype,
     )
-    if case.config is None:
+    if case.plan is None:
         y = liquidgemm.gemm(*arguments)
     else:
-        y = testing.gemm_with_config(*arguments, case.config, case.num_sms)
+        y = testing.gemm_with_plan(*arguments, case.plan, case.num_sms)
     shape = (*rows.shape[:-1], case.n)
     assert y.shape == shape, f"{case}: {list(y.shape)}"
     assert math.prod(shape) == 0 or y.is_contiguous()

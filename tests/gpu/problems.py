@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 import liquidgemm
+from liquidgemm.plans import plan_names
 
 DEVICE = "cuda"
 testing = torch.ops.liquidgemm_testing
@@ -97,11 +98,11 @@ def run(
     problem: Problem,
     dtype: torch.dtype = torch.int32,
     bias: bool = False,
-    config: int | None = None,
+    plan: int | None = None,
     num_sms: int = 0,
     poisoned: bool = True,
 ) -> torch.Tensor:
-    """The kernel's result; `config` None takes the heuristic's choice."""
+    """The kernel's result; `plan` None takes the heuristic's choice."""
     if poisoned:  # a launch of its own: it keeps two launches of the kernel apart
         m, n, _ = problem.sizes
         poison((m, n), dtype)
@@ -113,13 +114,13 @@ def run(
         problem.bias if bias else None,
         dtype,
     )
-    if config is None:
+    if plan is None:
         return torch.ops.liquidgemm.gemm(*arguments)
-    return testing.gemm_with_config(*arguments, config, num_sms)
+    return testing.gemm_with_plan(*arguments, plan, num_sms)
 
 
-# Configurations that can quantize their activations: the tiles of eight tokens.
-QUANTIZING = [c for c in enumerate(testing.config_names()) if c[1].startswith("t8_")]
+# Plans that can quantize their activations: the tiles of eight tokens.
+QUANTIZING = [c for c in enumerate(plan_names()) if c[1].startswith("t8_")]
 
 
 def linear_in_two(problem: Problem, x: torch.Tensor) -> torch.Tensor:
@@ -130,10 +131,10 @@ def linear_in_two(problem: Problem, x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def linear_in_one(problem: Problem, x: torch.Tensor, config: int, num_sms: int = 0) -> torch.Tensor:
+def linear_in_one(problem: Problem, x: torch.Tensor, plan: int, num_sms: int = 0) -> torch.Tensor:
     """The same as a GEMM that quantizes: one of `QUANTIZING`."""
-    return testing.linear_with_config(
-        x, problem.weight, problem.weight_scale, problem.bias, config, num_sms
+    return testing.linear_with_plan(
+        x, problem.weight, problem.weight_scale, problem.bias, plan, num_sms
     )
 
 

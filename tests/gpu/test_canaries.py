@@ -15,12 +15,12 @@ from problems import (
     linear_in_two,
     random_problem,
     run,
-    testing,
 )
 
 import liquidgemm
+from liquidgemm.plans import plan_names
 
-CONFIGS = list(enumerate(testing.config_names()))
+PLANS = list(enumerate(plan_names()))
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int32]
 TOKENS = [(1, 64), (3, 64), (9, 64), (70, 320), (257, 64), (300, 320)]  # M, and K
 
@@ -33,17 +33,17 @@ def columns(m: int, itemsize: int, residue: int) -> int:
 @pytest.mark.parametrize("residue", [8, 61, 62, 63])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_around_the_output_of_gemm(dtype: torch.dtype, residue: int) -> None:
-    """CHECKLIST 6: guards before and after the output, which starts as NaN; every configuration."""
+    """CHECKLIST 6: guards before and after the output, which starts as NaN; every plan."""
     arena = Arena(4 * SMALLEST)
     for m, k in TOKENS:
         n = columns(m, dtype.itemsize, residue)
         problem = random_problem(m, n, k)
         bias = dtype.is_floating_point
         expected = problem.output(dtype, bias) if bias else problem.accumulator()
-        for config, name in CONFIGS:
+        for plan, name in PLANS:
             what = f"{name} {m=} {n=} {dtype}"
             with arena.allocating():
-                y = run(problem, dtype, bias, config, poisoned=False)
+                y = run(problem, dtype, bias, plan, poisoned=False)
             arena.check(y, what=what)
             assert_equal(y, expected, what)
             del y
@@ -51,16 +51,16 @@ def test_around_the_output_of_gemm(dtype: torch.dtype, residue: int) -> None:
 
 @pytest.mark.parametrize("residue", [8, 61, 62, 63])
 def test_around_the_output_of_linear(residue: int) -> None:
-    """CHECKLIST 6: the configurations that quantize, for few tokens."""
+    """CHECKLIST 6: the plans that quantize, for few tokens."""
     arena = Arena(4 * SMALLEST)
     for m, k in ((1, 64), (3, 200)):
         n = columns(m, 2, residue)
         problem = random_problem(m, n, k)
         x = torch.randn(m, k, device=DEVICE).half()
         expected = linear_in_two(problem, x)
-        for config, name in QUANTIZING:
+        for plan, name in QUANTIZING:
             with arena.allocating():
-                y = linear_in_one(problem, x, config)
+                y = linear_in_one(problem, x, plan)
             arena.check(y, what=f"{name} {m=} {n=}")
             assert_equal(y, expected, f"{name} {m=} {n=}")
             del y

@@ -5,8 +5,9 @@ import torch
 from problems import DEVICE, assert_equal, testing
 
 import liquidgemm
+from liquidgemm.plans import plan_names
 
-CONFIGS = list(enumerate(testing.config_names()))
+PLANS = list(enumerate(plan_names()))
 
 
 def every_group() -> tuple[torch.Tensor, ...]:
@@ -24,12 +25,12 @@ def every_group() -> tuple[torch.Tensor, ...]:
     return *(t.to(torch.uint8) for t in (qweight, s, a)), w8.to(torch.int32)
 
 
-@pytest.mark.parametrize(("config", "name"), CONFIGS, ids=lambda v: str(v))
-def test_every_step_offset_and_code(config: int, name: str) -> None:
+@pytest.mark.parametrize(("plan", "name"), PLANS, ids=lambda v: str(v))
+def test_every_step_offset_and_code(plan: int, name: str) -> None:
     """CHECKLIST 4: tokens that are unit vectors give the decoded weights themselves."""
     *logical, w8 = every_group()
     weight = liquidgemm.pack_weight(*(t.to(DEVICE) for t in logical))
     unit = torch.eye(64, dtype=torch.int8, device=DEVICE)
     ones = torch.ones(len(w8), device=DEVICE)
-    y = testing.gemm_with_config(unit, ones[:64], weight, ones, None, torch.int32, config, 0)
+    y = testing.gemm_with_plan(unit, ones[:64], weight, ones, None, torch.int32, plan, 0)
     assert_equal(y.T, w8.to(DEVICE), name)

@@ -2,18 +2,20 @@
 
 import pytest
 from fresh_process import run_python
-from problems import assert_equal, random_problem, run, testing
+from problems import assert_equal, random_problem, run
 
-CONFIGS = list(enumerate(testing.config_names()))
+from liquidgemm.plans import plan_names
+
+PLANS = list(enumerate(plan_names()))
 
 
 @pytest.mark.parametrize("num_sms", [1, 2, 8, 16, 66])
-@pytest.mark.parametrize(("config", "name"), CONFIGS, ids=lambda v: str(v))
-def test_limited_grid(config: int, name: str, num_sms: int) -> None:
-    """CHECKLIST 9, 14: many tiles per CTA, for every configuration."""
+@pytest.mark.parametrize(("plan", "name"), PLANS, ids=lambda v: str(v))
+def test_limited_grid(plan: int, name: str, num_sms: int) -> None:
+    """CHECKLIST 9, 14: many tiles per CTA, for every plan."""
     problem = random_problem(100, 1928, 2880)
     expected = problem.accumulator()
-    y = run(problem, config=config, num_sms=num_sms)
+    y = run(problem, plan=plan, num_sms=num_sms)
     assert_equal(y, expected, f"{name} num_sms={num_sms}")
 
 
@@ -22,6 +24,7 @@ import sys
 import torch
 from cuda.bindings import driver
 import liquidgemm
+from liquidgemm.plans import plan_names
 
 def check(result):
     error, *values = result
@@ -58,8 +61,8 @@ with torch.cuda.stream(stream):
             y = liquidgemm.gemm(x[:m], x_scale[:m], weight, scale, None, torch.int32)
         stream.synchronize()
         assert torch.equal(y, cases["y"][:m]), m
-    for config, name in enumerate(testing.config_names()):
-        y = testing.gemm_with_config(x, x_scale, weight, scale, None, torch.int32, config, 0)
+    for plan, name in enumerate(plan_names()):
+        y = testing.gemm_with_plan(x, x_scale, weight, scale, None, torch.int32, plan, 0)
         stream.synchronize()
         assert torch.equal(y, cases["y"]), name
 print("same on", sms)

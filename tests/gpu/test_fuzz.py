@@ -8,5 +8,5 @@ SEED = int(os.environ.get("SEED", "0"))
 
 
 def test_random_cases() -> None:
-    """CHECKLIST 17: shapes, strides, offsets, dtypes, bias, configuration, split, groups."""
+    """CHECKLIST 17: shapes, strides, offsets, dtypes, bias, plan, split, groups."""
     run_cases(1000, SEED)

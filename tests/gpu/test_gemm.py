@@ -7,8 +7,9 @@ import torch
 from problems import DEVICE, assert_equal, random_problem, run, testing
 
 import liquidgemm
+from liquidgemm.plans import plan_names
 
-CONFIGS = list(enumerate(testing.config_names()))
+PLANS = list(enumerate(plan_names()))
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -16,9 +17,9 @@ def tile_tokens(name: str) -> int:
     return int(name.split("_")[0][1:])
 
 
-@pytest.mark.parametrize(("config", "name"), CONFIGS, ids=lambda v: str(v))
-def test_every_configuration_is_exact(config: int, name: str) -> None:
-    """CHECKLIST 1: every compiled configuration, whole tiles and ragged edges."""
+@pytest.mark.parametrize(("plan", "name"), PLANS, ids=lambda v: str(v))
+def test_every_plan_is_exact(plan: int, name: str) -> None:
+    """CHECKLIST 1: every compiled plan, whole tiles and ragged edges."""
     tokens = tile_tokens(name)
     sizes = [
         (1, 64, 64),
@@ -32,20 +33,20 @@ def test_every_configuration_is_exact(config: int, name: str) -> None:
         problem = random_problem(m, n, k, seed=m + n + k)
         expected = problem.accumulator()
         for num_sms in (0, 8, 3):
-            actual = run(problem, config=config, num_sms=num_sms)
+            actual = run(problem, plan=plan, num_sms=num_sms)
             assert_equal(actual, expected, f"{name} num_sms={num_sms} {m=} {n=} {k=}")
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("config", "name"), CONFIGS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("plan", "name"), PLANS, ids=lambda v: str(v))
 def test_epilogue_is_the_documented_formula(
-    config: int, name: str, dtype: torch.dtype, bias: bool
+    plan: int, name: str, dtype: torch.dtype, bias: bool
 ) -> None:
     """CHECKLIST 1: scales, bias and rounding, bit for bit."""
     for n in (136, 137, 138):  # rows of y aligned to four elements, and not
         problem = random_problem(tile_tokens(name) + 3, n, 640)
-        actual = run(problem, dtype, bias, config)
+        actual = run(problem, dtype, bias, plan)
         assert_equal(actual, problem.output(dtype, bias), f"{name} n={n}")
 
 
@@ -65,8 +66,8 @@ def test_epilogue_of_special_scales(dtype: torch.dtype, bias: bool) -> None:
         problem.bias = special.repeat(14)[:n] if bias else problem.bias
         expected = problem.output(dtype, bias)
         assert_equal(run(problem, dtype, bias), expected, f"{n=}")
-        for config, name in CONFIGS:
-            actual = run(problem, dtype, bias, config)
+        for plan, name in PLANS:
+            actual = run(problem, dtype, bias, plan)
             assert_equal(actual, expected, f"{name} {n=}")
 
 
@@ -136,24 +137,22 @@ def test_saturation(m: int, k: int) -> None:
         y = liquidgemm.gemm(x, ones[:m], weight, ones[:n], out_dtype=torch.int32)
         expected = torch.full((m, n), x_value * w_value * k, dtype=torch.int32, device=DEVICE)
         assert_equal(y, expected, f"x={x_value} w={w_value} {m=} {k=}")
-        for config, name in CONFIGS:
-            y = testing.gemm_with_config(
-                x, ones[:m], weight, ones[:n], None, torch.int32, config, 0
-            )
+        for plan, name in PLANS:
+            y = testing.gemm_with_plan(x, ones[:m], weight, ones[:n], None, torch.int32, plan, 0)
             assert_equal(y, expected, f"{name} x={x_value} w={w_value} {m=} {k=}")
 
 
 @pytest.mark.parametrize("n", [72, 512])
 def test_batch_invariance(n: int) -> None:
     """CHECKLIST 9: a row alone equals the same row at any place of any batch, under any
-    configuration, on all SMs and on few."""
+    plan, on all SMs and on few."""
     problem = random_problem(300, n, 1088)
     alone = torch.cat([run(row_of(problem, i), torch.bfloat16, True) for i in (0, 7, 150, 299)])
     for m_begin, m_end in [(0, 300), (0, 8), (7, 8), (100, 200), (150, 300)]:
         part = rows_of(problem, m_begin, m_end)
-        for config, name in CONFIGS:
+        for plan, name in PLANS:
             for num_sms in (0, 24):
-                y = run(part, torch.bfloat16, True, config, num_sms)
+                y = run(part, torch.bfloat16, True, plan, num_sms)
                 for expected, i in zip(alone, (0, 7, 150, 299), strict=True):
                     if m_begin <= i < m_end:
                         assert_equal(y[i - m_begin], expected, f"{name} row {i}")
@@ -261,7 +260,7 @@ def test_back_to_back_launches(m: int) -> None:
     """
     problem = random_problem(m, 28_672, 4096)
     expected = problem.accumulator()
-    for config, name in CONFIGS:
+    for plan, name in PLANS:
         for _ in range(60):
-            y = run(problem, config=config, poisoned=False)
+            y = run(problem, plan=plan, poisoned=False)
         assert_equal(y, expected, f"{name} {m=}")

@@ -6,11 +6,13 @@ from fresh_process import run_python
 from problems import DEVICE, assert_equal, random_problem, testing
 
 import liquidgemm
+from liquidgemm.plans import plan_names
 
 CAPTURE_FIRST = """
 import sys
 import torch
 import liquidgemm
+from liquidgemm.plans import plan_names
 
 cases = torch.load(sys.argv[1])
 x, weight, scale = (cases[name].to("cuda") for name in ("x", "weight", "scale"))
@@ -26,9 +28,9 @@ def capture(function):
     return y.cpu()
 
 # No kernel of ours has run: each is loaded and launched for the first time under capture.
-for config, name in enumerate(testing.config_names()):
-    y = capture(lambda: testing.gemm_with_config(
-        x8, x_scale, weight, scale, None, torch.bfloat16, config, 0))
+for plan, name in enumerate(plan_names()):
+    y = capture(lambda: testing.gemm_with_plan(
+        x8, x_scale, weight, scale, None, torch.bfloat16, plan, 0))
     assert torch.equal(y, cases["y"]), name
 assert torch.equal(capture(lambda: liquidgemm.gemm(x8, x_scale, weight, scale)), cases["y"])
 assert torch.equal(capture(lambda: liquidgemm.linear(x, weight, scale)), cases["linear"])
@@ -75,15 +77,15 @@ def test_capture_before_any_eager_call(code: str, tmp_path) -> None:
 
 @pytest.mark.parametrize("m", [1, 16, 100, 300])
 def test_replay_with_changed_inputs(m: int) -> None:
-    """CHECKLIST 9, 12: every configuration; poisoned outputs; in a graph as out of it."""
+    """CHECKLIST 9, 12: every plan; poisoned outputs; in a graph as out of it."""
     fresh = [random_problem(m, 1024, 1088, seed) for seed in range(3)]
     problem = fresh[0]
     x, x_scale = torch.zeros_like(problem.x), torch.zeros_like(problem.x_scale)
-    names = testing.config_names()
+    names = plan_names()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = [
-            testing.gemm_with_config(
+            testing.gemm_with_plan(
                 x, x_scale, problem.weight, problem.weight_scale, None, torch.bfloat16, c, 0
             )
             for c in range(len(names))

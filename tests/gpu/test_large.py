@@ -7,6 +7,7 @@ import torch
 from problems import DEVICE, assert_equal, random_problem, random_weight, testing
 
 import liquidgemm
+from liquidgemm.plans import plan_names
 
 FAR = 2**31
 
@@ -52,7 +53,7 @@ def test_quantization() -> None:
 
 
 def test_weights() -> None:
-    """CHECKLIST 5: N * K / 2 past 2^31 bytes; five panels, over and over; every configuration."""
+    """CHECKLIST 5: N * K / 2 past 2^31 bytes; five panels, over and over; every plan."""
     panels, blocks = 1025, 1025
     assert panels * blocks * 2048 > FAR
     n, k = panels * 64, blocks * 64
@@ -63,8 +64,8 @@ def test_weights() -> None:
     x = rows(3, k, torch.int8)
     expected = (x.double() @ w8.double().T).to(torch.int32).repeat(1, panels // 5)
     ones = torch.ones(n, device=DEVICE)
-    for config, name in enumerate(testing.config_names()):
-        y = testing.gemm_with_config(x, ones[:3], weight, ones, None, torch.int32, config, 0)
+    for plan, name in enumerate(plan_names()):
+        y = testing.gemm_with_plan(x, ones[:3], weight, ones, None, torch.int32, plan, 0)
         assert_equal(y, expected, name)
 
 
@@ -83,18 +84,18 @@ def test_packing() -> None:
 
 
 def test_outputs() -> None:
-    """CHECKLIST 2, 5: M * N past 2^31; every configuration that is made for many tokens."""
+    """CHECKLIST 2, 5: M * N past 2^31; every plan that is made for many tokens."""
     m, n, k = 65_537, 32_840, 64
     assert m * n > FAR
     base = random_problem(7, n, k)
     x, scale = base.x.repeat(9363, 1)[:m], base.x_scale.repeat(9363)[:m]
     expected = base.output(torch.bfloat16)
     at = samples(m)
-    for config, name in enumerate(testing.config_names()):
+    for plan, name in enumerate(plan_names()):
         if int(name.split("_")[0][1:]) < 64:
             continue
-        y = testing.gemm_with_config(
-            x, scale, base.weight, base.weight_scale, None, torch.bfloat16, config, 0
+        y = testing.gemm_with_plan(
+            x, scale, base.weight, base.weight_scale, None, torch.bfloat16, plan, 0
         )
         assert_equal(y[at], expected[at % 7], name)
         del y

@@ -10,6 +10,7 @@ import torch
 from problems import DEVICE, assert_equal, random_problem, testing
 
 import liquidgemm
+from liquidgemm.plans import plan_names
 
 CALLS = 100_000
 HOST_GROWTH = 16 << 20  # of the whole process; a leak of 200 bytes per call would exceed it
@@ -72,9 +73,9 @@ def test_the_host_does_not_wait(no_synchronization) -> None:
             liquidgemm.linear(x.T.contiguous().T, *weight, problem.bias),
         ]
         outputs += liquidgemm.quantize_activation(x)
-        for config in range(len(testing.config_names())):
+        for plan in range(len(plan_names())):
             outputs.append(
-                testing.gemm_with_config(problem.x, problem.x_scale, *weight, None, None, config, 0)
+                testing.gemm_with_plan(problem.x, problem.x_scale, *weight, None, None, plan, 0)
             )
         return outputs
 

@@ -10,6 +10,7 @@ import torch
 from problems import DEVICE, assert_equal, random_problem, testing
 
 import liquidgemm
+from liquidgemm.plans import plan_names
 
 SOURCE = r"""
 extern "C" __global__ void slow_copy(char const* from, char* to, int bytes, int microseconds) {
@@ -23,7 +24,7 @@ extern "C" __global__ void slow_copy(char const* from, char* to, int bytes, int 
     to[i] = from[i];
 }
 """
-CONFIGS = list(enumerate(testing.config_names()))
+PLANS = list(enumerate(plan_names()))
 MICROSECONDS = 1000
 
 
@@ -39,10 +40,10 @@ def slow_copy():
     return launch
 
 
-@pytest.mark.parametrize(("config", "name"), CONFIGS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("plan", "name"), PLANS, ids=lambda v: str(v))
 @pytest.mark.parametrize("late", ["x", "x_scale"])
-def test_gemm_waits_for_its_activations(slow_copy, late, config: int, name: str):
-    """CHECKLIST 13: every configuration, each operand that a kernel before it may have written."""
+def test_gemm_waits_for_its_activations(slow_copy, late, plan: int, name: str):
+    """CHECKLIST 13: every plan, each operand that a kernel before it may have written."""
     problem = random_problem(12, 1024, 1088)
     expected = problem.output(torch.float32)
     operands = {"x": problem.x, "x_scale": problem.x_scale}
@@ -52,13 +53,13 @@ def test_gemm_waits_for_its_activations(slow_copy, late, config: int, name: str)
         stale.zero_()
         torch.cuda.synchronize()
         slow_copy(fresh, stale)
-        y = testing.gemm_with_config(
+        y = testing.gemm_with_plan(
             *operands.values(),
             problem.weight,
             problem.weight_scale,
             None,
             torch.float32,
-            config,
+            plan,
             0,
         )
         assert_equal(y, expected, f"{name} late {late} run {i}")

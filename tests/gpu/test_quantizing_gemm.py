@@ -19,7 +19,7 @@ from problems import (
 import liquidgemm
 
 DTYPES = [torch.bfloat16, torch.float16]
-every_config = pytest.mark.parametrize(("config", "name"), QUANTIZING, ids=lambda v: str(v))
+every_plan = pytest.mark.parametrize(("plan", "name"), QUANTIZING, ids=lambda v: str(v))
 
 
 def fits(name: str, m: int, k: int) -> bool:
@@ -35,15 +35,15 @@ def split_of(name: str) -> int:
     return int(name[-1]) if "split" in name else 1
 
 
-def one_kernel(problem: Problem, x: torch.Tensor, config: int, num_sms: int = 0) -> torch.Tensor:
+def one_kernel(problem: Problem, x: torch.Tensor, plan: int, num_sms: int = 0) -> torch.Tensor:
     poison((len(x), len(problem.weight_scale)), x.dtype)
-    return linear_in_one(problem, x, config, num_sms)
+    return linear_in_one(problem, x, plan, num_sms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [8, 64, 200, 576, 1000, 2048, 4096, 7168])
-@every_config
-def test_same_bits(config: int, name: str, k: int, dtype: torch.dtype) -> None:
+@every_plan
+def test_same_bits(plan: int, name: str, k: int, dtype: torch.dtype) -> None:
     """CHECKLIST 1, 8, 9: every plan, every number of tokens, rows of every kind."""
     problem = random_problem(1, 328, k)
     x = hard_rows(k, dtype).to(DEVICE)
@@ -51,38 +51,38 @@ def test_same_bits(config: int, name: str, k: int, dtype: torch.dtype) -> None:
     for m in range(1, 9):
         for rows in (slice(0, m), slice(12 - m, 12)):
             if fits(name, m, k):
-                actual = one_kernel(problem, x[rows], config)
+                actual = one_kernel(problem, x[rows], plan)
                 assert_equal(actual, expected[rows], f"{name} {k=} {m=} {rows} {dtype}")
 
 
 @pytest.mark.parametrize("k", [14336, 28672, 36864])
-@every_config
-def test_long_rows(config: int, name: str, k: int) -> None:
+@every_plan
+def test_long_rows(plan: int, name: str, k: int) -> None:
     """CHECKLIST 2: more than a thread keeps in registers, up to all that a CTA can hold."""
     problem = random_problem(1, 200, k)
     x = torch.randn(2, k, device=DEVICE).bfloat16()
     expected = linear_in_two(problem, x)
     for m in (1, 2):
         if fits(name, m, k):
-            assert_equal(one_kernel(problem, x[:m], config), expected[:m], f"{name} {k=} {m=}")
+            assert_equal(one_kernel(problem, x[:m], plan), expected[:m], f"{name} {k=} {m=}")
         else:
             with pytest.raises(RuntimeError, match=f"cannot quantize {m} tokens of K = {k}"):
-                one_kernel(problem, x[:m], config)
+                one_kernel(problem, x[:m], plan)
 
 
 @pytest.mark.parametrize("num_sms", [1, 2, 8, 66])
-@every_config
-def test_few_sms(config: int, name: str, num_sms: int) -> None:
+@every_plan
+def test_few_sms(plan: int, name: str, num_sms: int) -> None:
     """CHECKLIST 9, 14: many tiles per CTA, which all use the tokens of the first."""
     problem = random_problem(1, 1928, 2880)
     x = torch.randn(5, 2880, device=DEVICE).bfloat16()
     if num_sms < split_of(name):
         pytest.skip("fewer SMs than CTAs in a cluster")
-    assert_equal(one_kernel(problem, x, config, num_sms), linear_in_two(problem, x), name)
+    assert_equal(one_kernel(problem, x, plan, num_sms), linear_in_two(problem, x), name)
 
 
-@every_config
-def test_back_to_back(config: int, name: str) -> None:
+@every_plan
+def test_back_to_back(plan: int, name: str) -> None:
     """CHECKLIST 10, 12, 13: layers in a graph, each of which quantizes what the last one wrote."""
     problem = random_problem(1, 1024, 1024)
     problem.weight_scale /= 1024
@@ -90,12 +90,12 @@ def test_back_to_back(config: int, name: str) -> None:
     expected = x
     for _ in range(20):
         expected = linear_in_two(problem, expected)
-    one_kernel(problem, x, config)
+    one_kernel(problem, x, plan)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = x
         for _ in range(20):
-            y = one_kernel(problem, y, config)
+            y = one_kernel(problem, y, plan)
     for run in range(20):
         graph.replay()
         assert_equal(y, expected, f"{name} {run=}")

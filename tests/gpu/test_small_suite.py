@@ -9,18 +9,18 @@ from problems import (
     linear_in_two,
     random_problem,
     run,
-    testing,
 )
 
 import liquidgemm
+from liquidgemm.plans import plan_names
 
 
 def test_gemm_small() -> None:
     """CHECKLIST 15: ragged edges, several tiles per CTA, one CTA and clusters along K."""
     problem = random_problem(33, 200, 1088)
     expected = problem.accumulator()
-    for config, name in enumerate(testing.config_names()):
-        actual = run(problem, config=config, num_sms=4)
+    for plan, name in enumerate(plan_names()):
+        actual = run(problem, plan=plan, num_sms=4)
         assert_equal(actual, expected, name)
 
 
@@ -37,8 +37,8 @@ def test_linear_small() -> None:
         problem = random_problem(m, 200, k)
         x = torch.randn(m, k, device=DEVICE).bfloat16()
         expected = linear_in_two(problem, x)
-        for config, name in QUANTIZING:
-            actual = linear_in_one(problem, x, config, num_sms=4)
+        for plan, name in QUANTIZING:
+            actual = linear_in_one(problem, x, plan, num_sms=4)
             assert_equal(actual, expected, f"{name} {m=} {k=}")
 
 

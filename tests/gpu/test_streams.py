@@ -4,11 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from problems import DEVICE, assert_equal, random_problem, run, testing
+from problems import DEVICE, assert_equal, random_problem, run
 
 import liquidgemm
+from liquidgemm.plans import plan_names
 
-CONFIGS = list(enumerate(testing.config_names()))
+PLANS = list(enumerate(plan_names()))
 
 
 class Hog:
@@ -39,15 +40,15 @@ def test_repetition_beside_a_busy_stream(m: int) -> None:
     assert wrong.item() == 0, f"{wrong.item()} of 1000 runs differ, {m=}"
 
 
-@pytest.mark.parametrize(("config", "name"), CONFIGS, ids=lambda v: str(v))
-def test_every_configuration_beside_a_busy_stream(config: int, name: str) -> None:
+@pytest.mark.parametrize(("plan", "name"), PLANS, ids=lambda v: str(v))
+def test_every_plan_beside_a_busy_stream(plan: int, name: str) -> None:
     """CHECKLIST 10."""
     problem = random_problem(70, 1536, 2880)
     expected = problem.accumulator()
     hog = Hog()
     torch.cuda.synchronize()
     hog.work(20)
-    outputs = [run(problem, config=config, poisoned=False) for _ in range(50)]
+    outputs = [run(problem, plan=plan, poisoned=False) for _ in range(50)]
     for i, y in enumerate(outputs):
         assert_equal(y, expected, f"{name} run {i}")
 
@@ -84,7 +85,7 @@ def test_streams_in_one_thread() -> None:
     for _ in range(20):
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                outputs.append(run(problem, config=5 * i % len(CONFIGS), poisoned=False))
+                outputs.append(run(problem, plan=5 * i % len(PLANS), poisoned=False))
     torch.cuda.synchronize()
     for i, y in enumerate(outputs):
         assert_equal(y, expected, f"launch {i}")

@@ -1,17 +1,18 @@
-"""The same bits for minutes: every configuration, launches that overlap, beside other work."""
+"""The same bits for minutes: every plan, launches that overlap, beside other work."""
 
 import pytest
 import torch
 from problems import DEVICE, random_problem, testing
 
 import liquidgemm
+from liquidgemm.plans import plan_names
 
-CONFIGS = list(enumerate(testing.config_names()))
+PLANS = list(enumerate(plan_names()))
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize(("config", "name"), CONFIGS, ids=lambda v: str(v))
-def test_overlapping_launches(config: int, name: str) -> None:
+@pytest.mark.parametrize(("plan", "name"), PLANS, ids=lambda v: str(v))
+def test_overlapping_launches(plan: int, name: str) -> None:
     """CHECKLIST 10, 13: thousands of launches back to back, a quarter of them beside a hog."""
     hog = torch.cuda.Stream()
     busy = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
@@ -24,14 +25,14 @@ def test_overlapping_launches(config: int, name: str) -> None:
             if i % 4 == 0 and i >= 225:
                 with torch.cuda.stream(hog):
                     torch.mm(busy, busy)
-            y = testing.gemm_with_config(
+            y = testing.gemm_with_plan(
                 problem.x,
                 problem.x_scale,
                 problem.weight,
                 problem.weight_scale,
                 None,
                 torch.int32,
-                config,
+                plan,
                 (0, 0, 0, 16, 66)[i % 5],
             )
             if i % 10 == 9:  # the others overlap with nothing in between

@@ -1,7 +1,9 @@
 // Packing and unpacking on the GPU: one CTA per block, one thread per row, through the functions of
 // formats/pack.hpp.
+#include "liquidgemm/pack.hpp"
+
 #include "liquidgemm/common/math.hpp"
-#include "liquidgemm/gemm.hpp"
+#include "liquidgemm/formats/pack.hpp"
 
 namespace liquidgemm {
 namespace {
@@ -27,6 +29,10 @@ dim3 blocks(LogicalWeight const& logical) {
 }
 
 }  // namespace
+
+int64_t packed_bytes(int64_t n, int64_t k_blocks) {
+  return ceil_div(n, kBlockRows) * k_blocks * kBlockBytes;
+}
 
 cudaError_t pack_weight(LogicalWeight const& logical,
                         uint8_t* packed,

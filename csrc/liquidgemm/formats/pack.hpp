@@ -3,19 +3,10 @@
 
 #include <cstdint>
 
+#include "liquidgemm/formats/logical_weight.hpp"
 #include "liquidgemm/formats/packed_layout.hpp"
 
 namespace liquidgemm {
-
-// Logical tensors, row-major: qweight [n, k / 2] (column 2j in the low nibble of byte j), qscale
-// and qoffset [n, k / 64].
-struct LogicalWeight {
-  uint8_t* qweight;
-  uint8_t* qscale;
-  uint8_t* qoffset;
-  int64_t n;
-  int64_t k_blocks;
-};
 
 inline constexpr int kPaddingOffset = kOffsetBias;  // rows past n decode to 0
 

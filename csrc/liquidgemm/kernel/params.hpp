@@ -40,7 +40,7 @@ struct KernelParams {
   // counting such pairs, and then share single tiles along K, so many in all.
   bool pairs;
   int whole_rounds, split_tiles;
-  int eighths_ahead;  // of the ring, requested before the first tokens are here: early_weights.hpp
+  int eighths_ahead;  // of the ring, requested before the first tokens are here: plan/rules.hpp
   int stages_ahead;   // of each k group, dequantized before there are tokens; at most
                       // Tile::kStagesAhead, and no more than every CTA's first tile has
   // Where the kernel quantizes, instead of x_map and x_scale: dense [m, k], elements of 16 bits.

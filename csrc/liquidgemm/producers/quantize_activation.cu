@@ -11,8 +11,8 @@
 
 #include "liquidgemm/common/cluster_ptx.hpp"
 #include "liquidgemm/common/math.hpp"
-#include "liquidgemm/gemm.hpp"
 #include "liquidgemm/producers/quantizer.hpp"
+#include "liquidgemm/quantize.hpp"
 
 namespace liquidgemm {
 namespace {

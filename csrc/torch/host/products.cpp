@@ -1,10 +1,10 @@
 // The CPU side of quantize_activation, gemm and linear: check, allocate, one call. The checks are
-// those of bindings_cuda.cpp, in the same words.
+// those of the CUDA ops, in the same words.
 #include <array>
 #include <tuple>
 
+#include "../product.hpp"
 #include "liquidgemm/cpu/gemm.hpp"
-#include "product.hpp"
 
 namespace liquidgemm::binding {
 namespace {

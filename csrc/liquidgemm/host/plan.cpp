@@ -1,0 +1,37 @@
+#include "liquidgemm/plan.hpp"
+
+#include "liquidgemm/plan/cache.hpp"
+#include "liquidgemm/plan/explain.hpp"
+
+namespace liquidgemm {
+namespace {
+
+// One cache per thread: no lock in an eager call, and nothing that a fork could leave locked.
+PlanCache& plan_cache() {
+  static thread_local PlanCache cache;
+  return cache;
+}
+
+enum Kind : int { kGemm, kLinear, kReadableLinear };
+
+}  // namespace
+
+LaunchPlan plan_gemm(Problem const& problem) {
+  return plan_cache().get(problem, kGemm, select_gemm);
+}
+
+LaunchPlan plan_linear(Problem const& problem, bool x_is_readable) {
+  return plan_cache().get(problem, x_is_readable ? kReadableLinear : kLinear,
+                          [&](Problem const& p) { return select_linear(p, x_is_readable); });
+}
+
+bool kernel_can_read(Element x_type, void const* x) {
+  return (x_type == Element::kBFloat16 || x_type == Element::kFloat16) &&
+         reinterpret_cast<uintptr_t>(x) % 16 == 0;
+}
+
+std::string to_string(LaunchPlan const& plan) {
+  return describe(plan);
+}
+
+}  // namespace liquidgemm

@@ -1,0 +1,25 @@
+// Weights from the logical layout to the one that the kernels read, and back, on the GPU.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "liquidgemm/formats/logical_weight.hpp"
+
+namespace liquidgemm {
+
+// Of a packed weight of n channels: [ceil(n / 64), k_blocks] blocks of 64 x 64.
+int64_t packed_bytes(int64_t n, int64_t k_blocks);
+
+// Enqueues the packing; rows past n decode to 0. *infeasible, in device memory and zeroed by the
+// caller, becomes 1 if some code * step + offset exceeds 255. Returns what the launch returns.
+cudaError_t pack_weight(LogicalWeight const& logical,
+                        uint8_t* packed,
+                        int* infeasible,
+                        cudaStream_t stream);
+
+// The exact inverse.
+cudaError_t unpack_weight(uint8_t const* packed, LogicalWeight const& logical, cudaStream_t stream);
+
+}  // namespace liquidgemm

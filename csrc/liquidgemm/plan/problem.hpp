@@ -1,0 +1,23 @@
+// What a plan is chosen for.
+#pragma once
+
+#include <cstdint>
+
+namespace liquidgemm {
+
+struct Problem {
+  int64_t m, n, k;             // y [m, n] = x [m, k] times W [n, k] transposed
+  int num_sms;                 // at most so many are used
+  double memory_bytes_per_us;  // peak of the GPU
+
+  friend bool operator==(Problem const&, Problem const&) = default;
+};
+
+// How the GEMM gets its int8 activations.
+enum class Activations {
+  kReady,             // an earlier kernel wrote them
+  kJustQuantized,     // the quantizer writes them in the launch right before this one
+  kQuantizeInKernel,  // the kernel reads 16-bit activations and quantizes them itself
+};
+
+}  // namespace liquidgemm

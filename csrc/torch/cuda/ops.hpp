@@ -1,0 +1,45 @@
+// The CUDA ops, one file each: check, guard, stream, allocate, one call.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "../product.hpp"
+
+namespace liquidgemm::binding {
+
+std::tuple<Tensor, Tensor> quantize_activation_op(Tensor const& x);
+
+Tensor gemm_op(Tensor const& x,
+               Tensor const& x_scale,
+               Tensor const& weight,
+               Tensor const& weight_scale,
+               OptionalTensor const& bias,
+               OptionalType const& out_dtype);
+
+Tensor linear_op(Tensor const& x,
+                 Tensor const& weight,
+                 Tensor const& weight_scale,
+                 OptionalTensor const& bias);
+
+Tensor pack_weight_op(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset);
+std::tuple<Tensor, Tensor, Tensor> unpack_weight_op(Tensor const& packed, int64_t n);
+
+// For tests and benchmarks: with the plan of this index, on at most num_sms SMs (0: all).
+Tensor gemm_with_plan_op(Tensor const& x,
+                         Tensor const& x_scale,
+                         Tensor const& weight,
+                         Tensor const& weight_scale,
+                         OptionalTensor const& bias,
+                         OptionalType const& out_dtype,
+                         int64_t plan,
+                         int64_t num_sms);
+// In one launch, whether that pays or not.
+Tensor linear_with_plan_op(Tensor const& x,
+                           Tensor const& weight,
+                           Tensor const& weight_scale,
+                           OptionalTensor const& bias,
+                           int64_t plan,
+                           int64_t num_sms);
+
+}  // namespace liquidgemm::binding

@@ -1,0 +1,38 @@
+#include "liquidgemm/pack.hpp"
+
+#include "context.hpp"
+#include "ops.hpp"
+
+namespace liquidgemm::binding {
+
+Tensor pack_weight_op(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset) {
+  const LogicalTensors logical = checked_logical(qweight, qscale, qoffset);
+  const DeviceGuard guard(qweight.get_device_index());
+  hopper_device("pack_weight");
+  const cudaStream_t stream = current_stream(qweight);
+  Tensor packed = empty_packed(logical);
+  Tensor infeasible = torch::stable::new_zeros(qweight, {1}, ScalarType::Int);
+  int* const flag = static_cast<int*>(infeasible.mutable_data_ptr());
+  check_cuda(
+      pack_weight(logical.view(), static_cast<uint8_t*>(packed.mutable_data_ptr()), flag, stream),
+      "pack_weight");
+  int found = 0;  // packing happens once per model: this is the one place that waits for the GPU
+  check_cuda(cudaMemcpyAsync(&found, flag, sizeof(found), cudaMemcpyDeviceToHost, stream),
+             "pack_weight");
+  check_cuda(cudaStreamSynchronize(stream), "pack_weight");
+  check(!found, kInfeasible);
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor> unpack_weight_op(Tensor const& packed, int64_t n) {
+  const LogicalTensors logical = empty_logical(packed, n);
+  const DeviceGuard guard(packed.get_device_index());
+  hopper_device("unpack_weight");
+  const Tensor source = dense(packed);
+  check_cuda(unpack_weight(static_cast<uint8_t const*>(source.const_data_ptr()), logical.view(),
+                           current_stream(packed)),
+             "unpack_weight");
+  return {logical.qweight, logical.qscale, logical.qoffset};
+}
+
+}  // namespace liquidgemm::binding

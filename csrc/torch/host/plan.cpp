@@ -1,0 +1,33 @@
+// What liquidgemm/plans.py asks: which plans there are, and why one is selected.
+#include "../check.hpp"
+#include "liquidgemm/plan/explain.hpp"
+#include "ops.hpp"
+
+namespace liquidgemm::binding {
+
+std::vector<std::string> plan_names() {
+  std::vector<std::string> names;
+  for (Plan const& plan : all_plans())
+    names.push_back(name(plan));
+  return names;
+}
+
+std::vector<int64_t> plausible_plans(int64_t m) {
+  std::vector<int64_t> plans;
+  for (size_t i = 0; i < all_plans().size(); ++i) {
+    if (is_plausible(all_plans()[i].tile, m))
+      plans.push_back(static_cast<int64_t>(i));
+  }
+  return plans;
+}
+
+std::string explain_plan(
+    int64_t m, int64_t n, int64_t k, bool quantizes, int64_t num_sms, double memory_tbps) {
+  for (auto const& [name, value] : {std::pair{"m", m}, {"n", n}, {"k", k}, {"num_sms", num_sms}})
+    check(value >= 1 && value <= INT32_MAX, name, ": expected 1 to 2^31 - 1, got ", value);
+  check(memory_tbps > 0, "memory_tbps: expected a positive number, got ", memory_tbps);
+  const Problem problem{m, n, k, static_cast<int>(num_sms), memory_tbps * 1e6};
+  return to_json(quantizes ? explain_linear(problem) : explain_gemm(problem));
+}
+
+}  // namespace liquidgemm::binding

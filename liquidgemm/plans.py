@@ -1,0 +1,166 @@
+"""Which kernel runs a product, and why: the choice that the library makes before every launch.
+
+A *plan* says which tile a CTA computes and how CTAs share the work. It is chosen by a pure function
+of the sizes, the number of SMs and the memory's bandwidth, which can be asked without a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+from . import _library
+
+_library.load_libraries()
+
+H100_SMS = 132
+H100_MEMORY_TBPS = 3.35
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan beside the others.
+
+    Attributes:
+        plan: its name: tokens, 64-channel panels and k groups of a tile, blocks per pipeline stage,
+            and how CTAs share tiles: ``t64_p1_k3_s2_split2``.
+        us: estimated time, or None if a rule excludes the plan before it is estimated. Softly the
+            larger of memory_us and sm_us, plus fixed_us and behind_quantizer_us.
+        memory_us: time to stream the weights.
+        sm_us: time that the busiest SM works.
+        fixed_us: launch, and SMs that the last round keeps from the next launch.
+        behind_quantizer_us: what the plan costs more right after a quantizer.
+        why_not: why it is not the selected plan; empty for that one.
+    """
+
+    plan: str
+    us: float | None
+    memory_us: float | None
+    sm_us: float | None
+    fixed_us: float | None
+    behind_quantizer_us: float | None
+    why_not: str
+
+
+@dataclass(frozen=True)
+class PlanExplanation:
+    """What a launch does, and how its plan was chosen. ``print`` shows it as text.
+
+    Attributes:
+        m, n, k: tokens, output channels and input channels.
+        op: "gemm" or "linear".
+        num_sms, memory_tbps: of the GPU.
+        plan: name of the selected plan.
+        launches: 1, or 2 if a quantizer runs before.
+        why_launches: why.
+        tile_tokens, m_tiles, n_tiles: height of a tile, and tiles (pairs of them, with pairs).
+        workers, cluster: CTAs, or clusters of so many CTAs, that run at a time.
+        whole_rounds, split_tiles: tiles per worker, and tiles that two CTAs share in a last round.
+        eighths_ahead: eighths of the pipeline filled with weights before the activations arrive.
+        stages_ahead: stages of each k group dequantized before the activations arrive.
+        candidates: all plans, the selected one first, then by time; excluded ones last.
+    """
+
+    m: int
+    n: int
+    k: int
+    op: str
+    num_sms: int
+    memory_tbps: float
+    plan: str
+    launches: int
+    why_launches: str
+    tile_tokens: int
+    m_tiles: int
+    n_tiles: int
+    workers: int
+    cluster: int
+    whole_rounds: int
+    split_tiles: int
+    eighths_ahead: int
+    stages_ahead: int
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def selected(self) -> Candidate:
+        return self.candidates[0]
+
+    def summary(self) -> str:
+        """One line."""
+        best = self.selected
+        bound = "memory" if best.memory_us >= best.sm_us else "the SMs"
+        launches = ("", ", one launch", ", two launches")[self.launches * (self.op == "linear")]
+        return (
+            f"{self.op} M={self.m} N={self.n} K={self.k} on {self.num_sms} SMs, "
+            f"{self.memory_tbps:.2f} TB/s: plan {self.plan}{launches}; "
+            f"estimated {best.us:.1f} us: memory {best.memory_us:.1f}, SMs {best.sm_us:.1f}, "
+            f"fixed {best.fixed_us + best.behind_quantizer_us:.1f}; bound by {bound}"
+        )
+
+    def __str__(self) -> str:
+        split = f", then {self.split_tiles} shared along K" if self.split_tiles else ""
+        lines = [
+            self.summary(),
+            f"  {self.why_launches}",
+            f"  {self.m_tiles} x {self.n_tiles} tiles of {self.tile_tokens} tokens over "
+            f"{self.workers} clusters of {self.cluster}: {self.whole_rounds} each{split}",
+            f"  weights ahead of the activations: {self.eighths_ahead}/8 of the pipeline, "
+            f"{self.stages_ahead} stages dequantized",
+        ]
+        scored = [c for c in self.candidates if c.us is not None]
+        width = max(len(c.plan) for c in scored)
+        for c in scored:
+            why = c.why_not or "selected: the least time"
+            lines.append(f"{c.us:9.2f} us  {c.plan:{width}}  {why}")
+        excluded: dict[str, list[str]] = {}
+        for c in self.candidates[len(scored) :]:
+            excluded.setdefault(c.why_not, []).append(c.plan)
+        lines += [f"  excluded, {why}: {', '.join(plans)}" for why, plans in excluded.items()]
+        return "\n".join(lines)
+
+
+def plan_names() -> list[str]:
+    """The names of all compiled plans."""
+    return list(torch.ops.liquidgemm_plan.names())
+
+
+def explain_plan(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    op: str = "gemm",
+    num_sms: int = H100_SMS,
+    memory_tbps: float = H100_MEMORY_TBPS,
+) -> PlanExplanation:
+    """Say which plan runs a product on a GPU, and why none of the others does.
+
+    Needs no GPU. Times are estimates for weights that are not in a cache, in a chain of launches.
+
+    Args:
+        m: tokens.
+        n: output channels.
+        k: input channels.
+        op: "gemm" for int8 activations, "linear" for 16-bit ones that are quantized first.
+        num_sms: of the GPU; 132 on an H100 or H200 SXM.
+        memory_tbps: peak of its memory, in 1e12 bytes per second: 3.35 on an H100 SXM, 4.8 on an
+            H200.
+
+    Raises:
+        ValueError: an unknown op, a size below 1 or from 2^31 on, or no positive bandwidth.
+    """
+    if op not in ("gemm", "linear"):
+        raise ValueError(f'op: expected "gemm" or "linear", got {op!r}')
+    for name, value in (("m", m), ("n", n), ("k", k), ("num_sms", num_sms)):
+        if not 1 <= value < 2**31:
+            raise ValueError(f"{name}: expected 1 to 2^31 - 1, got {value}")
+    if not memory_tbps > 0:
+        raise ValueError(f"memory_tbps: expected a positive number, got {memory_tbps}")
+    found = json.loads(
+        torch.ops.liquidgemm_plan.explain(m, n, k, op == "linear", num_sms, memory_tbps)
+    )
+    unknown = dict.fromkeys(Candidate.__annotations__)
+    candidates = tuple(Candidate(**{**unknown, **c}) for c in found.pop("candidates"))
+    return PlanExplanation(m, n, k, op, num_sms, memory_tbps, **found, candidates=candidates)

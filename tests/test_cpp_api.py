@@ -1,0 +1,80 @@
+"""The C++ library as a target of CMake: another project is configured, built and run."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import setup as build
+from liquidgemm import _library
+from liquidgemm.plans import explain_plan
+
+ROOT = Path(__file__).parent.parent
+HEADERS = sorted((ROOT / "csrc/liquidgemm").glob("*.hpp"))
+
+
+def run(*command: object) -> str:
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tools() -> build.Toolchain:
+    return build.Toolchain.find()
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=lambda header: header.stem)
+def test_public_headers_stand_alone(header: Path, tools: build.Toolchain, tmp_path: Path) -> None:
+    """Each compiles by itself, with CUDA's headers and without those of CUTLASS and torch."""
+    cuda = tools.cuda_file("include/cuda_runtime.h", "targets/*/include/cuda_runtime.h").parent
+    source = tmp_path / "header.cpp"
+    source.write_text(f'#include "liquidgemm/{header.name}"\n')
+    run(
+        *(tools.cxx, "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"),
+        *(f"-I{ROOT / 'csrc'}", "-isystem", cuda, source),
+    )
+
+
+def test_another_project_links_the_library(tools: build.Toolchain, tmp_path: Path) -> None:
+    """examples/cpp, with the objects that the build of this checkout has left."""
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert cmake, "cmake is missing: pip install cmake"
+    objects = tools.build_dir() / "csrc"
+    sources = [
+        file for file in build.source_files("liquidgemm._C_cuda") if "torch" not in file.parts
+    ]
+    missing = [
+        str(source.relative_to(ROOT))
+        for source in sources
+        if not (objects / f"{source.relative_to(ROOT / 'csrc')}.o").exists()
+    ]
+    if missing:
+        pytest.skip(f"not compiled by `python setup.py build_ext`: {', '.join(missing)}")
+    generator = ("-G", "Ninja") if shutil.which("ninja") else ()
+    run(
+        *(cmake, "-S", ROOT / "examples/cpp", "-B", tmp_path, *generator),
+        *(f"-DCMAKE_CXX_COMPILER={tools.cxx}", f"-DCUDAToolkit_ROOT={tools.cuda}"),
+        f"-DLIQUIDGEMM_OBJECTS={objects}",
+    )
+    run(cmake, "--build", tmp_path)
+    program = subprocess.run(
+        [tmp_path / "linear"], capture_output=True, text=True, timeout=60, check=False
+    )
+    plan = re.search(r"plan (\w+), two launches", program.stdout)
+    assert plan, program.stdout + program.stderr
+    if _library.hopper_devices():
+        assert program.returncode == 0, program.stdout
+        assert "results are exact" in program.stdout
+    else:
+        assert program.returncode == 2, program.stdout
+        assert plan[1] == explain_plan(64, 1024, 2048, op="linear").plan
+        assert "nothing was run" in program.stdout
+    # int8 rows and a float for each.
+    assert f"workspace: {64 * (2048 + 4)} bytes" in program.stdout
