@@ -53,7 +53,7 @@ CPU_FLAGS = {
 }.get(platform.machine(), {})
 CPU_COMMON = ("gemm", "kernels", "portable", "processor")
 # Every operation is rounded, and none of them traps or sets errno: so loops can become vectors.
-CPU_CXX_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+CPU_CXX_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 
 # The sources of each library: every pattern must match at least one file.
 SOURCES = {

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _cpu
 from .format import (
     GROUP,
     MAX_IN_FEATURES,
@@ -208,6 +209,8 @@ def _search(
     """
     groups = units.shape[1] // rows
     weight = None if column_weight is None else column_weight.repeat(1, rows)
+    if units.is_cpu and _cpu.cpu_kernel() != _cpu.REFERENCE:
+        return torch.ops.liquidgemm_cpu.search(units, rows, weight)
     low, high = units.amin(0), units.amax(0)
 
     row_error = units.new_full((rows,), torch.inf)

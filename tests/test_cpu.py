@@ -278,3 +278,35 @@ def test_reference_is_exact_with_the_instruction_set_lowered():
         MKL_ENABLE_INSTRUCTIONS="AVX2",
     )
     assert result.stdout.strip() == "exact", result.stdout + result.stderr
+
+
+# The quantizer's search.
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="without fused multiply-adds torch.addcmul rounds twice",
+)
+@pytest.mark.parametrize("group_size", [64, 128, -1])
+@pytest.mark.parametrize("shape", [(3, 1), (5, 64), (33, 576), (7, 130), (40, 1000)])
+def test_search_finds_the_same_grids(shape, group_size):
+    """Every set against plain torch: rows of zeros, denormals, constants, ties, and importance."""
+    generator = torch.Generator().manual_seed(shape[1])
+    weight = torch.randn(shape, generator=generator)
+    weight *= 10 ** torch.randint(-6, 3, (shape[0], 1), generator=generator).float()
+    weight[0] = 0
+    if shape[0] >= 5:
+        weight[1] *= 1e-38
+        weight[2] = 1
+        weight[3] = weight[3].round()
+    sparse = (torch.rand(shape[1], generator=generator) > 0.5).float() + 1e-9
+    for importance in (None, torch.rand(shape[1], generator=generator) ** 3, sparse):
+        liquidgemm.set_cpu_kernel("reference")
+        expected = liquidgemm.quantize_weight(weight, group_size, importance=importance)
+        for name in KERNELS[:-1]:
+            liquidgemm.set_cpu_kernel(name)
+            got = liquidgemm.quantize_weight(weight, group_size, importance=importance)
+            for field in ("qweight", "qscale", "qoffset", "scale"):
+                reference.assert_same(
+                    getattr(got, field), getattr(expected, field), kernel=name, field=field
+                )

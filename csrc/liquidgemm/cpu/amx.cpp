@@ -8,7 +8,8 @@
 namespace liquidgemm::cpu {
 namespace {
 
-inline constexpr int kTile = 16;            // rows of weights, or tokens
+inline constexpr int kFewestTokens = 9;  // a tile pays from here on, though a part of it is unused
+inline constexpr int kTile = 16;         // rows of weights, or tokens
 inline constexpr int kTileBytes = 16 * 64;  // of weights or tokens
 inline constexpr int kAhead = 4;            // groups that are prefetched ahead
 
@@ -235,8 +236,9 @@ Kernels const* amx_kernels() {
   static constexpr Kernels kernels{"amx",
                                    product_by_codes<Avx512Vnni>(),
                                    {kTile, kGroup, kStride, arrange_tile, multiply_by_tiles},
-                                   kTile,
-                                   quantize};
+                                   kFewestTokens,
+                                   quantize,
+                                   search};
   return &kernels;
 }
 

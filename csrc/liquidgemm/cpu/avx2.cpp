@@ -29,7 +29,7 @@ struct Avx2 : X86With32Bytes {
 
 Kernels const* avx2_kernels() {
   static constexpr Product by_codes = product_by_codes<Avx2>();
-  static constexpr Kernels kernels{"avx2", by_codes, by_codes, INT64_MAX, quantize};
+  static constexpr Kernels kernels{"avx2", by_codes, by_codes, INT64_MAX, quantize, search};
   return &kernels;
 }
 

@@ -23,7 +23,7 @@ struct AvxVnni : X86With32Bytes {
 
 Kernels const* avx_vnni_kernels() {
   static constexpr Product by_codes = product_by_codes<AvxVnni>();
-  static constexpr Kernels kernels{"avx_vnni", by_codes, by_codes, INT64_MAX, quantize};
+  static constexpr Kernels kernels{"avx_vnni", by_codes, by_codes, INT64_MAX, quantize, search};
   return &kernels;
 }
 

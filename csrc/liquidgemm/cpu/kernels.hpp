@@ -45,8 +45,22 @@ struct Product {
                    uint8_t* scratch);
 };
 
-// The problem of the quantizer's search; see search.hpp.
-struct Search;
+// The quantizer's search for the grid of least squared error, of some rows (search.hpp). A matrix
+// [span, columns] has one column per group, the rows' groups one after the other.
+struct Search {
+  float const* units;   // [span, columns], w / sigma
+  float const* weight;  // [span, columns], of the squared errors, or null
+  int64_t span, columns, rows;
+  float *s, *z;   // [columns]
+  float* q;       // [span, columns]
+  float* refit;   // [rows], factors of sigma
+  void* scratch;  // search_scratch bytes, aligned to 64
+};
+
+constexpr int64_t search_scratch(int64_t span, int64_t columns) {
+  constexpr int64_t kLargestVector = 64, kResults = 6 * 3;
+  return (2 * span + span / 2 + 1) * kLargestVector + kResults * columns * int64_t{sizeof(float)};
+}
 
 struct Kernels {
   char const* name;
@@ -56,6 +70,8 @@ struct Kernels {
 
   // One row of K activations to int8, and its scale.
   float (*quantize)(void const* x, Element type, int64_t k, int8_t* out);
+
+  void (*search)(Search const& arguments);
 
   Product const& product(int64_t tokens) const { return tokens < fewest_many ? few : many; }
 };

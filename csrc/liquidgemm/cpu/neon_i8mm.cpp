@@ -5,7 +5,7 @@ namespace liquidgemm::cpu {
 
 Kernels const* neon_i8mm_kernels() {
   static constexpr Product by_codes = product_by_codes<NeonDotprod>();
-  static constexpr Kernels kernels{"neon_i8mm", by_codes, by_codes, INT64_MAX, quantize};
+  static constexpr Kernels kernels{"neon_i8mm", by_codes, by_codes, INT64_MAX, quantize, search};
   return &kernels;
 }
 

@@ -79,7 +79,7 @@ struct Portable {
 
 Kernels const* portable_kernels() {
   static constexpr Product by_codes = product_by_codes<Portable>();
-  static constexpr Kernels kernels{"portable", by_codes, by_codes, INT64_MAX, quantize};
+  static constexpr Kernels kernels{"portable", by_codes, by_codes, INT64_MAX, quantize, search};
   return &kernels;
 }
 

@@ -111,6 +111,42 @@ std::tuple<Tensor, Tensor> quantize_activation_op(Tensor const& x) {
   return {x8, scale};
 }
 
+// `_search` of liquidgemm/quantize.py, whose docstring says what it takes and returns.
+std::tuple<Tensor, Tensor, Tensor, Tensor> search(Tensor const& units,
+                                                  int64_t rows,
+                                                  OptionalTensor const& weight) {
+  check_dtype("units", units, {ScalarType::Float});
+  check(units.dim() == 2 && units.size(0) > 0 && rows > 0 && units.size(1) > 0 &&
+            units.size(1) % rows == 0,
+        "units: expected shape [span, ", rows, " * G], got ", shape_of(units));
+  const int64_t span = units.size(0), columns = units.size(1);
+  if (weight) {
+    check_dtype("weight", *weight, {ScalarType::Float});
+    check_shape("weight", *weight, {span, columns});
+  }
+  cpu::Kernels const* const kernels = cpu::current_kernels();
+  check(kernels != nullptr, "search: expected kernels, the reference is chosen");
+  const Tensor x = torch::stable::contiguous(units);
+  OptionalTensor errors;
+  if (weight)
+    errors = torch::stable::contiguous(*weight);
+  Tensor s = torch::stable::new_empty(units, {columns}),
+         z = torch::stable::new_empty(units, {columns});
+  Tensor q = torch::stable::new_empty(units, {span, columns});
+  Tensor refit = torch::stable::new_empty(units, {rows});
+  const int64_t bytes = cpu::search_scratch(span, columns);
+  // 64 more bytes: the memory of a tensor of this size may be aligned to 16 only.
+  Tensor scratch = torch::stable::new_empty(units, {bytes + 64}, ScalarType::Byte);
+  const uintptr_t memory = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
+  kernels->search(
+      {static_cast<float const*>(x.const_data_ptr()),
+       errors ? static_cast<float const*>(errors->const_data_ptr()) : nullptr, span, columns, rows,
+       static_cast<float*>(s.mutable_data_ptr()), static_cast<float*>(z.mutable_data_ptr()),
+       static_cast<float*>(q.mutable_data_ptr()), static_cast<float*>(refit.mutable_data_ptr()),
+       reinterpret_cast<void*>(ceil_div(memory, 64) * 64)});
+  return {s, z, q, refit};
+}
+
 std::vector<std::string> cpu_kernels() {
   int count;
   cpu::Kernels const* const* const sets = cpu::supported_kernels(&count);
@@ -144,6 +180,7 @@ STABLE_TORCH_LIBRARY(liquidgemm_cpu, m) {
   m.def("kernels() -> str[]");
   m.def("kernel() -> str");
   m.def("set_kernel(str name) -> ()");
+  m.def("search(Tensor units, int rows, Tensor? weight) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm_cpu, CompositeExplicitAutograd, m) {
@@ -151,4 +188,5 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm_cpu, CompositeExplicitAutograd, m) {
   m.impl("kernels", TORCH_BOX(&cpu_kernels));
   m.impl("kernel", TORCH_BOX(&cpu_kernel));
   m.impl("set_kernel", TORCH_BOX(&set_cpu_kernel));
+  m.impl("search", TORCH_BOX(&search));
 }
