@@ -201,12 +201,12 @@ def test_folders_below_are_kept_without_their_weights(tmp_path, fresh):
     assert report.notes == ("left out: onnx/model.onnx",)
 
 
-def test_the_output_may_lie_within_the_source(tmp_path, fresh):
+def test_the_output_is_not_within_the_source(tmp_path, fresh):
     source = checkpoint(tmp_path / "source")
-    import_checkpoint(source, source / "out", progress=False)
-    assert sorted(path.name for path in (source / "out").iterdir()) == [
+    with pytest.raises(FileExistsError, match="expected a folder outside of"):
+        import_checkpoint(source, source / "out", progress=False)
+    assert sorted(path.name for path in source.iterdir()) == [
         "config.json",
-        "liquidgemm_import.json",
         "model.safetensors",
         "tokenizer.json",
     ]

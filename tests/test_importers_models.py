@@ -54,23 +54,23 @@ def assert_same_model(folder, out, model_class, weights):
 @pytest.mark.parametrize("kind", sorted(MODELS.keys() - {"recurrent"}))
 def test_every_architecture(tmp_path, kind):
     model = make(kind)
-    weights = write(model, tmp_path)
-    report = import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    weights = write(model, tmp_path / "source")
+    report = import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
     assert report.loaded_as.startswith(f"{type(model).__name__} of transformers")
     assert report.loaded_as.endswith("with its values")
     assert all(layer.error == 0 for layer in report.layers)
     saved = json.loads((tmp_path / "out/liquidgemm_import.json").read_text())
     assert saved["loaded_as"] == report.loaded_as
-    assert_same_model(tmp_path, tmp_path / "out", type(model), weights)
+    assert_same_model(tmp_path / "source", tmp_path / "out", type(model), weights)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_format(tmp_path, name):
     model = make("grouped queries")
-    weights = write(model, tmp_path, name)
-    report = import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    weights = write(model, tmp_path / "source", name)
+    report = import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
     assert all(layer.error == 0 for layer in report.layers)
-    layers = assert_same_model(tmp_path, tmp_path / "out", type(model), weights)
+    layers = assert_same_model(tmp_path / "source", tmp_path / "out", type(model), weights)
     for layer, weight in weights.items():
         assert torch.equal(layers[layer].dequantize(), weight.float())
 
@@ -79,15 +79,15 @@ def test_transposed_weights(tmp_path):
     """Of GPT-2's own linear layer, which stores ``[K, N]``; the formats store them as others."""
     (kind,) = TRANSPOSED
     model = make(kind)
-    weights = write(model, tmp_path, "gptq")
-    import_checkpoint(tmp_path, tmp_path / "out", progress=False)
-    assert_same_model(tmp_path, tmp_path / "out", type(model), weights)
+    weights = write(model, tmp_path / "source", "gptq")
+    import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
+    assert_same_model(tmp_path / "source", tmp_path / "out", type(model), weights)
 
 
 def test_layers_whose_weight_is_read_elsewhere_stay_in_float(tmp_path):
     model = make("recurrent")
-    weights = write(model, tmp_path)
-    report = import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    weights = write(model, tmp_path / "source")
+    report = import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
     state = load_file(tmp_path / "out/model.safetensors")
     why = ": in float, since MambaMixer."
     kept = [note.partition(why)[0] for note in report.notes if why in note]
@@ -95,7 +95,7 @@ def test_layers_whose_weight_is_read_elsewhere_stay_in_float(tmp_path):
     for name in kept:
         assert torch.equal(state[f"{name}.weight"], weights.pop(name).float())
     assert not {layer.name for layer in report.layers} & set(kept)
-    assert_same_model(tmp_path, tmp_path / "out", type(model), weights)
+    assert_same_model(tmp_path / "source", tmp_path / "out", type(model), weights)
 
 
 def test_multimodal_names_of_either_age(tmp_path):
@@ -106,10 +106,9 @@ def test_multimodal_names_of_either_age(tmp_path):
         ("old", lambda key: key),
         ("new", lambda key: _path_in_model(key, modules)),
     ):
-        (tmp_path / age).mkdir()
         weights = write(model, tmp_path / age, rename=rename)
-        import_checkpoint(tmp_path / age, tmp_path / age / "out", progress=False)
-        layers = assert_same_model(tmp_path / age, tmp_path / age / "out", type(model), weights)
+        import_checkpoint(tmp_path / age, tmp_path / f"{age} out", progress=False)
+        layers = assert_same_model(tmp_path / age, tmp_path / f"{age} out", type(model), weights)
         assert set(layers) <= set(modules)
 
 
@@ -125,13 +124,13 @@ def _path_in_model(key, modules):
 def test_experts_in_one_parameter_are_refused(tmp_path, kind):
     """As those of transformers 5 are; those of older ones are layers like others."""
     model = make(kind)
-    weights = write(model, tmp_path)
+    weights = write(model, tmp_path / "source")
     if OLD:
-        import_checkpoint(tmp_path, tmp_path / "out", progress=False)
-        assert_same_model(tmp_path, tmp_path / "out", type(model), weights)
+        import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
+        assert_same_model(tmp_path / "source", tmp_path / "out", type(model), weights)
         return
     with pytest.raises(ValueError, match=r"experts\.0\.\w+: expected a linear layer in .*experts"):
-        import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+        import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -142,9 +141,9 @@ def test_experts_in_float_are_kept(tmp_path, monkeypatch):
         foreign_models, "is_linear", lambda key, value: "self_attn" in key and old(key, value)
     )
     model = make("one parameter")
-    weights = write(model, tmp_path)
-    import_checkpoint(tmp_path, tmp_path / "out", progress=False)
-    assert_same_model(tmp_path, tmp_path / "out", type(model), weights)
+    weights = write(model, tmp_path / "source")
+    import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
+    assert_same_model(tmp_path / "source", tmp_path / "out", type(model), weights)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +159,10 @@ def test_experts_in_float_are_kept(tmp_path, monkeypatch):
     ],
 )
 def test_what_finds_no_place_is_refused(tmp_path, change, message):
-    write(make("grouped queries"), tmp_path)
-    rewrite(tmp_path, change)
+    write(make("grouped queries"), tmp_path / "source")
+    rewrite(tmp_path / "source", change)
     with pytest.raises(ValueError, match=message):
-        import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+        import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -177,10 +176,10 @@ def test_what_finds_no_place_is_refused(tmp_path, change, message):
     ],
 )
 def test_a_configuration_of_another_model_is_refused(tmp_path, fields, message):
-    write(make("grouped queries"), tmp_path)
-    reconfigure(tmp_path, **fields)
+    write(make("grouped queries"), tmp_path / "source")
+    reconfigure(tmp_path / "source", **fields)
     with pytest.raises(ValueError, match=message):
-        import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+        import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -192,9 +191,9 @@ def test_a_configuration_of_another_model_is_refused(tmp_path, fields, message):
     ],
 )
 def test_what_cannot_be_tried_is_said(tmp_path, fields, why):
-    write(make("grouped queries"), tmp_path)
-    reconfigure(tmp_path, **fields)
-    report = import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    write(make("grouped queries"), tmp_path / "source")
+    reconfigure(tmp_path / "source", **fields)
+    report = import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
     assert report.loaded_as.startswith("not tried: ")
     assert why in report.loaded_as
     assert "not tried" in str(report)
@@ -202,26 +201,26 @@ def test_what_cannot_be_tried_is_said(tmp_path, fields, why):
 
 def test_a_large_result_is_loaded_without_its_values(tmp_path, monkeypatch):
     monkeypatch.setattr(architecture, "LOADED_WHOLE_BYTES", 1000)
-    write(make("vision tower"), tmp_path)
-    report = import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    write(make("vision tower"), tmp_path / "source")
+    report = import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
     if OLD:
         assert "only transformers 5" in report.loaded_as
         return
     assert report.loaded_as.endswith("on the meta device, without its values")
-    rewrite(tmp_path, lambda state: state.pop("language_model.model.norm.weight"))
+    rewrite(tmp_path / "source", lambda state: state.pop("language_model.model.norm.weight"))
     with pytest.raises(ValueError, match=r"norm\.weight: .* 1 missing keys"):
-        import_checkpoint(tmp_path, tmp_path / "again", progress=False)
+        import_checkpoint(tmp_path / "source", tmp_path / "again", progress=False)
 
 
 def test_biases_of_zeros_are_left_out_where_the_model_has_none(tmp_path):
     """As some writers give every layer."""
     model = make("grouped queries")
-    weights = write(model, tmp_path, "gptq")
+    weights = write(model, tmp_path / "source", "gptq")
     zeros = {f"{layer}.bias": torch.zeros(len(weight)) for layer, weight in weights.items()}
-    rewrite(tmp_path, lambda state: state.update(zeros))
-    report = import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    rewrite(tmp_path / "source", lambda state: state.update(zeros))
+    report = import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
     assert sum("bias: left out" in note for note in report.notes) == len(weights)
-    assert_same_model(tmp_path, tmp_path / "out", type(model), weights)
+    assert_same_model(tmp_path / "source", tmp_path / "out", type(model), weights)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -233,13 +232,15 @@ def test_a_quantized_head(tmp_path, tied, monkeypatch):
         foreign_models, "is_linear", lambda k, v: k == "lm_head.weight" or old(k, v)
     )
     monkeypatch.setitem(SETTINGS, "pack-quantized", {**SETTINGS["pack-quantized"], "ignore": []})
-    weights = write(model, tmp_path)
+    weights = write(model, tmp_path / "source")
     if tied:
         parts, _ = foreign_models.quantized(model.lm_head.weight.detach(), "pack-quantized")
-        rewrite(tmp_path, lambda s: s.update({f"lm_head.{k}": v for k, v in parts.items()}))
+        rewrite(
+            tmp_path / "source", lambda s: s.update({f"lm_head.{k}": v for k, v in parts.items()})
+        )
         with pytest.raises(ValueError, match=r"lm_head: expected a weight of its own, .* ties"):
-            import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+            import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
         return
-    import_checkpoint(tmp_path, tmp_path / "out", progress=False)
+    import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
     assert "lm_head" in weights
-    assert_same_model(tmp_path, tmp_path / "out", type(model), weights)
+    assert_same_model(tmp_path / "source", tmp_path / "out", type(model), weights)
