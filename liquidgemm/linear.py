@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,8 @@ from .format import GROUP, ceil_div
 from .quantize import quantize_weight
 from .weight import QuantizedWeight, dequantize_weight
 
-_LOGICAL = ("qweight", "qscale", "qoffset", "scale")
+_LOGICAL = ("qweight", "qscale", "qoffset")
+_STATE = (*_LOGICAL, "scale")
 
 
 class LiquidLinear(nn.Module):
@@ -21,6 +24,12 @@ class LiquidLinear(nn.Module):
     The weight is held once, packed for the kernel. ``state_dict`` holds the logical layout instead
     (``qweight``, ``qscale``, ``qoffset``, ``scale``, ``bias``), so that checkpoints do not depend
     on the kernel. Pickling and copying the module keep the packed layout.
+
+    The names of the state_dict are attributes as well. Read, they are copies. Assigned (by the
+    user, by torch.func.functional_call for the time of a call, or by accelerate), they go before
+    the packed weight: every call packs them anew, until None is assigned in their place, or
+    ``eval()``, ``train()``, ``to()`` or one of its kind packs them for good. A layer on the meta
+    device has them alone, as there is nothing to pack.
 
     A new layer is zero until it is loaded. Nothing in it is trained, but gradients flow through it
     to x. Casts such as ``.half()`` change the bias alone: the scale stays float32, and the output
@@ -48,7 +57,7 @@ class LiquidLinear(nn.Module):
     # Of the float weight, as casts change it. A default for pickles of older versions.
     _dtype = torch.float32
 
-    packed: Tensor
+    packed: Tensor | None
     scale: Tensor
     bias: Tensor | None
     columns: Tensor | None
@@ -87,11 +96,14 @@ class LiquidLinear(nn.Module):
     def _set(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
         self.in_features = weight.in_features
         self.out_features = weight.out_features
-        # Not persistent: the state_dict has the logical tensors in its place.
-        self.register_buffer("packed", _pack(weight), persistent=False)
         self.register_buffer("scale", weight.scale.clone())
         self.register_buffer("bias", bias)
         self.register_buffer("columns", weight.columns.clone() if weight.augment else None)
+        logical = [getattr(weight, name) for name in _LOGICAL]
+        if weight.qweight.is_meta:
+            self._hold(None, logical)
+        else:
+            self._hold(ops.pack_weight(*logical))
 
     @classmethod
     def from_quantized(
@@ -146,12 +158,62 @@ class LiquidLinear(nn.Module):
             # and gradients find their way.
             whole = F.pad(x, (0, -self.in_features % GROUP))
             x = torch.cat((whole, x.index_select(-1, self.columns)), dim=-1)
-        return ops.linear(x, self.packed, self.scale, self.bias)
+        packed = self.packed if self._is_packed() else ops.pack_weight(*self._logical())
+        return ops.linear(x, packed, self.scale, self.bias)
+
+    def _is_packed(self) -> bool:
+        """Whether the layer computes with ``packed``: nothing goes before it, or it before them."""
+        given = self._buffers
+        if given["qweight"] is None and given["qscale"] is None and given["qoffset"] is None:
+            return True
+        return given["packed"] is not None and "packed" not in self._non_persistent_buffers_set
+
+    def _logical(self) -> list[Tensor]:
+        """The logical tensors that the layer computes with."""
+        given = dict.fromkeys(_LOGICAL) if self._is_packed() else self._buffers
+        if any(given[name] is None for name in _LOGICAL):
+            if self.packed is None:
+                raise RuntimeError(f"{', '.join(_LOGICAL)}: expected tensors, got None")
+            own = ops.unpack_weight(self.packed, self.out_features)
+            own = dict(zip(_LOGICAL, own, strict=True))
+            given = {name: own[name] if given[name] is None else given[name] for name in _LOGICAL}
+        return [given[name] for name in _LOGICAL]
+
+    def _pack_for_good(self) -> None:
+        """Hold the weight once, packed, or as logical tensors where it has no values."""
+        if self._is_packed() and not self.packed.is_meta:
+            self._hold(self.packed)
+            return
+        tensors = self._logical()
+        if any(tensor.is_meta for tensor in tensors):
+            if self._is_packed():
+                self._hold(None, tensors)
+            return
+        try:
+            packed = ops.pack_weight(*tensors)
+        except RuntimeError:  # of memory that is yet to be written to; forward says why
+            return
+        self._hold(packed)
+
+    def _hold(self, packed: Tensor | None, logical: Iterable[Tensor | None] = (None,) * 3) -> None:
+        weight = {"packed": packed, **dict(zip(_LOGICAL, logical, strict=True))}
+        buffers = weight | self._buffers | weight
+        self._buffers.clear()
+        # torch.export counts on it that those which are None come last.
+        self._buffers.update(sorted(buffers.items(), key=lambda buffer: buffer[1] is None))
+        # Not persistent, as the state_dict has the logical tensors in its place. accelerate looks
+        # for the values of all that are listed here.
+        self._non_persistent_buffers_set.discard("packed")
+        if packed is not None:
+            self._non_persistent_buffers_set.add("packed")
+
+    def train(self, mode: bool = True) -> LiquidLinear:
+        self._pack_for_good()
+        return super().train(mode)
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight in the logical layout (unpacked anew on each call)."""
-        tensors = ops.unpack_weight(self.packed, self.out_features)
-        return QuantizedWeight(*tensors, self.scale, self.in_features, self.columns)
+        return QuantizedWeight(*self._logical(), self.scale, self.in_features, self.columns)
 
     @property
     def weight(self) -> WeightStandIn:
@@ -179,8 +241,18 @@ class LiquidLinear(nn.Module):
 
     @property
     def qweight(self) -> Tensor:
-        """The codes as in ``state_dict``, uint8 ``[N, K / 2]`` (unpacked anew on each call)."""
-        return ops.unpack_weight(self.packed, self.out_features)[0]
+        """The codes as in ``state_dict``, uint8 ``[N, K / 2]``: a copy."""
+        return self._logical()[0]
+
+    @property
+    def qscale(self) -> Tensor:
+        """The steps as in ``state_dict``, uint8 ``[N, K / 64]``: a copy."""
+        return self._logical()[1]
+
+    @property
+    def qoffset(self) -> Tensor:
+        """The offsets as in ``state_dict``, uint8 ``[N, K / 64]``: a copy."""
+        return self._logical()[2]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as floats ``[N, K]``."""
@@ -195,25 +267,31 @@ class LiquidLinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> LiquidLinear:
         scale = self.scale
+        self._pack_for_good()
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=scale.device)).dtype
         super()._apply(fn, recurse)
         if self.scale.dtype != torch.float32:
             # A cast to another float type came along; only its change of device is wanted.
             self.scale = scale.to(self.scale.device)
+        self._pack_for_good()
         return self
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for name in _LOGICAL:  # not there in pickles of older versions
+            self._buffers.setdefault(name, None)
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        names = ("qweight", "qscale", "qoffset")
-        tensors = ops.unpack_weight(self.packed, self.out_features)
-        destination.update((prefix + name, t) for name, t in zip(names, tensors, strict=True))
+        tensors = zip(_LOGICAL, self._logical(), strict=True)
+        destination.update((prefix + name, tensor) for name, tensor in tensors)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         """Checks everything before it changes anything; problems go to error_msgs, as in torch."""
         optional = [name for name in ("bias", "columns") if getattr(self, name) is not None]
-        names = [*_LOGICAL, *optional]
+        names = [*_STATE, *optional]
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         missing_keys += [prefix + name for name in names if name not in found]
         if strict:
@@ -238,15 +316,19 @@ class LiquidLinear(nn.Module):
         for name, tensor in loaded.items():
             if local_metadata.get("assign_to_params_buffers", False):
                 setattr(self, name, tensor)
-            elif getattr(self, name).is_meta:
+            elif self.scale.is_meta:
                 error_msgs.append(f"{prefix}{name}: is on the meta device; load with assign=True")
+            elif (old := self._buffers[name]) is None:
+                setattr(self, name, tensor.to(self.scale.device))
             else:
-                getattr(self, name).copy_(tensor)
+                old.copy_(tensor)
+        if not self.scale.is_meta:
+            self._hold(self.packed)
 
     def _checked(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """The buffers for a state, or an error that names the tensor, what was expected and got."""
         weight = QuantizedWeight(
-            *(found[name] for name in _LOGICAL), self.in_features, found.get("columns")
+            *(found[name] for name in _STATE), self.in_features, found.get("columns")
         )
         if weight.out_features != self.out_features:
             raise ValueError(
