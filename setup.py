@@ -39,7 +39,7 @@ AVX512_FLAGS = (
     "-Wno-uninitialized",  # GCC warns of its own headers
     "-Wno-maybe-uninitialized",
 )
-CPU_FLAGS = {
+CPU_FLAGS_OF = {
     "x86_64": {
         "avx2": X86_FLAGS,
         "avx_vnni": (*X86_FLAGS, "-mavxvnni"),
@@ -50,7 +50,8 @@ CPU_FLAGS = {
         "neon_dotprod": ("-march=armv8.2-a+dotprod",),
         "neon_i8mm": ("-march=armv8.2-a+dotprod+i8mm",),
     },
-}.get(platform.machine(), {})
+}
+CPU_FLAGS = CPU_FLAGS_OF.get(platform.machine(), {})
 CPU_COMMON = ("gemm", "kernels", "portable", "processor")
 # Every operation is rounded, and none of them traps or sets errno: so loops can become vectors.
 CPU_CXX_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
