@@ -123,7 +123,7 @@ def import_checkpoint(
 
     Raises:
         FileNotFoundError: the folder or a file of it is missing.
-        FileExistsError: output is there and not empty.
+        FileExistsError: output is there and not empty, or inside of the source.
         ValueError: the checkpoint is damaged, in no format above, has a setting whose meaning is
             not known, something that our format cannot hold (groups of 32, columns out of order,
             transforms of activations), or does not load as the model that it is for. The message
@@ -139,7 +139,7 @@ def import_checkpoint(
     architecture = Architecture(directory, config)
     layers = _layers(module, source.names(), module.scheme(Settings(settings)), architecture)
     imported, names, notes = [], {}, list(source.notes)
-    with new_folder(output) as staging:
+    with new_folder(output, directory) as staging:
         writer = ShardWriter(staging)
         for layer in tqdm(layers, "importing", unit="layer", disable=not progress):
             try:
