@@ -34,7 +34,7 @@ class TinyExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.zeros(4, 64, 32))
 
 
-# CHECKLIST 22.
+# The report.
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,7 @@ class TinyExperts(nn.Module):
     ],
 )
 def test_every_matrix_is_accounted_for(make, owner, reason):
+    """CHECKLIST 22"""
     model = small(it=make())
     expected = {name: p.numel() for name, p in matrices(model).items()}
     report = quantize_(model, progress=False)
@@ -111,6 +112,7 @@ def test_experts_of_transformers():
 
 
 def test_nothing_to_quantize_is_an_error():
+    """CHECKLIST 22"""
     with pytest.raises(ValueError, match=r"model: .*got a module without any matrix"):
         quantize_(nn.Sequential(nn.ReLU()))
     model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Conv1d(4, 4, 3)})
@@ -281,14 +283,6 @@ class InHelper(Reader):
         return x @ self.other.weight
 
 
-@pytest.mark.parametrize("kind", [Values, Alias, GetAttribute, Writes, Inherits, InHelper])
-def test_layers_whose_weight_is_read_are_left_alone(kind):
-    report = quantize_(kind(), progress=False)
-    assert report.quantized == ("near.proj",)
-    assert report.skipped["other"].startswith("its weight is read by ")
-    assert kind.__mro__[kind is Inherits].__name__ in report.skipped["other"]
-
-
 class OnlyAsks(Reader):
     def __init__(self):
         super().__init__()
@@ -304,14 +298,39 @@ class OnlyAsks(Reader):
         return self.other(x.to(self.other.weight.device)).view(-1, self.other.weight.shape[0])
 
 
+class SwitchedOff(Reader):
+    """As for tensor parallelism in some models, which a setting switches on."""
+
+    slices = 1
+
+    def forward(self, x):
+        if self.slices > 1 and x.dim() > 1:
+            return x @ self.other.weight[: self.slices]
+        return self.near["proj"](self.other(x))
+
+
+class SwitchedOn(SwitchedOff):
+    slices = 2
+
+
 class Overrides(Values):
     def forward(self, x):
         return self.other(x)
 
 
-@pytest.mark.parametrize("kind", [Reader, OnlyAsks, Overrides])
+@pytest.mark.parametrize("kind", [Reader, OnlyAsks, Overrides, SwitchedOff])
 def test_code_that_asks_only_what_a_weight_is(kind):
     assert quantize_(kind(), progress=False).quantized == ("near.proj", "other")
+
+
+@pytest.mark.parametrize(
+    "kind", [Values, Alias, GetAttribute, Writes, Inherits, InHelper, SwitchedOn]
+)
+def test_layers_whose_weight_is_read_are_left_alone(kind):
+    report = quantize_(kind(), progress=False)
+    assert report.quantized == ("near.proj",)
+    assert report.skipped["other"].startswith("its weight is read by ")
+    assert kind.__mro__[kind in (Inherits, SwitchedOn)].__name__ in report.skipped["other"]
 
 
 # Heads of transformers' models.

@@ -43,6 +43,7 @@ def sizes(model) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_a_model_of_transformers(tmp_path, name):
+    """CHECKLIST 23"""
     structure = STRUCTURES[name]
     model = structure.make()
     # Copies, as the first call of some changes their weights.
@@ -64,6 +65,7 @@ def test_a_model_of_transformers(tmp_path, name):
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_plain_module(tmp_path, name):
+    """CHECKLIST 22, 23"""
     structure = PLAIN[name]
     model = structure.make()
     expected, accounted = run(model, structure), sizes(model)

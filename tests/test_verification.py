@@ -1,6 +1,7 @@
 """The check at the end of quantize_: what it sees, what it says, and that it leaves no trace."""
 
 import copy
+import warnings
 
 import pytest
 import reference
@@ -291,3 +292,16 @@ def test_from_pretrained_says_so_if_it_could_not(tmp_path, monkeypatch):
         model = kind.from_pretrained(tmp_path, quantization_config=liquidgemm.LiquidGemmConfig())
     with torch.no_grad():
         assert model(IDS).logits.isfinite().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = liquidgemm.LiquidGemmConfig(verify=False)
+        kind.from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_a_model_with_adapters():
+    peft = pytest.importorskip("peft")
+    model = STRUCTURES["GPT-Neo"].make()
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    found = quantize_(model, progress=False).verification
+    assert found.input == "made up: input_ids"
+    assert found.unreached == ()

@@ -47,6 +47,7 @@ class LiquidGemmConfig(QuantizationConfigMixin):
     Args:
         config: how to quantize; or its fields as keywords: ``LiquidGemmConfig(group_size=128)``.
         layers: of a checkpoint: its quantized layers, and how many residual columns each has.
+        verify: as in `liquidgemm.quantize_`; a checkpoint does not record it.
 
     Raises:
         ValueError: a wrong field, or a checkpoint of a newer version.
@@ -58,6 +59,7 @@ class LiquidGemmConfig(QuantizationConfigMixin):
         layers: Mapping[str, int] | None = None,
         quant_method: str = METHOD,
         format_version: int = FORMAT_VERSION,
+        verify: bool = True,
         **fields,
     ) -> None:
         if quant_method != METHOD:
@@ -83,7 +85,7 @@ class LiquidGemmConfig(QuantizationConfigMixin):
                 f"layers: expected a multiple of {GROUP} for the name of each layer, got {layers!r}"
             )
         self.quant_method = METHOD
-        self.config = config
+        self.config, self.verify = config, verify
         self.layers = None if layers is None else dict(layers)
 
     def to_dict(self) -> dict:
@@ -151,8 +153,11 @@ class LiquidGemmQuantizer(HfQuantizer):
                     f"the activations of {hooked[-1]}: quantize on one device, save, and load that "
                     "with the device_map"
                 )
-            verification = quantize_(model, config, progress=False).verification
-            if verification.reason:  # that nothing is said of faults does not mean that all is well
+            verify = self.quantization_config.verify
+            verification = quantize_(model, config, progress=False, verify=verify).verification
+            if (
+                verify and verification.reason
+            ):  # that nothing is said of faults does not mean that all is well
                 warnings.warn(str(verification), stacklevel=2)
             return
         for layer, names in paths_of_modules(model).items():

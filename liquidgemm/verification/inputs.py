@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modules import is_from_transformers
+from .._modules import imported, is_from_transformers
 
 TOKENS = 32
 SEQUENCES = 2
@@ -29,14 +29,18 @@ def small_inputs(
     if batch is not None:
         yield "the first of the calibration data", _placed(model, _cut(batch))
         return
-    if is_from_transformers(model):
-        made = _made_up(model)
+    adapters = imported("peft")
+    inner = model
+    if adapters is not None and isinstance(model, adapters.PeftModel):
+        inner = model.get_base_model()
+    if is_from_transformers(inner):
+        made = _made_up(inner)
         if made:
-            yield f"made up: {', '.join(made)}", _placed(model, made)
-        main = {key: value for key, value in made.items() if key == model.main_input_name}
+            yield f"made up: {', '.join(made)}", _placed(inner, made)
+        main = {key: value for key, value in made.items() if key == inner.main_input_name}
         if main and len(main) < len(made):
-            yield f"made up: {model.main_input_name}", _placed(model, main)
-        yield "transformers' dummy_inputs", _placed(model, model.dummy_inputs)
+            yield f"made up: {inner.main_input_name}", _placed(inner, main)
+        yield "transformers' dummy_inputs", _placed(inner, inner.dummy_inputs)
 
 
 def _cut(batch: Tensor | Mapping[str, Any]) -> Tensor | dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -30,7 +32,9 @@ class RunError(Exception):
 
 
 class _Watch(TorchDispatchMode):
-    """Keeps a copy of each tensor that is about to be written; tells who uses which weight."""
+    """Keeps a copy of each tensor that is about to be written; tells which weights are used."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, tensors: list[Tensor], used: Callable[[int], None]) -> None:
         super().__init__()
@@ -43,7 +47,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        writes = func._schema.is_mutable
+        writes = isinstance(func, OpOverload) and func._schema.is_mutable
         for value in tree_iter((args, kwargs)):
             key = _storage(value) if isinstance(value, Tensor) else None
             for tensor in self._by_storage.get(key, ()):
@@ -152,7 +156,9 @@ class Observer:
             register_module_forward_hook(self._leave, with_kwargs=True),
         ]
         try:
-            with untouched(model), watch:
+            with untouched(model), watch, warnings.catch_warnings():
+                # With hooks of all modules, one that was compiled is seen twice.
+                warnings.filterwarnings("ignore", r"Using `torch\.compile")
                 return model(*args, **kwargs)
         finally:
             for handle in handles:
