@@ -1,11 +1,30 @@
-// Registration of the CPU ops, and of what is no user API: liquidgemm_testing is for tests and
-// benchmarks, liquidgemm_plan for liquidgemm/plans.py.
+// Registration of the CPU ops, and of what is no user API: liquidgemm_cpu is for liquidgemm/_cpu.py
+// and quantize.py, liquidgemm_plan for liquidgemm/plans.py, liquidgemm_testing for tests and
+// benchmarks.
 #include "ops.hpp"
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CPU, m) {
   using namespace liquidgemm::binding;
+  m.impl("quantize_activation", TORCH_BOX(&quantize_activation_cpu));
+  m.impl("gemm", TORCH_BOX(&gemm_cpu));
+  m.impl("linear", TORCH_BOX(&linear_cpu));
   m.impl("pack_weight", TORCH_BOX(&pack_weight_cpu));
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight_cpu));
+}
+
+STABLE_TORCH_LIBRARY(liquidgemm_cpu, m) {
+  m.def("kernels() -> str[]");
+  m.def("kernel() -> str");
+  m.def("set_kernel(str name) -> ()");
+  m.def("search(Tensor units, int rows, Tensor? weight) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(liquidgemm_cpu, CompositeExplicitAutograd, m) {
+  using namespace liquidgemm::binding;
+  m.impl("kernels", TORCH_BOX(&cpu_kernels));
+  m.impl("kernel", TORCH_BOX(&cpu_kernel));
+  m.impl("set_kernel", TORCH_BOX(&set_cpu_kernel));
+  m.impl("search", TORCH_BOX(&search_cpu));
 }
 
 STABLE_TORCH_LIBRARY(liquidgemm_plan, m) {

@@ -1,14 +1,39 @@
-// The CPU side of the torch ops.
+// The CPU side of the torch ops, one file each: check, allocate, one call. The checks are those of
+// the CUDA ops, in the same words.
 #pragma once
 
 #include <tuple>
 
-#include "../weight.hpp"
+#include "../product.hpp"
 
 namespace liquidgemm::binding {
 
+std::tuple<Tensor, Tensor> quantize_activation_cpu(Tensor const& x);
+
+Tensor gemm_cpu(Tensor const& x,
+                Tensor const& x_scale,
+                Tensor const& weight,
+                Tensor const& weight_scale,
+                OptionalTensor const& bias,
+                OptionalType const& out_dtype);
+
+Tensor linear_cpu(Tensor const& x,
+                  Tensor const& weight,
+                  Tensor const& weight_scale,
+                  OptionalTensor const& bias);
+
 Tensor pack_weight_cpu(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset);
 std::tuple<Tensor, Tensor, Tensor> unpack_weight_cpu(Tensor const& packed, int64_t n);
+
+// Names of the kernels that this processor can run; the chosen one, or "reference"; and a choice.
+std::vector<std::string> cpu_kernels();
+std::string cpu_kernel();
+void set_cpu_kernel(std::string name);
+
+// `_search` of liquidgemm/quantize.py, whose docstring says what it takes and returns.
+std::tuple<Tensor, Tensor, Tensor, Tensor> search_cpu(Tensor const& units,
+                                                      int64_t rows,
+                                                      OptionalTensor const& weight);
 
 std::vector<std::string> plan_names();
 std::vector<int64_t> plausible_plans(int64_t m);
