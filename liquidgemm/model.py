@@ -119,12 +119,11 @@ def quantize_(
         if config.method in CALIBRATED:
             wanted = f"method {config.method!r}"
         raise ValueError(f"calibration: expected token batches or texts for {wanted}, got None")
-    takes = getattr(model, "main_input_name", None)
     batches = unseen = None
     if calibration is not None:
-        batches = as_batches(calibration, tokenizer, main_input=takes)
+        batches = as_batches(calibration, tokenizer, "calibration", model)
     if held_out is not None:
-        unseen = as_batches(held_out, tokenizer, "held_out", takes)
+        unseen = as_batches(held_out, tokenizer, "held_out", model)
     with conv1d_as_linear(model):
         if dry_run:
             lines = plan(model, names, config, batches)
@@ -137,11 +136,9 @@ def quantize_(
             selection.leave(name, f"its weight is read by {reader}")
         if not names:
             raise _nothing(selection)
-        if config.rotate or config.rotate_heads:
-            rotate_(model, config)
-
         paths = paths_of_modules(model)
         if batches is None:
+            rotate_(model, config)
             layers, coarse_rows, sizes = _quantize_without_data(
                 model, names, paths, config, progress, probe
             )

@@ -45,7 +45,7 @@ def as_batches(
     data: Iterable[Any],
     tokenizer: Any = None,
     argument: str = "calibration",
-    main_input: str | None = None,
+    model: nn.Module | None = None,
 ) -> list[Tensor | dict[str, Any]]:
     """Batches as they are, and texts as windows of tokens.
 
@@ -53,11 +53,12 @@ def as_batches(
         data: tensors, mappings of the model's arguments, or texts.
         tokenizer: for texts.
         argument: what errors call the data.
-        main_input: name of what the model takes, if it has one.
+        model: what takes them, if they are to be checked against it.
 
     Raises:
         ValueError, TypeError: naming the argument: there is nothing in it, a text but no
-            tokenizer or a model that takes no tokens, or an item of another kind.
+            tokenizer or a model that takes no tokens, an item of another kind, or a batch that
+            `check_batches` refuses.
     """
     if isinstance(data, str | bytes | Tensor | Mapping):
         raise TypeError(
@@ -77,10 +78,10 @@ def as_batches(
             raise TypeError(
                 f"{argument}: expected tensors, mappings of tensors or texts, got {_kinds(item)}"
             )
+    main_input = getattr(model, "main_input_name", None)
     if texts and main_input not in (None, "input_ids"):
         raise ValueError(
-            f"{argument}: expected mappings with {main_input!r}, which is what the model takes, "
-            "got texts"
+            f"{argument}: expected mappings with {main_input!r}, as {_call(model)} takes, got texts"
         )
     if texts and tokenizer is None:
         raise ValueError(f"tokenizer: expected one, as {argument} holds texts, got None")
@@ -88,6 +89,8 @@ def as_batches(
         batches += token_windows(texts, tokenizer)
     if not batches:
         raise ValueError(f"{argument}: expected at least one batch or text, got none")
+    if model is not None:
+        check_batches(model, batches, argument)
     return batches
 
 

@@ -24,7 +24,7 @@ from .._modules import replace_module
 from ..config import LiquidConfig
 from ..weight import QuantizedWeight
 from .blocks import Call, find_stages, main_tensor, stage_inputs
-from .data import check_batches, running
+from .data import running
 from .flow import Lane, Recordings
 from .gate import HeldOut
 from .layer import quantize_layer
@@ -32,6 +32,7 @@ from .moments import Moments, round_activation
 from .record import order_units
 from .report import LayerReport
 from .resume import Resume
+from .rotate import rotate_
 from .simulate import SimulatedLinear
 from .smooth import Site, Sites, sample_rows, smooth_site
 from .tune import tune_block
@@ -72,14 +73,14 @@ def calibrate(
     folder: Path | None = None,
     progress: bool = True,
 ) -> Calibrated:
-    """Quantize the named layers of a model with calibration data; the model stays as it is.
+    """Quantize the named layers of a model with calibration data.
+
+    The model stays as it is, but for the rotation that the config may ask for.
 
     Raises:
         ValueError: the model cannot be run with the data, or what it gives cannot be judged on
             held-out data; nothing has been calibrated yet.
     """
-    check_batches(model, batches, "calibration")
-    check_batches(model, held_out or [], "held_out")
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -119,6 +120,7 @@ class _Run:
                 recordings.of(batch, self.sites.observe)
         self.sites.find()
         self.unseen = HeldOut(model, recordings, held_out, config) if held_out else None
+        rotate_(model, config)  # what has been recorded stays as it is
         self.units = order_units(recordings.units, list(recordings.found.values()))
         self.resume = Resume(folder, config, batches, [unit.name for unit in self.units])
         self.lane = Lane([recordings.flow(batch) for batch in batches])

@@ -22,10 +22,6 @@ from .trees import map_tensors, tensors
 from .units import Unit
 
 
-class _OtherCalls(ValueError):
-    """A batch calls other units than the one that was recorded for it."""
-
-
 class Flow:
     """One batch in one model: the float model, or one whose units are replaced by others.
 
@@ -72,11 +68,7 @@ class Flow:
         """The call whose turn it is."""
         index = len(self._given) - self._first
         if not 0 <= index < len(self._ahead):
-            try:
-                self._look_ahead()
-            except _OtherCalls:  # as where a loop has one turn for each token
-                self._record_anew()
-                self._look_ahead()
+            self._look_ahead()
             index = 0
         call = self._ahead[index]
         return call if index == 0 else call.with_hidden(self._hidden)
@@ -123,16 +115,9 @@ class Flow:
         """
 
         def ask(index: int, name: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
-            raise _OtherCalls(self._other(name))
+            raise ValueError(self._other(name))
 
         return self._replay(ask)
-
-    def _record_anew(self) -> None:
-        calls = record(self._model, self._units, self.batch)[0].calls
-        position = len(self._given) + 1
-        if [c.unit for c in calls[:position]] != [c.unit for c in self._calls[:position]]:
-            raise _OtherCalls(self._other("others"))
-        self._calls = calls
 
     def _look_ahead(self) -> None:
         """Find the arguments of the next call and of those that are chained to it."""
@@ -146,7 +131,7 @@ class Flow:
 
         def ask(index: int, name: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
             if name != self._calls[index].unit:
-                raise _OtherCalls(self._other(name))
+                raise ValueError(self._other(name))
             ahead.append(self._make(index, args, kwargs))
             if index == end:
                 raise Stop
@@ -155,7 +140,7 @@ class Flow:
 
         self._replay(ask)
         if len(ahead) != end + 1 - start:
-            raise _OtherCalls(self._other("no unit"))
+            raise ValueError(self._other("no unit"))
         self._first, self._ahead = start, ahead
         for index, given in enumerate(self._given):
             if any(start <= leaf.last <= end for leaf in self._calls[index].leaves):
@@ -196,7 +181,7 @@ class Flow:
                 index += 1
                 if index < len(self._given):
                     if name != self._calls[index].unit:
-                        raise _OtherCalls(self._other(name))
+                        raise ValueError(self._other(name))
                     return self._given[index]
                 inside = True
                 try:
@@ -282,7 +267,11 @@ class Lane:
 
 
 class Recordings:
-    """Recordings of a float model, one for each kind of batch: keys, axes and dtypes."""
+    """Recordings of a float model, one for each kind of batch.
+
+    Batches are of one kind that have the same keys, axes and dtypes, and, where a unit is called
+    more than once, the same shapes: there may be one turn of a loop for each token.
+    """
 
     def __init__(self, model: nn.Module, units: list[Unit]) -> None:
         self.model, self.units = model, units
@@ -294,19 +283,25 @@ class Recordings:
         observe: Callable[[Unit, tuple, dict], None] | None = None,
     ) -> Recording:
         kind = _kind(batch)
+        if kind in self.found and self.found[kind].repeats:
+            kind = _kind(batch, shapes=True)
         if kind not in self.found:
             settled = {call.unit for other in self.found.values() for call in other.calls}
-            found = record(self.model, self.units, batch, observe, settled)
-            self.found[kind], self.units = found
+            found, self.units = record(self.model, self.units, batch, observe, settled)
+            self.found[kind] = found
+            if found.repeats:
+                self.found[_kind(batch, shapes=True)] = found
         return self.found[kind]
 
     def flow(self, batch: Tensor | Mapping[str, Any]) -> Flow:
         return Flow(self.model, self.units, batch, self.of(batch))
 
 
-def _kind(batch: Tensor | Mapping[str, Any]) -> tuple:
+def _kind(batch: Tensor | Mapping[str, Any], shapes: bool = False) -> tuple:
+    def told(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return (value.dtype, value.shape if shapes else value.dim())
+        return tuple(map(told, value)) if isinstance(value, tuple | list) else value
+
     items = batch.items() if isinstance(batch, Mapping) else [("", batch)]
-    return tuple(
-        (key, value.dim(), value.dtype) if isinstance(value, Tensor) else (key, str(value))
-        for key, value in sorted(items)
-    )
+    return tuple((key, told(value)) for key, value in sorted(items))

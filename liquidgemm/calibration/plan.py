@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import LiquidConfig
 from ..format import padded
-from .data import check_batches, running
+from .data import running
 from .flow import Recordings
 from .layer import layer_method, residual_columns
 from .smooth import check_pairs, find_sites
@@ -60,7 +60,6 @@ def plan(
 def _reached(
     model: nn.Module, names: list[str], batches: list[Tensor | Mapping[str, Any]]
 ) -> set[str]:
-    check_batches(model, batches, "calibration")
     recordings = Recordings(model, find_units(model, names))
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -73,6 +73,11 @@ class Recording:
     batch: Tensor | Mapping[str, Any]
     output: Any
 
+    @property
+    def repeats(self) -> bool:
+        """Whether a unit is called more than once."""
+        return len({call.unit for call in self.calls}) < len(self.calls)
+
 
 def model_inputs(batch: Tensor | Mapping[str, Any], model: nn.Module) -> tuple[tuple, dict]:
     """Arguments of the model for a batch."""
@@ -240,9 +245,9 @@ def _record(
                     seen.add(name)
                     observe(by_name[name], args, kwargs)
                 out = forward(*args, **kwargs)
+                recorder.leave(index, hidden, out)
             finally:
                 recorder.depth -= 1
-            recorder.leave(index, hidden, out)
             return out
 
         return run

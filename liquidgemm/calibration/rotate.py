@@ -46,11 +46,14 @@ def random_hadamard(size: int, seed: int, device: torch.device | None = None) ->
 def rotate_(model: nn.Module, config: LiquidConfig) -> None:
     """Rotate a model in place; what it computes stays the same but for rounding.
 
-    Tied embeddings are untied: the gain of the last norm goes into lm_head alone.
+    Tied embeddings are untied: the gain of the last norm goes into lm_head alone. Nothing is done
+    if the config asks for no rotation.
 
     Raises:
         ValueError: the model is not of the Llama family; nothing has been changed.
     """
+    if not (config.rotate or config.rotate_heads):
+        return
     blocks = [model.get_submodule(name) for name in _llama_blocks(model)]
     if config.rotate:
         _rotate_stream(model, blocks, config.seed)
