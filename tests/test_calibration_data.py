@@ -10,6 +10,9 @@ from liquidgemm import LiquidConfig, quantize_
 from liquidgemm.calibration import driver
 from liquidgemm.calibration.masks import Padding, token_mask
 
+# Of these models rounding is a large part of what they compute.
+pytestmark = pytest.mark.filterwarnings("ignore:the quantized model does not do")
+
 
 def tokens_of(model, data, method="hessian", **options):
     config = LiquidConfig(method, skip=("lm_head", "proj_out"), gate="off")
