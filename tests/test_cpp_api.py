@@ -1,5 +1,6 @@
 """The C++ library as a target of CMake: another project is configured, built and run."""
 
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,12 @@ def run(*command: object) -> str:
     return done.stdout
 
 
+def library_sources() -> list[Path]:
+    """Of the target: what setup.py compiles for CUDA, without the torch ops."""
+    files = build.source_files("liquidgemm._C_cuda")
+    return [file for file in files if not file.is_relative_to(ROOT / "csrc/torch")]
+
+
 @pytest.fixture(scope="module")
 def tools() -> build.Toolchain:
     return build.Toolchain.find()
@@ -42,17 +49,41 @@ def test_public_headers_stand_alone(header: Path, tools: build.Toolchain, tmp_pa
     )
 
 
-def test_another_project_links_the_library(tools: build.Toolchain, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def cmake() -> str:
+    path = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert path, "cmake is missing: pip install cmake"
+    return path
+
+
+@pytest.mark.parametrize("project", ["examples/cpp", "bench/cpp"])
+def test_the_target_compiles_every_source(
+    project: str, cmake: str, tools: build.Toolchain, tmp_path: Path
+) -> None:
+    """Configured without ready objects: all sources below torch, as C++20, for Hopper."""
+    run(
+        *(cmake, "-S", ROOT / project, "-B", tmp_path, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"),
+        *(f"-DCMAKE_CXX_COMPILER={tools.cxx}", f"-DCUDAToolkit_ROOT={tools.cuda}"),
+        *(f"-DCMAKE_CUDA_COMPILER={tools.nvcc}", f"-DCUTLASS_INCLUDE={tools.cutlass}"),
+    )
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    compiled = {Path(command["file"]): command["command"] for command in commands}
+    for source in library_sources():
+        assert re.findall(r"-std=(\S+)", compiled[source])[-1] in ("c++20", "gnu++20"), source
+        assert "-DNDEBUG" in compiled[source]
+        if source.suffix == ".cu":
+            assert "sm_90a" in compiled[source]
+            assert "-DCUTLASS_ENABLE_GDC_FOR_SM90" in compiled[source]
+
+
+def test_another_project_links_the_library(
+    cmake: str, tools: build.Toolchain, tmp_path: Path
+) -> None:
     """examples/cpp, with the objects that the build of this checkout has left."""
-    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert cmake, "cmake is missing: pip install cmake"
     objects = tools.build_dir() / "csrc"
-    sources = [
-        file for file in build.source_files("liquidgemm._C_cuda") if "torch" not in file.parts
-    ]
     missing = [
         str(source.relative_to(ROOT))
-        for source in sources
+        for source in library_sources()
         if not (objects / f"{source.relative_to(ROOT / 'csrc')}.o").exists()
     ]
     if missing:
