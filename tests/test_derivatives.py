@@ -81,6 +81,7 @@ def dual(function, x, tangent):
     ],
 )
 def test_forward_mode(derive, layer):
+    """CHECKLIST 27: the tangent is that of the dequantized layer."""
     x, tangent = torch.randn(5, K), torch.randn(5, K)
     y, derivative = derive(layer, x, tangent)
     assert_same(y, layer(x))
@@ -100,6 +101,7 @@ def test_forward_mode(derive, layer):
     ],
 )
 def test_reverse_mode(derive, layer):
+    """CHECKLIST 27: likewise."""
     x = torch.randn(5, K)
     near(derive(layer, x), 2 * layer(x) @ layer.dequantize())
 
@@ -134,6 +136,7 @@ def test_jacobians(jacobian, layer):
     ],
 )
 def test_second_derivatives(second, layer):
+    """CHECKLIST 27: in any nesting."""
     w = layer.dequantize()
     near(second(sum_of_squares(layer))(torch.randn(K)), 2 * w.T @ w)
 
@@ -243,6 +246,7 @@ def differentiate(mode, function, x):
 
 @pytest.mark.parametrize("mode", ["backward", "grad", "jvp", "dual"])
 def test_what_has_no_derivative_says_so(mode):
+    """CHECKLIST 27: instead of being zero."""
     layer, x = plain(), torch.randn(5, K)
     x8, x_scale = OPS.quantize_activation(x)
     weight = layer.packed, layer.scale

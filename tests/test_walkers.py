@@ -66,6 +66,7 @@ def assert_equal(model, expected):
 
 
 def test_every_key_is_an_attribute(augment):
+    """CHECKLIST 27: and a name of the buffers."""
     model = quantized(0, augment)
     for key, value in model.state_dict().items():
         name, _, attribute = key.rpartition(".")
@@ -79,6 +80,7 @@ def test_every_key_is_an_attribute(augment):
 
 @pytest.mark.parametrize("call", [functional_call, stateless._functional_call])
 def test_functional_call_computes_with_what_it_is_given(call, augment):
+    """CHECKLIST 27: and leaves the layer as it was."""
     model, other = quantized(0, augment), quantized(1, augment)
     packed, expected = model[0].packed, model(X)
     assert_same(call(model, other.state_dict(), (X,)), other(X))
@@ -151,6 +153,7 @@ def test_an_ensemble():
 
 
 def test_assigned_tensors_are_computed_with():
+    """CHECKLIST 27."""
     model, other = quantized(0), quantized(1)
     for name in ("qweight", "qscale", "qoffset", "scale", "bias"):
         setattr(model[0], name, getattr(other[0], name))
@@ -207,6 +210,7 @@ def process_group():
     ],
 )
 def test_distributed_checkpoint(tmp_path, options, augment):
+    """CHECKLIST 27."""
     model, other = quantized(0, augment), blank(augment=augment)
     state = get_model_state_dict(model)
     assert state.keys() == model.state_dict().keys()
@@ -219,6 +223,7 @@ def test_distributed_checkpoint(tmp_path, options, augment):
 
 @pytest.mark.usefixtures("process_group")
 def test_prefixes_of_wrappers():
+    """CHECKLIST 27."""
     model = quantized()
     torch._dynamo.reset()
     for wrap in (
@@ -279,6 +284,7 @@ PART_ON_DISK = {"0": "cpu", "1": "cpu", "2": "disk", "3": "disk"}
 )
 @pytest.mark.parametrize("skeleton", ["meta", "buffers in memory", "live"])
 def test_load_checkpoint_and_dispatch(accelerate, checkpoint, tmp_path, augment, options, skeleton):
+    """CHECKLIST 27."""
     if skeleton == "live":
         model = quantized(1, augment)
     else:
@@ -315,6 +321,7 @@ def test_a_dtype_that_rounds_the_scale(accelerate, checkpoint, augment):
 
 @pytest.mark.parametrize("buffers", [True, False])
 def test_offload_of_a_live_model(accelerate, tmp_path, buffers, augment):
+    """CHECKLIST 27."""
     expected = quantized(0, augment)
     cpu = torch.device("cpu")
     for offload in (
@@ -354,6 +361,7 @@ def saved_and_loaded(model):
     ],
 )
 def test_copies_compute_the_same(walk, augment):
+    """CHECKLIST 27."""
     assert_equal(walk(quantized(0, augment)), quantized(0, augment))
 
 
