@@ -1,8 +1,12 @@
-"""Calibration: quantizing a model with the help of text, behind `liquidgemm.quantize_`.
+"""Calibration: quantizing a model with the help of data, behind `liquidgemm.quantize_`.
 
-- `driver`: block by block, stage by stage; `blocks` finds and runs them, `simulate` stands in for
-  the kernel, `resume` keeps finished blocks, `gate` judges the result.
+- `driver`: unit by unit, stage by stage; `units` are the blocks of a model and what lies outside,
+  `record` finds the order of their calls, `flow` brings batches from one to the next, `blocks` runs
+  them, `simulate` stands in for the kernel, `resume` keeps finished ones.
+- `gate` judges the result on held-out data, by a `measure` that fits the model.
 - `layer`: one weight, by `moments` (second moments of inputs) and `gptq` (codes, residual columns).
 - `smooth`, `rotate`: what is folded into a model without changing its function; `tune`: scales.
-- `data`: texts to tokens; `report`: what came of it.
+- `data`: what a model is given; `masks`: what of it is padding; `trees`: tensors in what modules take
+  and give.
+- `plan`: what would become of each layer; `report`: what came of it.
 """

@@ -215,7 +215,6 @@ class Probe:
 def random_input(linear: nn.Linear, generator: torch.Generator | None = None) -> Tensor:
     """One token, the same in every call if no generator is given."""
     generator = generator or torch.Generator().manual_seed(_SEED)
-    generator = generator or torch.Generator().manual_seed(_SEED)
     # On the generator's device, whatever the default one is.
     x = torch.randn(1, linear.in_features, generator=generator, device="cpu")
     return x.to(linear.weight.device, linear.weight.dtype)
