@@ -1,5 +1,5 @@
 // What the cost model does not predict, as measured: each rule is one predicate or one table. The
-// figures behind a rule are in bench/NOTES.md, in the section and under the day that it names.
+// figures behind a rule are in docs/experiments, in the file and under the heading that it names.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace liquidgemm {
 // Which plans are considered. bench/plan/ measures and fits the same ones.
 
 // A tile far too large or too small for m tokens is neither measured nor considered.
-// Experiment: Decode, 2026-11-23, "tiles 32 x 128 and 64 x 128 dropped".
+// Experiment: decode.md, "Tiles".
 inline bool is_plausible(TileShape const& tile, int64_t m) {
   const bool too_large = tile.tokens >= (m <= 16 ? 2 : 4) * std::max<int64_t>(m, 8);
   const bool too_small = m > 4 * tile.tokens && tile.tokens < 128;
@@ -23,7 +23,7 @@ inline bool is_plausible(TileShape const& tile, int64_t m) {
 }
 
 // Clusters of four that take several rounds are always slower than the model says.
-// Experiment: Decode, 2026-11-26, "clusters of 4 in one wave only".
+// Experiment: plan.md, "Clusters of four".
 inline bool is_quad_in_several_rounds(Plan const& plan, Division const& d) {
   return plan.split_k == 4 && d.whole_rounds > 1;
 }
@@ -34,7 +34,7 @@ inline constexpr double kHalfSmBytesBehindQuantizer = 140e3;
 // CTAs of half an SM pay if the ring holds most of what each reads, so that it is fetched while the
 // launch before still computes, and if there is one round of them; behind a quantizer also only if
 // no weights are shared.
-// Experiment: Decode, 2026-11-27, fourth day and (behind a quantizer) seventh day.
+// Experiments: decode.md, "CTAs of half an SM"; linear.md, "Plan behind a quantizer".
 inline bool half_sm_pays(Plan const& plan, Division const& d, Activations activations) {
   const bool behind_quantizer = activations == Activations::kJustQuantized;
   const int64_t bytes = blocks_per_cta(plan, d.stages) * (kBlockBytes + kBlockK * plan.tile.tokens);
@@ -50,7 +50,7 @@ inline constexpr double kHalfSmBehindQuantizerUs[2] = {0.15, 0.6};  // without a
 inline constexpr double kNoRoomUs = 0.8;
 
 // The quantizer starts late if its CTAs do not fit the SMs that the GEMM before leaves idle.
-// Experiment: Decode, 2026-11-27, seventh day, "linear of two launches chooses its own plan".
+// Experiment: linear.md, "Plan behind a quantizer".
 inline bool leaves_no_room_for_quantizer(Problem const& p, Plan const& plan, Division const& d) {
   constexpr int kThreadsPerSm = 2048;  // sm_90
   const int64_t threads = std::min<int64_t>(kMaxQuantizerThreads, ceil_div(p.k, kVector));
@@ -89,7 +89,7 @@ inline constexpr int64_t kLittleToQuantize = 16 << 10;  // elements of x
 
 // Reading x is hidden if CTAs are resident early (half an SM) and x is small, or if each CTA has
 // three tiles or more, so that its ring is full before x arrives.
-// Experiment: Decode, 2026-11-27, seventh day, "linear of one launch only with three rounds".
+// Experiment: linear.md, "One launch or two".
 inline bool pays_to_quantize_in_kernel(Problem const& p, Plan const& plan, Division const& d) {
   return plan.tile.ctas_per_sm > 1 ? p.m * p.k <= kLittleToQuantize : d.whole_rounds > 2;
 }
@@ -100,7 +100,7 @@ inline bool pays_to_quantize_in_kernel(Problem const& p, Plan const& plan, Divis
 
 // The next launch, taken to be of the same shape, begins on SMs that this one leaves idle, and its
 // first weights are there long before its activations.
-// Experiment: Decode, 2026-11-27, fifth day, "a plain gemm whose last round leaves SMs idle".
+// Experiment: decode.md, "Prefetch of weights".
 inline bool leaves_sms_idle(Plan const& plan, Division const& d, int num_sms) {
   return d.whole_rounds == 1 && busy_at_the_end(plan, d, num_sms) <= 0.75;
 }
@@ -129,7 +129,7 @@ inline constexpr int kAnyTokens = 1 << 30;
 // first activations arrive. More would delay the activations, or what they are made of, or the last
 // CTAs of a launch before; but if that launch keeps all SMs busy to its end, the whole ring is best
 // requested at once.
-// Experiment: Decode, 2026-11-27, fourth, fifth and seventh day.
+// Experiments: decode.md, "Prefetch of weights"; linear.md, "Prefetch behind a quantizer".
 inline constexpr Prefetch kPrefetchOfHalfSm[] = {
     {8, Rounds::kAny, Share::kAny, Idle::kAny, 5},
     {16, Rounds::kAny, Share::kAny, Idle::kAny, 6},
@@ -190,7 +190,7 @@ inline int eighths_ahead(Plan const& plan,
 
 // Weights are dequantized before the activations arrive where they arrive first; elsewhere that
 // delays the first multiplications.
-// Experiment: Decode, 2026-11-27, seventh day, "groups dequantize their first stages".
+// Experiment: decode.md, "Weights dequantized before the activations arrive".
 inline bool weights_arrive_first(Plan const& plan,
                                  Division const& d,
                                  int num_sms,
