@@ -1,9 +1,14 @@
 """What `explain_plan` says of the choice of plans, as numbers and as text."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 import liquidgemm
 from liquidgemm.plans import explain_plan, plan_names
+
+ROOT = Path(__file__).parent.parent
 
 PROBLEMS = [(1, 4096, 4096), (16, 10240, 8192), (64, 1024, 1024), (300, 4096, 14336), (8, 64, 64)]
 
@@ -90,3 +95,15 @@ def test_the_gpu_matters() -> None:
 def test_bad_arguments_are_named(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         explain_plan(**{"m": 1, "n": 64, "k": 64, **change})
+
+
+def test_every_rule_names_its_experiment() -> None:
+    """Each is a heading of docs/experiments; a rule without one says that it is none."""
+    rules = (ROOT / "csrc/liquidgemm/plan/rules.hpp").read_text()
+    named = re.findall(r"(\w+\.md), \"([^\"]+)\"", rules.replace("\n//", ""))
+    assert len(named) >= 8
+    for file, heading in named:
+        headings = re.findall(r"^#+ (.*)$", (ROOT / "docs/experiments" / file).read_text(), re.M)
+        assert heading in headings, f"{file} has no heading {heading!r}"
+    for comment, name in re.findall(r"((?:^//.*\n)+)inline (?:bool|double) (\w+)\(", rules, re.M):
+        assert "Experiment" in comment or comment.startswith("// No rule but"), name
