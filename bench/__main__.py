@@ -11,6 +11,8 @@ COMMANDS = {
     "sustained": ("suites.sustained", "one large product for seconds on end, clocks and power"),
     "counters": ("suites.counters", "where the time goes, by Nsight Compute"),
     "host": ("suites.host_cost", "what an eager call costs on the CPU, beside torch's"),
+    "cpu": ("suites.cpu", "linear on the CPU beside torch's and llama.cpp's"),
+    "cpu-report": ("report.cpu", "its table and plot, from the JSON alone"),
     "ablation": ("suites.ablation", "what each part of the design is worth"),
     "micro": ("suites.micro", "C++ microbenchmarks: the ceilings"),
     "quality": ("suites.quality", "perplexity and cosine of real models by recipe"),
