@@ -142,8 +142,9 @@ def measure(calls: dict[str, list[Call]], x: Tensor, exact: Tensor, seconds: flo
     until = time.perf_counter() + seconds
     turn = 0
     while time.perf_counter() < until or turn < 8:
-        for name, copies in calls.items():
-            call = copies[turn % len(copies)]
+        # Each takes another copy than those before it, which may share the weight.
+        for place, (name, copies) in enumerate(calls.items()):
+            call = copies[(turn + place) % len(copies)]
             times[name].append(timed(lambda call=call: call(x)) * 1e6)
         turn += 1
     for name, samples in times.items():

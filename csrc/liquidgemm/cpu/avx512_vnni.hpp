@@ -37,6 +37,26 @@ struct Avx512Vnni {
     return _mm512_dpwssd_epi32(sums, products, steps);
   }
 
+  static constexpr int kFewestTokens = 24;
+  static constexpr int kChunksAtOnce = 2;
+
+  // A code times s fits a byte, so that a 16-bit product of two codes does not carry.
+  static void decode(uint8_t const* chunk, uint8_t const* params, uint8_t* bytes) {
+    const __m512i words = _mm512_set1_epi32(load_word(params));
+    const __m128i step_order =
+        _mm_setr_epi8(0, -1, 0, -1, 2, -1, 2, -1, 0, -1, 0, -1, 2, -1, 2, -1);
+    const __m128i offset_order = _mm_setr_epi8(1, 1, 1, 1, 3, 3, 3, 3, 1, 1, 1, 1, 3, 3, 3, 3);
+    const __m512i s = _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(step_order));
+    const __m512i a = _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(offset_order));
+    const Codes from = codes(chunk);
+    _mm512_storeu_si512(bytes, _mm512_add_epi8(_mm512_mullo_epi16(from.low, s), a));
+    _mm512_storeu_si512(bytes + kChunk, _mm512_add_epi8(_mm512_mullo_epi16(from.high, s), a));
+  }
+
+  static Sums load(void const* bytes) { return _mm512_loadu_si512(bytes); }
+
+  static Sums dot(Sums sums, Sums weights, Sums x) { return _mm512_dpbusd_epi32(sums, weights, x); }
+
   static void add_offsets(uint8_t const* params, int32_t sum, int32_t* rows) {
     add_offsets256(params, sum, rows);
   }

@@ -15,13 +15,36 @@ namespace {
 // Groups that are added up in a register before the sums of the next chunk are taken.
 inline constexpr int kRun = 8;
 
+// Modulo 2^32.
+inline int32_t minus_128_times(int32_t total) {
+  return int32_t(uint32_t(total) * uint32_t(-128));
+}
+
+// Tokens whose groups lie next to each other: a tile. The last tile of all may have fewer.
+inline constexpr int kTokenTile = 8;
+
+struct TokenTile {
+  int8_t* x;            // of the token that was asked for, in group 0
+  int32_t* group_sums;  // likewise
+  int64_t width;        // tokens of the tile: the distance of one group from the next
+
+  TokenTile(Activations const& a, int64_t token) {
+    const int64_t first = token / kTokenTile * kTokenTile;
+    width = smaller(kTokenTile, a.tokens - first);
+    const int64_t at = first * a.groups + token - first;
+    x = a.x + at * kArranged;
+    group_sums = a.group_sums + at;
+  }
+};
+
 // x of a token and group in the order of a chunk's words: 64 bytes for the low nibbles, then 64 for
-// the high ones. Layout: [groups][tokens][128].
+// the high ones. Layout: [tiles][groups][tokens of the tile][128].
 inline void arrange_for_codes(int8_t const* row, int64_t token, Activations const& to) {
+  const TokenTile tile(to, token);
   uint32_t total = 0;
   for (int64_t g = 0; g < to.groups; ++g) {
     int8_t const* const from = row + g * kGroup;
-    int8_t* const x = to.x + (g * to.tokens + token) * kArranged;
+    int8_t* const x = tile.x + g * tile.width * kArranged;
     for (int half = 0; half < 2; ++half) {
       for (int word = 0; word < kChunk / 4; ++word)
         memcpy(x + kChunk * half + 4 * word, from + 32 * half + first_k(word), 4);
@@ -29,7 +52,7 @@ inline void arrange_for_codes(int8_t const* row, int64_t token, Activations cons
     int32_t sum = 0;
     for (int i = 0; i < kGroup; ++i)
       sum += from[i];
-    to.group_sums[g * to.tokens + token] = sum;
+    tile.group_sums[g * tile.width] = sum;
     total += uint32_t(sum);
   }
   to.totals[token] = int32_t(total);
@@ -51,13 +74,14 @@ void multiply_codes(uint8_t const* panel,
       sums[chunk][t] = Simd::zero();
   }
   for (int t = 0; t < T; ++t) {
-    const int32_t bias = int32_t(uint32_t(x.totals[token + t]) * uint32_t(-128));
+    const int32_t bias = minus_128_times(x.totals[token + t]);
     for (int row = kBand * first; row < kBand * last; ++row)
       rows[t][row] = bias;
   }
+  const TokenTile tile(x, token);
   for (int64_t begin = 0; begin < x.groups; begin += kRun) {
     const int64_t end = smaller(begin + kRun, x.groups);
-    int8_t const* const x_run = x.x + (begin * x.tokens + token) * kArranged;
+    int8_t const* const x_run = tile.x + begin * tile.width * kArranged;
     uint8_t const* const block_run = panel + begin * kBlock;
     for (int chunk = kBandChunks * first; chunk < kBandChunks * last; ++chunk) {
       typename Simd::Sums run[T];
@@ -71,14 +95,14 @@ void multiply_codes(uint8_t const* panel,
         const typename Simd::Steps steps = Simd::steps(block + kParams + 4 * chunk);
         for (int t = 0; t < T; ++t)
           run[t] = Simd::multiply_add(run[t], codes, x_group + kArranged * t, steps);
-        x_group += x.tokens * kArranged;
+        x_group += tile.width * kArranged;
         block += kBlock;
       }
       for (int t = 0; t < T; ++t)
         sums[chunk][t] = run[t];
     }
     for (int64_t g = begin; g < end; ++g) {
-      int32_t const* const group_sums = x.group_sums + g * x.tokens + token;
+      int32_t const* const group_sums = tile.group_sums + g * tile.width;
       for (int band = first; band < last; ++band) {
         uint8_t const* const params = panel + g * kBlock + kParams + 4 * kBandChunks * band;
         for (int t = 0; t < T; ++t)

@@ -10,7 +10,7 @@ namespace liquidgemm::cpu {
 // Activations of some tokens, arranged for one Product.
 struct Activations {
   int8_t* x;
-  int32_t* group_sums;  // [groups][tokens]: the sum of x over a group of a token
+  int32_t* group_sums;  // [tokens * groups]: the sums of x over a group of a token
   int32_t* totals;      // [tokens]
   int64_t tokens;       // in whole tiles of the Product
   int64_t groups;
