@@ -1,1 +1,1 @@
-"""Measurements of liquidgemm beside other matrix products; README.md says how and what counts."""
+"""Measurements of liquidgemm beside other matrix products: see docs/benchmarks.md."""

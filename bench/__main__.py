@@ -20,7 +20,7 @@ COMMANDS = {
     "sweep": ("plan.sweep", "every plan of the kernel at every shape"),
     "fit": ("plan.fit", "constants of the plan's cost model from a sweep"),
     "report": ("report.write", "tables and plots from results, without a GPU"),
-    "readme-table": ("report.readme", "the README's table from the newest results"),
+    "readme-table": ("report.readme", "the tables of README and docs/performance.md"),
     "folder": ("core.machine", "the folder that results of this machine belong in"),
 }
 

@@ -532,7 +532,12 @@ class TestReport:
 
 def test_readme_table_says_how_to_repeat_the_run():
     command = "python -m bench --m 1 --stream-floor x/floor --commit abc --json r.json"
-    assert readme.reproduce(command) == "python -m bench --m 1 --json r.json"
+    expected = "python -m bench gemm --m 1 --json r.json"
+    assert readme.reproduce(command) == expected
+    assert readme.reproduce(expected) == expected
+    assert readme.reproduce("python -m bench sweep --json r.json").startswith(
+        "python -m bench sweep "
+    )
 
 
 def test_readme_table_stands_between_its_markers():
@@ -546,6 +551,32 @@ def test_readme_table_stands_between_its_markers():
     assert readme.replace_between(replaced, content) == replaced
     with pytest.raises(SystemExit, match="expected the lines"):
         readme.replace_between("no markers", content)
+
+
+def test_the_readme_has_one_weight_and_the_ratios_to_its_peers():
+    run = results.load(RECORD)
+    lines = readme.short_table(run, 4096, 4096, (1, 16)).splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines[2:4]]
+    assert [row[0] for row in rows] == ["1", "16"]
+    case = next(case for case in run.cases_of(4096, 4096) if case.m == 16)
+    ours, bf16 = (case.best(peer, "gemm").us for peer in ("liquidgemm", "bf16"))
+    assert rows[1][1] == f"{ours:.2f}"
+    assert rows[1][2] == f"{bf16:.2f} ({bf16 / ours:.2f}x)"
+    with pytest.raises(SystemExit, match=r"expected 4096 x 4096 at M = \[3\]"):
+        readme.short_table(run, 4096, 4096, (1, 3))
+
+
+def test_documents_have_the_tables_of_the_newest_results(tmp_path, monkeypatch):
+    """What `make readme-table` would write is what stands there."""
+    monkeypatch.chdir(machine.ROOT)
+    for name, file in (("README", readme.README), ("PERFORMANCE", readme.PERFORMANCE)):
+        copy = tmp_path / file.name
+        copy.write_bytes(file.read_bytes())
+        monkeypatch.setattr(readme, name, copy)
+    readme.main([])
+    for name in ("README.md", "docs/performance.md"):
+        file = machine.ROOT / name
+        assert (tmp_path / file.name).read_text() == file.read_text(), name
 
 
 class TestCommand:

@@ -1,4 +1,4 @@
-"""Documents: their links lead somewhere, and what sources refer to is there."""
+"""Documents: links lead somewhere, paths exist, rooms are described, code runs."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXPERIMENTS = ROOT / "docs/experiments"
 SKIPPED = {"build", "dist", "node_modules", "third_party"}
 DOCUMENTS = sorted(
     file
@@ -67,28 +66,73 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     assert broken_links(file) == ["#b", "c.md"]
 
 
-def references(source: str) -> list[tuple[str, str]]:
-    """(file, heading) of `Experiment: decode.md, "Tiles".` in comments."""
-    comments = re.sub(r"\n\s*// ", " ", source)
-    return [
-        pair
-        for line in re.findall(r"Experiments?: (.*)", comments)
-        for pair in re.findall(r'(\w+\.md), "([^"]+)"', line)
-    ]
+# Documents in which every path is one of this repository.
+OF_THE_SOURCES = [
+    ROOT / name
+    for name in (
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "csrc/README.md",
+        "liquidgemm/README.md",
+        "bench/README.md",
+        "tests/README.md",
+        "examples/README.md",
+        "docs/design/kernel.md",
+        "docs/design/plan.md",
+        "docs/design/formats.md",
+    )
+]
+CSRC = [folder for folder in (ROOT / "csrc").rglob("*") if folder.is_dir()]
+PATH = re.compile(r"`((?:[\w.]+/)+[\w.*]*|[\w*]+\.(?:py|hpp|cu|cpp|md))(?:::\w+)?`")
 
 
-def test_sources_name_experiments_that_exist() -> None:
-    found = [
-        (file, *reference)
-        for pattern in ("*.hpp", "*.cu", "*.cpp")
-        for file in (ROOT / "csrc").rglob(pattern)
-        for reference in references(file.read_text(encoding="utf-8"))
-    ]
-    assert any(file.name == "rules.hpp" for file, _, _ in found)
-    for file, document, heading in found:
-        assert heading in headings(EXPERIMENTS / document), (file.name, document, heading)
+def lost_paths(file: Path) -> list[str]:
+    """Paths in code font that are found neither from the root nor from the document's folder, and
+    names of files that are nowhere in csrc."""
+    lost = []
+    for path in PATH.findall(without_code(file.read_text(encoding="utf-8"))):
+        bases = [file.parent, ROOT] if "/" in path else [file.parent, ROOT, *CSRC]
+        if path.startswith(("build/", "dist/")):
+            continue
+        if not any(any(base.glob(path.rstrip("/"))) for base in bases):
+            lost.append(path)
+    return lost
 
 
-def test_references_are_read_from_comments() -> None:
-    source = '// Why.\n// Experiments: a.md, "One"; b.md,\n// "Two".\nint x;\n'
-    assert references(source) == [("a.md", "One"), ("b.md", "Two")]
+@pytest.mark.parametrize("file", OF_THE_SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_paths_exist(file: Path) -> None:
+    assert lost_paths(file) == []
+
+
+def test_a_lost_path_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "a.md"
+    file.write_text("`csrc/README.md` `csrc/none/` `tests/test_*.py` `make test` `x/y.hpp` `a.md`")
+    assert lost_paths(file) == ["csrc/none/", "x/y.hpp"]
+
+
+def test_every_room_is_described() -> None:
+    """Each folder and module of a tree is in its README."""
+    for tree, pattern in (("liquidgemm", "*"), ("bench", "*"), ("csrc/liquidgemm", "*/")):
+        readme = (ROOT / tree.split("/")[0] / "README.md").read_text(encoding="utf-8")
+        for entry in (ROOT / tree).glob(pattern):
+            described = entry.name in readme or (entry.name.startswith("cli") and "cli*" in readme)
+            if entry.is_dir():
+                assert described or entry.name == "__pycache__", entry
+            elif entry.suffix == ".py" and entry.name != "__init__.py":
+                assert described, entry
+
+
+def code_of(file: Path, heading: str) -> list[str]:
+    section = file.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return [part.partition("```")[0] for part in section.split("```python\n")[1:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "heading"), [("README.md", "Use"), ("docs/quickstart.md", "One layer, one model")]
+)
+def test_the_first_code_runs(name: str, heading: str, tmp_path: Path, monkeypatch) -> None:
+    """With smaller sizes."""
+    monkeypatch.chdir(tmp_path)
+    code = code_of(ROOT / name, heading)[0].replace("4096", "128").replace("14336", "192")
+    exec(code, {})
+    assert (tmp_path / "model-w4a8").is_dir()

@@ -264,12 +264,12 @@ def test_casts_leave_the_scales_alone(tmp_path):
     assert other.half().model.layers[0].mlp.up_proj.scale.dtype == torch.float32
 
 
-def test_the_readme(tmp_path, monkeypatch):
-    """The code of the README's section, with a small model in place of the one it names."""
+def test_the_quickstart(tmp_path, monkeypatch):
+    """The code of its section on them, with a small model in place of the one it names."""
     for library in ("peft", "torchao"):
         pytest.importorskip(library, reason=f"{library} is not installed")
-    readme = (Path(liquidgemm.__file__).parents[1] / "README.md").read_text()
-    section = readme.partition("## With transformers")[2].partition("\n## ")[0]
+    text = (Path(liquidgemm.__file__).parents[1] / "docs/quickstart.md").read_text()
+    section = text.partition("## With transformers")[2].partition("\n## ")[0]
     blocks = [part.partition("```")[0] for part in section.split("```python\n")[1:]]
     assert len(blocks) == 3
     monkeypatch.chdir(tmp_path)

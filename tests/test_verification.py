@@ -231,6 +231,27 @@ def test_it_leaves_no_trace(calibrated):
     assert not torch.nn.modules.module._global_forward_hooks
 
 
+def test_torch_stays_as_it_was():
+    """Nothing is left registered for all modules: torch.compile would warn of it ever after."""
+    before = {
+        name: dict(value)
+        for name, value in vars(torch.nn.modules.module).items()
+        if is_hooks(name, value)
+    }
+    assert before
+    quantize_(Net(), LiquidConfig(), calibration=data(), progress=False)
+    after = {
+        name: dict(value)
+        for name, value in vars(torch.nn.modules.module).items()
+        if is_hooks(name, value)
+    }
+    assert after == before
+
+
+def is_hooks(name, value):
+    return name.startswith("_global_") and isinstance(value, dict)
+
+
 @pytest.mark.parametrize("name", ["RWKV", "LLaVA"])
 def test_models_of_transformers_stay_as_they_were(name):
     """The first call of RWKV divides its weights, that of LLaVA registers hooks."""

@@ -1,4 +1,4 @@
-"""Measures every peer on every shape and batch size; README.md describes the protocol."""
+"""Measures every peer on every shape and batch size; docs/benchmarks.md describes the protocol."""
 
 from __future__ import annotations
 

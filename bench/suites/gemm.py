@@ -42,7 +42,7 @@ def not_negative(text: str) -> float:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench gemm",
-        description="Times liquidgemm and its peers on a Hopper GPU. bench/README.md has the "
+        description="Times liquidgemm and its peers on a Hopper GPU. docs/benchmarks.md has the "
         "protocol; python -m bench report makes tables and plots of the JSON file.",
     )
     parser.add_argument(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
@@ -163,6 +164,8 @@ class Observer:
         finally:
             for handle in handles:
                 handle.remove()
+                # torch forgets this one, and torch.compile takes it for a hook that is still there.
+                _global_forward_hooks_with_kwargs.pop(handle.id, None)
             with torch.no_grad():
                 for tensor, copy in watch.copies.values():
                     tensor.copy_(copy)
