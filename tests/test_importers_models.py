@@ -53,6 +53,7 @@ def assert_same_model(folder, out, model_class, weights):
 
 @pytest.mark.parametrize("kind", sorted(MODELS.keys() - {"recurrent"}))
 def test_every_architecture(tmp_path, kind):
+    """CHECKLIST 25."""
     model = make(kind)
     weights = write(model, tmp_path / "source")
     report = import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)

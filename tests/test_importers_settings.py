@@ -46,6 +46,7 @@ def test_a_setting_that_changes(tmp_path, base, number):
 
 @pytest.mark.parametrize("base", BASES)
 def test_an_unknown_setting_is_refused_unless_it_is_empty(tmp_path, base):
+    """CHECKLIST 25."""
     tensors, settings = BASES[base]
     before = result(tmp_path, tensors, settings)
     for value in (1, 0, 0.5, True, "x", [1], {"x": 1}):
