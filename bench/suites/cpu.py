@@ -5,8 +5,9 @@ INT8 and 4-bit ones quantize the tokens within the call. One call of each in tur
 the weight that no cache of a core holds; the minimum counts, which other work on the machine
 disturbs least, and the median is recorded beside it.
 
-``--isa avx2`` asks everything for AVX2: our kernels by name, torch's by the variables of ATen,
-oneDNN and MKL. FBGEMM has no such setting and keeps the instructions that it finds.
+``--isa avx2`` asks everything for AVX2, ``--isa avx512_vnni`` for AVX-512 without AMX: our kernels
+by name, torch's by the variables of ATen, oneDNN and MKL. FBGEMM has no such setting and keeps the
+instructions that it finds, and llama.cpp has those that it was compiled for.
 """
 
 from __future__ import annotations
@@ -35,12 +36,17 @@ from ..peers import ggml
 
 OURS = "liquidgemm"
 ISA_VARIABLES = {
+    "avx512_vnni": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
+        "LIQUIDGEMM_CPU": "avx512_vnni",
+    },
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "LIQUIDGEMM_CPU": "avx2",
-    }
+    },
 }
 WARM_UP_S = 0.2
 COPY_BYTES = 256 << 20
@@ -159,7 +165,7 @@ def measure(calls: dict[str, list[Call]], x: Tensor, exact: Tensor, seconds: flo
 def run(options: argparse.Namespace) -> dict:
     library = None
     try:
-        library = None if options.isa else ggml.Ggml()
+        library = ggml.Ggml()
     except ImportError as error:
         print(f"llama.cpp is left out: {error}", file=sys.stderr)
     kernels = options.kernels or [liquidgemm.cpu_kernel()]

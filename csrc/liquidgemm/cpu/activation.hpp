@@ -86,6 +86,35 @@ inline Float16 to_float16(float value) {
 #endif
 }
 
+// Many at once: conversions of float16 are instructions that the compiler does not make vectors of.
+template <class T>
+void to_floats(T const* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i)
+    to[i] = to_float(from[i]);
+}
+#if defined(__F16C__)
+inline void to_floats(Float16 const* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<__m128i const*>(from + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
+  }
+  for (; i < count; ++i)
+    to[i] = to_float(from[i]);
+}
+#endif
+inline void to_float16s(float const* from, int64_t count, Float16* to) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
+  }
+#endif
+  for (; i < count; ++i)
+    to[i] = to_float16(from[i]);
+}
+
 // The largest magnitude in a row, as bits of its own type: |x| orders like its bits, infinity and
 // then NaN above every number.
 inline float largest(float const* x, int64_t k) {
@@ -121,14 +150,20 @@ float quantize_row(T const* x, int64_t k, int8_t* out) {
   // bits left and was rounded down.
   constexpr float kRound = 0x1.8p23f;
   constexpr int32_t kRoundBits = 0x4b400000;
-  for (int64_t i = 0; i < k; ++i) {
-    const float shifted = to_float(x[i]) / scale + kRound;
-    int32_t q;
-    memcpy(&q, &shifted, sizeof q);
-    q -= kRoundBits;
-    q = q > 127 ? 127 : q;
-    q = q < -127 ? -127 : q;
-    out[i] = int8_t(q);
+  constexpr int64_t kPart = 64;
+  float values[kPart];
+  for (int64_t begin = 0; begin < k; begin += kPart) {
+    const int64_t count = smaller(kPart, k - begin);
+    to_floats(x + begin, count, values);
+    for (int64_t i = 0; i < count; ++i) {
+      const float shifted = values[i] / scale + kRound;
+      int32_t q;
+      memcpy(&q, &shifted, sizeof q);
+      q -= kRoundBits;
+      q = q > 127 ? 127 : q;
+      q = q < -127 ? -127 : q;
+      out[begin + i] = int8_t(q);
+    }
   }
   return scale;
 }

@@ -8,9 +8,13 @@ namespace liquidgemm::cpu {
 namespace {
 
 template <class T, class Cast>
-void store(
-    Output const& out, int64_t token, int64_t first, int count, int32_t const* sums, Cast cast) {
-  T* const y = static_cast<T*>(out.y) + token * out.n + first;
+void scale(Output const& out,
+           int64_t token,
+           int64_t first,
+           int count,
+           int32_t const* sums,
+           T* y,
+           Cast cast) {
   const float x_scale = out.x_scale[token];
   float const* const weight_scale = out.weight_scale + first;
   if (out.bias == nullptr) {
@@ -23,23 +27,27 @@ void store(
   }
 }
 
-// Columns [first, first + count) of y, those below n, of one token.
+// Columns [first, first + count) of y, those below n, of one token; count is at most kPanel.
 inline void store_row(
     Output const& out, int64_t token, int64_t first, int64_t count, int32_t const* sums) {
   const int inside = int(smaller(count, out.n - first));
+  if (inside <= 0)
+    return;
+  const int64_t at = token * out.n + first;
+  const auto as_it_is = [](float value) { return value; };
   switch (out.type) {
     case Element::kBFloat16:
-      return store<BFloat16>(out, token, first, inside, sums,
-                             [](float value) { return to_bfloat16(value); });
-    case Element::kFloat16:
-      return store<Float16>(out, token, first, inside, sums,
-                            [](float value) { return to_float16(value); });
+      return scale(out, token, first, inside, sums, static_cast<BFloat16*>(out.y) + at,
+                   [](float value) { return to_bfloat16(value); });
+    case Element::kFloat16: {
+      float values[kPanel];
+      scale(out, token, first, inside, sums, values, as_it_is);
+      return to_float16s(values, inside, static_cast<Float16*>(out.y) + at);
+    }
     case Element::kFloat32:
-      return store<float>(out, token, first, inside, sums, [](float value) { return value; });
+      return scale(out, token, first, inside, sums, static_cast<float*>(out.y) + at, as_it_is);
     default:
-      if (inside > 0)
-        memcpy(static_cast<int32_t*>(out.y) + token * out.n + first, sums,
-               sizeof(int32_t) * size_t(inside));
+      memcpy(static_cast<int32_t*>(out.y) + at, sums, sizeof(int32_t) * size_t(inside));
   }
 }
 
