@@ -17,39 +17,87 @@ KERNELS = ROOT / "csrc/liquidgemm/cpu"
 PROGRAM = ROOT / "tests/cpp/cpu/test_kernels.cpp"
 
 
-def compile_program(folder: Path, cxx: str, machine: str, *flags: str) -> Path:
-    """The test program with all CPU kernels of a machine, each source with its own flags."""
-    sets = build.CPU_FLAGS_OF[machine]
-    sources = [PROGRAM, *(KERNELS / f"{name}.cpp" for name in (*build.CPU_COMMON, *sets))]
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+OK = re.compile(r"^(\w+): ok$", re.MULTILINE)
+
+
+def compile_one(source: Path, target: Path, cxx: str, machine: str, *flags: str) -> Path:
+    """A source of the program or the kernels, with the flags that it is built with."""
+    own = (*build.CPU_CXX_FLAGS, *build.CPU_FLAGS_OF[machine].get(source.stem, ()))
+    command = [cxx, "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", *own, *flags]
     includes = build.Toolchain.find().includes()
+    run = build.run_quietly(*command, *includes, "-c", source, "-o", target)
+    assert run.returncode == 0, run.stderr
+    return target
 
-    def compile_one(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        own = (*build.CPU_CXX_FLAGS, *sets.get(source.stem, ()))
-        command = [cxx, "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", *own, *flags, *includes]
-        run = build.run_quietly(*command, "-c", source, "-o", target)
-        assert run.returncode == 0, run.stderr
-        return target
 
+def compile_all(folder: Path, cxx: str, machine: str, *flags: str) -> dict[str, Path]:
+    """Objects of the test program and of all kernels of a machine, by name."""
+    names = (*build.CPU_COMMON, *build.CPU_FLAGS_OF[machine])
+    sources = [PROGRAM, *(KERNELS / f"{name}.cpp" for name in names)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(compile_one, sources))
-    program = folder / "test_kernels"
-    linked = build.run_quietly(cxx, *flags, *objects, "-o", program)
+        objects = pool.map(
+            lambda source: compile_one(source, folder / f"{source.stem}.o", cxx, machine, *flags),
+            sources,
+        )
+        return {path.stem: path for path in objects}
+
+
+def link(objects: dict[str, Path], program: Path, cxx: str, *flags: str) -> Path:
+    linked = build.run_quietly(cxx, *flags, *objects.values(), "-o", program)
     assert linked.returncode == 0, linked.stderr
     return program
 
 
-def test_kernels_under_sanitizers(tmp_path: Path) -> None:
-    """CHECKLIST 29: no access outside of what was given, no undefined arithmetic."""
+def run_program(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory) -> dict[str, Path]:
+    """With sanitizers, for this machine."""
     machine = os.uname().machine
     if machine not in build.CPU_FLAGS_OF:
         pytest.skip(f"no kernels for {machine} other than portable ones")
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    program = compile_program(tmp_path, build.Toolchain.find().cxx, machine, *flags)
-    run = subprocess.run([program], capture_output=True, text=True, timeout=300, check=False)
+    folder = tmp_path_factory.mktemp("sanitized")
+    return compile_all(folder, build.Toolchain.find().cxx, machine, *SANITIZERS)
+
+
+def test_kernels_under_sanitizers(objects: dict[str, Path], tmp_path: Path) -> None:
+    """CHECKLIST 29: no access outside of what was given, no undefined arithmetic."""
+    cxx = build.Toolchain.find().cxx
+    run = run_program(link(objects, tmp_path / "kernels", cxx, *SANITIZERS))
     assert run.returncode == 0, run.stdout + run.stderr
-    tested = re.findall(r"^(\w+): ok$", run.stdout, re.MULTILINE)
-    assert tested == list(liquidgemm.cpu_kernels()[:-1])
+    assert OK.findall(run.stdout) == list(liquidgemm.cpu_kernels()[:-1])
+
+
+# Bugs planted into the set that every machine has: what is replaced, by what, and what is said.
+PLANTED = {
+    "offsets of the upper rows": ("+ uint32_t(params[4 * g + 3] * sum)", "", "FAILED: sum"),
+    "steps of the upper rows": (
+        "{{params[0], params[2]}}",
+        "{{params[0], params[0]}}",
+        "FAILED: sum",
+    ),
+    "past the activations": ("x + kChunk * nibble + 2 * i", "x + 2 * kChunk * nibble + 2 * i", ""),
+    "past the weights": ("chunk + 2 * i, 2)", "chunk + 4 * i, 2)", ""),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bugs_are_found(objects: dict[str, Path], tmp_path: Path, bug: str) -> None:
+    """The checks of the program notice wrong sums, and the sanitizers reads out of bounds."""
+    old, new, message = PLANTED[bug]
+    text = (KERNELS / "portable.cpp").read_text()
+    assert text.count(old) == 1, f"{bug}: portable.cpp no longer holds {old!r} once"
+    source = tmp_path / "portable.cpp"
+    source.write_text(text.replace(old, new))
+    tools, machine = build.Toolchain.find(), os.uname().machine
+    compiled = compile_one(source, tmp_path / "portable.o", tools.cxx, machine, *SANITIZERS)
+    program = link(objects | {"portable": compiled}, tmp_path / "bug", tools.cxx, *SANITIZERS)
+    run = run_program(program)
+    assert run.returncode != 0
+    assert message in run.stdout
 
 
 def test_sanitizers_see_an_overrun(tmp_path: Path) -> None:
@@ -70,18 +118,13 @@ CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 @pytest.mark.skipif(shutil.which(CROSS) is None, reason=f"no {CROSS} to compile for Arm")
 def test_kernels_of_arm(tmp_path: Path) -> None:
     """Compiles for aarch64 and, where there is an emulator, runs all sets."""
-    program = compile_program(tmp_path, CROSS, "aarch64", "-static")
+    objects = compile_all(tmp_path, CROSS, "aarch64")
+    program = link(objects, tmp_path / "kernels", CROSS, "-static")
     if shutil.which(EMULATOR) is None:
         pytest.skip(f"compiled, but no {EMULATOR} to run it")
-    run = subprocess.run(
-        [EMULATOR, "-cpu", "max", program], capture_output=True, text=True, timeout=300, check=False
-    )
+    run = run_program(EMULATOR, "-cpu", "max", program)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert re.findall(r"^(\w+): ok$", run.stdout, re.MULTILINE) == [
-        "neon_i8mm",
-        "neon_dotprod",
-        "portable",
-    ]
+    assert OK.findall(run.stdout) == ["neon_i8mm", "neon_dotprod", "portable"]
 
 
 def test_objects_of_an_instruction_set_share_nothing(tmp_path: Path) -> None:
