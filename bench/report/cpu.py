@@ -50,7 +50,8 @@ def markdown(result: dict) -> str:
         f"- `{result['command']}`",
     ]
     legend = (
-        "Minimum of interleaved calls over cold weights. A column with x: how many times as long "
+        "Minimum of interleaved calls over cold weights, of the thread's processor time with one "
+        "thread, else of the wall's. A column with x: how many times as long "
         "as ours it takes; more than 1 means that ours is faster."
     )
     return "\n\n".join(["# linear on the CPU", "\n".join(facts), legend, table(result)]) + "\n"

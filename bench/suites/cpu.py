@@ -3,7 +3,8 @@
 All candidates get the same weight and float32 (or bfloat16) tokens, and return the same product:
 INT8 and 4-bit ones quantize the tokens within the call. One call of each in turn, over copies of
 the weight that no cache of a core holds; the minimum counts, which other work on the machine
-disturbs least, and the median is recorded beside it.
+disturbs least, and the median is recorded beside it. With one thread the clock is that thread's
+time on a processor, which stands still while other programs run; with more it is the wall's.
 
 ``--isa avx2`` asks everything for AVX2, ``--isa avx512_vnni`` for AVX-512 without AMX: our kernels
 by name, torch's by the variables of ATen, oneDNN and MKL. FBGEMM has no such setting and keeps the
@@ -76,10 +77,10 @@ def copy_bandwidth() -> float:
     return 2 * COPY_BYTES / best
 
 
-def timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def timed(function: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def dynamic_int8(weight: Tensor, engine: str) -> Call:
@@ -145,13 +146,14 @@ def measure(calls: dict[str, list[Call]], x: Tensor, exact: Tensor, seconds: flo
         until = time.perf_counter() + WARM_UP_S / len(calls)
         while time.perf_counter() < until:
             copies[-1](x)
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     until = time.perf_counter() + seconds
     turn = 0
     while time.perf_counter() < until or turn < 8:
         # Each takes another copy than those before it, which may share the weight.
         for place, (name, copies) in enumerate(calls.items()):
             call = copies[(turn + place) % len(copies)]
-            times[name].append(timed(lambda call=call: call(x)) * 1e6)
+            times[name].append(timed(lambda call=call: call(x), clock) * 1e6)
         turn += 1
     for name, samples in times.items():
         record[name] |= {
