@@ -69,7 +69,7 @@ microbench: build
 readme-table: $(VENV)/dev.stamp
 	$(BIN)/python -m bench readme-table $(RESULTS)
 
-# racecheck gets a build in which every lane arrives at a barrier (csrc/liquidgemm/kernel/ring.hpp),
+# racecheck gets a build in which every lane arrives at a barrier (csrc/liquidgemm/kernel/protocol.hpp),
 # and the smallest problems: it needs minutes for more.
 SANITIZE := $(BIN)/python tests/sanitize.py
 sanitize: build

@@ -60,7 +60,7 @@ class Problem {
         k(k),
         copies(copies),
         num_sms(num_sms),
-        weight_bytes(int64_t(n / kBlockRows) * (k / kBlockK) * kBlockBytes),
+        weight_bytes(int64_t(n / kBlockRows) * (k / kBlockK) * LiquidQuant::kBlockBytes),
         weights(copies * weight_bytes),
         x(int64_t(kMostTokens) * k),
         tiled(int64_t(kMostTokens) * k),
@@ -207,7 +207,7 @@ int main(int argc, char** argv) {
       const bench::Shape shape = bench::parse_shape(argv[i]);
       require(shape.n % 128 == 0 && shape.k % 256 == 0,
               std::string("N has to be a multiple of 128 and K of 256: ") + argv[i]);
-      const int64_t bytes = shape.n / kBlockRows * (shape.k / kBlockK) * kBlockBytes;
+      const int64_t bytes = shape.n / kBlockRows * (shape.k / kBlockK) * LiquidQuant::kBlockBytes;
       Problem problem(static_cast<int>(shape.n), static_cast<int>(shape.k),
                       bench::cold_copies(bytes, gpu), gpu.multiProcessorCount);
       for (int batch : kBatches)

@@ -19,7 +19,7 @@
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
 
-#include "liquidgemm/formats/packed_layout.hpp"
+#include "liquidgemm/formats/liquidquant.hpp"
 
 namespace ablation {
 
@@ -55,7 +55,7 @@ struct Config {
 
   static constexpr int kStageBlocks = Tokens <= 16 ? 4 : 2;
   static constexpr int kStageK = kStageBlocks * kBlockK;
-  static constexpr int kPanelStageBytes = kStageBlocks * kBlockBytes;
+  static constexpr int kPanelStageBytes = kStageBlocks * LiquidQuant::kBlockBytes;
   static constexpr int kStageTokenBytes = Tokens * kStageK;
   static constexpr int kDecodedBuffers = 2;  // per MMA group
   static constexpr int kDecodedBytes =
@@ -162,8 +162,8 @@ struct Cursor {
 template <class C>
 CUTE_DEVICE void dequantize(uint8_t const* block, int thread, uint32_t (&out)[8]) {
   const uint4 codes = reinterpret_cast<uint4 const*>(block)[thread];
-  const uint32_t params =
-      reinterpret_cast<uint32_t const*>(block + kBlockCodeBytes)[param_word(thread)];
+  const uint32_t params = reinterpret_cast<uint32_t const*>(
+      block + LiquidQuant::kCodeBytes)[LiquidQuant::param_word(thread)];
   const uint32_t step[2] = {__byte_perm(params, 0, 0x4440), __byte_perm(params, 0, 0x4442)};
   const uint32_t offsets[2] = {__byte_perm(params, 0, 0x1111), __byte_perm(params, 0, 0x3333)};
   const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
@@ -174,7 +174,7 @@ CUTE_DEVICE void dequantize(uint8_t const* block, int thread, uint32_t (&out)[8]
       // QServe keeps the offset signed and adds it byte by byte: a - 128 instead of a.
       out[r] = __vadd4(four * step[r % 2], offsets[r % 2] ^ 0x80808080u);
     } else {
-      out[r] = decode4(four, step[r % 2], offsets[r % 2]);
+      out[r] = LiquidQuant::decode4(four, step[r % 2], offsets[r % 2]);
     }
   }
 }
@@ -239,7 +239,8 @@ CUTE_DEVICE void dequantize_for(
       CUTE_UNROLL
       for (int block = 0; block < C::kStageBlocks; ++block) {
         uint32_t weights[8];
-        dequantize<C>(shared.weights[at.slot()][panel] + block * kBlockBytes, thread, weights);
+        dequantize<C>(shared.weights[at.slot()][panel] + block * LiquidQuant::kBlockBytes, thread,
+                      weights);
         CUTE_UNROLL
         for (int step = 0; step < 2; ++step) {
           const int k = block * kBlockK + step * kMmaK + k_of_lane;
@@ -294,7 +295,8 @@ struct MainLoop {
         CUTE_UNROLL
         for (int block = 0; block < C::kStageBlocks; ++block) {
           uint32_t weights[8];
-          dequantize<C>(shared.weights[at.slot()][panel] + block * kBlockBytes, thread, weights);
+          dequantize<C>(shared.weights[at.slot()][panel] + block * LiquidQuant::kBlockBytes, thread,
+                        weights);
           CUTE_UNROLL
           for (int r = 0; r < 8; ++r)
             registers(r % 4, 0, 2 * block + r / 4) = weights[r];
@@ -333,7 +335,8 @@ struct MainLoop {
       for (int block = 0; block < C::kStageBlocks; ++block) {
         Tensor tCrW_block = tCrW(_, _, _, block % 2);
         uint32_t weights[8];
-        dequantize<C>(shared.weights[at.slot()][panel] + block * kBlockBytes, thread, weights);
+        dequantize<C>(shared.weights[at.slot()][panel] + block * LiquidQuant::kBlockBytes, thread,
+                      weights);
         auto registers = recast<uint32_t>(tCrW_block);
         CUTE_UNROLL
         for (int r = 0; r < 8; ++r)

@@ -24,7 +24,7 @@
 //             bench/cpp/dequant_cost.cu
 // Run:   dequant_cost
 #include "harness.hpp"
-#include "liquidgemm/formats/packed_layout.hpp"
+#include "liquidgemm/formats/liquidquant.hpp"
 
 namespace {
 
@@ -48,7 +48,7 @@ __device__ uint32_t decode(uint32_t codes, uint32_t step, uint32_t offsets) {
   else if constexpr (kScheme == Scheme::kQServe)
     return __vadd4(codes * step, offsets);
   else
-    return decode4(codes, step, offsets);
+    return LiquidQuant::decode4(codes, step, offsets);
 }
 
 template <Scheme kScheme>
@@ -184,7 +184,7 @@ struct Benchmark {
       none_clk = bench::median(clk);
     std::printf("%s\t%.2f\t%.2f\t%.2f\n", kNames[int(kScheme)], bench::median(clk),
                 bench::median(clk) - none_clk,
-                blocks * num_sms * kBlockBytes / bench::median(us) / 1e6);
+                blocks * num_sms * LiquidQuant::kBlockBytes / bench::median(us) / 1e6);
     std::fflush(stdout);
   }
 };

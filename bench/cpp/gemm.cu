@@ -36,7 +36,7 @@ class Benchmark {
         k_(shape.k),
         num_sms_(gpu.multiProcessorCount),
         memory_bytes_per_us_(memory_bandwidth()),
-        weight_bytes_(ceil_div(n_, kBlockRows) * (k_ / kBlockK) * kBlockBytes),
+        weight_bytes_(ceil_div(n_, kBlockRows) * (k_ / kBlockK) * LiquidQuant::kBlockBytes),
         copies_(bench::cold_copies(weight_bytes_, gpu)),
         weights_(copies_ * weight_bytes_),
         x_(kMostTokens * k_),

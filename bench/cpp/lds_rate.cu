@@ -19,7 +19,7 @@
 //             --expt-relaxed-constexpr -Icsrc -I$CUTLASS/include -o lds_rate bench/cpp/lds_rate.cu
 // Run:   lds_rate
 #include "harness.hpp"
-#include "liquidgemm/formats/packed_layout.hpp"
+#include "liquidgemm/formats/liquidquant.hpp"
 
 namespace {
 
@@ -35,7 +35,7 @@ constexpr int kGroups = 8;
 constexpr int kThreads = kGroups * kWarpGroupThreads;
 constexpr int kUnroll = 4;  // blocks per iteration
 constexpr int kBlocks = 8;  // per warp-group
-constexpr int kSharedBytes = kGroups * kBlocks * kBlockBytes;
+constexpr int kSharedBytes = kGroups * kBlocks * LiquidQuant::kBlockBytes;
 constexpr int kRowBytes = kBlockK / 2;
 
 // Two 4-bit codes of a byte as signed bytes, in the low half.
@@ -79,7 +79,8 @@ __host__ __device__ uint32_t read_block(uint8_t const* block, int thread) {
     const uint4 codes = reinterpret_cast<uint4 const*>(block)[thread];
     sum = codes.x + codes.y + codes.z + codes.w;
     if constexpr (kPattern == Pattern::kPacked)
-      sum += reinterpret_cast<uint32_t const*>(block + kBlockCodeBytes)[param_word(thread)];
+      sum += reinterpret_cast<uint32_t const*>(
+          block + LiquidQuant::kCodeBytes)[LiquidQuant::param_word(thread)];
   }
   return sum;
 }
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 1) lds_kernel(
   for (int i = threadIdx.x; i < kSharedBytes; i += kThreads)
     shared_bytes[i] = packed[i];
   uint8_t const* const mine =
-      shared_bytes + threadIdx.x / kWarpGroupThreads * kBlocks * kBlockBytes;
+      shared_bytes + threadIdx.x / kWarpGroupThreads * kBlocks * LiquidQuant::kBlockBytes;
   const int thread = threadIdx.x % kWarpGroupThreads;
   uint32_t sum = 0, first_byte = 0;
   __syncthreads();
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1) lds_kernel(
   for (int i = 0; i < iterations; ++i) {
 #pragma unroll
     for (int block = 0; block < kUnroll; ++block)
-      sum += read_block<kPattern>(mine + first_byte + block * kBlockBytes, thread);
+      sum += read_block<kPattern>(mine + first_byte + block * LiquidQuant::kBlockBytes, thread);
     first_byte = first_byte == 0 ? stride : 0;
   }
   __syncthreads();
@@ -130,8 +131,8 @@ struct Benchmark {
   template <Pattern kPattern>
   double clocks_of(int iterations) {
     bench::launch(lds_kernel<kPattern>, num_sms, kThreads, kSharedBytes, stream, false,
-                  packed.data(), iterations, uint32_t(kUnroll * kBlockBytes), out.data(),
-                  clocks.data());
+                  packed.data(), iterations, uint32_t(kUnroll * LiquidQuant::kBlockBytes),
+                  out.data(), clocks.data());
     stream.synchronize(kNames[int(kPattern)]);
     return double(clocks.to_host()[0]);
   }
@@ -146,7 +147,7 @@ struct Benchmark {
       uint32_t expected = 0;
       for (int block = 0; block < kBlocks; ++block) {
         uint8_t const* const from =
-            &host[(thread / kWarpGroupThreads * kBlocks + block) * kBlockBytes];
+            &host[(thread / kWarpGroupThreads * kBlocks + block) * LiquidQuant::kBlockBytes];
         expected += 3 * read_block<kPattern>(from, thread % kWarpGroupThreads);
       }
       require(got[thread] == expected, std::string(kNames[int(kPattern)]) + ", thread " +
@@ -158,7 +159,8 @@ struct Benchmark {
     std::vector<double> clk;
     for (int i = 0; i < 7; ++i)
       clk.push_back(clocks_of<kPattern>(kLong) / (double(kLong) * kUnroll * kGroups));
-    const double bytes = kPattern == Pattern::kPacked ? kBlockBytes : kBlockCodeBytes;
+    const double bytes =
+        kPattern == Pattern::kPacked ? LiquidQuant::kBlockBytes : LiquidQuant::kCodeBytes;
     const double rate = bytes / bench::median(clk);
     std::printf("%s\t%.2f\t%.1f\t%.1f\n", kNames[int(kPattern)], bench::median(clk), rate,
                 rate / 1.28);

@@ -30,7 +30,7 @@
 #include <cute/tensor.hpp>
 
 #include "harness.hpp"
-#include "liquidgemm/formats/packed_layout.hpp"
+#include "liquidgemm/formats/liquidquant.hpp"
 
 namespace {
 
@@ -70,7 +70,7 @@ struct Config {
   struct Shared {
     alignas(1024) int8_t tokens[kTokens * kK];
     alignas(1024) int8_t weights[kind == Operand::kShared ? kGroups : 1][kBlockRows * kK];
-    alignas(16) uint8_t packed[kGroups][kBlocks][kBlockBytes];
+    alignas(16) uint8_t packed[kGroups][kBlocks][LiquidQuant::kBlockBytes];
   };
 };
 
@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) rate_kernel(uint8_t const* pac
     for (int i = thread; i < kBlockRows * kK; i += kWarpGroupThreads)
       sW(i / kK, i % kK) = weights[group * kBlockRows * kK + i];
   }
-  for (int i = thread; i < kBlocks * kBlockBytes; i += kWarpGroupThreads)
-    shared.packed[group][0][i] = packed[group * kBlocks * kBlockBytes + i];
+  for (int i = thread; i < kBlocks * LiquidQuant::kBlockBytes; i += kWarpGroupThreads)
+    shared.packed[group][0][i] = packed[group * kBlocks * LiquidQuant::kBlockBytes + i];
   cutlass::arch::fence_view_async_shared();
   __syncthreads();
 
@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) rate_kernel(uint8_t const* pac
   auto dequantize = [&](int block, int buffer) {
     uint8_t const* const from = shared.packed[group][block];
     const uint4 codes = reinterpret_cast<uint4 const*>(from)[thread];
-    const uint32_t params =
-        reinterpret_cast<uint32_t const*>(from + kBlockCodeBytes)[param_word(thread)];
+    const uint32_t params = reinterpret_cast<uint32_t const*>(
+        from + LiquidQuant::kCodeBytes)[LiquidQuant::param_word(thread)];
     const uint32_t step[2] = {__byte_perm(params, 0, 0x4440), __byte_perm(params, 0, 0x4442)};
     const uint32_t offsets[2] = {__byte_perm(params, 0, 0x1111), __byte_perm(params, 0, 0x3333)};
     const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) rate_kernel(uint8_t const* pac
 // Random operands of the largest configuration, and the decoded weights as plain matrices.
 struct Data {
   static constexpr int kMaxGroups = 4, kMaxTokens = 256;
-  std::vector<uint8_t> packed = std::vector<uint8_t>(kMaxGroups * kBlocks * kBlockBytes);
+  std::vector<uint8_t> packed =
+      std::vector<uint8_t>(kMaxGroups * kBlocks * LiquidQuant::kBlockBytes);
   std::vector<int8_t> weights = std::vector<int8_t>(kMaxGroups * kBlockRows * kK);
   std::vector<int8_t> tokens = std::vector<int8_t>(kMaxTokens * kK);
 
@@ -188,17 +189,18 @@ struct Data {
     for (int group = 0; group < kMaxGroups; ++group) {
       for (int row = 0; row < kBlockRows; ++row) {
         for (int k = 0; k < kK; ++k) {
-          uint8_t* const block = &packed[(group * kBlocks + k / kBlockK) * kBlockBytes];
-          uint8_t& step = block[param_position(row)];
-          uint8_t& offset = block[param_position(row) + 1];
+          uint8_t* const block =
+              &packed[(group * kBlocks + k / kBlockK) * LiquidQuant::kBlockBytes];
+          uint8_t& step = block[LiquidQuant::param_position(row)];
+          uint8_t& offset = block[LiquidQuant::param_position(row) + 1];
           if (k % kBlockK == 0) {
             step = 1 + step % 16;
-            offset %= 256 - kMaxCode * step;  // feasible, whatever the code
+            offset %= 256 - LiquidQuant::kMaxCode * step;  // feasible, whatever the code
           }
-          const CodePosition at = code_position(row, k % kBlockK);
+          const LiquidQuant::CodePosition at = LiquidQuant::code_position(row, k % kBlockK);
           const int code = block[at.byte] >> at.shift & 15;
           weights[(group * kBlockRows + row) * kK + k] =
-              static_cast<int8_t>(code * step + offset - kOffsetBias);
+              static_cast<int8_t>(code * step + offset - LiquidQuant::kOffsetBias);
         }
       }
     }
@@ -209,7 +211,7 @@ struct Data {
     int32_t result = 0;
     for (int k = 0; k < kK; ++k) {
       const int from = operand == Operand::kRegisters ? k % (2 * kBlockK) : k;
-      const int bias = operand == Operand::kUnsigned ? kOffsetBias : 0;
+      const int bias = operand == Operand::kUnsigned ? LiquidQuant::kOffsetBias : 0;
       result += (weights[channel * kK + from] + bias) * tokens[token * kK + k];
     }
     return result;
@@ -242,7 +244,7 @@ class Benchmark {
     const double clk = clocks_.to_host()[0] / blocks;
     std::printf("%s\t%d\t%d\t%.1f\t%.2f\t%.1f\t%.2f\t", kNames[int(C::kOperand)], C::kTokens,
                 C::kGroups, tops<C>(blocks, us), clk, 100 * C::kTokens / clk,
-                blocks * num_sms_ * kBlockBytes / us / 1e6);
+                blocks * num_sms_ * LiquidQuant::kBlockBytes / us / 1e6);
     if (sustain_ > 0 && C::kTokens == 256 && C::kGroups == 2) {
       time_us<C>(static_cast<int>(iterations * sustain_ * 1e6 / us));
       std::printf("%.1f\n", tops<C>(blocks, time_us<C>(iterations)));

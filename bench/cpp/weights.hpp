@@ -2,31 +2,31 @@
 #pragma once
 
 #include "harness.hpp"
-#include "liquidgemm/formats/packed_layout.hpp"
+#include "liquidgemm/formats/liquidquant.hpp"
 
 namespace bench {
 
-using liquidgemm::kBlockBytes;
 using liquidgemm::kBlockK;
 using liquidgemm::kBlockRows;
+using liquidgemm::LiquidQuant;
 
 // Every block gets random codes and feasible steps and offsets; one CTA of kBlockRows threads per
 // block.
 __global__ void fill_weights_kernel(uint8_t* packed, int64_t first_block) {
   const int64_t index = first_block + blockIdx.x;
-  uint8_t* const block = packed + index * kBlockBytes;
+  uint8_t* const block = packed + index * LiquidQuant::kBlockBytes;
   auto* const words = reinterpret_cast<uint32_t*>(block);
-  for (int i = threadIdx.x; i < liquidgemm::kBlockCodeBytes / 4; i += blockDim.x)
-    words[i] = random_word(index * kBlockBytes + i);
+  for (int i = threadIdx.x; i < LiquidQuant::kCodeBytes / 4; i += blockDim.x)
+    words[i] = random_word(index * LiquidQuant::kBlockBytes + i);
   const uint32_t random = random_word(~(index * kBlockRows + threadIdx.x));
   const int step = 1 + random % 16;
-  const int offset = (random >> 8) % (256 - liquidgemm::kMaxCode * step);
-  block[liquidgemm::param_position(threadIdx.x)] = static_cast<uint8_t>(step);
-  block[liquidgemm::param_position(threadIdx.x) + 1] = static_cast<uint8_t>(offset);
+  const int offset = (random >> 8) % (256 - LiquidQuant::kMaxCode * step);
+  block[LiquidQuant::param_position(threadIdx.x)] = static_cast<uint8_t>(step);
+  block[LiquidQuant::param_position(threadIdx.x) + 1] = static_cast<uint8_t>(offset);
 }
 
 inline void fill_weights(uint8_t* packed, int64_t bytes, cudaStream_t stream) {
-  const int64_t blocks = bytes / kBlockBytes;
+  const int64_t blocks = bytes / LiquidQuant::kBlockBytes;
   constexpr int64_t kPerLaunch = 1 << 24;
   for (int64_t first = 0; first < blocks; first += kPerLaunch) {
     fill_weights_kernel<<<static_cast<int>(std::min(kPerLaunch, blocks - first)), kBlockRows, 0,
@@ -50,16 +50,17 @@ __global__ void reference_kernel(
   if (channel >= n)
     return;
   const int row = channel % kBlockRows;
-  uint8_t const* block = packed + int64_t(channel / kBlockRows) * (k / kBlockK) * kBlockBytes;
+  uint8_t const* block =
+      packed + int64_t(channel / kBlockRows) * (k / kBlockK) * LiquidQuant::kBlockBytes;
   int32_t sum = 0;
   for (int i = 0; i < k; ++i) {
     if (i > 0 && i % kBlockK == 0)
-      block += kBlockBytes;
-    const auto at = liquidgemm::code_position(row, i % kBlockK);
-    const int code = block[at.byte] >> at.shift & liquidgemm::kMaxCode;
-    const int step = block[liquidgemm::param_position(row)];
-    const int offset = block[liquidgemm::param_position(row) + 1];
-    sum += (code * step + offset - liquidgemm::kOffsetBias) * x[int64_t(token) * k + i];
+      block += LiquidQuant::kBlockBytes;
+    const auto at = LiquidQuant::code_position(row, i % kBlockK);
+    const int code = block[at.byte] >> at.shift & LiquidQuant::kMaxCode;
+    const int step = block[LiquidQuant::param_position(row)];
+    const int offset = block[LiquidQuant::param_position(row) + 1];
+    sum += (code * step + offset - LiquidQuant::kOffsetBias) * x[int64_t(token) * k + i];
   }
   sums[int64_t(token) * n + channel] = sum;
 }

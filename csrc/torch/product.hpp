@@ -53,7 +53,8 @@ inline Weight checked_weight(Tensor const& x,
   check(weight_scale.dim() == 1 && weight_scale.size(0) >= 1,
         "weight_scale: expected shape [N], got ", shape_of(weight_scale));
   const int64_t n = weight_scale.size(0);
-  check_shape("weight", weight, {ceil_div(n, kBlockRows), ceil_div(k, kBlockK), kBlockBytes},
+  check_shape("weight", weight,
+              {ceil_div(n, kBlockRows), ceil_div(k, kBlockK), LiquidQuant::kBlockBytes},
               " for N = ", n, " of weight_scale and K = ", k, " of x");
   if (bias) {
     check_dtype("bias", *bias, kFloats);

@@ -1,8 +1,9 @@
 // What pack_weight and unpack_weight share on CPU and CUDA: argument checks, shapes and allocation.
 #pragma once
 
+#include "liquidgemm/common/int8.hpp"
 #include "liquidgemm/common/math.hpp"
-#include "liquidgemm/formats/pack.hpp"
+#include "liquidgemm/formats/liquidquant.hpp"
 #include "tensors.hpp"
 
 namespace liquidgemm::binding {
@@ -51,16 +52,17 @@ inline LogicalTensors checked_logical(Tensor const& qweight,
 
 inline Tensor empty_packed(LogicalTensors const& logical) {
   const LogicalWeight w = logical.view();
-  return allocate(logical.qweight, {ceil_div(w.n, kBlockRows), w.k_blocks, kBlockBytes},
+  return allocate(logical.qweight,
+                  {ceil_div(w.n, kBlockRows), w.k_blocks, LiquidQuant::kBlockBytes},
                   ScalarType::Byte);
 }
 
 inline LogicalTensors empty_logical(Tensor const& packed, int64_t n) {
   check_dtype("packed", packed, {ScalarType::Byte});
   check(packed.dim() == 3 && packed.size(0) > 0 && packed.size(1) > 0 &&
-            packed.size(2) == kBlockBytes,
+            packed.size(2) == LiquidQuant::kBlockBytes,
         "packed: expected a packed weight [ceil(N / ", kBlockRows, "), K / ", kBlockK, ", ",
-        kBlockBytes, "] from pack_weight, got shape ", shape_of(packed));
+        LiquidQuant::kBlockBytes, "] from pack_weight, got shape ", shape_of(packed));
   check_k("packed", packed.size(1) * kBlockK, kMaxPackedK);
   check(n > 0 && ceil_div(n, kBlockRows) == packed.size(0), "n: expected ",
         (packed.size(0) - 1) * kBlockRows + 1, " to ", packed.size(0) * kBlockRows,

@@ -62,12 +62,12 @@ def bug(name: str, file: str, old: str, new: str, *caught_by: str, **more) -> Bu
     return Bug(name, (Patch(f"{KERNEL}/{file}", old, new),), caught_by, **more)
 
 
-# No bug: what `make sanitize` gives to racecheck, see csrc/liquidgemm/kernel/ring.hpp.
+# No bug: what `make sanitize` gives to racecheck, see csrc/liquidgemm/kernel/protocol.hpp.
 EVERY_LANE = Bug(
     "every lane arrives",
     (
         Patch(
-            f"{KERNEL}/ring.hpp",
+            f"{KERNEL}/protocol.hpp",
             "#ifdef LIQUIDGEMM_EVERY_LANE_ARRIVES",
             "#if 1",
         ),
@@ -81,18 +81,22 @@ BUGS = (
     bug(
         "consumer does not wait for a full stage",
         "consumer.hpp",
-        "cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);",
+        "Barrier::wait(&shared_.barriers.full[ring.slot], ring.phase);",
         "",
         EXACT,
         BACK_TO_BACK,
     ),
-    bug(
-        "producers do not wait for an empty stage",
-        "producer.hpp",
-        "Barrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);",
-        "",
-        EXACT,
-        BACK_TO_BACK,
+    Bug(
+        "loaders do not wait for an empty stage",
+        tuple(
+            Patch(
+                f"{KERNEL}/load/{file}",
+                "Barrier::wait(&barriers.empty[ring.slot], ring.phase ^ 1);",
+                "",
+            )
+            for file in ("weights.hpp", "tokens_tma.hpp")
+        ),
+        (EXACT, BACK_TO_BACK),
     ),
     bug(
         "ring is one slot too long",
@@ -112,14 +116,15 @@ BUGS = (
                 "kStages = kKGroups + 1",
             ),
             Patch(f"{KERNEL}/tile.hpp", "kStages >= 2 * kKGroups", "kStages > kKGroups"),
+            Patch(f"{KERNEL}/protocol.hpp", "assert(stages_have_equal_readers()", "assert(true"),
         ),
         (EXACT, BACK_TO_BACK),
     ),
     # Weights that are dequantized before there are tokens.
     bug(
         "weights are dequantized before they are there",
-        "consumer.hpp",
-        "cutlass::arch::ClusterBarrier::wait(&shared.ahead[stage], 0);",
+        "ahead.hpp",
+        "Barrier::wait(&shared_.barriers.ahead[stage], 0);",
         "",
         EXACT,
         BACK_TO_BACK,
@@ -127,8 +132,8 @@ BUGS = (
     ),
     bug(
         "what was dequantized early does not wait for tokens",
-        "consumer.hpp",
-        "cutlass::arch::ClusterBarrier::wait(&shared.full[slot], 0);",
+        "ahead.hpp",
+        "Barrier::wait(&shared_.barriers.full[slot], 0);",
         "",
         OVERTAKING,
         units=(f"{INSTANTIATIONS}/t8_p1_k4_s4.cu",),
@@ -143,8 +148,8 @@ BUGS = (
     ),
     bug(
         "stages that were multiplied early are not given back",
-        "consumer.hpp",
-        "release(shared, slot, true, -1);",
+        "ahead.hpp",
+        "consumer.release(slot, true, -1);",
         "",
         EXACT,
         units=(f"{INSTANTIATIONS}/t8_p1_k4_s4.cu",),
@@ -160,7 +165,7 @@ BUGS = (
     ),
     bug(
         "tokens are loaded before the previous kernel is done",
-        "producer.hpp",
+        "load/tokens_tma.hpp",
         "cutlass::arch::wait_on_dependent_grids();",
         "",
         OVERTAKING,
@@ -197,12 +202,12 @@ BUGS = (
         "tokens are multiplied while others still quantize them",
         (
             Patch(
-                f"{KERNEL}/quantized_tokens.hpp",
-                "    }\n    sums.panel_barrier();\n  }\n",
+                f"{KERNEL}/load/tokens_quantized.hpp",
+                "    }\n    panel_barrier<Tile>(0);\n  }\n",
                 "    }\n  }\n",
             ),
             Patch(
-                f"{KERNEL}/quantized_tokens.hpp",
+                f"{KERNEL}/load/tokens_quantized.hpp",
                 "      const Quantizer quantizer(scale);\n",
                 "      __nanosleep(reader.row * 2000);\n      const Quantizer quantizer(scale);\n",
             ),
@@ -212,7 +217,7 @@ BUGS = (
     ),
     bug(
         "past the end of a row it begins anew",
-        "quantized_tokens.hpp",
+        "load/tokens_quantized.hpp",
         "vector = {};",
         "vector.load(x, kVector, true);",
         QUANTIZING,
@@ -245,8 +250,8 @@ BUGS = (
     bug(
         "words are stored past the last channel",
         "epilogue.hpp",
-        "channel + 8 * i < params_.n",
-        "channel + 8 * i <= params_.n",
+        "channel + 8 * i < sizes_.n",
+        "channel + 8 * i <= sizes_.n",
         CANARIES,
         EXACT,
     ),
@@ -261,7 +266,7 @@ BUGS = (
     bug(
         "TMA stores rows of the next tile",
         "epilogue.hpp",
-        "first_token_ + tokens_ == params_.m;",
+        "first_token_ + tokens_ == sizes_.m;",
         "true;",
         EPILOGUE,
         EXACT,
@@ -302,7 +307,7 @@ BUGS = (
     # The split of K.
     bug(
         "a stage is counted twice where K is split",
-        "scheduler.hpp",
+        "work/dense.hpp",
         "work.end = stages * (part + 1) >> log2_split;",
         "work.end = (stages * (part + 1) >> log2_split) + (part + 1 < 1 << log2_split);",
         EXACT,
@@ -311,12 +316,14 @@ BUGS = (
     Bug(
         "a CTA of a pair sends its sums into a ring that is still read",
         (
-            Patch(f"{KERNEL}/partial_sums.hpp", "Barrier::wait(&shared_.multiplied, 0);", ""),
+            Patch(
+                f"{KERNEL}/partial_sums.hpp", "Barrier::wait(&shared_.barriers.multiplied, 0);", ""
+            ),
             Patch(
                 f"{KERNEL}/consumer.hpp",
-                "if (!kTakesTurns && block == 0)\n",
-                "__nanosleep((pair_rank >= 0) * Scheduler<Tile>::rank() * 2000);\n"
-                "          if (!kTakesTurns && block == 0)\n",
+                "if (!kAlternates && block == 0)\n",
+                "__nanosleep((pair_rank >= 0) * cta_rank() * 2000);\n"
+                "          if (!kAlternates && block == 0)\n",
             ),
         ),
         (EXACT, BACK_TO_BACK),
@@ -333,15 +340,15 @@ BUGS = (
     bug(
         "the CTAs of a pair release each other's rings for a tile that they share",
         "kernel.hpp",
-        "Scheduler<Tile>::rank() ^ !work.split",
-        "Scheduler<Tile>::rank() ^ 1",
+        "cta_rank() ^ !work.split",
+        "cta_rank() ^ 1",
         EXACT,
         units=(f"{INSTANTIATIONS}/t128_p2_k1_s2.cu",),
     ),
     Bug(
         "a CTA of a pair leaves before the other has arrived at its barriers",
         (
-            Patch(f"{KERNEL}/producer.hpp", "pairs && slot < Tile::kStages", "false"),
+            Patch(f"{KERNEL}/load/tokens_tma.hpp", "pairs && slot < Tile::kStages", "false"),
             Patch(
                 f"{KERNEL}/consumer.hpp",
                 "    __syncwarp();\n    const bool arrives",
@@ -354,8 +361,8 @@ BUGS = (
     ),
     bug(
         "both CTAs of a pair load the same half of the tokens",
-        "producer.hpp",
-        "half * Scheduler<Tile>::rank()",
+        "load/tokens_tma.hpp",
+        "half * cta_rank()",
         "0",
         EXACT,
         units=(f"{INSTANTIATIONS}/t128_p2_k1_s2.cu",),
@@ -373,29 +380,28 @@ CUTE_DEVICE void random_delay() {
   __nanosleep(hash >> 29 == 0 ? hash >> 17 & 0xfff : 0);  // one time in eight, up to 4 us
 }
 
-template <class Tile>
-struct alignas(1024) SharedStorage {"""
+inline constexpr int kWarpsPerGroup = 4;"""
 
 DELAY = Bug(
     "random delays",
     (
         Patch(
-            f"{KERNEL}/ring.hpp",
-            "\ntemplate <class Tile>\nstruct alignas(1024) SharedStorage {",
+            f"{KERNEL}/protocol.hpp",
+            "\ninline constexpr int kWarpsPerGroup = 4;",
             _DELAY,
         ),
         Patch(
             f"{KERNEL}/consumer.hpp",
-            "cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);",
+            "Barrier::wait(&shared_.barriers.full[ring.slot], ring.phase);",
             "random_delay();\n"
-            "      cutlass::arch::ClusterBarrier::wait(&shared.full[ring.slot], ring.phase);\n"
-            "      random_delay();",
+            "    Barrier::wait(&shared_.barriers.full[ring.slot], ring.phase);\n"
+            "    random_delay();",
         ),
         Patch(
-            f"{KERNEL}/consumer.hpp",
-            "cutlass::arch::ClusterBarrier::wait(&shared.full[slot], 0);",
+            f"{KERNEL}/ahead.hpp",
+            "Barrier::wait(&shared_.barriers.full[slot], 0);",
             "random_delay();\n"
-            "      cutlass::arch::ClusterBarrier::wait(&shared.full[slot], 0);\n"
+            "      Barrier::wait(&shared_.barriers.full[slot], 0);\n"
             "      random_delay();",
         ),
         Patch(
@@ -403,17 +409,20 @@ DELAY = Bug(
             "    __syncwarp();\n    const bool arrives",
             "    random_delay();\n    __syncwarp();\n    const bool arrives",
         ),
-        Patch(
-            f"{KERNEL}/producer.hpp",
-            "Barrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);",
-            "random_delay();\n"
-            "        Barrier::wait(&shared_.empty[ring.slot], ring.phase ^ 1);\n"
-            "        random_delay();",
+        *(
+            Patch(
+                f"{KERNEL}/load/{file}",
+                "Barrier::wait(&barriers.empty[ring.slot], ring.phase ^ 1);",
+                "random_delay();\n"
+                "        Barrier::wait(&barriers.empty[ring.slot], ring.phase ^ 1);\n"
+                "        random_delay();",
+            )
+            for file in ("weights.hpp", "tokens_tma.hpp")
         ),
         Patch(
-            f"{KERNEL}/partial_sums.hpp",
-            "CUTE_DEVICE void panel_barrier() const {\n",
-            "CUTE_DEVICE void panel_barrier() const {\n    random_delay();\n",
+            f"{KERNEL}/protocol.hpp",
+            "  cutlass::arch::NamedBarrier::arrive_and_wait(",
+            "  random_delay();\n  cutlass::arch::NamedBarrier::arrive_and_wait(",
         ),
         Patch(
             f"{KERNEL}/partial_sums.hpp",

@@ -4,10 +4,16 @@
 
 #include <cstdint>
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/util.hpp>
 #include <cute/config.hpp>
 
 namespace liquidgemm {
+
+// Of this CTA within its cluster; 0 without one.
+CUTE_DEVICE int cta_rank() {
+  return cute::block_rank_in_cluster();
+}
 
 // One PTX instruction per wrapper, for what CUTLASS's barriers do not offer: predication and
 // cluster scope.

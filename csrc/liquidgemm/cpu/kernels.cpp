@@ -6,27 +6,29 @@
 #include "liquidgemm/cpu/layout.hpp"
 #include "liquidgemm/cpu/processor.hpp"
 #include "liquidgemm/cpu/sets.hpp"
-#include "liquidgemm/formats/packed_layout.hpp"
+#include "liquidgemm/formats/liquidquant.hpp"
 
 namespace liquidgemm::cpu {
 namespace {
 
-// What layout.hpp says of the packed layout is what packed_layout.hpp derives.
-static_assert(kGroup == kBlockK && kPanel == kBlockRows && kBlock == kBlockBytes &&
-              kParams == kBlockCodeBytes && kLargestCode == kMaxCode);
+// What layout.hpp says of the packed layout is what formats/liquidquant.hpp derives.
+static_assert(kGroup == kBlockK && kPanel == kBlockRows && kBlock == LiquidQuant::kBlockBytes &&
+              kParams == LiquidQuant::kCodeBytes && kLargestCode == LiquidQuant::kMaxCode);
 
 constexpr bool chunks_are_the_layout() {
   for (int chunk = 0; chunk < kPanelChunks; ++chunk) {
     for (int byte = 0; byte < kChunk; ++byte) {
       const int word = byte / 4;
       const int row = kBand * (chunk / kBandChunks) + chunk % kBandChunks + 8 * (word % 2);
-      const CodePosition at = code_position(row, first_k(word) + byte % 4);
-      const CodePosition later = code_position(row, first_k(word) + byte % 4 + 32);
+      const LiquidQuant::CodePosition at =
+          LiquidQuant::code_position(row, first_k(word) + byte % 4);
+      const LiquidQuant::CodePosition later =
+          LiquidQuant::code_position(row, first_k(word) + byte % 4 + 32);
       if (at.byte != kChunk * chunk + byte || at.shift != 0)
         return false;
       if (later.byte != at.byte || later.shift != 4)
         return false;
-      if (param_position(row) != kParams + 4 * chunk + 2 * (word % 2))
+      if (LiquidQuant::param_position(row) != kParams + 4 * chunk + 2 * (word % 2))
         return false;
     }
   }

@@ -1,4 +1,4 @@
-// The packed layout as the CPU reads it. The layout itself is formats/packed_layout.hpp;
+// The packed layout as the CPU reads it. The layout itself is formats/liquidquant.hpp;
 // kernels.cpp asserts that both say the same. This header includes nothing else, because it is
 // compiled once per instruction set (see simd.hpp).
 //

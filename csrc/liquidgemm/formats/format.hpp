@@ -1,42 +1,49 @@
-// The LiquidQuant number format (arXiv 2509.01229, section 4), stated once for kernel, packer and
-// tests.
+// What a weight format is. A format is one header beside this one, with a class that satisfies
+// WeightFormat; nothing else knows where a bit lies. All formats decode to int8 and share the
+// blocks of block_layout.hpp; their blocks differ in size and in what is in them.
 //
-//   W[n, k] ~= sigma[n] * w8,   w8 = q * s + lo,   q in 0..15,   lo = a - 128
-//
-// s ("step") and a ("offset") are bytes shared by a group of 64 weights along K of one output
-// channel; sigma is one float per channel. a is stored biased by 128 so that q * s + a is an
-// unsigned byte: multiplying and adding four such bytes inside one 32-bit word then never carries
-// from one byte into the next, and flipping the top bit of each byte turns the biased byte into the
-// signed one.
+// To add a format: its header; a row in formats.hpp; its instantiations; its tests are those of
+// every registered format (tests/cpp/test_formats.cpp).
 #pragma once
 
+#include <concepts>
 #include <cstdint>
 
-#include <cute/config.hpp>
+#include "liquidgemm/formats/block_layout.hpp"
 
 namespace liquidgemm {
 
-inline constexpr int kGroupSize = 64;       // weights along K that share (s, a)
-inline constexpr int kMaxCode = 15;         // largest 4-bit code
-inline constexpr int kOffsetBias = 128;     // a = lo + 128
-inline constexpr int kMaxActivation = 127;  // activations are clipped to [-127, 127]
+// Registers that dequantize() writes: one block's A operand, (4 registers, 1, 2 k steps), each of
+// four int8. On the host, for tests; the kernel passes a CuTe tensor.
+struct BlockOperand {
+  uint32_t registers[2][4];
+  CUTE_HOST_DEVICE uint32_t& operator()(int r, int, int step) { return registers[step][r]; }
+};
 
-// |sum over k of x8 * w8| <= K * 127 * 128 has to fit a signed 32-bit accumulator.
-inline constexpr int64_t kMaxK = INT64_C(0x7fffffff) / (kMaxActivation * 128);
+template <class F>
+concept WeightFormat = requires(typename F::Logical const& logical,
+                                typename F::Row const& row,
+                                typename F::Fragment const& fragment,
+                                uint8_t* block,
+                                uint8_t const* packed,
+                                int64_t index,
+                                BlockOperand& operand) {
+  // Of 64 channels x 64 k: all that the kernel loads of a weight, by bulk copies.
+  requires F::kBlockBytes > 0 && F::kBlockBytes % 16 == 0;
 
-// Four weights at a time: one multiply-add and one xor.
-//   codes    four 4-bit codes, one in the low nibble of each byte (high nibbles zero)
-//   step     s, zero-extended
-//   offsets  a, replicated to all four bytes
-// Returns four signed 8-bit weights. Exact if and only if q * s + a <= 255 for each of the four
-// codes.
-CUTE_HOST_DEVICE constexpr uint32_t decode4(uint32_t codes, uint32_t step, uint32_t offsets) {
-  return (codes * step + offsets) ^ 0x80808080u;
-}
+  // A thread's part of a block, on its way from memory to the tensor cores.
+  { F::fragment(packed, int{}) } -> std::same_as<typename F::Fragment>;  // block, thread
+  { F::dequantize(fragment, operand) };
 
-// One code of one group is representable.
-CUTE_HOST_DEVICE constexpr bool is_feasible(int code, int step, int offset) {
-  return code * step + offset <= 255;
-}
+  // The same in a pipeline: Reader(first block in shared memory, thread), then load(bytes from
+  // there).
+  typename F::Reader;
+
+  // Logical tensors <-> blocks, a row of a block at a time. pack_row returns whether every weight
+  // is representable.
+  { F::row(int{}) } -> std::same_as<typename F::Row>;
+  { F::pack_row(logical, index, index, row, block) } -> std::same_as<bool>;
+  { F::unpack_row(packed, index, index, row, logical) };
+};
 
 }  // namespace liquidgemm

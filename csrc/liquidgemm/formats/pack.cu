@@ -1,9 +1,9 @@
 // Packing and unpacking on the GPU: one CTA per block, one thread per row, through the functions of
-// formats/pack.hpp.
+// formats/liquidquant.hpp.
 #include "liquidgemm/pack.hpp"
 
 #include "liquidgemm/common/math.hpp"
-#include "liquidgemm/formats/pack.hpp"
+#include "liquidgemm/formats/liquidquant.hpp"
 
 namespace liquidgemm {
 namespace {
@@ -11,8 +11,8 @@ namespace {
 __global__ void pack_kernel(LogicalWeight logical, uint8_t* packed, int* infeasible) {
   const int64_t panel = blockIdx.x / logical.k_blocks;
   const int64_t k_block = blockIdx.x % logical.k_blocks;
-  if (!pack_block_row(logical, panel, k_block, block_row(threadIdx.x),
-                      packed + blockIdx.x * int64_t(kBlockBytes))) {
+  if (!LiquidQuant::pack_row(logical, panel, k_block, LiquidQuant::row(threadIdx.x),
+                             packed + blockIdx.x * int64_t(LiquidQuant::kBlockBytes))) {
     *infeasible = 1;
   }
 }
@@ -20,8 +20,8 @@ __global__ void pack_kernel(LogicalWeight logical, uint8_t* packed, int* infeasi
 __global__ void unpack_kernel(uint8_t const* packed, LogicalWeight logical) {
   const int64_t panel = blockIdx.x / logical.k_blocks;
   const int64_t k_block = blockIdx.x % logical.k_blocks;
-  unpack_block_row(packed + blockIdx.x * int64_t(kBlockBytes), panel, k_block,
-                   block_row(threadIdx.x), logical);
+  LiquidQuant::unpack_row(packed + blockIdx.x * int64_t(LiquidQuant::kBlockBytes), panel, k_block,
+                          LiquidQuant::row(threadIdx.x), logical);
 }
 
 dim3 blocks(LogicalWeight const& logical) {
@@ -31,7 +31,7 @@ dim3 blocks(LogicalWeight const& logical) {
 }  // namespace
 
 int64_t packed_bytes(int64_t n, int64_t k_blocks) {
-  return ceil_div(n, kBlockRows) * k_blocks * kBlockBytes;
+  return ceil_div(n, kBlockRows) * k_blocks * LiquidQuant::kBlockBytes;
 }
 
 cudaError_t pack_weight(LogicalWeight const& logical,

@@ -12,13 +12,14 @@
 #include "liquidgemm/host/tensor_map.hpp"
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/tile.hpp"
+#include "liquidgemm/kernel/work/dense.hpp"
 #include "liquidgemm/plan/rules.hpp"
 #include "liquidgemm/plan/tiles.hpp"
 
 namespace liquidgemm {
 namespace {
 
-using Launcher = cudaError_t (*)(KernelParams const&, int, cudaStream_t);  // int: clusters
+using Launcher = cudaError_t (*)(DenseParams const&, int, cudaStream_t);  // int: clusters
 
 // The kernels of one tile, by the type of their activations; null where none is compiled.
 struct TileKernels {
@@ -85,43 +86,44 @@ cudaError_t gemm(GemmArguments const& a, LaunchPlan const& launch_plan, cudaStre
   if (!launch || quantizes != (a.x_type != Element::kInt8) ||
       (quantizes && !can_quantize_in_kernel(p.m, p.k, plan)))
     return cudaErrorInvalidValue;
-  KernelParams params{};
-  params.weight = a.weight;
-  params.x_scale = a.x_scale;
-  params.weight_scale = a.weight_scale;
-  params.bias = a.bias;
-  params.y = a.y;
-  params.y_stride = a.y_stride;
-  params.bias_type = a.bias_type;
-  params.y_type = a.y_type;
-  params.m = static_cast<int>(p.m);
-  params.n = static_cast<int>(p.n);
-  params.k = static_cast<int>(p.k);
-  params.panels = static_cast<int>(ceil_div(p.n, kBlockRows));
-  params.k_blocks = static_cast<int>(ceil_div(p.k, kBlockK));
-  params.m_tiles = division.m_tiles;
-  params.n_tiles = division.n_tiles;
-  params.band_units = cutlass::FastDivmod(kBandTiles * division.n_tiles);
-  params.band_height = cutlass::FastDivmod(kBandTiles);
-  params.last_band_height = cutlass::FastDivmod(std::max(1, division.m_tiles % kBandTiles));
-  params.tile_tokens = division.tile_tokens;
-  params.log2_split = cute::log_2(static_cast<unsigned>(plan.split_k));
-  params.pairs = plan.pairs;
-  params.eighths_ahead = launch_plan.eighths_ahead;
-  params.stages_ahead = launch_plan.stages_ahead;
-  params.whole_rounds = division.whole_rounds;
-  params.split_tiles = division.split_tiles;
+  DenseParams params{
+      .maps = {},
+      .weights = {.packed = a.weight},
+      .output = {.x_scale = a.x_scale,
+                 .weight_scale = a.weight_scale,
+                 .bias = a.bias,
+                 .y = a.y,
+                 .y_stride = a.y_stride,
+                 .bias_type = a.bias_type,
+                 .y_type = a.y_type},
+      .sizes = {.m = static_cast<int>(p.m),
+                .n = static_cast<int>(p.n),
+                .panels = static_cast<int>(ceil_div(p.n, kBlockRows)),
+                .k_blocks = static_cast<int>(ceil_div(p.k, kBlockK))},
+      .work = {.m_tiles = division.m_tiles,
+               .n_tiles = division.n_tiles,
+               .band_tiles = cutlass::FastDivmod(kBandTiles * division.n_tiles),
+               .band_height = cutlass::FastDivmod(kBandTiles),
+               .last_band_height = cutlass::FastDivmod(std::max(1, division.m_tiles % kBandTiles)),
+               .tile_tokens = division.tile_tokens,
+               .cluster = {.log2_split = cute::log_2(static_cast<unsigned>(plan.split_k)),
+                           .pairs = plan.pairs},
+               .whole_rounds = division.whole_rounds,
+               .split_tiles = division.split_tiles},
+      .prefetch = {.eighths_ahead = launch_plan.eighths_ahead,
+                   .stages_ahead = launch_plan.stages_ahead},
+      .tokens = {.source = quantizes ? a.x : nullptr, .k = static_cast<int>(p.k)},
+  };
   cudaError_t error = cudaSuccess;
-  if (quantizes) {
-    params.x = a.x;
-  } else {
-    error = encode(params.x_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.x, p.m, p.k, a.x_stride,
+  if (!quantizes) {
+    error = encode(params.maps.tokens, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.x, p.m, p.k, a.x_stride,
                    division.tile_tokens / (plan.pairs ? 2 : 1));
   }
   const bool two_bytes = a.y_type == Element::kBFloat16 || a.y_type == Element::kFloat16;
-  if (error == cudaSuccess && kernels->stores_by_tma && two_bytes && params.rows_are_vectors())
-    error = encode(params.y_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, p.m, p.n, a.y_stride * 2,
-                   plan.tile.store_tokens());
+  if (error == cudaSuccess && kernels->stores_by_tma && two_bytes &&
+      params.output.rows_are_vectors(params.sizes))
+    error = encode(params.maps.output, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, p.m, p.n,
+                   a.y_stride * 2, plan.tile.store_tokens());
   if (error != cudaSuccess)
     return error;
   return launch(params, division.workers, stream);

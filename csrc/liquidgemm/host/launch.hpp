@@ -10,7 +10,7 @@
 namespace liquidgemm {
 
 // The runtime reports a cluster that does not fit as an error.
-template <TileShape shape, class Format, class Input>
-cudaError_t launch(KernelParams const& params, int clusters, cudaStream_t stream);
+template <TileShape shape, class Format, class Input, class Work>
+cudaError_t launch(KernelParams<Work> const& params, int clusters, cudaStream_t stream);
 
 }  // namespace liquidgemm

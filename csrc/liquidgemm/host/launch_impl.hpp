@@ -2,15 +2,16 @@
 
 #include "liquidgemm/host/launch.hpp"
 #include "liquidgemm/kernel/kernel.hpp"
+#include "liquidgemm/kernel/tile.hpp"
 
 namespace liquidgemm {
 
-template <TileShape shape, class Format, class Input>
-cudaError_t launch(KernelParams const& params, int clusters, cudaStream_t stream) {
+template <TileShape shape, class Format, class Input, class Work>
+cudaError_t launch(KernelParams<Work> const& params, int clusters, cudaStream_t stream) {
   using TileT = Tile<shape, Format, Input>;
   constexpr int kSharedBytes = sizeof(SharedStorage<TileT>);
   static_assert(kSharedBytes <= TileT::kSharedBytes);
-  auto* const kernel = gemm_kernel<TileT>;
+  auto* const kernel = gemm_kernel<TileT, Work>;
   // Cheap, idempotent and per device: no state to keep, nothing lazy that a first call under
   // capture could trip over.
   cudaError_t error =
@@ -20,7 +21,7 @@ cudaError_t launch(KernelParams const& params, int clusters, cudaStream_t stream
 
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
-  const int cluster = params.cluster();
+  const int cluster = params.work.cluster.size();
   config.gridDim = dim3(clusters * cluster);
   config.blockDim = dim3(TileT::kThreads);
   config.dynamicSmemBytes = kSharedBytes;

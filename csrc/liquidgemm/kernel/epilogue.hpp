@@ -20,10 +20,12 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/tensor.hpp>
 
+#include "liquidgemm/common/cluster_ptx.hpp"
+#include "liquidgemm/common/element.hpp"
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/partial_sums.hpp"
-#include "liquidgemm/kernel/ring.hpp"
-#include "liquidgemm/kernel/scheduler.hpp"
+#include "liquidgemm/kernel/storage.hpp"
+#include "liquidgemm/kernel/work/work_item.hpp"
 
 namespace liquidgemm {
 
@@ -54,8 +56,18 @@ class Epilogue {
   static constexpr int kScalesPerThread = (Tile::kTokens + kThreads - 1) / kThreads;
 
  public:
-  CUTE_DEVICE Epilogue(KernelParams const& params, SharedStorage<Tile>& shared, int panel)
-      : params_(params), shared_(shared), panel_(panel) {}
+  CUTE_DEVICE Epilogue(Sizes const& sizes,
+                       OutputParams const& params,
+                       CUtensorMap const& map,
+                       ClusterParams const& cluster,
+                       SharedStorage<Tile>& shared,
+                       int panel)
+      : sizes_(sizes),
+        params_(params),
+        map_(map),
+        cluster_(cluster),
+        shared_(shared),
+        panel_(panel) {}
 
   // Nobody uses this CTA's staging any more, it may exit.
   CUTE_DEVICE void finish() const {
@@ -64,15 +76,15 @@ class Epilogue {
   }
 
   // Requests what does not depend on the sums, to arrive under the main loop.
-  CUTE_DEVICE void prefetch(WorkItem const& work) {
-    locate(work);
+  CUTE_DEVICE void prefetch(WorkItem const& work, Place const& place) {
+    locate(work, place);
     // One register each: the first 64 threads carry the channels' scales, the next 64 their biases.
     const int channel = first_channel_ + thread() % kBlockRows;
     channel_value_ = -0.f;  // the bias that changes no bit of what it is added to
-    if (channel < params_.n && thread() < kBlockRows) {
-      channel_value_ = params_.weight_scale[channel];
-    } else if (channel < params_.n && thread() < 2 * kBlockRows && params_.bias) {
-      channel_value_ = load_as_float(params_.bias, params_.bias_type, channel);
+    if (channel < sizes_.n && thread() < kBlockRows) {
+      channel_value_ = params_.weight_scale[place.scale_offset + channel];
+    } else if (channel < sizes_.n && thread() < 2 * kBlockRows && params_.bias) {
+      channel_value_ = load_as_float(params_.bias, params_.bias_type, place.scale_offset + channel);
     }
     CUTE_UNROLL
     for (int i = 0; i < kScalesPerThread; ++i) {
@@ -85,10 +97,10 @@ class Epilogue {
     }
   }
 
-  template <class Accumulator>
-  CUTE_DEVICE void store(Scheduler<Tile> const& scheduler, Accumulator& acc, int k_group) {
+  template <class Scheduler, class Accumulator>
+  CUTE_DEVICE void store(Scheduler const& scheduler, Accumulator& acc, int k_group) {
     const WorkItem work = scheduler.work();  // again, rather than hold registers in the main loop
-    locate(work);
+    locate(work, scheduler.place(work));
     // Scales and staging are in use until everybody, TMA too, is done with the tile before this
     // one.
     if (Tile::kStoresByTma && thread() == 0)
@@ -100,9 +112,9 @@ class Epilogue {
     // it made ptxas take the whole role for divergent, down to the descriptors of the main loop.
     if constexpr (!Tile::kPairs) {
       const auto sums_of_group = sums().complete(scheduler.item(), acc, k_group);
-      if (params_.rows_are_vectors() && params_.y_type == Element::kBFloat16) {
+      if (params_.rows_are_vectors(sizes_) && params_.y_type == Element::kBFloat16) {
         store_columns<__nv_bfloat162>(sums_of_group, k_group);
-      } else if (params_.rows_are_vectors() && params_.y_type == Element::kFloat16) {
+      } else if (params_.rows_are_vectors(sizes_) && params_.y_type == Element::kFloat16) {
         store_columns<__half2>(sums_of_group, k_group);
       } else {
         store_turns(sums_of_group, k_group);
@@ -112,9 +124,9 @@ class Epilogue {
       if (split())
         sums().exchange(acc, tokens_, foreign_chunks_);
       panel_barrier();  // the scales
-      if (params_.rows_are_vectors() && params_.y_type == Element::kBFloat16) {
+      if (params_.rows_are_vectors(sizes_) && params_.y_type == Element::kBFloat16) {
         store_rows<__nv_bfloat162>(acc);
-      } else if (params_.rows_are_vectors() && params_.y_type == Element::kFloat16) {
+      } else if (params_.rows_are_vectors(sizes_) && params_.y_type == Element::kFloat16) {
         store_rows<__half2>(acc);
       } else {
         store_octets(acc);
@@ -126,14 +138,14 @@ class Epilogue {
   // -----------------------------------------------------------------------------------------------
   // Where this thread's values are, and what they become.
 
-  CUTE_DEVICE void locate(WorkItem const& work) {
-    first_token_ = work.m_tile * params_.tile_tokens;
-    tokens_ = min(params_.tile_tokens, params_.m - first_token_);
-    first_channel_ = (work.n_tile * Tile::kPanels + panel_) * kBlockRows;
-    foreign_chunks_ = work.split ? Scheduler<Tile>::rank() ^ 1 : Sums::kNoChunks;
+  CUTE_DEVICE void locate(WorkItem const& work, Place const& place) {
+    first_token_ = place.first_token;
+    tokens_ = place.tokens;
+    first_channel_ = (place.first_panel + panel_) * kBlockRows;
+    foreign_chunks_ = work.split ? cta_rank() ^ 1 : Sums::kNoChunks;
   }
 
-  CUTE_DEVICE Sums sums() const { return {params_, shared_, panel_}; }
+  CUTE_DEVICE Sums sums() const { return {cluster_, shared_, panel_}; }
   // Of a tile that a pair shares along K each CTA stores every other chunk.
   CUTE_DEVICE bool split() const { return foreign_chunks_ != Sums::kNoChunks; }
   CUTE_DEVICE bool owns(int chunk) const { return chunk % 2 != foreign_chunks_; }
@@ -219,10 +231,10 @@ class Epilogue {
         }
         panel_barrier();
         // Rows past the last of x are clipped; those of the next tile are not this one's.
-        const bool clipped = (chunk + 1) * kChunk <= tokens_ || first_token_ + tokens_ == params_.m;
+        const bool clipped = (chunk + 1) * kChunk <= tokens_ || first_token_ + tokens_ == sizes_.m;
         if (Tile::kStoresByTma && clipped) {
           if (thread() == 0) {
-            cute::SM90_TMA_STORE_2D::copy(&params_.y_map, buffer, first_channel_,
+            cute::SM90_TMA_STORE_2D::copy(&map_, buffer, first_channel_,
                                           first_token_ + chunk * kChunk);
             cute::tma_store_arrive();
           }
@@ -274,7 +286,7 @@ class Epilogue {
     CUTE_DEVICE explicit RowStore(Epilogue const& e) : row_bytes_(e.params_.y_stride * 2) {
       const int row = thread() / (kRowBytes / 16), vector = thread() % (kRowBytes / 16);
       const int channel = e.first_channel_ + vector * 8;
-      rows_ = channel < e.params_.n ? e.tokens_ - row : 0;
+      rows_ = channel < e.sizes_.n ? e.tokens_ - row : 0;
       staged_at_ = row * kRowBytes + swizzled(vector, row);
       y_ = static_cast<uint8_t*>(e.params_.y) + (e.first_token_ + row) * row_bytes_ + channel * 2;
       // Hides where it comes from: the compiler would compute it anew for every row.
@@ -303,7 +315,7 @@ class Epilogue {
   // channel to a thread's token, and four threads write eight channels of it.
   template <class Pair>
   CUTE_DEVICE void store_columns(typename Sums::Octets const& sums_of_group, int k_group) const {
-    if (Sums::kOverlaps && params_.log2_split == 0) {
+    if (Sums::kOverlaps && cluster_.log2_split == 0) {
       store_columns<Pair, false>(sums_of_group, k_group);
     } else {
       store_columns<Pair, true>(sums_of_group, k_group);
@@ -330,7 +342,7 @@ class Epilogue {
         uint32_t transposed;
         cute::SM75_U32x1_MOVM_T::copy(words[i], transposed);
         // Rows are whole vectors of eight channels.
-        if (first + turn * 8 * Tile::kKGroups < tokens_ && channel + 8 * i < params_.n)
+        if (first + turn * 8 * Tile::kKGroups < tokens_ && channel + 8 * i < sizes_.n)
           *reinterpret_cast<uint32_t*>(row + 8 * i) = transposed;
       }
     }
@@ -404,7 +416,7 @@ class Epilogue {
   template <class T>
   CUTE_DEVICE void store_elements(int octet, cute::array<T, 4> const& elements) const {
     const int token = first_token(octet);
-    const int channels = params_.n - first_channel_ - first_row();
+    const int channels = sizes_.n - first_channel_ - first_row();
     T* const y = static_cast<T*>(params_.y) + (first_token_ + token) * params_.y_stride +
                  first_channel_ + first_row();
     CUTE_UNROLL
@@ -414,7 +426,10 @@ class Epilogue {
     }
   }
 
-  KernelParams const& params_;
+  Sizes const& sizes_;
+  OutputParams const& params_;
+  CUtensorMap const& map_;  // of y
+  ClusterParams const& cluster_;
   SharedStorage<Tile>& shared_;
   int panel_;
   int first_token_, tokens_, first_channel_;

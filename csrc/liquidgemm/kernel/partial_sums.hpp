@@ -11,8 +11,8 @@
 
 #include "liquidgemm/common/cluster_ptx.hpp"
 #include "liquidgemm/kernel/params.hpp"
-#include "liquidgemm/kernel/ring.hpp"
-#include "liquidgemm/kernel/scheduler.hpp"
+#include "liquidgemm/kernel/protocol.hpp"
+#include "liquidgemm/kernel/storage.hpp"
 
 namespace liquidgemm {
 
@@ -32,23 +32,11 @@ class PartialSums {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kNoChunks = 2;  // a parity that no chunk has
 
-  CUTE_DEVICE PartialSums(KernelParams const& params, SharedStorage<Tile>& shared, int panel)
+  CUTE_DEVICE PartialSums(ClusterParams const& params, SharedStorage<Tile>& shared, int panel)
       : params_(params), shared_(shared), panel_(panel) {}
 
-  CUTE_DEVICE static void init_barriers(SharedStorage<Tile>& shared, int split_k) {
-    if (Tile::kQuantizes)
-      Barrier::init(&shared.read, 1);
-    Barrier::init(&shared.multiplied, Tile::kConsumerThreads / 32);
-    for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      Barrier::init(&shared.received[panel], 1);
-      Barrier::init(&shared.drained[panel], kWarps * split_k);
-    }
-  }
-
   CUTE_DEVICE static int thread() { return threadIdx.x % kThreads; }  // within the panel
-  CUTE_DEVICE void panel_barrier() const {
-    cutlass::arch::NamedBarrier::arrive_and_wait(kThreads, panel_);
-  }
+  CUTE_DEVICE void panel_barrier() const { liquidgemm::panel_barrier<Tile>(panel_); }
   // This thread's place in an octet's staging buffer.
   CUTE_DEVICE int4* staged(int index) const {
     return reinterpret_cast<int4*>(shared_.staging[panel_]) + index * kWarpGroupThreads +
@@ -61,10 +49,10 @@ class PartialSums {
   template <class Accumulator>
   CUTE_DEVICE void exchange(Accumulator& acc, int tokens, int foreign_chunks) const {
     constexpr int kOctets = Tile::kChunkTokens / 8;
-    const int peer = Scheduler<Tile>::rank() ^ 1;
-    uint64_t* const received = &shared_.received[panel_];
+    const int peer = cta_rank() ^ 1;
+    uint64_t* const received = &shared_.barriers.received[panel_];
     __syncwarp();
-    arrive_at_cluster_if(threadIdx.x % 32 == 0, &shared_.multiplied, peer);
+    arrive_at_cluster_if(threadIdx.x % 32 == 0, &shared_.barriers.multiplied, peer);
     if (thread() == 0) {
       const int chunks = (tokens + Tile::kChunkTokens - 1) / Tile::kChunkTokens;
       TransactionBarrier::arrive_and_expect_tx(received,
@@ -74,7 +62,7 @@ class PartialSums {
                         threadIdx.x % kWarpGroupThreads;
     const uint32_t to = peer_address(parts, peer);
     const uint32_t barrier = peer_address(received, peer);
-    Barrier::wait(&shared_.multiplied, 0);
+    Barrier::wait(&shared_.barriers.multiplied, 0);
     CUTE_UNROLL
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
       if (chunk % 2 == foreign_chunks && chunk * Tile::kChunkTokens < tokens) {
@@ -104,7 +92,7 @@ class PartialSums {
   // Sums of which k groups have parts, and CTAs of a cluster. The octets are dealt out in turns to
   // the k groups, and turn by turn to the CTAs. Each group adds up its CTA's parts of its octets,
   // from shared memory to its own in registers, and sends the sums that other CTAs own.
-  static constexpr int kTurns = Tile::kTurns;
+  static constexpr int kTurns = Tile::kOctetsPerGroup;
   using Octets = cute::array<int4, kTurns>;  // a group's, one per turn
   // Whether every group has several: then they overlap, if the code has no branches between them.
   static constexpr bool kOverlaps = Tile::kOctets >= 2 * Tile::kKGroups;
@@ -114,7 +102,7 @@ class PartialSums {
   }
   // Whether this CTA is to store it; the last turn may not have one for every group.
   CUTE_DEVICE bool owns(int turn, int k_group) const {
-    return owner(turn) == Scheduler<Tile>::rank() && exists(turn, k_group);
+    return owner(turn) == cta_rank() && exists(turn, k_group);
   }
 
   // This thread's place in another group's part of an octet, which nobody but its own reads.
@@ -148,7 +136,7 @@ class PartialSums {
     if (params_.log2_split > 0 && !last) {
       __syncwarp();
       const int lane = threadIdx.x % 32;
-      arrive_at_cluster_if(lane < params_.split_k(), &shared_.drained[panel_], lane);
+      arrive_at_cluster_if(lane < params_.split_k(), &shared_.barriers.drained[panel_], lane);
     }
   }
 
@@ -189,10 +177,10 @@ class PartialSums {
                                   Accumulator const& acc,
                                   Octets& sums,
                                   int k_group) const {
-    const int rank = Scheduler<Tile>::rank();
+    const int rank = cta_rank();
     const int senders = params_.split_k() - 1;
-    uint64_t* const received = &shared_.received[panel_];
-    uint64_t* const drained = &shared_.drained[panel_];
+    uint64_t* const received = &shared_.barriers.received[panel_];
+    uint64_t* const drained = &shared_.barriers.drained[panel_];
     Barrier::wait(drained, phase(item) ^ 1);
     if (thread() == 0) {
       int octets = 0;
@@ -241,7 +229,7 @@ class PartialSums {
   // Of `received` and `drained`: once per tile.
   CUTE_DEVICE static uint32_t phase(int item) { return item & 1; }
 
-  KernelParams const& params_;
+  ClusterParams const& params_;
   SharedStorage<Tile>& shared_;
   int panel_;
 };

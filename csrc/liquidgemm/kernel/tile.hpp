@@ -4,22 +4,22 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "liquidgemm/formats/packed_layout.hpp"
+#include "liquidgemm/formats/block_layout.hpp"
 #include "liquidgemm/kernel/tile_shape.hpp"
 
 namespace liquidgemm {
 
-// Of octets that k groups sum up in turns, and that CTAs own turn by turn: how many parts one CTA
-// of a cluster receives at most, one of each that it owns from every other CTA.
-constexpr int largest_share(int octets, int k_groups) {
-  const int turns = (octets + k_groups - 1) / k_groups;
-  int largest = 0;
+// Parts of octets that one CTA of a cluster receives at most: one from every other CTA of each
+// octet that it owns. A CTA owns every split-th octet of each k group: see reduce/cluster.hpp.
+constexpr int most_received_octets(int octets, int k_groups) {
+  const int per_group = (octets + k_groups - 1) / k_groups;
+  int most = 0;
   for (int split : kSplits) {
-    const int owned = (turns + split - 1) / split * k_groups;
+    const int owned = (per_group + split - 1) / split * k_groups;
     const int received = (split - 1) * (owned < octets ? owned : octets);
-    largest = received > largest ? received : largest;
+    most = received > most ? received : most;
   }
-  return largest;
+  return most;
 }
 
 inline constexpr int kSharedBytesPerSm = 228 * 1024;  // sm_90
@@ -42,6 +42,7 @@ struct Tile {
   static constexpr int kCtasPerSm = kShape.ctas_per_sm;
   static constexpr int kConsumerGroups = kPanels * kKGroups;
   static constexpr int kConsumerThreads = kConsumerGroups * kWarpGroupThreads;
+  static constexpr int kPanelThreads = kKGroups * kWarpGroupThreads;
   static constexpr int kThreads =
       kConsumerThreads + kWarpGroupThreads;  // and the producer's warp-group
 
@@ -59,10 +60,10 @@ struct Tile {
   // of sums meet in shared memory, those of a panel's k groups and those of a cluster's CTAs.
   static constexpr int kOctets = kTokens / 8;
   static constexpr int kVectorBytes = 16 * kWarpGroupThreads;  // an octet of one panel
-  // Every k group sums up its share of the octets, to which each of the others sends a part.
-  static constexpr int kTurns = (kOctets + kKGroups - 1) / kKGroups;
+  // Every k group adds up some of the octets, of which each of the other groups stages a part.
+  static constexpr int kOctetsPerGroup = (kOctets + kKGroups - 1) / kKGroups;
   static constexpr int kPartBytes =
-      (kOctets * (kKGroups - 1) + largest_share(kOctets, kKGroups)) * kVectorBytes;
+      (kOctets * (kKGroups - 1) + most_received_octets(kOctets, kKGroups)) * kVectorBytes;
   // Groups that hold whole sums proceed in chunks of tokens: boxes of a TMA store, if results have
   // 16 bits. They leave while the next tile is computed, so there are as many buffers as chunks, or
   // as many as leave the ring five stages: four cost more than the stores gain. With only two

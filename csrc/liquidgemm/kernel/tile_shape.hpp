@@ -13,7 +13,8 @@
 
 namespace liquidgemm {
 
-// Tiles for so many tokens have a variant that quantizes its activations: quantized_tokens.hpp.
+// Tiles for so many tokens have a variant that quantizes its activations:
+// load/tokens_quantized.hpp.
 inline constexpr int kMostQuantizedTokens = 8;
 
 struct TileShape {
@@ -24,7 +25,7 @@ struct TileShape {
   int ctas_per_sm = 1;
   int stages_ahead = 0;  // of each k group, at most: weights that wait, dequantized, for tokens
 
-  // Whether a group has all of K, and CTAs can work in pairs: see scheduler.hpp. The other tiles
+  // Whether a group has all of K, and CTAs can work in pairs: see work/dense.hpp. The other tiles
   // are for few tokens, and their clusters share K.
   constexpr bool can_pair() const { return k_groups == 1; }
   constexpr bool can_quantize() const { return tokens == kMostQuantizedTokens; }
@@ -58,7 +59,7 @@ constexpr int most_quantized_bytes(int ctas_per_sm) {
   return (ctas_per_sm == 1 ? 37 : 33) * 1024;
 }
 
-// Between chunks of 16 k of m such tokens: see quantized_tokens.hpp.
+// Between chunks of 16 k of m such tokens: see load/tokens_quantized.hpp.
 constexpr int64_t quantized_chunk_stride(int64_t m) {
   return 16 * (m | 1);
 }

@@ -15,7 +15,7 @@
 
 #include <cute/config.hpp>
 
-#include "liquidgemm/formats/format.hpp"
+#include "liquidgemm/common/int8.hpp"
 #include "liquidgemm/producers/quantizer_threads.hpp"
 
 namespace liquidgemm {

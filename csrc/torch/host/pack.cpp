@@ -15,10 +15,10 @@ Tensor pack_weight_cpu(Tensor const& qweight, Tensor const& qscale, Tensor const
     bool all = true;
     for (int64_t panel = begin; panel < end; ++panel) {
       for (int row = 0; row < kBlockRows; ++row) {
-        const BlockRow at = block_row(row);
+        const LiquidQuant::Row at = LiquidQuant::row(row);
         for (int64_t kb = 0; kb < view.k_blocks; ++kb) {
-          uint8_t* const block = out + (panel * view.k_blocks + kb) * kBlockBytes;
-          all &= pack_block_row(view, panel, kb, at, block);
+          uint8_t* const block = out + (panel * view.k_blocks + kb) * LiquidQuant::kBlockBytes;
+          all &= LiquidQuant::pack_row(view, panel, kb, at, block);
         }
       }
     }
@@ -37,10 +37,10 @@ std::tuple<Tensor, Tensor, Tensor> unpack_weight_cpu(Tensor const& packed, int64
   torch::stable::parallel_for(0, packed.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       for (int row = 0; row < kBlockRows; ++row) {
-        const BlockRow at = block_row(row);
+        const LiquidQuant::Row at = LiquidQuant::row(row);
         for (int64_t kb = 0; kb < view.k_blocks; ++kb) {
-          uint8_t const* const block = in + (panel * view.k_blocks + kb) * kBlockBytes;
-          unpack_block_row(block, panel, kb, at, view);
+          uint8_t const* const block = in + (panel * view.k_blocks + kb) * LiquidQuant::kBlockBytes;
+          LiquidQuant::unpack_row(block, panel, kb, at, view);
         }
       }
     }

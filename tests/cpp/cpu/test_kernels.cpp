@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "liquidgemm/cpu/gemm.hpp"
-#include "liquidgemm/formats/pack.hpp"
+#include "liquidgemm/formats/liquidquant.hpp"
 
 using namespace liquidgemm;
 
@@ -71,12 +71,12 @@ struct Problem {
     }
     const LogicalWeight logical{qweight.data(), qscale.data(), qoffset.data(), n, groups};
     const int64_t panels = (n + 63) / 64;
-    packed.resize(panels * groups * kBlockBytes);
+    packed.resize(panels * groups * LiquidQuant::kBlockBytes);
     for (int64_t panel = 0; panel < panels; ++panel) {
       for (int64_t g = 0; g < groups; ++g) {
         for (int row = 0; row < 64; ++row)
-          pack_block_row(logical, panel, g, block_row(row),
-                         packed.data() + (panel * groups + g) * kBlockBytes);
+          LiquidQuant::pack_row(logical, panel, g, LiquidQuant::row(row),
+                                packed.data() + (panel * groups + g) * LiquidQuant::kBlockBytes);
       }
     }
     x.resize(m * k);

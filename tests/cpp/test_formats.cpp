@@ -1,0 +1,99 @@
+// Every registered weight format: what the packer writes, the kernel's own dequantization reads.
+//
+// A format's Sample makes logical tensors and says which int8 weight they mean at (n, k).
+#include <cstdio>
+#include <tuple>
+#include <vector>
+
+#include "liquidgemm/formats/formats.hpp"
+
+using namespace liquidgemm;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool condition, char const* format, char const* what, int n, int k) {
+  if (!condition && ++failures <= 10)
+    std::printf("FAILED: %s: %s at (%d, %d)\n", format, what, n, k);
+}
+
+constexpr int kN = 70, kKBlocks = 3;  // the last panel is not full
+
+template <class Format>
+struct Sample;
+
+template <>
+struct Sample<LiquidQuant> {
+  std::vector<uint8_t> qweight = std::vector<uint8_t>(kN * kKBlocks * kBlockK / 2);
+  std::vector<uint8_t> qscale = std::vector<uint8_t>(kN * kKBlocks);
+  std::vector<uint8_t> qoffset = std::vector<uint8_t>(kN * kKBlocks);
+
+  explicit Sample(bool fill) {
+    if (!fill)
+      return;
+    uint32_t state = 1;
+    auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 24; };
+    for (auto& v : qweight)
+      v = next();
+    for (size_t i = 0; i < qscale.size(); ++i) {
+      qscale[i] = next() % 18;
+      qoffset[i] = next() % (256 - LiquidQuant::kMaxCode * qscale[i]);
+    }
+  }
+  LiquidQuant::Logical view() {
+    return {qweight.data(), qscale.data(), qoffset.data(), kN, kKBlocks};
+  }
+  int weight(int n, int k) const {
+    const int group = n * kKBlocks + k / kBlockK;
+    const int code =
+        qweight[(n * kKBlocks * kBlockK + k) / 2] >> 4 * (k % 2) & LiquidQuant::kMaxCode;
+    return code * qscale[group] + qoffset[group] - LiquidQuant::kOffsetBias;
+  }
+  bool operator==(Sample const&) const = default;
+};
+
+template <class Format>
+void test_format() {
+  static_assert(WeightFormat<Format>);
+  Sample<Format> sample(true), back(false);
+  constexpr int kPanels = (kN + kBlockRows - 1) / kBlockRows;
+  std::vector<uint8_t> packed(kPanels * kKBlocks * Format::kBlockBytes, 0xee);
+  for (int panel = 0; panel < kPanels; ++panel) {
+    for (int kb = 0; kb < kKBlocks; ++kb) {
+      uint8_t* const block = &packed[(panel * kKBlocks + kb) * Format::kBlockBytes];
+      for (int row = 0; row < kBlockRows; ++row)
+        expect(Format::pack_row(sample.view(), panel, kb, Format::row(row), block), Format::kName,
+               "feasible", panel, row);
+      for (int row = 0; row < kBlockRows; ++row)
+        Format::unpack_row(block, panel, kb, Format::row(row), back.view());
+      // Of thread t, value v of k step s is A operand (row, k): the layout that wgmma reads.
+      for (int thread = 0; thread < kWarpGroupThreads; ++thread) {
+        BlockOperand operand;
+        Format::dequantize(Format::fragment(block, thread), operand);
+        for (int value = 0; value < 32; ++value) {
+          const int row_k = AOperandLayout{}(thread, value % 16);
+          const int n = panel * kBlockRows + row_k % kBlockRows;
+          const int k = kb * kBlockK + value / 16 * kMmaK + row_k / kBlockRows;
+          const uint32_t word = operand(value % 16 / 4, 0, value / 16);
+          const int actual = static_cast<int8_t>(word >> value % 4 * 8);
+          expect(actual == (n < kN ? sample.weight(n, k) : 0), Format::kName, "operand", n, k);
+        }
+      }
+    }
+  }
+  expect(back == sample, Format::kName, "unpacked", 0, 0);
+}
+
+template <class... Format>
+void test_formats(std::tuple<Format...>) {
+  (test_format<Format>(), ...);
+}
+
+}  // namespace
+
+int main() {
+  test_formats(Formats{});
+  std::printf("%s\n", failures ? "formats: FAILED" : "formats: ok");
+  return failures != 0;
+}
