@@ -98,7 +98,7 @@ def test_the_model_is_run_once_for_a_chain_of_blocks(monkeypatch):
     quiet(model, LiquidConfig("hessian", skip=SKIP), calibration=batches)
     assert len(runs) == 2  # encoder, decoder
     (flow,) = flows
-    first, last = flow._given[:2]  # of the encoder
+    (first, _), (last, _) = flow._given[:2]  # of the encoder
     assert first.untyped_storage().nbytes() < 100
     assert last.untyped_storage().nbytes() > 100
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .effects import Attributes, Left, attributes_of, left_in, watch
 from .masks import Padding, others_of
 from .record import hidden_slot, hidden_state
 from .trees import map_tensors, tensors
@@ -28,6 +29,7 @@ class Call:
         unit: name of the block.
         padding: masks of the batch.
         decoder: whether the block belongs to the decoder of an encoder-decoder.
+        writes: whether it leaves anything in its arguments.
     """
 
     args: tuple
@@ -35,6 +37,7 @@ class Call:
     unit: str = ""
     padding: Padding = field(default_factory=lambda: Padding({}))
     decoder: bool = False
+    writes: bool = False
 
     @property
     def hidden(self) -> Tensor | None:
@@ -48,7 +51,12 @@ class Call:
             args = (hidden, *args[1:])
         else:
             kwargs = {**kwargs, slot: hidden}
-        return Call(args, kwargs, self.unit, self.padding, self.decoder)
+        return replace(self, args=args, kwargs=kwargs)
+
+    def cloned(self) -> Call:
+        """With arguments of its own."""
+        args, kwargs = map_tensors((self.args, self.kwargs), torch.clone)
+        return replace(self, args=args, kwargs=kwargs)
 
     def on(self, block: nn.Module) -> tuple[tuple, dict[str, Any], dict[int, Tensor]]:
         """Arguments on the block's device, floats as float32, and by id what they come from."""
@@ -58,7 +66,7 @@ class Call:
         def convert(value: Tensor) -> Tensor:
             device = value.device if mine is None else mine
             dtype = torch.float32 if value.is_floating_point() else value.dtype
-            converted = value.to(device, dtype)
+            converted = value.to(device, dtype, copy=self.writes)
             sources[id(converted)] = value
             return converted
 
@@ -78,8 +86,26 @@ def run_block(block: nn.Module, call: Call) -> Any:
 
     What it was given and gives back is the tensor that the call has, not its float32 copy.
     """
+    return run_call(block, call)[0]
+
+
+def run_call(
+    block: nn.Module, call: Call, attributes: Iterable[tuple[str, str]] = ()
+) -> tuple[Any, Left, Attributes]:
+    """What the block gives, what it leaves in its arguments, and in those attributes of its own."""
     args, kwargs, sources = call.on(block)
-    return map_tensors(block(*args, **kwargs), lambda t: sources.get(id(t), t))
+    watched = watch(args, kwargs) if call.writes else []
+    out = block(*args, **kwargs)
+    left = left_in(watched)
+    written = {id(value) for value in left.values()}
+
+    def as_given(tensor: Tensor) -> Tensor:
+        return tensor if id(tensor) in written else sources.get(id(tensor), tensor)
+
+    out, left = map_tensors((out, left), as_given)
+    wanted = set(attributes)
+    kept = attributes_of(block) if wanted else {}
+    return out, left, {where: kept[where] for where in wanted & kept.keys()}
 
 
 def main_tensor(out: Any) -> Tensor:

@@ -138,14 +138,24 @@ class _Run:
         calls = self.lane.calls(unit.name)
         if self.unseen is not None:
             self.unseen.reference(unit, block, layers)
+        shapes = [_shape(call) for call in self.floats.calls(unit.name)]
         targets = [main_tensor(out) for out in self.floats.advance(unit.name, block, changes=True)]
         reports = self.resume.load(index, original, block)
         if reports is None:
             inputs = calls + self.lane.later_calls(unit.name)
             sites = self.sites.of(unit)
             reports = _quantize_unit(unit, block, layers, sites, self.config, inputs, bar)
-            if self.config.tune and calls:
-                tune_block(block, calls, targets, self.config.tune, self.config.seed)
+            # An expert may get other tokens than in the float model.
+            alike = [i for i, shape in enumerate(shapes) if shape == _shape(calls[i])]
+            if alike:
+                tune_block(
+                    block,
+                    [calls[i] for i in alike],
+                    [targets[i] for i in alike],
+                    self.config.tune,
+                    self.config.seed,
+                    unit.shared_parameters(self.model),
+                )
             self.resume.save(index, original, block, reports)
         self.lane.advance(unit.name, block)
         if self.unseen is not None:
@@ -174,6 +184,10 @@ class _Run:
             if not torch.equal(value, before[key].to(value.device, value.dtype)):
                 result.tensors[unit.outer(key)] = value.detach().to(device)
         result.layers += reports
+
+
+def _shape(call: Call) -> torch.Size | None:
+    return None if call.hidden is None else call.hidden.shape
 
 
 def _quantize_unit(

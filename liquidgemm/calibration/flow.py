@@ -9,16 +9,18 @@ one such run finds the arguments of all of them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import Call, Stop, main_tensor, run_block
+from .blocks import Call, Stop, main_tensor, run_call
+from .effects import Attributes, Left, leave_in
 from .masks import Padding, is_encoder_decoder
 from .record import Recording, forwards_replaced, hidden_state, model_inputs, record
-from .trees import map_tensors, tensors
+from .trees import map_tensors, tensors, without_caches
 from .units import Unit
 
 
@@ -42,7 +44,9 @@ class Flow:
         self._model, self._units, self.batch = model, units, batch
         self._calls = recording.calls
         self._names = [unit.name for unit in units]
-        self._given: list[Any] = []  # by the calls so far, as the model sees it
+        # By the calls so far, as the model sees it: what they give, and leave behind.
+        self._given: list[tuple[Any, Left]] = []
+        self._attributes: list[Attributes] = []
         self._first = 0  # index of the first call in _ahead
         self._ahead: list[Call] = []
         self._hidden: Tensor | None = None  # what the last call has given, in float32
@@ -73,12 +77,16 @@ class Flow:
         call = self._ahead[index]
         return call if index == 0 else call.with_hidden(self._hidden)
 
-    def push(self, out: Any) -> None:
-        """Go on with what the unit gives."""
+    def run(self, block: nn.Module) -> tuple[Any, Left, Attributes]:
+        """The call whose turn it is, by what stands for the unit; for `push`."""
+        return run_call(block, self.call(), self._calls[len(self._given)].attributes)
+
+    def push(self, out: Any, left: Left, attributes: Attributes) -> None:
+        """Go on with what the unit gives and leaves behind."""
         position = len(self._given)
         end = self._first + len(self._ahead)
         recorded = self._calls[position].leaves
-        found = list(tensors(out))
+        found = list(tensors((out, left)))
         self._hidden = main_tensor(out) if position + 1 < end else None
         known = iter(recorded if len(recorded) == len(found) else [None] * len(found))
 
@@ -90,7 +98,11 @@ class Flow:
                 return _stand_in(tensor, leaf.dtype, leaf.device)
             return tensor.to(leaf.device, leaf.dtype)
 
-        self._given.append(map_tensors(out, as_seen))
+        self._given.append(map_tensors((out, left), as_seen))
+        kinds = self._calls[position].attributes
+        self._attributes.append(
+            {where: value.to(*reversed(kinds[where])) for where, value in attributes.items()}
+        )
 
     def later_calls(self, unit: str) -> list[Call]:
         """Calls of a unit after its turn, with the float units in between."""
@@ -99,7 +111,8 @@ class Flow:
 
         def ask(index: int, name: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
             if name == unit:
-                found.append(self._make(index, args, kwargs))
+                call = self._make(index, args, kwargs)
+                found.append(call.cloned() if call.writes else call)
                 if len(found) == count:
                     raise Stop
             return forward(*args, **kwargs)
@@ -160,13 +173,15 @@ class Flow:
 
     def _make(self, index: int, args: tuple, kwargs: dict) -> Call:
         name = self._calls[index].unit if index < len(self._calls) else ""
-        kwargs = {key: value for key, value in kwargs.items() if not _is_cache(value)}
+        writes = index < len(self._calls) and self._calls[index].writes
+        args, kwargs = map_tensors((args, kwargs), lambda t: t)  # dicts and lists of its own
+        kwargs = without_caches(kwargs)
         if self._padding.encoder_decoder and not self._in_decoder:
             parts = name.split(".")
             self._in_decoder = isinstance(kwargs.get("encoder_hidden_states"), Tensor) or any(
                 "decoder" in part and "encoder" not in part for part in parts
             )
-        return Call(args, kwargs, name, self._padding, self._in_decoder)
+        return Call(args, kwargs, name, self._padding, self._in_decoder, writes)
 
     def _replay(self, ask: Callable[[int, str, Callable, tuple, dict], Any]) -> Any:
         """Run the model; calls of units that are not answered yet go to ``ask``."""
@@ -182,7 +197,7 @@ class Flow:
                 if index < len(self._given):
                     if name != self._calls[index].unit:
                         raise ValueError(self._other(name))
-                    return self._given[index]
+                    return self._answer(index, args, kwargs)
                 inside = True
                 try:
                     return ask(index, name, forward, args, kwargs)
@@ -192,11 +207,39 @@ class Flow:
             return run
 
         args, kwargs = model_inputs(self.batch, self._model)
-        with forwards_replaced(self._model, self._names, make):
+        with forwards_replaced(self._model, self._names, make), self._restored_attributes():
             try:
                 return self._model(*args, **kwargs)
             except Stop:
                 return None
+
+    def _answer(self, index: int, args: tuple, kwargs: dict) -> Any:
+        """What a call has given, with what it has left behind put where it was."""
+        recorded = self._calls[index]
+        given = self._given[index]
+        if any(leaf.written for leaf in recorded.leaves):
+            given = map_tensors(given, torch.clone)
+        out, left = given
+        if left:
+            leave_in(left, args, without_caches(kwargs))
+        unit = self._model.get_submodule(recorded.unit)
+        for (path, name), value in self._attributes[index].items():
+            vars(unit.get_submodule(path))[name] = value
+        return out
+
+    @contextmanager
+    def _restored_attributes(self) -> Iterator[None]:
+        """Within, units may be given attributes; they get back those that they had."""
+        before = []
+        for call in self._calls:
+            for path, name in call.attributes:
+                state = vars(self._model.get_submodule(call.unit).get_submodule(path))
+                before.append((state, name, state.get(name)))
+        try:
+            yield
+        finally:
+            for state, name, value in before:
+                state[name] = value
 
     def _other(self, name: str) -> str:
         return (
@@ -211,10 +254,6 @@ def _stand_in(
     """Of the same shape, without memory."""
     empty = torch.zeros((), dtype=dtype or tensor.dtype, device=device or tensor.device)
     return empty.expand(tensor.shape)
-
-
-def _is_cache(value: Any) -> bool:
-    return "Cache" in type(value).__name__
 
 
 class Lane:
@@ -261,9 +300,9 @@ class Lane:
         return [flow for flow in self.flows if flow.next == unit]
 
     def _push(self, flow: Flow, block: nn.Module) -> Any:
-        out = run_block(block, flow.call()) if self._to_end or not flow.at_last else None
-        flow.push(out)
-        return out
+        given = flow.run(block) if self._to_end or not flow.at_last else (None, {}, {})
+        flow.push(*given)
+        return given[0]
 
 
 class Recordings:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .trees import map_tensors, tensors
+from .effects import Attributes, Left, attributes_of, is_mutation, left_in, watch
+from .trees import map_tensors, tensors, without_caches
 from .units import Unit, dissolve
 
 FOREVER = 1 << 60
@@ -28,11 +29,13 @@ class Leaf:
         dtype, device: of the tensor.
         last: index of the last call that is given this tensor as an argument, the call's own index
             if none is, `FOREVER` if it is used between calls or returned.
+        written: whether the model or a later call writes to it.
     """
 
     dtype: torch.dtype
     device: torch.device
     last: int
+    written: bool = False
 
 
 @dataclass
@@ -41,7 +44,10 @@ class Recorded:
 
     Attributes:
         unit: its name.
-        leaves: tensors that it gives, in the order of `trees.tensors`.
+        leaves: tensors that it gives and leaves in its arguments, in the order of `trees.tensors`.
+        writes: whether it leaves anything in its arguments.
+        attributes: those in which it leaves a tensor that is used outside, by path and name, with
+            the dtype and device of that tensor.
         template: what it gives, with empty tensors.
         needs: the latest call before it whose output is used between the call before this one and
             this one, or is an argument of this one other than the hidden state; -1 if there is
@@ -52,6 +58,10 @@ class Recorded:
 
     unit: str
     leaves: list[Leaf] = field(default_factory=list)
+    writes: bool = False
+    attributes: dict[tuple[str, str], tuple[torch.dtype, torch.device]] = field(
+        default_factory=dict
+    )
     template: Any = None
     needs: int = -1
     chained: bool = False
@@ -84,8 +94,8 @@ def model_inputs(batch: Tensor | Mapping[str, Any], model: nn.Module) -> tuple[t
     device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
     no_cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     if isinstance(batch, Tensor):
-        return (batch.to(device),), no_cache
-    return (), map_tensors(dict(batch), lambda t: t.to(device)) | no_cache
+        return (batch.to(device, copy=True),), no_cache  # the model may write to it
+    return (), map_tensors(dict(batch), lambda t: t.to(device, copy=True)) | no_cache
 
 
 def hidden_slot(args: tuple, kwargs: Mapping[str, Any]) -> int | str | None:
@@ -134,21 +144,35 @@ class _Recorder(TorchDispatchMode):
         self.depth = 0
         # By id: a weak reference, and where the tensor was given.
         self._owners: dict[int, tuple[weakref.ref, list[tuple[int, int]]]] = {}
+        # By id: a tensor in an attribute of a unit, which call has left it there, and where.
+        self._attributes: dict[int, tuple[Tensor, int, tuple[str, str]]] = {}
         self._used = -1  # the latest call of which something was used since the last call
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self.depth == 0:
+            writes = is_mutation(func)
             for tensor in tensors((args, kwargs or {})):
                 for call, leaf in self.owners(tensor):
-                    self.calls[call].leaves[leaf].last = FOREVER
+                    found = self.calls[call].leaves[leaf]
+                    found.last = FOREVER
+                    found.written |= writes
                     self._used = max(self._used, call)
+                self._used = max(self._used, self._read(tensor))
         return func(*args, **(kwargs or {}))
+
+    def _read(self, tensor: Tensor) -> int:
+        """The call whose attribute a tensor was left in, and takes note of it; -1 if none was."""
+        _, call, where = self._attributes.get(id(tensor), (None, -1, None))
+        if call >= 0:
+            self.calls[call].attributes[where] = tensor.dtype, tensor.device
+        return call
 
     def owners(self, tensor: Tensor) -> list[tuple[int, int]]:
         reference, owners = self._owners.get(id(tensor), (None, []))
         return owners if reference is not None and reference() is tensor else []
 
     def enter(self, unit: str, args: tuple, kwargs: dict) -> tuple[int, Tensor | None]:
+        """The call's index and hidden state."""
         index = len(self.calls)
         call = Recorded(unit, needs=self._used)
         self._used = -1
@@ -161,15 +185,20 @@ class _Recorder(TorchDispatchMode):
                 found.last = max(found.last, index)
         chained = [t for t in given if t is hidden]
         others = [source for t in given if t is not hidden for source, _ in self.owners(t)]
+        others += [self._read(t) for t in tensors((args, kwargs))]
         call.needs = max([call.needs, *others])
         if len(chained) == 1 and hidden_slot(args, kwargs) is not None:
             sources = [source for source, _ in self.owners(hidden)]
             call.chained = sources == [index - 1] and self.calls[index - 1].template is not None
         return index, hidden
 
-    def leave(self, index: int, hidden: Tensor | None, out: Any) -> None:
-        found = list(tensors(out))
+    def leave(self, index: int, hidden: Tensor | None, out: Any, left: Left) -> None:
         call = self.calls[index]
+        call.writes = bool(left)
+        for written in tensors(left):
+            for source, leaf in self.owners(written):
+                self.calls[source].leaves[leaf].written = True
+        found = list(tensors((out, left)))
         call.leaves = [Leaf(t.dtype, t.device, index) for t in found]
         for leaf, tensor in enumerate(found):
             owners = [*self.owners(tensor), (index, leaf)]
@@ -178,6 +207,11 @@ class _Recorder(TorchDispatchMode):
             (one,) = found
             if (one.shape, one.dtype, one.device) == (hidden.shape, hidden.dtype, hidden.device):
                 call.template = map_tensors(out, lambda t: t.new_empty(0))
+
+    def leave_attributes(self, index: int, before: Attributes, after: Attributes) -> None:
+        for where, tensor in after.items():
+            if before.get(where) is not tensor:
+                self._attributes[id(tensor)] = tensor, index, where
 
     def keep_alive(self) -> None:
         """What is still referred to after the forward may be used."""
@@ -232,6 +266,7 @@ def _record(
     reached: set[str] = set()
     strays: set[str] = set()
     by_name = {unit.name: unit for unit in units}
+    modules = {name: model.get_submodule(name) for name in by_name}
     seen: set[str] = set()
 
     def make(name: str, forward: Callable) -> Callable:
@@ -239,13 +274,15 @@ def _record(
             if recorder.depth:  # a unit within a unit: one module in two places
                 return forward(*args, **kwargs)
             index, hidden = recorder.enter(name, args, kwargs)
+            watched, before = watch(args, without_caches(kwargs)), attributes_of(modules[name])
             recorder.depth += 1
             try:
                 if observe is not None and name not in seen:
                     seen.add(name)
                     observe(by_name[name], args, kwargs)
                 out = forward(*args, **kwargs)
-                recorder.leave(index, hidden, out)
+                recorder.leave(index, hidden, out, left_in(watched))
+                recorder.leave_attributes(index, before, attributes_of(modules[name]))
             finally:
                 recorder.depth -= 1
             return out

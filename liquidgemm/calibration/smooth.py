@@ -9,8 +9,9 @@ alpha is searched per site for the least error at the output, through the quanti
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,18 @@ from torch import Tensor, nn
 from ..config import LiquidConfig
 from ..quantize import quantize_weight
 from ..weight import dequantize_weight
-from .blocks import Call, main_tensor, run_block
+from .blocks import Call, run_call
+from .effects import attributes_of
 from .moments import round_activation
 from .simulate import SimulatedLinear
+from .trees import tensors, without_caches
 from .units import Unit
 
 _ALPHAS = (0.15, 0.3, 0.45, 0.6, 0.75)
 _SAMPLE_TOKENS = 384
 _SAMPLE_ROWS = 192
+_SAME = 1e-3  # relative distance of outputs that are the same but for the order of operations
+_FOLDED = ("weight", "bias")
 _RANGE = 1e4  # factors stay within a range that no dtype minds
 
 
@@ -133,7 +138,7 @@ def _words(site: Site) -> str:
 
 
 class Sites:
-    """Where each kind of unit can be smoothed: units of one kind have one type and layers.
+    """Where each unit can be smoothed.
 
     Raises:
         ValueError: at construction, for a pair that the config names and that cannot be.
@@ -148,13 +153,14 @@ class Sites:
     ) -> None:
         check_pairs(model, units, config)
         self._model, self._config, self._device = model, config, device
-        self._seen: dict[tuple, tuple[Unit, Call]] = {}
-        self._sites: dict[tuple, list[Site]] = {}
+        self._seen: dict[str, tuple[Unit, Call]] = {}
+        self._sites: dict[str, list[Site]] = {}
 
     def observe(self, unit: Unit, args: tuple, kwargs: dict) -> None:
         """Take note of a call in the float model."""
-        if self._config.smooth:
-            self._seen.setdefault(self._kind(unit), (unit, Call(args, kwargs)))
+        if self._config.smooth and find_sites(self._model.get_submodule(unit.name), self._config):
+            call = Call(args, without_caches(kwargs), writes=True)  # as it may
+            self._seen.setdefault(unit.name, (unit, call.cloned()))
 
     def find(self) -> None:
         """Try all of them on the calls that were seen.
@@ -162,25 +168,26 @@ class Sites:
         Raises:
             ValueError: a pair that the config names would change what a block computes.
         """
-        for kind, (unit, call) in self._seen.items():
+        for name, (unit, call) in self._seen.items():
             block = unit.copy(self._model, self._device, {})
-            found = find_sites(block, self._config)
-            if not found:
-                continue
             usable, refused = usable_sites(
-                block, found, lambda b, call=call: main_tensor(run_block(b, call))
+                block,
+                find_sites(block, self._config),
+                lambda b, call=call: _floats(run_call(b, call, attributes_of(b))),
+                unit.shared_parameters(self._model),
             )
             if refused and isinstance(self._config.smooth, dict):
                 site, why = next(iter(refused.items()))
-                raise ValueError(f"smooth: {_words(site)}: {why}")
-            self._sites[kind] = usable
+                raise ValueError(f"smooth: {_words(site)}: {why}, in {name or 'the model'}")
+            self._sites[name] = usable
         self._seen.clear()
 
     def of(self, unit: Unit) -> list[Site]:
-        return self._sites.get(self._kind(unit), [])
+        return self._sites.get(unit.name, [])
 
-    def _kind(self, unit: Unit) -> tuple:
-        return type(self._model.get_submodule(unit.name)), *map(unit.inner, unit.layers)
+
+def _floats(value: Any) -> list[Tensor]:
+    return [t for t in tensors(value) if t.is_floating_point()]
 
 
 def _groups(source: nn.Module, linear: nn.Linear, head_size: int | None) -> tuple[int, int, int]:
@@ -310,15 +317,26 @@ def smooth_site(
 
 @torch.no_grad()
 def usable_sites(
-    block: nn.Module, sites: list[Site], run: Callable[[nn.Module], Tensor]
+    block: nn.Module,
+    sites: list[Site],
+    run: Callable[[nn.Module], list[Tensor]],
+    shared: Collection[str] = (),
 ) -> tuple[list[Site], dict[Site, str]]:
     """The sites that can be folded without changing what a block computes, and why others cannot.
 
     That is tried with arbitrary factors, on a copy: the output of a norm may go elsewhere too.
+
+    Args:
+        run: all that a block gives and leaves behind.
+        shared: names of parameters that modules outside of the block use as well.
     """
     expected, usable, refused = run(block), [], {}
     for site in sites:
         trial = copy.deepcopy(block)
+        folded = {f"{name}.{key}" for name in (site.source, *site.linears) for key in _FOLDED}
+        if used := sorted(folded & set(shared)):
+            refused[site] = f"{used[0]} is used outside of the block too"
+            continue
         try:
             heads, repeats, size = layout = site_layout(trial, site)
         except ValueError as error:
@@ -326,15 +344,22 @@ def usable_sites(
             continue
         generator = torch.Generator().manual_seed(0)
         m = torch.rand(heads, 1, size, generator=generator, device="cpu").add_(0.5)
-        m = m.expand(heads, repeats, size).reshape(-1).to(expected.device)
-        fold_into_source(trial.get_submodule(site.source), m, layout)
+        source = trial.get_submodule(site.source)
+        m = m.expand(heads, repeats, size).reshape(-1).to(source.weight.device)
+        fold_into_source(source, m, layout)
         for name in site.linears:
             trial.get_submodule(name).weight.mul_(m)
-        off = (run(trial) - expected).norm() / expected.norm()
-        if off < 1e-3:
+        off = max(map(_off, run(trial), expected))
+        if off < _SAME:
             usable.append(site)
         else:
             refused[site] = (
                 f"what {site.source} gives is used elsewhere too: output off by {off:.1e}"
             )
     return usable, refused
+
+
+def _off(actual: Tensor, expected: Tensor) -> float:
+    finite = expected.isfinite()
+    norm = expected[finite].norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((actual[finite] - expected[finite]).norm() / norm).item()

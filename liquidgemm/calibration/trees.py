@@ -45,6 +45,11 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+def without_caches(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments without those in which a block would find what it was given before."""
+    return {key: value for key, value in kwargs.items() if "Cache" not in type(value).__name__}
+
+
 def _is_record(value: Any) -> bool:
     """An instance of a dataclass; the outputs of transformers are such."""
     return is_dataclass(value) and not isinstance(value, type)

@@ -8,6 +8,8 @@ the text is set aside: the best step on that counts, and none may be the best.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,12 @@ _ASIDE = 8  # every eighth batch is for choosing the step
 
 
 def tune_block(
-    block: nn.Module, calls: list[Call], targets: list[Tensor], steps: int, seed: int
+    block: nn.Module,
+    calls: list[Call],
+    targets: list[Tensor],
+    steps: int,
+    seed: int,
+    shared: Collection[str] = (),
 ) -> float:
     """Fit a quantized block in place.
 
@@ -31,6 +38,7 @@ def tune_block(
         targets: what the float block gives in the float model, for each of them.
         steps: steps of Adam.
         seed: of the order of batches.
+        shared: names of parameters that are used outside of the block too, and stay as they are.
 
     Returns:
         error on the text set aside after over before, 1 if nothing was better than to leave it.
@@ -39,7 +47,7 @@ def tune_block(
     aside = list(range(_ASIDE - 1, len(calls), _ASIDE)) or [len(calls) - 1]
     used = [i for i in range(len(calls)) if i not in aside] or aside
     layers = [module for module in block.modules() if isinstance(module, SimulatedLinear)]
-    gains = [p for p in block.parameters() if p.dim() == 1]
+    gains = [p for name, p in block.named_parameters() if p.dim() == 1 and name not in shared]
     with torch.enable_grad():
         factors = [torch.ones_like(layer.quantized.scale).requires_grad_() for layer in layers]
         groups = [{"params": factors, "lr": _RATE}]

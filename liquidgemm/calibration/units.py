@@ -36,6 +36,19 @@ class Unit:
             return name.replace("0", self.name, 1)
         return f"{self.name}.{name}" if self.name else name
 
+    def shared_parameters(self, model: nn.Module) -> set[str]:
+        """Names within `copy` of the parameters that modules outside of the unit have as well."""
+        original = model.get_submodule(self.name)
+        own = paths_of_modules(model)[original]
+        outside = {
+            id(parameter)
+            for name, module in model.named_modules(remove_duplicate=False)
+            if not any(name == path or not path or name.startswith(f"{path}.") for path in own)
+            for parameter in module.parameters(recurse=False)
+        }
+        named = original.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in named if id(parameter) in outside}
+
     def copy(
         self,
         model: nn.Module,
@@ -48,6 +61,9 @@ class Unit:
         """
         original = model.get_submodule(self.name)
         block = copy.deepcopy(original).float()
+        # Arguments come from behind its own hooks, and what it gives goes to them.
+        block._forward_pre_hooks.clear()
+        block._forward_hooks.clear()
         if isinstance(original, nn.Linear):
             block = nn.Sequential(block)
         if device is not None:

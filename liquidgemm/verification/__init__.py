@@ -177,7 +177,9 @@ class Probe:
         def seen(name: str, module: nn.Module, x: Tensor | None, output: Any) -> None:
             if name in self._blocks and not rotated:
                 for key, value in _values(output, name, first=True):
-                    blocks[key] = _distance(value, self._blocks[key])
+                    # An expert may be given other tokens.
+                    if value.shape == self._blocks[key].shape:
+                        blocks[key] = _distance(value, self._blocks[key])
 
         try:
             output = Observer(self._model, seen=seen).run(*self._arguments)
@@ -267,6 +269,8 @@ def _values(
             continue
         flat = leaf.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _VALUES)].float().cpu()
+        if sample.data_ptr() == leaf.data_ptr():
+            sample = sample.clone()  # the model may write to what a block has given
         if finite and not sample.isfinite().any():
             continue
         keys = ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)

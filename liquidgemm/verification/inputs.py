@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._modules import imported, is_from_transformers
+from ..calibration.trees import map_tensors
 
 TOKENS = 32
 SEQUENCES = 2
@@ -67,7 +68,7 @@ def _placed(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> Arguments:
     device = torch.device("cpu") if floats is None else floats.device
     if isinstance(batch, Tensor):
         return (batch.to(device),), _no_cache(model)
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    moved = map_tensors(dict(batch), lambda t: t.to(device))
     if is_from_transformers(model):
         for key, value in moved.items():
             if isinstance(value, Tensor) and value.is_floating_point():

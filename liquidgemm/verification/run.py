@@ -19,6 +19,8 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ..calibration.trees import map_tensors
+
 # Hooks of modules among them, which some models register as they first run.
 _CONTAINERS = (dict, OrderedDict, list)
 
@@ -150,6 +152,7 @@ class Observer:
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._stack.clear()
         model = self._model
+        args, kwargs = map_tensors((args, kwargs), torch.clone)  # the model may write to them
         watch = _Watch([*model.parameters(), *model.buffers()], self._used)
         # Of all modules: hooks of its own would turn a model from its fast paths.
         handles = [
