@@ -136,6 +136,30 @@ void test_cache() {
   expect(selections == 25, "a model's problems stay", first);
 }
 
+// A new tile, whose row is there before its costs are.
+void test_tile_without_costs() {
+  Costs costs = kCostsOfH100;
+  costs.tiles = costs.tiles.subspan(1);
+  const TileShape missing = kCostsOfH100.tiles.front().tile;
+  bool seen = false;
+  for (int64_t m : {1, 4, 8, 64, 4096}) {
+    const Problem p{m, 4096, 4096, 132, 3.35e6};
+    for (Plan const& plan : all_plans()) {
+      const LaunchPlan l = complete(p, plan, Activations::kReady);
+      const Candidate before = candidate(p, plan, Activations::kReady);
+      const Candidate c = candidate(p, plan, Activations::kReady, costs);
+      const bool lost = has_same_name(plan.tile, missing) && before.rejection == Rejection::kNone;
+      seen = seen || lost;
+      expect(c.rejection == (lost ? Rejection::kNotMeasured : before.rejection),
+             "a tile without costs is not scored, all others are as before", l);
+      expect(std::isfinite(c.us()), "JSON has no infinity", l);
+      expect(!lost || !why_not(c, before).empty(), "it is said why", l);
+    }
+  }
+  expect(seen, "the tile would be scored",
+         complete({1, 64, 64, 132, 3.35e6}, {missing}, Activations::kReady));
+}
+
 }  // namespace
 
 int main() {
@@ -164,6 +188,7 @@ int main() {
     }
   }
   test_cache();
+  test_tile_without_costs();
   const Problem p{64, 4096, 4096, 132, 3.35e6};
   for (int i = 1; i < kNumTileShapes; ++i) {
     expect(kTileShapes[i - 1].tokens <= kTileShapes[i].tokens, "tiles sorted by tokens",

@@ -29,7 +29,12 @@ struct Costs {
   double pair_gain;          // time of a block where pairs share tokens, over that of single CTAs
   std::span<TileCost const> tiles;
 
-  // A tile that is not measured costs infinitely much, so that no plan with it is selected.
+  // Whether it is measured: no plan of another tile is selected.
+  constexpr bool knows(TileShape const& tile) const {
+    return std::any_of(tiles.begin(), tiles.end(),
+                       [&](TileCost const& cost) { return has_same_name(cost.tile, tile); });
+  }
+  // A tile that is not measured costs infinitely much, if a launch asks for it by name.
   constexpr TileCost of(TileShape const& tile) const {
     for (TileCost const& cost : tiles) {
       if (has_same_name(cost.tile, tile))

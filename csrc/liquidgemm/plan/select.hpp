@@ -19,6 +19,7 @@ enum class Rejection {
   kTooFewStages,
   kQuadInSeveralRounds,
   kHalfSmDoesNotPay,
+  kNotMeasured,
 };
 
 // A plan beside the others. Without a rejection it costs `us()`.
@@ -50,6 +51,8 @@ inline Candidate candidate(Problem const& p,
     c.rejection = Rejection::kQuadInSeveralRounds;
   else if (plan.tile.ctas_per_sm > 1 && !half_sm_pays(plan, c.division, activations))
     c.rejection = Rejection::kHalfSmDoesNotPay;
+  else if (!costs.knows(plan.tile))
+    c.rejection = Rejection::kNotMeasured;
   if (c.rejection != Rejection::kNone)
     return c;
   c.estimate = estimate(p, plan, c.division, costs);
