@@ -87,11 +87,11 @@ PATH = re.compile(r"`((?:[\w.]+/)+[\w.*]*|[\w*]+\.(?:py|hpp|cu|cpp|md))(?:::\w+)
 
 
 def lost_paths(file: Path) -> list[str]:
-    """Paths in code font that are found neither from the root nor from the document's folder, and
-    names of files that are nowhere in csrc."""
+    """Paths in code font that are found neither from the root, nor from the document's folder,
+    nor from a folder of csrc."""
     lost = []
     for path in PATH.findall(without_code(file.read_text(encoding="utf-8"))):
-        bases = [file.parent, ROOT] if "/" in path else [file.parent, ROOT, *CSRC]
+        bases = [file.parent, ROOT, *CSRC]
         if path.startswith(("build/", "dist/")):
             continue
         if not any(any(base.glob(path.rstrip("/"))) for base in bases):
