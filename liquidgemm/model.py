@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ from ._modules import (
     attach,
     conv1d_as_linear,
     detach,
+    matches,
     paths_of_modules,
     replace_module,
 )
@@ -39,6 +41,9 @@ from .weight import QuantizedWeight
 _REASONS = 3  # that an error names
 
 
+# Autocast would round what is to be held against each other, and the statistics of layers.
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
 @torch.no_grad()
 def quantize_(
     model: nn.Module,
@@ -93,9 +98,9 @@ def quantize_(
     Raises:
         ValueError, TypeError: the model itself is an ``nn.Linear``, or has no layer that can be
             quantized (the message gives the reasons); a weight is NaN, infinite or on
-            the meta device; the data is missing or no data; the architecture does not permit what
-            the config asks for; resume holds another calibration. The message names the layer or
-            argument.
+            the meta device; the data is missing or no data, or held_out or resume are given
+            without; the architecture does not permit what the config asks for; there is no such
+            device; resume holds another calibration. The message names the layer or argument.
         RuntimeError: on held-out text the calibrated model is worse than a data-free one, and the
             gate is "raise"; or the quantized model does not run on the input on which the float
             one did (it is quantized, then).
@@ -119,23 +124,27 @@ def quantize_(
         if config.method in CALIBRATED:
             wanted = f"method {config.method!r}"
         raise ValueError(f"calibration: expected token batches or texts for {wanted}, got None")
+    if calibration is None and not dry_run:
+        _check_unused(held_out=held_out, resume=resume)
+    _check_device(device)
+    _check_patterns(names, config)
     batches = unseen = None
     if calibration is not None:
         batches = as_batches(calibration, tokenizer, "calibration", model)
     if held_out is not None:
         unseen = as_batches(held_out, tokenizer, "held_out", model)
     with conv1d_as_linear(model):
+        probe = Probe(model, names, batches[0] if batches else None) if verify else None
+        for name, reader in probe.readers.items() if probe else ():
+            selection.leave(name, f"its weight is read by {reader}")
+        if not names:
+            raise _nothing(selection)
         if dry_run:
             lines = plan(model, names, config, batches)
             return QuantizationReport(
                 tuple(names), selection.skipped, plan=lines, parameters=selection.parameters
             )
         recorded = _common_config(model, config)
-        probe = Probe(model, names, batches[0] if batches else None) if verify else None
-        for name, reader in probe.readers.items() if probe else ():
-            selection.leave(name, f"its weight is read by {reader}")
-        if not names:
-            raise _nothing(selection)
         paths = paths_of_modules(model)
         if batches is None:
             rotate_(model, config)
@@ -273,6 +282,34 @@ def _replace(
     for path in paths:
         replace_module(model, path, layer)
     return linear.weight.nbytes, layer.packed.nbytes + layer.scale.nbytes
+
+
+def _check_unused(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"calibration: expected data, as {name} is given and of no use without, got None"
+            )
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises whatever the kind of device leads to
+        raise ValueError(f"device: expected one that is there, got {device!r}: {error}") from None
+
+
+def _check_patterns(names: list[str], config: LiquidConfig) -> None:
+    """What is asked for more precision and is not there is a misspelling, or another model's."""
+    counts = config.augment if isinstance(config.augment, dict) else ()
+    for argument, patterns in (("keep", config.keep), ("augment", counts)):
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in names):
+                warnings.warn(
+                    f"{argument}: {pattern!r} matches none of the layers to quantize, such as "
+                    f"{names[0]}",
+                    stacklevel=6,
+                )
 
 
 def _check_weights(model: nn.Module, names: list[str]) -> None:

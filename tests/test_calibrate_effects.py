@@ -273,6 +273,98 @@ def test_smoothing_is_refused_where_it_would_change_another_part(kind, message):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_an_error_in_a_block_names_the_batch():
+    """The float model is run once for each kind of batch; others fail as their turn comes."""
+    model, batches = build(Net)
+    wrong = [*batches, torch.randn(2, 24, SIZE // 2)]
+    config = LiquidConfig("hessian")
+    with pytest.raises(ValueError, match=r"calibration: batch 6: expected what Net.forward\(x\)"):
+        quantize_(model, config, progress=False, calibration=wrong)
+    with pytest.raises(ValueError, match=r"held_out: batch 6: expected what Net.forward\(x\)"):
+        quantize_(model, config, progress=False, calibration=batches, held_out=wrong)
+    assert type(model.blocks[0].up) is nn.Linear
+
+
+def test_resume_notices_other_layers(tmp_path):
+    """Of the same blocks: with another filter_fn or skip."""
+    model, batches = build(Net)
+    for name, first, second in (("more", "down", ""), ("fewer", "", "down")):
+        options = {"progress": False, "calibration": batches, "resume": tmp_path / name}
+        config = LiquidConfig("hessian")
+        quantize_(
+            copy.deepcopy(model), config, lambda n, _, x=first: not x or x not in n, **options
+        )
+        with pytest.raises(ValueError, match=r"resume: .* another structure"):
+            quantize_(model, config, lambda n, _, x=second: not x or x not in n, **options)
+
+
+@pytest.mark.parametrize("argument", ["held_out", "resume"])
+def test_arguments_that_need_calibration(argument, tmp_path):
+    model, batches = build(Net)
+    value = tmp_path / "blocks" if argument == "resume" else batches
+    with pytest.raises(ValueError, match=f"calibration: expected data, as {argument} is given"):
+        quantize_(model, progress=False, **{argument: value})
+    assert type(model.blocks[0].up) is nn.Linear
+    assert not list(tmp_path.iterdir())
+
+
+def test_devices_and_folders_that_are_not_there(tmp_path):
+    model, batches = build(Net)
+    config, file = LiquidConfig("hessian"), tmp_path / "file"
+    file.touch()
+    for options in ({"device": "foo"}, {"device": "cuda:99"}, {"resume": file}):
+        with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected "):
+            quantize_(model, config, progress=False, calibration=batches, **options)
+
+
+@pytest.mark.parametrize("config", [{"keep": ("upp",)}, {"augment": {"upp": 64}}])
+def test_patterns_that_match_nothing_are_warned_of(config):
+    argument = next(iter(config))
+    with pytest.warns(UserWarning, match=f"{argument}: 'upp' matches none"):
+        quantize_(build(Net)[0], LiquidConfig(**config), progress=False)
+
+
+def test_autocast_changes_nothing():
+    results = []
+    for enabled in (False, True):
+        model, batches = build(Net)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            quantize_(model, LiquidConfig("gptq"), progress=False, calibration=batches)
+        results.append(model.state_dict())
+    plain, cast = results
+    assert all(torch.equal(value, cast[key]) for key, value in plain.items())
+
+
+class Reader(Net):
+    """Computes with weights in a way that its source does not show."""
+
+    def forward(self, x):
+        for block in self.blocks:
+            weights = [layer.weight for layer in (block.up, block.down)]
+            x = x + F.linear(F.gelu(F.linear(block.norm(x), weights[0])), weights[1])
+        return x + self.blocks[0](x)
+
+
+class ReaderBesides(Reader):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x):
+        return self.head(super().forward(x))
+
+
+def test_a_dry_run_knows_readers():
+    """What would stay in floats since it is read stays there in a dry run, too."""
+    model, batches = build(ReaderBesides)
+    options = {"progress": False, "calibration": batches}
+    dry = quantize_(model, LiquidConfig("hessian"), dry_run=True, **options)
+    report = quantize_(model, LiquidConfig("hessian"), **options)
+    assert dry.quantized == report.quantized == ("head",)
+    assert dry.skipped == report.skipped
+
+
 def test_verification_leaves_no_hooks():
     model, batches = build(Net)
     quantize_(model, LiquidConfig("hessian"), progress=False, calibration=batches)

@@ -120,7 +120,7 @@ def test_stages_share_their_input():
     block = model.model.layers[0]
     layers = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
     units = find_units(model, [f"model.layers.0.{name}" for name in layers])
-    call = Recordings(model, units).flow(batches(1)[0]).call()
+    call = Recordings(model, units).flows(batches(1), "calibration")[0].call()
     stages, repeated = find_stages(block, layers, call)
     assert stages == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],

@@ -19,7 +19,7 @@ LINEARS = ["self_attn.v_proj", "mlp.up_proj"]
 def first_call(model, batch):
     """Name of the first block, and the call of it."""
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    flow = Recordings(model, find_units(model, layers)).flow(batch)
+    flow = Recordings(model, find_units(model, layers)).flows([batch], "calibration")[0]
     return flow.next, flow.call()
 
 

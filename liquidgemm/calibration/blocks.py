@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,8 +16,8 @@ from .record import hidden_slot, hidden_state
 from .trees import map_tensors, tensors
 
 
-class Stop(Exception):
-    """Ends a forward pass as soon as what was wanted is there."""
+class Stop(BaseException):
+    """Ends a forward pass as soon as what was wanted is there; no error that a model may catch."""
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Call:
         padding: masks of the batch.
         decoder: whether the block belongs to the decoder of an encoder-decoder.
         writes: whether it leaves anything in its arguments.
+        errors: around a run of the block, says of which batch its errors are.
     """
 
     args: tuple
@@ -38,6 +39,7 @@ class Call:
     padding: Padding = field(default_factory=lambda: Padding({}))
     decoder: bool = False
     writes: bool = False
+    errors: Callable[[], AbstractContextManager] = nullcontext
 
     @property
     def hidden(self) -> Tensor | None:
@@ -95,7 +97,8 @@ def run_call(
     """What the block gives, what it leaves in its arguments, and in those attributes of its own."""
     args, kwargs, sources = call.on(block)
     watched = watch(args, kwargs) if call.writes else []
-    out = block(*args, **kwargs)
+    with call.errors():
+        out = block(*args, **kwargs)
     left = left_in(watched)
     written = {id(value) for value in left.values()}
 
@@ -168,7 +171,7 @@ def stage_inputs(
 
         handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            with suppress(Stop):
+            with suppress(Stop), call.errors():
                 block(*args, **kwargs)
         finally:
             handle.remove()

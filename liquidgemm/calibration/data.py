@@ -158,6 +158,10 @@ def check_batches(
                 raise ValueError(f"{where}: expected a token that is no padding, got none in {key}")
 
 
+class OtherWay(ValueError):
+    """A batch goes another way through the model than others of its kind."""
+
+
 @contextmanager
 def running(model: nn.Module, batch: Tensor | Mapping[str, Any], where: str) -> Iterator[None]:
     """Around a run of the float model: its own errors with what was given and what it takes.
@@ -167,7 +171,7 @@ def running(model: nn.Module, batch: Tensor | Mapping[str, Any], where: str) -> 
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, OtherWay):
         raise
     except Exception as error:
         if isinstance(batch, Mapping):

@@ -122,10 +122,12 @@ class _Run:
         self.unseen = HeldOut(model, recordings, held_out, config) if held_out else None
         rotate_(model, config)  # what has been recorded stays as it is
         self.units = order_units(recordings.units, list(recordings.found.values()))
-        self.resume = Resume(folder, config, batches, [unit.name for unit in self.units])
-        self.lane = Lane([recordings.flow(batch) for batch in batches])
+        structure = [[unit.name, *unit.layers] for unit in self.units]
+        self.resume = Resume(folder, config, batches, structure)
+        self.lane = Lane(recordings.flows(batches, "calibration"))
         # The float model; no batches if what it gives is not wanted.
-        self.floats = Lane([recordings.flow(b) for b in batches if config.tune], to_end=True)
+        tuned = batches if config.tune else []
+        self.floats = Lane(recordings.flows(tuned, "calibration"), to_end=True)
 
     def calibrate(self, unit: Unit, index: int, bar: tqdm) -> None:
         original = self.model.get_submodule(unit.name)

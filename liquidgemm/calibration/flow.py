@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import Call, Stop, main_tensor, run_call
+from .data import OtherWay, running
 from .effects import Attributes, Left, leave_in
 from .masks import Padding, is_encoder_decoder
 from .record import Recording, forwards_replaced, hidden_state, model_inputs, record
@@ -32,6 +34,7 @@ class Flow:
         units: those that are replaced.
         batch: arguments of the model.
         recording: of the float model, for this batch or one of its kind.
+        where: what errors call the batch.
     """
 
     def __init__(
@@ -40,8 +43,9 @@ class Flow:
         units: list[Unit],
         batch: Tensor | Mapping[str, Any],
         recording: Recording,
+        where: str = "calibration",
     ) -> None:
-        self._model, self._units, self.batch = model, units, batch
+        self._model, self._units, self.batch, self._where = model, units, batch, where
         self._calls = recording.calls
         self._names = [unit.name for unit in units]
         # By the calls so far, as the model sees it: what they give, and leave behind.
@@ -128,7 +132,7 @@ class Flow:
         """
 
         def ask(index: int, name: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
-            raise ValueError(self._other(name))
+            raise OtherWay(self._other(name))
 
         return self._replay(ask)
 
@@ -144,7 +148,7 @@ class Flow:
 
         def ask(index: int, name: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
             if name != self._calls[index].unit:
-                raise ValueError(self._other(name))
+                raise OtherWay(self._other(name))
             ahead.append(self._make(index, args, kwargs))
             if index == end:
                 raise Stop
@@ -153,7 +157,7 @@ class Flow:
 
         self._replay(ask)
         if len(ahead) != end + 1 - start:
-            raise ValueError(self._other("no unit"))
+            raise OtherWay(self._other("no unit"))
         self._first, self._ahead = start, ahead
         for index, given in enumerate(self._given):
             if any(start <= leaf.last <= end for leaf in self._calls[index].leaves):
@@ -181,7 +185,8 @@ class Flow:
             self._in_decoder = isinstance(kwargs.get("encoder_hidden_states"), Tensor) or any(
                 "decoder" in part and "encoder" not in part for part in parts
             )
-        return Call(args, kwargs, name, self._padding, self._in_decoder, writes)
+        errors = partial(running, self._model, self.batch, self._where)
+        return Call(args, kwargs, name, self._padding, self._in_decoder, writes, errors)
 
     def _replay(self, ask: Callable[[int, str, Callable, tuple, dict], Any]) -> Any:
         """Run the model; calls of units that are not answered yet go to ``ask``."""
@@ -196,7 +201,7 @@ class Flow:
                 index += 1
                 if index < len(self._given):
                     if name != self._calls[index].unit:
-                        raise ValueError(self._other(name))
+                        raise OtherWay(self._other(name))
                     return self._answer(index, args, kwargs)
                 inside = True
                 try:
@@ -207,11 +212,14 @@ class Flow:
             return run
 
         args, kwargs = model_inputs(self.batch, self._model)
-        with forwards_replaced(self._model, self._names, make), self._restored_attributes():
-            try:
-                return self._model(*args, **kwargs)
-            except Stop:
-                return None
+        with (
+            forwards_replaced(self._model, self._names, make),
+            self._restored_attributes(),
+            suppress(Stop),
+            running(self._model, self.batch, self._where),
+        ):
+            return self._model(*args, **kwargs)
+        return None
 
     def _answer(self, index: int, args: tuple, kwargs: dict) -> Any:
         """What a call has given, with what it has left behind put where it was."""
@@ -332,8 +340,12 @@ class Recordings:
                 self.found[_kind(batch, shapes=True)] = found
         return self.found[kind]
 
-    def flow(self, batch: Tensor | Mapping[str, Any]) -> Flow:
-        return Flow(self.model, self.units, batch, self.of(batch))
+    def flows(self, batches: list[Tensor | Mapping[str, Any]], argument: str) -> list[Flow]:
+        """One for each batch of the argument that errors are to name."""
+        return [
+            Flow(self.model, self.units, batch, self.of(batch), f"{argument}: batch {number}")
+            for number, batch in enumerate(batches)
+        ]
 
 
 def _kind(batch: Tensor | Mapping[str, Any], shapes: bool = False) -> tuple:

@@ -37,7 +37,7 @@ def check_gate(losses: Mapping[str, float], gate: str, measure: str = NEXT_TOKEN
     )
     if gate == "raise":
         raise RuntimeError(message)
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, stacklevel=6)
 
 
 class HeldOut:
@@ -68,7 +68,7 @@ class HeldOut:
                 found.append(recordings.of(batch))
         self.measure = choose_measure(model, batches, found)
         self._lanes = {
-            kind: Lane([recordings.flow(batch) for batch in batches], to_end=True)
+            kind: Lane(recordings.flows(batches, "held_out"), to_end=True)
             for kind in (REFERENCE, DATA_FREE, CALIBRATED)
         }
 

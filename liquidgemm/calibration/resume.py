@@ -28,7 +28,8 @@ class Resume:
 
     Raises:
         ValueError: the folder holds the blocks of another run, or a damaged file. A run is a
-            config, calibration data, and the names of the units in their order.
+            config, calibration data, and the names of the units in their order, each with those of
+            its layers.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Resume:
         folder: Path | None,
         config: LiquidConfig,
         batches: list[Tensor | Mapping[str, Any]],
-        structure: list[str],
+        structure: list[list[str]],
     ) -> None:
         self._folder = folder
         if folder is None:
@@ -46,6 +47,8 @@ class Resume:
             "calibration": digest(batches),
             "structure": structure,
         }
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"resume: expected a folder, got the file {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / _RUN_FILE
         if not path.exists():

@@ -210,7 +210,7 @@ class Probe:
             warnings.warn(
                 "the quantized model does not do what the float one did: "
                 + "; ".join(f"{name}: {what}" for name, what in self.result.faults.items()),
-                stacklevel=4,
+                stacklevel=6,
             )
 
 
