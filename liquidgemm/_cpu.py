@@ -19,15 +19,11 @@ def cpu_kernels() -> tuple[str, ...]:
     ``"neon_dotprod"`` (Arm), ``"portable"`` (any) and ``"reference"`` (plain torch, slow). All give
     the same bits.
     """
-    if not hasattr(torch.ops.liquidgemm_cpu, "kernels"):  # TEMPORARY, as in ops.py
-        return (REFERENCE,)
     return (*torch.ops.liquidgemm_cpu.kernels(), REFERENCE)
 
 
 def cpu_kernel() -> str:
     """The CPU kernels that the ops use now: one of `cpu_kernels`."""
-    if not hasattr(torch.ops.liquidgemm_cpu, "kernels"):  # TEMPORARY, as in ops.py
-        return REFERENCE
     return torch.ops.liquidgemm_cpu.kernel()
 
 

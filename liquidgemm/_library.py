@@ -1,6 +1,6 @@
 """Loads the two compiled libraries and says why the Hopper kernel can or cannot run here.
 
-``_C_host.so`` packs and unpacks weights on the CPU and is always needed. ``_C_cuda.so`` holds the
+``_C_host.so`` holds the ops of the CPU and is always needed. ``_C_cuda.so`` holds the
 kernels; it refers to symbols that only a CUDA build of torch exports, so it is loaded only there.
 Loading either needs neither a GPU nor a driver, and never initializes CUDA.
 """
@@ -47,7 +47,7 @@ def load_libraries() -> str | None:
         works without it, and every op that is called on a CUDA tensor gives the reason.
 
     Raises:
-        ImportError: the host library is missing or does not load.
+        ImportError: the host library is missing, does not load or is of an older version.
     """
     if not HOST_LIBRARY.exists():
         raise ImportError(f"liquidgemm: {HOST_LIBRARY} has not been built; {_REBUILD}")
@@ -57,6 +57,8 @@ def load_libraries() -> str | None:
         raise ImportError(
             f"liquidgemm: {HOST_LIBRARY} does not load ({error}); {_REBUILD}"
         ) from error
+    if not hasattr(torch.ops.liquidgemm_cpu, "kernels"):
+        raise ImportError(f"liquidgemm: {HOST_LIBRARY} is of an older version; {_REBUILD}")
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if not CUDA_LIBRARY.exists():

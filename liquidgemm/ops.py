@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake, register_vmap
 
-from . import _autograd, _library, _reference
+from . import _autograd, _library
 from .format import (
     BLOCK_BYTES,
     GROUP,
@@ -261,24 +261,6 @@ for _op, _fake in (
     register_fake(f"liquidgemm::{_op}", _fake, lib=_lib)
     if _cuda_library_problem is not None:
         _lib.impl(_op, _without_cuda_library(_op), "CUDA")
-
-if not hasattr(torch.ops.liquidgemm_cpu, "kernels"):
-    # TEMPORARY, until every checkout has built its host library anew: no CPU kernels in it.
-    def _gemm_alone(x, x_scale, weight, weight_scale, bias=None, out_dtype=None):
-        out_dtype = _check_gemm(x, x_scale, weight, weight_scale, bias, out_dtype)
-        return _reference.gemm(x, x_scale, weight, weight_scale, bias, out_dtype)
-
-    def _linear_alone(x, weight, weight_scale, bias=None):
-        _check_linear(x, weight, weight_scale, bias)
-        return _reference.linear(x, weight, weight_scale, bias)
-
-    def _quantize_alone(x):
-        _check_rows(x, *FLOATS)
-        return _reference.quantize_activation(x)
-
-    _lib.impl("gemm", _gemm_alone, "CPU")
-    _lib.impl("linear", _linear_alone, "CPU")
-    _lib.impl("quantize_activation", _quantize_alone, "CPU")
 
 _autograd.register("linear", _LinearRules, _lib)
 for _op in ("quantize_activation", "gemm"):

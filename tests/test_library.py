@@ -161,6 +161,16 @@ def test_import_with_a_broken_host_library(tmp_path):
     assert "does not load" in output
 
 
+def test_import_with_a_host_library_of_an_older_version(tmp_path):
+    """One that loads, without the ops of the CPU: it must be built anew."""
+    compiler = "import subprocess; target = str(package / '_C_host.so'); subprocess.run("
+    compiler += "['g++', '-shared', '-x', 'c++', '/dev/null', '-o', target], check=True)"
+    output = import_with(tmp_path, compiler)
+    assert output.startswith("ImportError liquidgemm: ")
+    assert "_C_host.so is of an older version" in output
+    assert "setup.py build_ext --inplace" in output
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA")
 def test_import_on_a_torch_without_cuda_leaves_the_cuda_library_alone(tmp_path):
     """CHECKLIST 20: even a file that cannot be loaded does no harm."""
