@@ -235,7 +235,7 @@ def run(console: Console, device: torch.device, tokens: int, prompt: str) -> Non
     path = (
         "the Hopper kernel"
         if on_gpu
-        else "the CPU path (exact like the kernel, but made for checking, not for speed)"
+        else f"the CPU, by its {liquidgemm.cpu_kernel()} kernels, to the same bits"
     )
     console.print(f"W4A8 layers run on: [bold]{path}[/bold]")
     console.print(f"  {_library.status().reason}", style="dim", highlight=False)

@@ -199,7 +199,7 @@ def test_demonstration_on_a_tiny_model(capsys: pytest.CaptureFixture[str]) -> No
     console = Console(width=120, file=None)
     demo.run(console, torch.device("cpu"), 2 * demo.WINDOW, "Why?")
     printed = capsys.readouterr().out
-    assert "the CPU path" in printed
+    assert "the CPU, by its" in printed
     assert "perplexity" in printed
     assert "1024 tokens" in printed
     assert "4-bit itself" in printed
