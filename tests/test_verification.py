@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import reference
@@ -13,6 +14,7 @@ from torch import nn
 import liquidgemm
 from liquidgemm import LiquidConfig, LiquidLinear, quantize_
 from liquidgemm.calibration import driver
+from liquidgemm.calibration.layer import quantize_layer
 from liquidgemm.verification import Probe
 
 STRUCTURES = structures()
@@ -326,3 +328,63 @@ def test_a_model_with_adapters():
     found = quantize_(model, progress=False).verification
     assert found.input == "made up: input_ids"
     assert found.unreached == ()
+
+
+def grows(gain, depth=3):
+    """Errors grow from block to block, as each subtracts most of what it is given."""
+
+    class Cancels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+            self.b.weight.data = gain * self.a.weight.data + 0.01 * torch.randn(64, 64)
+
+        def forward(self, x):
+            return torch.tanh(3 * (self.b(x) - gain * self.a(x)))
+
+    torch.manual_seed(0)
+    return nn.Sequential(*[Cancels() for _ in range(depth)]).eval()
+
+
+def test_errors_that_grow_in_a_healthy_model_are_no_fault():
+    torch.manual_seed(1)
+    x = torch.randn(4, 16, 64)
+    model = grows(0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = quantize_(model, LiquidConfig(), progress=False, calibration=[x])
+    verification = report.verification
+    rms = torch.tensor(list(verification.layers.values())).square().mean().sqrt().item()
+    assert max(verification.outputs.values()) > 6 * rms  # or it would not be the case in question
+    assert not verification.faults
+
+
+def test_the_same_with_a_damaged_layer_is_one(monkeypatch):
+    original = driver.quantize_layer
+
+    def damaged(weight, config, name="layer", *args):
+        found, method = original(weight, config, name, *args)
+        return replace(found, scale=found.scale * (1.7 if name == "1.b" else 1)), method
+
+    monkeypatch.setattr(driver, "quantize_layer", damaged)
+    torch.manual_seed(1)
+    x = torch.randn(4, 16, 64)
+    with pytest.warns(UserWarning, match="1: off by"):
+        quantize_(grows(0.5), LiquidConfig(), progress=False, calibration=[x])
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(0, 1)])
+def test_channels_that_give_nothing_are_named(monkeypatch, rows):
+    """Also where no input of the model is known."""
+    original = quantize_layer
+
+    def damaged(weight, config, name="layer", *args):
+        found, method = original(weight, config, name, *args)
+        scale = found.scale.clone()
+        scale[rows] = 0 if name == "2" else scale[rows]
+        return replace(found, scale=scale), method
+
+    monkeypatch.setattr("liquidgemm.model.quantize_layer", damaged)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    with pytest.warns(UserWarning, match="2: .* of 64 output channels looked at give nothing"):
+        quantize_(model, progress=False)
