@@ -317,7 +317,7 @@ BUGS = (
         "a CTA of a pair sends its sums into a ring that is still read",
         (
             Patch(
-                f"{KERNEL}/partial_sums.hpp", "Barrier::wait(&shared_.barriers.multiplied, 0);", ""
+                f"{KERNEL}/reduce/pair.hpp", "Barrier::wait(&shared.barriers.multiplied, 0);", ""
             ),
             Patch(
                 f"{KERNEL}/consumer.hpp",
@@ -434,10 +434,13 @@ DELAY = Bug(
             "Barrier::wait(received, phase(item));",
             "Barrier::wait(received, phase(item));\n      random_delay();",
         ),
-        Patch(
-            f"{KERNEL}/partial_sums.hpp",
-            "arrive_at_cluster_if(",
-            "random_delay();\n    arrive_at_cluster_if(",
+        *(
+            Patch(
+                f"{KERNEL}/{file}",
+                "arrive_at_cluster_if(",
+                "random_delay();\n    arrive_at_cluster_if(",
+            )
+            for file in ("partial_sums.hpp", "reduce/pair.hpp")
         ),
     ),
     (),

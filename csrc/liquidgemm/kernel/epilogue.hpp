@@ -24,30 +24,12 @@
 #include "liquidgemm/common/element.hpp"
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/partial_sums.hpp"
+#include "liquidgemm/kernel/reduce/pair.hpp"
 #include "liquidgemm/kernel/storage.hpp"
+#include "liquidgemm/kernel/store/formula.hpp"
 #include "liquidgemm/kernel/work/work_item.hpp"
 
 namespace liquidgemm {
-
-CUTE_DEVICE float load_as_float(void const* base, Element type, int i) {
-  switch (type) {
-    case Element::kBFloat16:
-      return __bfloat162float(static_cast<__nv_bfloat16 const*>(base)[i]);
-    case Element::kFloat16:
-      return __half2float(static_cast<__half const*>(base)[i]);
-    default:
-      return static_cast<float const*>(base)[i];
-  }
-}
-
-CUTE_DEVICE uint32_t round_pair(float low, float high, __nv_bfloat162) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<uint32_t const&>(pair);
-}
-CUTE_DEVICE uint32_t round_pair(float low, float high, __half2) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<uint32_t const&>(pair);
-}
 
 template <class Tile>
 class Epilogue {
@@ -122,7 +104,7 @@ class Epilogue {
       sums().release(scheduler.is_last());
     } else {
       if (split())
-        sums().exchange(acc, tokens_, foreign_chunks_);
+        exchange_in_pair(shared_, panel_, ownership_, tokens_, acc);
       panel_barrier();  // the scales
       if (params_.rows_are_vectors(sizes_) && params_.y_type == Element::kBFloat16) {
         store_rows<__nv_bfloat162>(acc);
@@ -142,13 +124,12 @@ class Epilogue {
     first_token_ = place.first_token;
     tokens_ = place.tokens;
     first_channel_ = (place.first_panel + panel_) * kBlockRows;
-    foreign_chunks_ = work.split ? cta_rank() ^ 1 : Sums::kNoChunks;
+    ownership_ = work.split ? alternate_chunks() : Ownership::kAllChunks;
   }
 
   CUTE_DEVICE Sums sums() const { return {cluster_, shared_, panel_}; }
   // Of a tile that a pair shares along K each CTA stores every other chunk.
-  CUTE_DEVICE bool split() const { return foreign_chunks_ != Sums::kNoChunks; }
-  CUTE_DEVICE bool owns(int chunk) const { return chunk % 2 != foreign_chunks_; }
+  CUTE_DEVICE bool split() const { return ownership_ != Ownership::kAllChunks; }
 
   // Asked again rather than held in registers during the main loop.
   CUTE_DEVICE static int thread() { return Sums::thread(); }
@@ -184,10 +165,6 @@ class Epilogue {
     return *reinterpret_cast<float2 const*>(&shared_.token_scale[panel_][first_token(octet)]);
   }
 
-  CUTE_DEVICE static float scaled(int32_t sum, float token_scale, float scale, float bias) {
-    return __fadd_rn(__fmul_rn(__fmul_rn(__int2float_rn(sum), token_scale), scale), bias);
-  }
-
   // -----------------------------------------------------------------------------------------------
   // Ways to y.
 
@@ -213,7 +190,7 @@ class Epilogue {
       const int turn = split() ? chunk / 2 : chunk;
       uint8_t* const buffer =
           shared_.staging[panel_] + turn % Tile::kChunkBuffers * Tile::kChunkBytes;
-      if (owns(chunk)) {
+      if (owns(ownership_, chunk)) {
         CUTE_UNROLL
         for (int i = 0; i < kChunk / 16; ++i) {
           cute::SM90_U16x8_STSM_T::copy(
@@ -221,9 +198,9 @@ class Epilogue {
               *reinterpret_cast<cute::uint128_t*>(&buffer[stage_at + i * 16 * kRowBytes]));
         }
       }
-      if (chunk + 1 < Tile::kChunks && owns(chunk + 1))
+      if (chunk + 1 < Tile::kChunks && owns(ownership_, chunk + 1))
         rounded = round_chunk<Pair>(acc, chunk + 1, channels);
-      if (owns(chunk)) {
+      if (owns(ownership_, chunk)) {
         if constexpr (Tile::kStoresByTma) {
           cute::tma_store_fence();
           if (thread() == 0)  // the buffer of the next chunk has been read
@@ -381,7 +358,7 @@ class Epilogue {
             *sums().staged(i) = octet_of(acc, c * kOctets + i);
         }
       }
-      if (owns(chunk)) {
+      if (owns(ownership_, chunk)) {
         CUTE_NO_UNROLL
         for (int i = 0; i < kOctets; ++i)
           store_octet(chunk * kOctets + i, *sums().staged(i));
@@ -433,7 +410,7 @@ class Epilogue {
   SharedStorage<Tile>& shared_;
   int panel_;
   int first_token_, tokens_, first_channel_;
-  int foreign_chunks_;  // parity of those that the other CTA of a pair stores, or kNoChunks
+  Ownership ownership_;
   float channel_value_;
   float token_scale_[kScalesPerThread];
 };

@@ -1,8 +1,5 @@
-// Sums that several have parts of, completed in memory that all of them reach. Integer addition
-// makes any order exact.
-//
-//   complete  k groups that take turns, and the CTAs of a cluster: through staging buffers
-//   exchange  the two CTAs of a pair: from registers into what was the other's ring
+// Sums of which k groups have parts, and CTAs of a cluster, completed in shared memory. Integer
+// addition makes any order exact.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -10,17 +7,12 @@
 #include <cute/arch/cluster_sm90.hpp>
 
 #include "liquidgemm/common/cluster_ptx.hpp"
+#include "liquidgemm/kernel/octets.hpp"
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/protocol.hpp"
 #include "liquidgemm/kernel/storage.hpp"
 
 namespace liquidgemm {
-
-// A thread's sums of eight tokens: two tokens of two channels.
-template <class Accumulator>
-CUTE_DEVICE int4 octet_of(Accumulator const& acc, int octet) {
-  return {acc(4 * octet), acc(4 * octet + 1), acc(4 * octet + 2), acc(4 * octet + 3)};
-}
 
 template <class Tile>
 class PartialSums {
@@ -30,7 +22,6 @@ class PartialSums {
  public:
   static constexpr int kThreads = Tile::kKGroups * kWarpGroupThreads;  // that share a panel
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kNoChunks = 2;  // a parity that no chunk has
 
   CUTE_DEVICE PartialSums(ClusterParams const& params, SharedStorage<Tile>& shared, int panel)
       : params_(params), shared_(shared), panel_(panel) {}
@@ -41,52 +32,6 @@ class PartialSums {
   CUTE_DEVICE int4* staged(int index) const {
     return reinterpret_cast<int4*>(shared_.staging[panel_]) + index * kWarpGroupThreads +
            threadIdx.x % kWarpGroupThreads;
-  }
-
-  // A tile that a pair shares along K, its last one. The two CTAs own the chunks of tokens in
-  // turns: each sends those of the other's parity from its registers, to where that one's ring was,
-  // and adds what it gets to its own.
-  template <class Accumulator>
-  CUTE_DEVICE void exchange(Accumulator& acc, int tokens, int foreign_chunks) const {
-    constexpr int kOctets = Tile::kChunkTokens / 8;
-    const int peer = cta_rank() ^ 1;
-    uint64_t* const received = &shared_.barriers.received[panel_];
-    __syncwarp();
-    arrive_at_cluster_if(threadIdx.x % 32 == 0, &shared_.barriers.multiplied, peer);
-    if (thread() == 0) {
-      const int chunks = (tokens + Tile::kChunkTokens - 1) / Tile::kChunkTokens;
-      TransactionBarrier::arrive_and_expect_tx(received,
-                                               (chunks + peer) / 2 * kOctets * Tile::kVectorBytes);
-    }
-    int4* const parts = reinterpret_cast<int4*>(shared_.tokens + panel_ * Tile::kExchangeBytes) +
-                        threadIdx.x % kWarpGroupThreads;
-    const uint32_t to = peer_address(parts, peer);
-    const uint32_t barrier = peer_address(received, peer);
-    Barrier::wait(&shared_.barriers.multiplied, 0);
-    CUTE_UNROLL
-    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-      if (chunk % 2 == foreign_chunks && chunk * Tile::kChunkTokens < tokens) {
-        CUTE_UNROLL
-        for (int i = 0; i < kOctets; ++i)
-          store_at_cluster(to + (chunk / 2 * kOctets + i) * Tile::kVectorBytes,
-                           octet_of(acc, chunk * kOctets + i), barrier);
-      }
-    }
-    Barrier::wait(received, 0);
-    CUTE_UNROLL
-    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-      if (chunk % 2 != foreign_chunks && chunk * Tile::kChunkTokens < tokens) {
-        CUTE_UNROLL
-        for (int i = 0; i < kOctets; ++i) {
-          const int octet = chunk * kOctets + i;
-          const int4 part = parts[(chunk / 2 * kOctets + i) * kWarpGroupThreads];
-          acc(4 * octet) += part.x;
-          acc(4 * octet + 1) += part.y;
-          acc(4 * octet + 2) += part.z;
-          acc(4 * octet + 3) += part.w;
-        }
-      }
-    }
   }
 
   // Sums of which k groups have parts, and CTAs of a cluster. The octets are dealt out in turns to
