@@ -7,6 +7,8 @@ this package writes goes through here instead.
 from __future__ import annotations
 
 import errno
+import fcntl
+import json
 import os
 import re
 import secrets
@@ -14,10 +16,52 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+def path_of(name: str | os.PathLike) -> Path:
+    """A path of the user's, who may mean the home directory by ``~``."""
+    return Path(os.path.expanduser(name))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What is in JSON whose objects have each key once: of two values, one would be ignored.
+
+    Raises:
+        ValueError: it is no JSON, too deep, or a key is there twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_each_key_once)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in result if keys.count(key) > 1)
+        raise ValueError(f"expected each key once, got {twice!r} several times")
+    return result
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits for others, threads or processes, that are in here for the same folder.
+
+    A disk without locks lets everyone in.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_new_folder(output: str | os.PathLike, *sources: Path) -> Path:
@@ -26,11 +70,17 @@ def check_new_folder(output: str | os.PathLike, *sources: Path) -> Path:
     Raises:
         FileExistsError: it is not.
     """
-    folder = Path(output).expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "one with content" if folder.is_dir() else "a file"
+    folder = path_of(output).resolve()
+    got = ""
+    if folder.is_dir():
+        got = "one with content" if any(folder.iterdir()) else ""
+    elif folder.exists():
+        got = "a file"
+    elif file := next((p for p in folder.parents if p.exists() and not p.is_dir()), None):
+        got = f"a path through {file}, a file"
+    if got:
         raise FileExistsError(
-            f"{output}: expected a new or empty folder, got {what}: choose another, nothing is "
+            f"{output}: expected a new or empty folder, got {got}: choose another, nothing is "
             "overwritten"
         )
     for source in sources:

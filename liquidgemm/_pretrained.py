@@ -132,7 +132,7 @@ def _keys(file: Path) -> list[str]:
 def _read_object(file: Path) -> dict:
     """What a JSON file holds; nothing if it is not there or holds no object."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -25,11 +25,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import _pretrained
-from ._files import move_into, staging_folder, write_tensors
+from ._files import (
+    move_into,
+    one_at_a_time,
+    parse_json,
+    path_of,
+    staging_folder,
+    write_tensors,
+)
 from ._modules import as_linear, attach, is_from_transformers, paths_of_modules, replace_module
 from ._pretrained import MANIFEST_FILE, TRANSFORMERS_WEIGHTS_FILE
 from .config import LiquidConfig
 from .linear import LiquidLinear
+from .ops import FLOATS
 from .weight import QuantizedWeight
 
 FORMAT_VERSION = 2
@@ -42,8 +50,9 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write a quantized model to a folder, from which `load_quantized` restores it to the bit.
 
     The folder is created if needed. A checkpoint of ours that it holds is replaced, all else in it
-    stays. If writing fails or is interrupted, the folder is as it was; if the process is killed
-    between the last renames, `load_quantized` refuses it.
+    stays; of several processes that write at once, the last one counts. If writing fails or is
+    interrupted, the folder is as it was; if the process is killed between the last renames,
+    `load_quantized` refuses it.
 
     Raises:
         ValueError: the model has no quantized layer, or holds data that cannot be saved.
@@ -67,7 +76,7 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
         "aliases": aliases,
         "weights": weights_file,
     }
-    directory = Path(directory)
+    directory = path_of(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with staging_folder(directory) as staging:
         if pretrained:
@@ -78,9 +87,11 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
         manifest["sha256"] = _sha256(staging / weights_file)
         (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
         # The manifest comes last: until then the folder holds no checkpoint, or the old manifest
-        # with a hash that no longer fits.
-        shards = _pretrained.shards_of_ours(directory) if pretrained else []
-        move_into(staging, directory, last=MANIFEST_FILE, remove=shards)
+        # with a hash that no longer fits. Of two processes, one would leave its weights and the
+        # other its manifest.
+        with one_at_a_time(directory):
+            shards = _pretrained.shards_of_ours(directory) if pretrained else []
+            move_into(staging, directory, last=MANIFEST_FILE, remove=shards)
 
 
 def _layers_of(model: nn.Module) -> dict[str, dict[str, int | bool]]:
@@ -101,6 +112,11 @@ def _sizes(layer: nn.Module) -> dict[str, int | bool]:
     if getattr(layer, "columns", None) is not None:
         sizes["augment"] = len(layer.columns)
     return sizes
+
+
+def _dtype_of(layer: nn.Module) -> torch.dtype:
+    """The one that a quantized layer in the place of a float one has."""
+    return layer.weight.dtype if layer.bias is None else layer.bias.dtype
 
 
 def _storable(state: dict[str, object]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -144,7 +160,7 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
         ValueError: the checkpoint is truncated, damaged, not liquidgemm's or of a newer version,
             does not fit the model, or needs the model argument; the message says which.
     """
-    directory = Path(directory)
+    directory = path_of(directory)
     manifest = None
     if (directory / MANIFEST_FILE).exists():
         manifest = _read_manifest(directory / MANIFEST_FILE)
@@ -172,8 +188,7 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
     for name, sizes in layers.items():
         old = model.get_submodule(name)
         if _sizes(old) != sizes or not isinstance(old, LiquidLinear):
-            dtype = old.weight.dtype if old.bias is None else old.bias.dtype
-            layer = LiquidLinear(**sizes, device=old.weight.device, dtype=dtype)
+            layer = LiquidLinear(**sizes, device=old.weight.device, dtype=_dtype_of(old))
             layer.train(old.training)
             layer.replaces = getattr(old, "replaces", type(old))
             for path in paths[old]:
@@ -194,8 +209,8 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
 def _read_manifest(path: Path) -> dict:
     """The manifest, known to be complete and of a version that this code reads."""
     try:
-        manifest = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        manifest = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path}: truncated or damaged ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != "liquidgemm":
         raise ValueError(f"{path}: expected a liquidgemm checkpoint, got another kind of file")
@@ -228,6 +243,7 @@ def _read_manifest(path: Path) -> dict:
 def _read_weights(path: Path, manifest: dict) -> dict[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, though {MANIFEST_FILE} lies beside")
+    before = path.stat()
     if (found := _sha256(path)) != manifest["sha256"]:
         raise ValueError(
             f"{path}: truncated, damaged or not the file that {MANIFEST_FILE} was saved with: "
@@ -238,6 +254,9 @@ def _read_weights(path: Path, manifest: dict) -> dict[str, Tensor]:
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file ({error})") from None
+    now = path.stat()
+    if (now.st_ino, now.st_mtime_ns) != (before.st_ino, before.st_mtime_ns):
+        raise ValueError(f"{path}: was replaced while it was read: load it again")
     shared = {}
     for key, original in manifest["aliases"].items():
         if original not in state:
@@ -271,6 +290,11 @@ def _check_fit(
             kind = type(layer).__name__ if layer is not None else "nothing"
             raise ValueError(f"{name}: expected a linear layer in the model, got {kind}")
         got, wanted, augment = _sizes(layer), sizes, 0
+        if not isinstance(layer, LiquidLinear) and (dtype := _dtype_of(layer)) not in FLOATS:
+            raise ValueError(
+                f"{name}: expected a layer of float32, bfloat16 or float16 in the model, got one "
+                f"of {dtype}"
+            )
         if isinstance(sizes, dict):  # of residual columns a layer can get any number
             wanted = {key: value for key, value in sizes.items() if key != "augment"}
             augment = sizes.get("augment", 0)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import liquidgemm
 from liquidgemm import _library, demo
-from liquidgemm.cli_errors import Debug, fail, readable
+from liquidgemm.cli_errors import Debug, fail, print_whatever_comes, readable
 from liquidgemm.cli_info import info_command
 from liquidgemm.cli_models import eval_command, quantize_command
 
@@ -47,6 +47,7 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     Debug.on = debug
+    print_whatever_comes()
 
 
 @app.command("demo")

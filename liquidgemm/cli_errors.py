@@ -1,12 +1,15 @@
 """What the command says when something goes wrong: one line on stderr, and an exit code.
 
-1 for an error of input or run, 130 for an interrupt from the keyboard, 143 for SIGTERM; typer ends
-with 2 for wrong usage. ``liquidgemm --debug`` prints the traceback as well.
+1 for an error of input or run, 130 for an interrupt from the keyboard, 143 for SIGTERM, 129 if the
+terminal is closed; typer ends with 2 for wrong usage. ``liquidgemm --debug`` prints the traceback
+as well.
 """
 
 from __future__ import annotations
 
+import io
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -36,6 +39,13 @@ def fail(message: object, code: int = 1) -> NoReturn:
         line = line[:MAX_LENGTH] + " ..."
     typer.echo(f"liquidgemm: error: {line}", err=True)
     raise typer.Exit(code)
+
+
+def print_whatever_comes() -> None:
+    """A terminal or file that lacks a character gets an escape for it: no work is lost for that."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def readable(command: Callable[..., None]) -> Callable[..., None]:
@@ -79,7 +89,7 @@ def _show_traceback() -> None:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds the stack in here, so that nothing half-written stays."""
+    """What ends a process unwinds the stack in here, so that nothing half-written stays."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -87,8 +97,12 @@ def _terminated_like_interrupted() -> Iterator[None]:
     def stop(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    old = signal.signal(signal.SIGTERM, stop)
+    # A closed terminal sends SIGHUP, which nohup has ignored.
+    signals = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) == signal.SIG_DFL]
+    for each in signals:
+        signal.signal(each, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
 from enum import Enum
@@ -16,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from . import _library
-from ._files import check_new_folder, new_folder
+from ._files import check_new_folder, new_folder, parse_json, path_of
 from .calibration.data import token_windows
 from .calibration.report import QuantizationReport
 from .checkpoint import save_quantized
@@ -79,18 +80,64 @@ def device_of(name: str | None, for_kernel: bool = False) -> torch.device:
     return device
 
 
-def settings_of(values: dict[str, Any], more: str) -> LiquidConfig:
-    """The config of the options and of the JSON object in --config, which comes first."""
+def settings_of(values: dict[str, Any], more: str, given: Collection[str]) -> LiquidConfig:
+    """The config of the options and of the JSON object in --config.
+
+    Args:
+        values: of the options, by field.
+        more: the object, whose fields come before options that are not given.
+        given: the names of the options that are.
+    """
     try:
-        fields = json.loads(more)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(more)
+    except ValueError as error:
         raise ValueError(f"--config: expected a JSON object, got {more!r} ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"--config: expected a JSON object, got {type(fields).__name__}")
+    for field in values:
+        if field in given and field in fields:
+            raise ValueError(
+                f"--config: expected fields that no other option sets, got {field!r} beside "
+                f"--{field}: leave out one of them"
+            )
     return LiquidConfig.from_json(json.dumps({**values, **fields}))
 
 
+def _given(context: typer.Context) -> set[str]:
+    """Names of the parameters that the user has given."""
+    names = context.params
+    return {name for name in names if context.get_parameter_source(name).name != "DEFAULT"}
+
+
+def _check_data(
+    settings: LiquidConfig, calib: bool, held_out: bool, given: Collection[str], dry_run: bool
+) -> None:
+    """Raises a ValueError for texts that are missing, and for options that would do nothing."""
+    if settings.needs_calibration and not calib and not dry_run:
+        raise ValueError(f"--calib: expected text files for method {settings.method}, got none")
+    for name in ("held_out", "tokens", "resume"):
+        if name in given and not calib:
+            raise ValueError(f"--{name.replace('_', '-')}: expected --calib beside it, got none")
+    if "gate" in given and settings.gate != "off" and not held_out:
+        raise ValueError(f"--gate {settings.gate}: expected --held-out beside it, got none")
+
+
+def _check_resume(folder: Path | None, output: Path, sources: Iterable[Path]) -> None:
+    """Raises a ValueError if blocks would be written to what is read, or to what is to be new."""
+    if folder is None:
+        return
+    folder, output = path_of(folder).resolve(), path_of(output).resolve()
+    if output in (folder, *folder.parents) or folder in output.parents:
+        raise ValueError(f"--resume: expected a folder apart from {output}, got {folder}")
+    for source in map(Path.resolve, sources):
+        if source in (folder, *folder.parents):
+            raise ValueError(
+                f"--resume: expected a folder outside of {source}, which is read, got {folder}"
+            )
+
+
 def quantize_command(
+    context: typer.Context,
     model: MODEL,
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to create.")],
     method: Annotated[Method, typer.Option(help="How codes are chosen.")] = Method.search,
@@ -111,7 +158,7 @@ def quantize_command(
         list[str] | None, typer.Option(help="Patterns of layers to leave alone: lm_head if none.")
     ] = None,
     config: Annotated[
-        str, typer.Option(help="More fields of LiquidConfig, as a JSON object.")
+        str, typer.Option(help="Other fields of LiquidConfig, as a JSON object.")
     ] = "{}",
     gate: Annotated[
         Gate, typer.Option(help="If held-out text does worse than without data.")
@@ -139,14 +186,15 @@ def quantize_command(
     }
     if skip is not None:
         values["skip"] = skip
-    settings = settings_of(values, config)
+    given = _given(context)
+    settings = settings_of(values, config, given)
+    _check_data(settings, bool(calib), bool(held_out), given, dry_run)
     where = device_of(device, for_kernel=True)
     sources = folders_of(model)
     check_new_folder(output, *sources)
+    _check_resume(resume, output, sources)
     texts = read_texts(calib or ())
     unseen = read_texts(held_out or ())
-    if settings.needs_calibration and not texts and not dry_run:
-        raise ValueError(f"--calib: expected text files for method {settings.method}, got none")
     with nullcontext() if dry_run else new_folder(output, *sources) as staging:
         network, tokenizer = load_model(model, where, dtype and getattr(torch, dtype.value))
         if texts or unseen:
@@ -162,6 +210,8 @@ def quantize_command(
             resume=resume,
             dry_run=dry_run,
         )
+        if not report.quantized:
+            raise ValueError(f"{model}: expected a float model, got one that is quantized already")
         if not dry_run:
             without_plot = _write(network, tokenizer, report, staging)
     # Only now: whoever reads it may be gone.

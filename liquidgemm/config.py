@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
+from ._files import parse_json
 from .format import GROUP
 from .quantize import GROUP_SIZES
 
@@ -73,7 +74,7 @@ class LiquidConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {METHODS}, got {self.method!r}")
-        if self.group_size not in GROUP_SIZES:
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size: expected one of {GROUP_SIZES}, got {self.group_size!r}")
         for name in ("skip", "keep"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
@@ -98,9 +99,9 @@ class LiquidConfig:
         for name in ("rotate", "rotate_heads"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        if not (isinstance(self.damping, int | float) and 0 <= self.damping < float("inf")):
+        if not (type(self.damping) in (int, float) and 0 <= self.damping < float("inf")):
             raise ValueError(f"damping: expected a finite number >= 0, got {self.damping!r}")
-        if not (isinstance(self.shrinkage, int | float) and 0 <= self.shrinkage <= 1):
+        if not (type(self.shrinkage) in (int, float) and 0 <= self.shrinkage <= 1):
             raise ValueError(f"shrinkage: expected a number from 0 to 1, got {self.shrinkage!r}")
         if type(self.tune) is not int or self.tune < 0:
             raise ValueError(f"tune: expected an integer >= 0, got {self.tune!r}")
@@ -121,10 +122,10 @@ class LiquidConfig:
         """Inverse of `to_json`.
 
         Raises:
-            ValueError: not JSON, not an object, or a field or value that this version does not
-                know.
+            ValueError: not JSON, not an object, a field twice, or a field or value that this
+                version does not know.
         """
-        return cls._from_dict(json.loads(text))
+        return cls._from_dict(parse_json(text))
 
     @classmethod
     def _from_dict(cls, values: object) -> LiquidConfig:

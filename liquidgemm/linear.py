@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from ._modules import as_linear
 from ._stand_in import WeightStandIn, no_float_weight
 from .format import GROUP, ceil_div
 from .quantize import quantize_weight
@@ -47,7 +48,7 @@ class LiquidLinear(nn.Module):
     Shapes: x float32, bfloat16 or float16 ``[..., K]`` to y ``[..., N]`` of the dtype of x.
 
     Raises:
-        ValueError: a size out of range.
+        ValueError: a size out of range, or another dtype.
         RuntimeError: in forward, for an x of other than K features and as `liquidgemm.linear`.
         TypeError: as ``weight`` is assigned or registered, or its values are used.
     """
@@ -75,6 +76,11 @@ class LiquidLinear(nn.Module):
     ) -> None:
         super().__init__()
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
+        if self._dtype not in ops.FLOATS:
+            raise ValueError(
+                f"dtype: expected float32, bfloat16 or float16, got {self._dtype}"
+                + (" (torch's default)" if dtype is None else "")
+            )
         if out_features < 1:
             raise ValueError(f"out_features: expected at least 1, got {out_features}")
         if augment < 0 or augment % GROUP:
@@ -132,19 +138,31 @@ class LiquidLinear(nn.Module):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         group_size: int = GROUP,
         method: str = "search",
         importance: Tensor | None = None,
     ) -> LiquidLinear:
         """Quantize a linear layer, on its own device; see `quantize_weight` for the arguments.
 
+        GPT-2's Conv1D is one as well. A layer that computes something else with its weight, such as
+        one with an adapter, is none.
+
         Raises:
+            TypeError: linear is no linear layer.
             TypeError, ValueError: as `quantize_weight`.
         """
-        weight = quantize_weight(linear.weight.detach(), group_size, method, importance)
-        layer = cls.from_quantized(weight, linear.bias, linear.weight.dtype)
+        plain = as_linear(linear)
+        if plain is None or type(plain).forward is not nn.Linear.forward:
+            raise TypeError(
+                f"linear: expected an nn.Linear or a Conv1D, got {type(linear).__name__}, whose "
+                "output may be more than the product with its weight"
+            )
+        weight = quantize_weight(plain.weight.detach(), group_size, method, importance)
+        layer = cls.from_quantized(weight, plain.bias, plain.weight.dtype)
         layer.train(linear.training)
+        if plain is not linear:
+            layer.replaces = type(linear)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:

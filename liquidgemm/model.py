@@ -7,13 +7,13 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ._files import path_of
 from ._modules import (
     as_linear,
     attach,
@@ -127,7 +127,7 @@ def quantize_(
     if calibration is None and not dry_run:
         _check_unused(held_out=held_out, resume=resume)
     _check_device(device)
-    _check_patterns(names, config)
+    _check_patterns(model, names, config)
     batches = unseen = None
     if calibration is not None:
         batches = as_batches(calibration, tokenizer, "calibration", model)
@@ -153,7 +153,7 @@ def quantize_(
             )
             losses, measure = {}, ""
         else:
-            folder = None if resume is None else Path(resume)
+            folder = None if resume is None else path_of(resume)
             found = calibrate(model, names, config, batches, unseen, device, folder, progress)
             layers, losses, measure = found.layers, found.held_out, found.measure
             check_gate(losses, config.gate, measure)
@@ -299,17 +299,20 @@ def _check_device(device: torch.device | str | None) -> None:
         raise ValueError(f"device: expected one that is there, got {device!r}: {error}") from None
 
 
-def _check_patterns(names: list[str], config: LiquidConfig) -> None:
-    """What is asked for more precision and is not there is a misspelling, or another model's."""
+def _check_patterns(model: nn.Module, names: list[str], config: LiquidConfig) -> None:
+    """A pattern of what is not there is a misspelling, or another model's."""
+    every = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    skip = [pattern for pattern in config.skip if pattern not in LiquidConfig.skip]
     counts = config.augment if isinstance(config.augment, dict) else ()
-    for argument, patterns in (("keep", config.keep), ("augment", counts)):
+    layers = f"none of the layers to quantize, such as {names[0]}"
+    for argument, patterns, among, what in (
+        ("skip", skip, every, "nothing in the model"),
+        ("keep", config.keep, names, layers),
+        ("augment", counts, names, layers),
+    ):
         for pattern in patterns:
-            if not any(matches(name, pattern) for name in names):
-                warnings.warn(
-                    f"{argument}: {pattern!r} matches none of the layers to quantize, such as "
-                    f"{names[0]}",
-                    stacklevel=6,
-                )
+            if not any(matches(name, pattern) for name in among):
+                warnings.warn(f"{argument}: {pattern!r} matches {what}", stacklevel=6)
 
 
 def _check_weights(model: nn.Module, names: list[str]) -> None:

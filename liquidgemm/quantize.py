@@ -72,8 +72,8 @@ def quantize_weight(
 
     Raises:
         TypeError: the weight's dtype is not one of those above.
-        ValueError: a wrong shape, group size, method or importance, or a weight that is NaN or
-            infinite; the message names its row.
+        ValueError: a wrong shape, group size, method or importance, or a weight that is NaN,
+            infinite (the message names its row) or on the meta device.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"weight: expected dtype float32, bfloat16 or float16, got {weight.dtype}")
@@ -86,6 +86,8 @@ def quantize_weight(
         raise ValueError(f"group_size: expected one of {GROUP_SIZES}, got {group_size!r}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    if weight.is_meta:
+        raise ValueError("weight: expected one with data, got one on the meta device")
     check_finite(weight)
     k = weight.shape[1]
     if importance is not None:

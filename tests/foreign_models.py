@@ -73,6 +73,11 @@ MODELS = {
             max_position_embeddings=64,
         )
     ),
+    "dtype of a weight asked for": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=128, d_model=128, d_kv=32, d_ff=256, num_layers=1, num_heads=4
+        )
+    ),
     "vision tower": _llava,
     "recurrent": lambda: transformers.MambaForCausalLM(
         transformers.MambaConfig(
@@ -122,12 +127,12 @@ def outputs(model: torch.nn.Module) -> Tensor:
 
 def is_linear(name: str, value: Tensor) -> bool:
     """Of the layers within blocks, which all the formats quantize."""
-    blocks = (".layers.", ".layer.", ".h.")
+    blocks = (".layers.", ".layer.", ".block.", ".h.")
     return (
         name.endswith(".weight")
         and value.dim() == 2
         and any(part in name for part in blocks)
-        and not any(part in name for part in ("mlp.gate.", "embed"))
+        and not any(part in name for part in ("mlp.gate.", "embed", "relative"))
     )
 
 

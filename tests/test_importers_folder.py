@@ -56,9 +56,9 @@ def fresh(tmp_path):
 
 
 def assert_imports(folder, expected):
-    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+    before = {path: (path.lstat().st_mtime_ns, path.lstat().st_size) for path in folder.rglob("*")}
     report = import_checkpoint(folder, folder.parent / f"{folder.name}-out", progress=False)
-    after = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+    after = {path: (path.lstat().st_mtime_ns, path.lstat().st_size) for path in folder.rglob("*")}
     assert before == after
     state = load_file(folder.parent / f"{folder.name}-out/model.safetensors")
     assert state.keys() == expected.keys()
@@ -210,3 +210,86 @@ def test_the_output_is_not_within_the_source(tmp_path, fresh):
         "model.safetensors",
         "tokenizer.json",
     ]
+
+
+# What is in a folder besides files, and what is no folder.
+
+
+def link_to_a_folder(source):
+    (source / "../elsewhere").mkdir()
+    (source / "../elsewhere/tokenizer.json").write_text("{}")
+    (source / "linked").symlink_to(source / "../elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "left"),
+    [
+        (link_to_a_folder, "linked/"),
+        (lambda source: (source / "round").symlink_to(source), "round/"),
+        (lambda source: (source / "gone.json").symlink_to("nowhere"), "gone.json"),
+        (lambda source: os.mkfifo(source / "pipe"), "pipe"),
+    ],
+    ids=["link to a folder", "link to itself", "dangling link", "pipe"],
+)
+def test_what_is_no_file_is_left_out_and_said(tmp_path, fresh, prepare, left):
+    source = checkpoint(tmp_path / "source")
+    prepare(source)
+    assert f"left out: {left}" in assert_imports(source, fresh).notes
+    assert not (tmp_path / "source-out" / left).exists()
+
+
+def test_links_to_files_are_read(tmp_path, fresh):
+    """As in the hub's cache."""
+    source = checkpoint(tmp_path / "source")
+    (tmp_path / "blobs").mkdir()
+    for file in list(source.iterdir()):
+        file.rename(tmp_path / "blobs" / file.name)
+        file.symlink_to(tmp_path / "blobs" / file.name)
+    assert_imports(source, fresh)
+    assert not (tmp_path / "source-out/tokenizer.json").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "[" * 100_000, "truncated or damaged"),
+        ("config.json", '{"a": {"bits": 4, "bits": 8}}', "each key once, got 'bits' several"),
+        ("config.json", "{}".encode("utf-16"), "truncated or damaged"),
+        ("config.json", None, "expected a file, got a folder"),
+        ("quantize_config.json", '{"bits": 4, "bits": 8}', "each key once, got 'bits' several"),
+        (INDEX, '{"weight_map": {"a": "b", "a": "c"}}', "each key once, got 'a' several"),
+    ],
+)
+def test_json_that_is_none_or_says_two_things(tmp_path, name, text, message):
+    source = checkpoint(tmp_path / "source")
+    (source / name).unlink(missing_ok=True)
+    if text is None:
+        (source / name).mkdir()
+    else:
+        (source / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        import_checkpoint(source, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "nowhere"])
+def test_a_source_that_is_no_folder(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=r"config\.json: .*expected a model folder"):
+        import_checkpoint(tmp_path / name, tmp_path / "out", progress=False)
+
+
+def test_an_output_in_the_way_is_refused_before_anything_is_read(tmp_path):
+    source = checkpoint(tmp_path / "source")
+    (source / "model.safetensors").write_bytes(b"damaged")
+    (tmp_path / "file").touch()
+    for output in (source, source / "out", tmp_path / "file", tmp_path / "file/below/out"):
+        with pytest.raises(FileExistsError, match="choose another"):
+            import_checkpoint(source, output, progress=False)
+
+
+def test_the_home_directory_by_its_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    checkpoint(tmp_path / "source")
+    import_checkpoint("~/source", "~/out", progress=False)
+    assert (tmp_path / "out/model.safetensors").exists()

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .._files import write_atomically, write_tensors
+from .._files import parse_json, write_atomically, write_tensors
 from .._modules import replace_module
 from ..config import LiquidConfig
 from ..weight import QuantizedWeight
@@ -27,8 +27,8 @@ class Resume:
     """A folder with one file for each finished block; nothing at all if the folder is None.
 
     Raises:
-        ValueError: the folder holds the blocks of another run, or a damaged file. A run is a
-            config, calibration data, and the names of the units in their order, each with those of
+        ValueError: the folder holds the blocks of another run, other files, or a damaged one. A
+            run is a config, calibration data, and the names of the units in their order, each with those of
             its layers.
     """
 
@@ -49,13 +49,14 @@ class Resume:
         }
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"resume: expected a folder, got the file {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / _RUN_FILE
         if not path.exists():
+            _check_empty(folder)
+            folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda file: file.write_text(json.dumps(run)))
             return
         try:
-            stored = dict(json.loads(path.read_text()))
+            stored = dict(parse_json(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(f"resume: {path}: truncated or damaged ({error})") from None
         for key, value in run.items():
@@ -124,6 +125,17 @@ class Resume:
         for key, value in tensors.items():
             parameters[key].copy_(value)
         return [LayerReport(**report) for report in json.loads(metadata["reports"])]
+
+
+def _check_empty(folder: Path) -> None:
+    """Raises a ValueError if there is something that the blocks would lie among."""
+    # What begins with a point may be left of a run that was killed.
+    held = sorted(file.name for file in folder.glob("[!.]*"))
+    if held:
+        raise ValueError(
+            f"resume: {folder}: expected a new or empty folder, or one of an interrupted "
+            f"calibration, got one without {_RUN_FILE} that holds {held[0]}"
+        )
 
 
 def _digest(block: nn.Module) -> str:

@@ -23,7 +23,7 @@ from types import ModuleType
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._files import new_folder
+from .._files import check_new_folder, new_folder, path_of
 from ..weight import QuantizedWeight
 from . import awq, compressed_tensors, gptq, qoq, qqq
 from .architecture import Architecture
@@ -129,8 +129,9 @@ def import_checkpoint(
             transforms of activations), or does not load as the model that it is for. The message
             names the layer and the tensor, or the setting.
     """
-    directory, output = Path(directory), Path(output)
+    directory, output = path_of(directory), path_of(output)
     config = read_json(directory / "config.json")
+    check_new_folder(output, directory)
     files = _settings_by_file(directory, config)
     source = Source(directory)
     name, module = _format(files, source.names())

@@ -219,9 +219,10 @@ def _codes(tensors: dict[str, Tensor], layer: LayerSettings) -> Tensor:
     per_word = 32 // layer.bits
     if n < 1 or k < 1:
         raise ValueError(f"weight_shape: expected a matrix, got {n} x {k}")
-    if list(packed.shape) == [n, ceil_div(k, 4)] and layer.bits == 4:
+    shape = [n, ceil_div(k, per_word)]
+    if list(packed.shape) == [n, ceil_div(k, 4)] != shape:
         raise ValueError("weight_packed: expected 4 bits per weight, got 8")
-    expect("weight_packed", packed, WORDS, [n, ceil_div(k, per_word)])
+    expect("weight_packed", packed, WORDS, shape)
     return unpack_words(packed, dim=1, bits=layer.bits)[:, :k].short() - half
 
 

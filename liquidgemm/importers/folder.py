@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .._files import write_tensors
+from .._files import parse_json, write_tensors
 
 # Files that say how the source was stored.
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
@@ -163,9 +163,11 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path}: no such file: expected a model folder") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: expected a file, got a folder") from None
     except ValueError as error:
         raise ValueError(f"{path}: truncated or damaged ({error})") from None
     if not isinstance(content, dict):
@@ -175,15 +177,19 @@ def read_json(path: Path) -> dict:
 
 def copy_other_files(directory: Path, staging: Path) -> list[str]:
     """Tokenizer, generation settings and the like, in folders below too: all but weights and what
-    described them. Returns the weights below that were left out."""
+    described them. Returns what else was left out: weights below, links to folders, which may lead
+    anywhere, and what is no file."""
     described = {*SETTINGS_FILES, "config.json", "liquidgemm.json"}
     left = []
     for path, folders, files in os.walk(directory):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(path).relative_to(directory)
+        left += [f"{below / name}/" for name in folders if Path(path, name).is_symlink()]
         for name in sorted(files):
             if name.endswith(_WEIGHTS):
                 left += [] if below == Path() else [str(below / name)]
+            elif not Path(path, name).is_file():
+                left.append(str(below / name))
             elif below != Path() or name not in described:
                 (staging / below).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(Path(path, name), staging / below / name)

@@ -69,8 +69,9 @@ class LiquidGemmConfig(QuantizationConfigMixin):
                 f"format_version: expected {FORMAT_VERSION} or older, got {format_version!r}: it "
                 "was saved by a newer liquidgemm"
             )
-        if config is not None and fields:
-            raise ValueError(f"config: expected it or its fields, got it and {sorted(fields)}")
+        if (config is not None or layers is not None) and fields:
+            given = "config" if config is not None else "layers"
+            raise ValueError(f"{given}: expected it or fields, got it and {sorted(fields)}")
         if isinstance(config, Mapping):
             config = LiquidConfig._from_dict(dict(config))
         elif config is None and layers is None:
@@ -272,13 +273,13 @@ class _Unpacked(nn.Module):
             bias=self.bias is not None,
             augment=0 if self.columns is None else len(self.columns),
             device="meta",
-            dtype=None if self.bias is None else self.bias.dtype,
+            dtype=self.dtype if self.bias is None else self.bias.dtype,
         ).train(self.training)
 
     @property
     def weight(self) -> torch.Tensor:
         """Without data: the initialization of what is around this layer may ask for it."""
-        return torch.empty(self._shape, device="meta")
+        return torch.empty(self._shape, dtype=self.dtype, device="meta")
 
     def pack(self, name: str) -> LiquidLinear:
         if self.qweight.is_meta:

@@ -1,0 +1,168 @@
+"""Options that say two things, or say something that nothing would come of, are refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from cli_runs import (  # noqa: F401
+    CALIBRATE,
+    QUANTIZE,
+    error_of,
+    folder_fixture,
+    original_fixture,
+    run,
+)
+from fresh_process import PACKAGE_ROOT, run_python
+from test_folders import content
+
+from liquidgemm import LiquidConfig, cli_models, quantize_
+
+
+@pytest.mark.parametrize(
+    ("option", "field"),
+    [
+        (["--method", "rtn"], {"method": "search"}),
+        (["--method", "search"], {"method": "rtn"}),  # the default, said all the same
+        (["--smooth"], {"smooth": False}),
+        (["--rotate"], {"rotate": False}),
+        (["--augment", "64"], {"augment": {"q_proj": 64}}),
+        (["--keep", "q_proj"], {"keep": []}),
+        (["--skip", "q_proj"], {"skip": ["k_proj"]}),
+        (["--gate", "off"], {"gate": "warn"}),
+    ],
+)
+def test_a_field_that_an_option_sets_too(folder, monkeypatch, option, field):
+    """CHECKLIST 28: neither goes before the other."""
+    monkeypatch.setattr(cli_models, "load_model", lambda *_: pytest.fail("too late"))
+    line = error_of(run(*QUANTIZE, *option, "--config", json.dumps(field)))
+    assert f"--config: expected fields that no other option sets, got {next(iter(field))!r}" in line
+
+
+def test_fields_of_options_that_are_not_given(folder):
+    more = {"method": "rtn", "skip": ["lm_head", "q_proj"], "seed": 3}
+    result = run(*QUANTIZE, "--keep", "k_proj", "--config", json.dumps(more))
+    assert result.exit_code == 0, result.output
+    recorded = json.loads((folder / "out/liquidgemm.json").read_text())["config"]
+    expected = LiquidConfig(**{**more, "skip": tuple(more["skip"])}, keep=("k_proj",))
+    assert LiquidConfig._from_dict(recorded) == expected
+
+
+DATA = ["--calib", "a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "99"], "--tokens: expected --calib beside it"),
+        (["--held-out", "a.txt"], "--held-out: expected --calib beside it"),
+        (["--resume", "blocks"], "--resume: expected --calib beside it"),
+        (["--gate", "warn"], "--gate warn: expected --held-out beside it"),
+        ([*DATA, "--gate", "raise"], "--gate raise: expected --held-out beside it"),
+        (["--config", '{"tune": 0, "tune": 1}'], "expected each key once, got 'tune' several"),
+        (["--config", '{"damping": true}'], "damping: expected a finite number >= 0, got True"),
+        (["--config", '{"shrinkage": true}'], "shrinkage: expected a number from 0 to 1, got True"),
+        (["--config", '{"group_size": 64.0}'], "group_size: expected one of"),
+        ([*DATA, "--resume", "model"], "--resume: expected a folder outside of"),
+        ([*DATA, "--resume", "model/blocks"], "--resume: expected a folder outside of"),
+        ([*DATA, "--resume", "out"], "--resume: expected a folder apart from"),
+        ([*DATA, "--resume", "out/blocks"], "--resume: expected a folder apart from"),
+        (["-o", "b/out", *DATA, "--resume", "b"], "--resume: expected a folder apart from"),
+    ],
+)
+def test_options_that_nothing_would_come_of(folder, monkeypatch, options, message):
+    """CHECKLIST 28: before anything is loaded."""
+    there = content(folder)
+    monkeypatch.setattr(cli_models, "load_model", lambda *_: pytest.fail("too late"))
+    assert message in error_of(run(*QUANTIZE, *options))
+    assert content(folder) == there
+
+
+def test_blocks_lie_among_nothing_else(folder):
+    (folder / "notes").mkdir()
+    (folder / "notes/mine.txt").write_text("mine")
+    there = content(folder)
+    line = error_of(run(*CALIBRATE, "a.txt", "--resume", "notes"))
+    assert "resume: notes: expected a new or empty folder, or one of an interrupted cali" in line
+    assert "that holds mine.txt" in line
+    assert content(folder) == there
+
+
+@pytest.mark.parametrize("options", [[], ["--method", "rtn"], ["--dry-run"]])
+def test_a_quantized_source(folder, options):
+    """The new settings would not be those of its layers."""
+    assert run("quantize", "model", "-o", "first").exit_code == 0
+    line = error_of(run("quantize", "first", "-o", "out", *options))
+    assert "first: expected a float model, got one that is quantized already" in line
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"keep": ("lm_head",)}, "keep: 'lm_head' matches none"),  # it is skipped
+        ({"skip": ("lm_head", "qq_proj")}, "skip: 'qq_proj' matches nothing in the model"),
+        ({"skip": ("lm_head", "q_proj"), "keep": ("k_proj",), "augment": {"mlp.*": 64}}, None),
+    ],
+)
+def test_patterns_that_match_nothing_are_warned_of(folder, recwarn, fields, message):
+    """A misspelt one would leave a layer to the defaults."""
+    import tiny_llama
+
+    model = tiny_llama.load(folder / "model")
+    if message is None:
+        quantize_(model, LiquidConfig(**fields), progress=False)
+        assert not [w for w in recwarn if " matches no" in str(w.message)]
+        return
+    with pytest.warns(UserWarning, match=message):
+        quantize_(model, LiquidConfig(**fields), progress=False)
+
+
+# Whatever it runs in.
+
+
+@pytest.mark.parametrize("arguments", [["info"], [*QUANTIZE[:-1], os.fsdecode(b"out\xfe")]])
+def test_a_terminal_without_the_characters(folder, arguments):
+    """What is written is not lost for their sake: µ, and a byte in a name that is no UTF-8."""
+    code = "from liquidgemm import cli; cli.app()"
+    result = run_python(code, *arguments, PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    assert "\\xb5s" in result.stdout or "\\udcfe" in result.stdout
+    if arguments[-1] != "info":
+        assert (folder / arguments[-1] / "model.safetensors").exists()
+
+
+WAITING = """
+import signal, sys, time
+from liquidgemm import cli, cli_models
+
+def wait(*args, **kwargs):
+    print("waiting", flush=True)
+    time.sleep(5 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else 60)
+    sys.exit(7)
+
+cli_models.quantize_ = wait
+if "ignore" in sys.argv:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+sys.argv = ["liquidgemm", "quantize", "model", "-o", "out"]
+cli.app()
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("default", 129), ("ignore", 7)])
+def test_a_closed_terminal_leaves_nothing(folder, how, code):
+    """CHECKLIST 26: and under nohup it ends nothing."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, how],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(PACKAGE_ROOT)},
+        text=True,
+    )
+    assert process.stdout.readline() == "waiting\n"
+    assert list(folder.glob(".saving-*"))
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == code
+    assert not list(folder.glob(".saving-*"))
+    assert not (folder / "out").exists()
