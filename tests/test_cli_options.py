@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 from cli_runs import (  # noqa: F401
@@ -15,7 +12,7 @@ from cli_runs import (  # noqa: F401
     original_fixture,
     run,
 )
-from fresh_process import PACKAGE_ROOT, run_python
+from fresh_process import run_python
 from test_folders import content
 
 from liquidgemm import LiquidConfig, cli_models, quantize_
@@ -132,37 +129,3 @@ def test_a_terminal_without_the_characters(folder, arguments):
     assert "\\xb5s" in result.stdout or "\\udcfe" in result.stdout
     if arguments[-1] != "info":
         assert (folder / arguments[-1] / "model.safetensors").exists()
-
-
-WAITING = """
-import signal, sys, time
-from liquidgemm import cli, cli_models
-
-def wait(*args, **kwargs):
-    print("waiting", flush=True)
-    time.sleep(5 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else 60)
-    sys.exit(7)
-
-cli_models.quantize_ = wait
-if "ignore" in sys.argv:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-sys.argv = ["liquidgemm", "quantize", "model", "-o", "out"]
-cli.app()
-"""
-
-
-@pytest.mark.parametrize(("how", "code"), [("default", 129), ("ignore", 7)])
-def test_a_closed_terminal_leaves_nothing(folder, how, code):
-    """CHECKLIST 26: and under nohup it ends nothing."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITING, how],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(PACKAGE_ROOT)},
-        text=True,
-    )
-    assert process.stdout.readline() == "waiting\n"
-    assert list(folder.glob(".saving-*"))
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == code
-    assert not list(folder.glob(".saving-*"))
-    assert not (folder / "out").exists()

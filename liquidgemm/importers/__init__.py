@@ -123,6 +123,7 @@ def import_checkpoint(
 
     Raises:
         FileNotFoundError: the folder or a file of it is missing.
+        OSError: reading or writing fails otherwise.
         FileExistsError: output is there and not empty, or inside of the source.
         ValueError: the checkpoint is damaged, in no format above, has a setting whose meaning is
             not known, something that our format cannot hold (groups of 32, columns out of order,

@@ -144,6 +144,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _names_of_safetensors(file: Path) -> dict[str, Path]:
+    with file.open("rb"):  # where it must not be read, safetensors says that it is not there
+        pass
     try:
         with safe_open(file, framework="pt") as handle:
             return dict.fromkeys(handle.keys(), file)
