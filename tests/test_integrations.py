@@ -238,6 +238,7 @@ def test_damaged_folders_are_refused(tmp_path, damage, message):
         ({"config": LiquidConfig(), "method": "rtn"}, "config: expected it or its fields"),
         ({"layers": ["a"]}, r"layers: .*got \['a'\]"),
         ({"layers": {"a": 32}}, "layers: expected a multiple of 64"),
+        ({"layers": {"a": 0}, "bits": 4}, r"layers: expected no fields .*\['bits'\]"),
         ({"format_version": True}, "format_version: .*True"),
         ({"config": 4}, "config: expected a LiquidConfig, got int"),
         ({"quant_method": "gptq"}, "quant_method: "),

@@ -69,9 +69,10 @@ class LiquidGemmConfig(QuantizationConfigMixin):
                 f"format_version: expected {FORMAT_VERSION} or older, got {format_version!r}: it "
                 "was saved by a newer liquidgemm"
             )
-        if (config is not None or layers is not None) and fields:
-            given = "config" if config is not None else "layers"
-            raise ValueError(f"{given}: expected it or fields, got it and {sorted(fields)}")
+        if config is not None and fields:
+            raise ValueError(f"config: expected it or its fields, got it and {sorted(fields)}")
+        if layers is not None and fields:
+            raise ValueError(f"layers: expected no fields beside them, got {sorted(fields)}")
         if isinstance(config, Mapping):
             config = LiquidConfig._from_dict(dict(config))
         elif config is None and layers is None:
