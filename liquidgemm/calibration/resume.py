@@ -28,8 +28,8 @@ class Resume:
 
     Raises:
         ValueError: the folder holds the blocks of another run, other files, or a damaged one. A
-            run is a config, calibration data, and the names of the units in their order, each with those of
-            its layers.
+            run is a config, calibration data, and the names of the units in their order, each with
+            those of its layers.
     """
 
     def __init__(
