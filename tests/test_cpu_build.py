@@ -24,7 +24,8 @@ OK = re.compile(r"^(\w+): ok$", re.MULTILINE)
 def compile_one(source: Path, target: Path, cxx: str, machine: str, *flags: str) -> Path:
     """A source of the program or the kernels, with the flags that it is built with."""
     own = (*build.CPU_CXX_FLAGS, *build.CPU_FLAGS_OF[machine].get(source.stem, ()))
-    command = [cxx, "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", *own, *flags]
+    (standard,) = (flag for flag in build.CXX_FLAGS if flag.startswith("-std="))
+    command = [cxx, standard, "-O1", "-g1", "-Wall", "-Wextra", *own, *flags]
     includes = build.Toolchain.find().includes()
     run = build.run_quietly(*command, *includes, "-c", source, "-o", target)
     assert run.returncode == 0, run.stderr
