@@ -247,6 +247,37 @@ def test_blocks_that_the_data_chooses(tune):
     assert all(layer.tokens for layer in report.layers)
 
 
+class Experts(nn.Module):
+    """Two of four experts for each token."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.norm = nn.Linear(SIZE, 4, bias=False), nn.LayerNorm(SIZE)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(SIZE, 96), nn.SiLU(), nn.Linear(96, SIZE)) for _ in range(4)
+        )
+
+    def forward(self, x):
+        flat = self.norm(x).flatten(0, 1)
+        weights, chosen = self.gate(flat).softmax(-1).topk(2)
+        out = torch.zeros_like(flat)
+        for index, expert in enumerate(self.experts):
+            rows, place = (chosen == index).nonzero(as_tuple=True)
+            out.index_add_(0, rows, expert(flat[rows]) * weights[rows, place, None])
+        return x + out.view_as(x)
+
+
+def test_experts_that_get_other_tokens_are_no_fault():
+    """As many as before may reach them, and be others."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = nn.Sequential(*[Experts() for _ in range(3)]).eval()
+        batches = [torch.randn(2, 40, SIZE) for _ in range(2)]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "the quantized model does not do")
+            quantize_(model, LiquidConfig(), progress=False, calibration=batches)
+
+
 PAIR = {"norm": ["up"]}
 
 

@@ -99,6 +99,8 @@ class Probe:
         self._generator = torch.Generator().manual_seed(_SEED)
         self._samples: dict[str, Tensor] = {}
         self._blocks: dict[str, Tensor] = {}
+        self._given: dict[str, Tensor] = {}  # to these blocks
+        self._before: dict[str, float] = {}  # how far off that is, in the quantized model
         self._expected: dict[str, Tensor] = {}
         self._arguments: tuple[tuple, dict] | None = None
         self.readers: dict[str, str] = {}
@@ -112,6 +114,7 @@ class Probe:
                     self._samples[name] = rows[chosen.to(x.device)].clone()
             elif name in tracked:
                 self._blocks.update(_values(output, name, first=True))
+                self._given.update(_values(x, name, first=True))
 
         for what, arguments in small_inputs(model, batch):
             observer = Observer(model, layers, seen)
@@ -201,7 +204,8 @@ class Probe:
             else:
                 result.faults[name] = "the quantized model does not give this output"
         off = {name: _distance(x, tracked[name]) for name, x in blocks.items()}
-        far = {name: limit for name in off if off[name] > limit}
+        limits = {name: limit + self._before.get(name, 0.0) for name in off}
+        far = {name: bound for name, bound in limits.items() if off[name] > bound}
         far |= {name: result.bound for name, x in result.outputs.items() if x > result.bound}
         if not far:
             return
@@ -244,15 +248,18 @@ class Probe:
 
     def _run(self, tracked: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Of the model as it is now: outputs of tracked blocks, of the shapes that those have, and
-        its own."""
+        its own. How far off what they are given is, is kept."""
         blocks: dict[str, Tensor] = {}
 
         def seen(name: str, module: nn.Module, x: Tensor | None, output: Any) -> None:
             if name in tracked:
                 for key, value in _values(output, name, first=True):
-                    # An expert may be given other tokens.
                     if value.shape == tracked[key].shape:
                         blocks[key] = value
+                for key, value in _values(x, name, first=True):
+                    # An expert may be given other tokens; that, too, is nothing of its own.
+                    if key in self._given and value.shape == self._given[key].shape:
+                        self._before[key] = _distance(value, self._given[key])
 
         output = Observer(self._model, seen=seen).run(*self._arguments)
         return blocks, dict(_values(output, finite=False))
