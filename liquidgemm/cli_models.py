@@ -23,6 +23,7 @@ from .calibration.report import QuantizationReport
 from .checkpoint import save_quantized
 from .config import GATES, METHODS, LiquidConfig
 from .evaluate import evaluate, sliding_windows
+from .linear import LiquidLinear
 from .model import quantize_
 from .sources import check_vocabulary, folders_of, load_model, read_texts
 
@@ -244,6 +245,10 @@ def _write(network: nn.Module, tokenizer: Any, report: QuantizationReport, folde
     return ""
 
 
+def _is_quantized(network: nn.Module) -> bool:
+    return any(isinstance(module, LiquidLinear) for module in network.modules())
+
+
 def eval_command(
     model: MODEL,
     text: Annotated[list[Path], typer.Option(help="Text files to evaluate on.")],
@@ -272,6 +277,8 @@ def eval_command(
         kind = type(network).__name__
         raise ValueError(f"{model}: expected a causal language model, got {kind}")
     other = None if reference is None else load_model(reference, where, precision)[0]
+    if dtype and all(map(_is_quantized, filter(None, (network, other)))):
+        raise ValueError(f"--dtype: expected a model that is not quantized, got {model}")
     ids = [token for t in texts for token in tokenizer(t)["input_ids"]][:tokens]
     windows = list(sliding_windows(torch.tensor(ids), length, stride))
     for each in (network, other):

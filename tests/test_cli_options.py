@@ -96,6 +96,16 @@ def test_a_quantized_source(folder, options):
     assert not (folder / "out").exists()
 
 
+def test_a_dtype_for_a_quantized_model_alone(folder):
+    """It keeps its own; beside a float reference the option is that one's."""
+    assert run("quantize", "model", "-o", "out").exit_code == 0
+    evaluate = ["eval", "out", "--text", "a.txt", "--tokens", "64", "--dtype", "float16"]
+    for reference in ([], ["--reference", "out"]):
+        line = error_of(run(*evaluate, *reference))
+        assert "--dtype: expected a model that is not quantized, got out" in line
+    assert run(*evaluate, "--reference", "model").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

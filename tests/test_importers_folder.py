@@ -293,3 +293,35 @@ def test_the_home_directory_by_its_sign(tmp_path, monkeypatch):
     checkpoint(tmp_path / "source")
     import_checkpoint("~/source", "~/out", progress=False)
     assert (tmp_path / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("prefix", ["", "."])
+def test_tensors_without_the_name_of_a_layer(tmp_path, prefix):
+    source = checkpoint(tmp_path / "source")
+    tensors, _, _ = packed("awq", 128)
+    save_file({f"{prefix}{k}": t for k, t in tensors.items()}, source / "model.safetensors")
+    with pytest.raises(ValueError, match="expected a tensor of a layer, got one without its name"):
+        import_checkpoint(source, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("key", ["d.weight", "d.bias", "weight"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_a_weight_in_yet_another_format_is_not_copied(tmp_path, key, dtype):
+    """Its numbers are not its values."""
+    source = checkpoint(tmp_path / "source")
+    state = load_file(source / "model.safetensors")
+    save_file({**state, key: torch.ones(4, 4).to(dtype)}, source / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{key}: expected floats, as it is not of a layer of 4"):
+        import_checkpoint(source, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_buffers_of_integers_are_kept(tmp_path):
+    source = checkpoint(tmp_path / "source")
+    state = load_file(source / "model.safetensors")
+    more = {"position_ids": torch.arange(4), "d.steps": torch.tensor(3, dtype=torch.uint8)}
+    more["e.weight"] = torch.ones(2, 2, dtype=torch.float64)
+    save_file({**state, **more}, source / "model.safetensors")
+    import_checkpoint(source, tmp_path / "out", progress=False)
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert all(written[key].equal(value) for key, value in more.items())

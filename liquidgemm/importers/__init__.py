@@ -20,10 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._files import check_new_folder, new_folder, path_of
+from ..ops import FLOATS
 from ..weight import QuantizedWeight
 from . import awq, compressed_tensors, gptq, qoq, qqq
 from .architecture import Architecture
@@ -46,6 +48,7 @@ FORMATS: dict[str, ModuleType] = {
     "qoq": qoq,
     "qqq": qqq,
 }
+_KEPT = (*FLOATS, torch.float64)  # dtypes of weights that stay as they are
 REPORT_FILE = "liquidgemm_import.json"
 
 
@@ -143,6 +146,10 @@ def import_checkpoint(
     imported, names, notes = [], {}, list(source.notes)
     with new_folder(output, directory) as staging:
         writer = ShardWriter(staging)
+        taken = {f"{layer.name}.{key}" for layer in layers for key in layer.keys}
+        for key in source.names():
+            if key not in taken:
+                writer.add(key, _in_float(key, source[key]))
         for layer in tqdm(layers, "importing", unit="layer", disable=not progress):
             try:
                 weight = module.read(
@@ -168,10 +175,6 @@ def import_checkpoint(
             names[layer.module] = quantized.augment
         if not imported:
             raise ValueError(f"weights: expected layers of 4 bits, got none: {'; '.join(notes)}")
-        taken = {f"{layer.name}.{key}" for layer in layers for key in layer.keys}
-        for key in source.names():
-            if key not in taken:
-                writer.add(key, source[key])
         writer.close()
         if left := copy_other_files(directory, staging):
             notes.append(f"left out: {', '.join(left)}")
@@ -265,6 +268,8 @@ def _layers(
     for name, keys in by_layer.items():
         if not module.MARKS & set(keys):
             continue
+        if not name:
+            raise ValueError(f"{keys[0]}: expected a tensor of a layer, got one without its name")
         in_model = architecture.module_of(name)
         settings = scheme(name, in_model)
         required, optional = module.names(settings)
@@ -281,6 +286,16 @@ def _layers(
             f"weights: expected layers with {' or '.join(sorted(module.MARKS))}, got none"
         )
     return layers
+
+
+def _in_float(key: str, tensor: Tensor) -> Tensor:
+    """A tensor that is not of a quantized layer, known not to be a weight in yet another format."""
+    if key.rpartition(".")[2] in ("weight", "bias") and tensor.dtype not in _KEPT:
+        raise ValueError(
+            f"{key}: expected floats, as it is not of a layer of 4 bits, got {tensor.dtype}: it is "
+            "in a format of its own"
+        )
+    return tensor
 
 
 def _tensors(weight: QuantizedWeight, bias: Tensor | None) -> Iterator[tuple[str, Tensor]]:
