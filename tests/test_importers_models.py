@@ -152,7 +152,14 @@ def test_experts_in_float_are_kept(tmp_path, monkeypatch):
     [
         (lambda s: s.pop("model.norm.weight"), r"model\.norm\.weight: .* 1 missing keys"),
         (lambda s: s.update({"more.weight": torch.ones(3)}), r"more\.weight: .* 1 unexpected keys"),
-        (lambda s: s.update({"model.norm.weight": torch.ones(3)}), "does not load as Llama"),
+        (
+            lambda s: s.update({"model.norm.weight": torch.ones(3)}),
+            r"model\.norm\.weight: expected shape \[128\] as in Llama.*, got \[3\]",
+        ),
+        (
+            lambda s: s["model.norm.weight"][5:6].fill_(torch.nan),
+            r"model\.norm\.weight: expected finite values, got a NaN",
+        ),
         (
             lambda s: s.update({"model.layers.0.mlp.down_proj.bias": torch.ones(128)}),
             "bias: expected none in LlamaForCausalLM",

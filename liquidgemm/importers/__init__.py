@@ -290,11 +290,15 @@ def _layers(
 
 def _in_float(key: str, tensor: Tensor) -> Tensor:
     """A tensor that is not of a quantized layer, known not to be a weight in yet another format."""
-    if key.rpartition(".")[2] in ("weight", "bias") and tensor.dtype not in _KEPT:
+    if key.rpartition(".")[2] not in ("weight", "bias"):
+        return tensor
+    if tensor.dtype not in _KEPT:
         raise ValueError(
             f"{key}: expected floats, as it is not of a layer of 4 bits, got {tensor.dtype}: it is "
             "in a format of its own"
         )
+    if not tensor.isfinite().all():
+        raise ValueError(f"{key}: expected finite values, got a NaN or an infinity")
     return tensor
 
 

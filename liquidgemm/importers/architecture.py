@@ -139,10 +139,17 @@ class Architecture:
             how["dtype"] = torch.float32  # all that its quantizers can load
         try:
             with quiet():
-                _, info = self._class.from_pretrained(folder, output_loading_info=True, **how)
+                # They would be in a report that is not shown; here they are told by their names.
+                _, info = self._class.from_pretrained(
+                    folder, output_loading_info=True, ignore_mismatched_sizes=True, **how
+                )
         except Exception as error:
             raise ValueError(f"the result does not load as {self._with}: {error}") from error
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        for name, got, expected in info.get("mismatched_keys", ()):
+            raise ValueError(
+                f"{name}: expected shape {list(expected)} as in {self._with}, got {list(got)}"
+            )
+        for kind in ("missing_keys", "unexpected_keys", "error_msgs"):
             if found := sorted(map(str, info.get(kind, ()))):
                 raise ValueError(
                     f"{found[0]}: expected every tensor to find its place in {self._with}, got "
