@@ -6,17 +6,17 @@ the same bits as the kernel.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from ._cpu import cpu_kernel, cpu_kernels, set_cpu_kernel
-from .checkpoint import load_quantized, save_quantized
-from .config import LiquidConfig
+from .checkpoints.checkpoint import load_quantized, save_quantized
 from .importers import ImportReport, import_checkpoint
 from .integrations import register_integrations
-from .linear import LiquidLinear
-from .model import dequantize_, quantize_
+from .nn.linear import LiquidLinear
 from .ops import gemm, linear, pack_weight, quantize_activation, unpack_weight
-from .plans import explain_plan
-from .quantize import quantize_weight
-from .weight import QuantizedWeight, dequantize_weight
+from .ops._cpu import cpu_kernel, cpu_kernels, set_cpu_kernel
+from .ops.plans import explain_plan
+from .quantization.config import LiquidConfig
+from .quantization.model import dequantize_, quantize_
+from .weights.quantize import quantize_weight
+from .weights.weight import QuantizedWeight, dequantize_weight
 
 try:
     __version__ = version("liquidgemm")

@@ -7,7 +7,7 @@ import pytest
 import tiny_llama
 from typer.testing import CliRunner
 
-from liquidgemm import cli
+from liquidgemm.cli import main as cli
 
 
 @pytest.fixture(scope="session", name="original")

@@ -5,7 +5,7 @@ import os
 import pytest
 from hypothesis import settings
 
-from liquidgemm import _library
+from liquidgemm.ops import _library
 
 # Failing examples are printed as a blob that reproduces them (CHECKLIST 17).
 settings.register_profile("default", deadline=None, print_blob=True, max_examples=50)

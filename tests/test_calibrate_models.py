@@ -9,9 +9,9 @@ from tiny_models import assert_same_state, batches, error, logits, make, state, 
 from torch import nn
 
 from liquidgemm import LiquidConfig, LiquidLinear, load_quantized, quantize_, save_quantized
-from liquidgemm.calibration import driver
-from liquidgemm.calibration.layer import quantize_layer
-from liquidgemm.calibration.simulate import SimulatedLinear
+from liquidgemm.quantization.calibration import driver
+from liquidgemm.quantization.calibration.simulate import SimulatedLinear
+from liquidgemm.quantization.layer import quantize_layer
 
 RECIPES = {
     "hessian": {"method": "hessian"},

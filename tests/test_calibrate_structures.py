@@ -10,8 +10,8 @@ from outlier_models import MODELS, build, off, outputs
 from torch import nn
 
 from liquidgemm import LiquidConfig, LiquidLinear, load_quantized, quantize_, save_quantized
-from liquidgemm.calibration import driver, simulate
-from liquidgemm.calibration.flow import Flow
+from liquidgemm.quantization.calibration import driver, simulate
+from liquidgemm.quantization.calibration.flow import Flow
 
 SKIP = ("lm_head", "proj_out")
 # How much of the error without data calibration has to leave at most: there is little to gain where

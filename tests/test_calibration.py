@@ -18,13 +18,13 @@ from liquidgemm import (
     quantize_activation,
     quantize_weight,
 )
-from liquidgemm.calibration import moments as moments_module
-from liquidgemm.calibration.gptq import add_residual, gptq, int8_weight, refit_scale
-from liquidgemm.calibration.layer import quantize_layer, residual_columns
-from liquidgemm.calibration.moments import Moments, inverse_factor, round_activation
-from liquidgemm.calibration.plan import plan
-from liquidgemm.calibration.rotate import random_hadamard
-from liquidgemm.calibration.simulate import SimulatedLinear
+from liquidgemm.quantization.calibration import moments as moments_module
+from liquidgemm.quantization.calibration.gptq import add_residual, gptq, int8_weight, refit_scale
+from liquidgemm.quantization.calibration.moments import Moments, inverse_factor, round_activation
+from liquidgemm.quantization.calibration.plan import plan
+from liquidgemm.quantization.calibration.rotate import random_hadamard
+from liquidgemm.quantization.calibration.simulate import SimulatedLinear
+from liquidgemm.quantization.layer import quantize_layer, residual_columns
 
 
 def problem(n=48, k=192, tokens=2048, seed=0):

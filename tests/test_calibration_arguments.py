@@ -8,10 +8,10 @@ from tiny_models import assert_same_state, batches, make, state
 from torch import nn
 
 from liquidgemm import LiquidConfig, quantize_
-from liquidgemm.calibration.blocks import find_stages
-from liquidgemm.calibration.data import as_batches, token_windows
-from liquidgemm.calibration.flow import Recordings
-from liquidgemm.calibration.units import find_units
+from liquidgemm.quantization.calibration.blocks import find_stages
+from liquidgemm.quantization.calibration.data import as_batches, token_windows
+from liquidgemm.quantization.calibration.flow import Recordings
+from liquidgemm.quantization.calibration.units import find_units
 
 
 def fake_tokenizer(text):

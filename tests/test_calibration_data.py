@@ -7,8 +7,8 @@ from tiny_models import assert_same_state, batches, make, state
 from torch import nn
 
 from liquidgemm import LiquidConfig, quantize_
-from liquidgemm.calibration import driver
-from liquidgemm.calibration.masks import Padding, token_mask
+from liquidgemm.quantization.calibration import driver
+from liquidgemm.quantization.calibration.masks import Padding, token_mask
 
 # Of these models rounding is a large part of what they compute.
 pytestmark = pytest.mark.filterwarnings("ignore:the quantized model does not do")

@@ -92,7 +92,7 @@ def test_plans_are_those_that_the_library_dispatches_from() -> None:
     import variants
 
     from bench.plan.fit import tile_of
-    from liquidgemm.plans import plan_names
+    from liquidgemm.ops.plans import plan_names
 
     names = plan_names()
     compiled = {file.stem for file in (ROOT.parent / "csrc/instantiations").glob("*/*.cu")}

@@ -12,7 +12,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import liquidgemm
-from liquidgemm import _library, cli, demo
+from liquidgemm.cli import demo
+from liquidgemm.cli import main as cli
+from liquidgemm.ops import _library
 
 runner = CliRunner()
 

@@ -19,7 +19,10 @@ from cli_runs import (  # noqa: F401
 )
 from test_folders import content
 
-from liquidgemm import _library, cli_models, quantize_, save_quantized, sources
+from liquidgemm import quantize_, save_quantized
+from liquidgemm.checkpoints import sources
+from liquidgemm.cli import models as cli_models
+from liquidgemm.ops import _library
 
 
 def config(**changes):

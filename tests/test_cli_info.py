@@ -9,8 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 import liquidgemm
-from liquidgemm import _library, cli, cli_info
-from liquidgemm.plans import plan_names
+from liquidgemm.cli import info as cli_info
+from liquidgemm.cli import main as cli
+from liquidgemm.ops import _library
+from liquidgemm.ops.plans import plan_names
 
 
 def info(*options: str) -> str:

@@ -15,7 +15,8 @@ from cli_runs import (  # noqa: F401
 from fresh_process import run_python
 from test_folders import content
 
-from liquidgemm import LiquidConfig, cli_models, quantize_
+from liquidgemm import LiquidConfig, quantize_
+from liquidgemm.cli import models as cli_models
 
 
 @pytest.mark.parametrize(

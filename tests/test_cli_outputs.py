@@ -21,7 +21,7 @@ from cli_runs import (  # noqa: F401
 from fresh_process import PACKAGE_ROOT, run_python
 from test_folders import content, full_disk
 
-from liquidgemm import cli_models
+from liquidgemm.cli import models as cli_models
 
 
 def test_an_interrupt_ends_with_130_and_leaves_nothing(folder, monkeypatch):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import setup as build
-from liquidgemm import _library
-from liquidgemm.plans import explain_plan
+from liquidgemm.ops import _library
+from liquidgemm.ops.plans import explain_plan
 
 ROOT = Path(__file__).parent.parent
 HEADERS = sorted((ROOT / "csrc/liquidgemm").glob("*.hpp"))

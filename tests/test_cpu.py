@@ -224,7 +224,7 @@ def test_reference_in_chunks(monkeypatch):
     expected = c.gemm(c.bias)
     x = torch.randn(3000, 33)
     whole = quantize_activation(x)
-    monkeypatch.setattr(liquidgemm._reference, "_CHUNK_BYTES", 8 * 200 * 7)
+    monkeypatch.setattr(liquidgemm.ops._reference, "_CHUNK_BYTES", 8 * 200 * 7)
     reference.assert_same(c.gemm(c.bias), expected)
     for got, want in zip(quantize_activation(x), whole, strict=True):
         reference.assert_same(got, want)

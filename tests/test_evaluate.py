@@ -1,4 +1,4 @@
-"""liquidgemm.evaluate, and the commands ``quantize`` and ``eval``."""
+"""liquidgemm.quantization.evaluate, and the commands ``quantize`` and ``eval``."""
 
 import json
 
@@ -7,8 +7,8 @@ import torch
 from tiny_models import batches, logits, make, transformers
 from typer.testing import CliRunner
 
-from liquidgemm import cli
-from liquidgemm.evaluate import evaluate, sliding_windows
+from liquidgemm.cli import main as cli
+from liquidgemm.quantization.evaluate import evaluate, sliding_windows
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ pytest.importorskip("scipy")
 from bench.core import machine
 from bench.plan import fit
 from bench.plan import sweep as plan_sweep
-from liquidgemm.plans import explain_plan, plan_names
+from liquidgemm.ops.plans import explain_plan, plan_names
 
 COSTS = fit.PLAN / "costs_h100.hpp"
 PLANS = [

@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import liquidgemm
-from liquidgemm import LiquidConfig, _files, cli, demo, load_quantized, quantize_, save_quantized
+from liquidgemm import LiquidConfig, _files, load_quantized, quantize_, save_quantized
+from liquidgemm.cli import demo
+from liquidgemm.cli import main as cli
 
 MANIFEST, WEIGHTS, INDEX = "liquidgemm.json", "model.safetensors", "model.safetensors.index.json"
 

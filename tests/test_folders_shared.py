@@ -10,7 +10,8 @@ import torch
 from test_folders import MANIFEST, content, plain
 from torch import nn
 
-from liquidgemm import checkpoint, load_quantized, save_quantized
+from liquidgemm import load_quantized, save_quantized
+from liquidgemm.checkpoints import checkpoint
 
 WEIGHTS = "liquidgemm.safetensors"
 

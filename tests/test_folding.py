@@ -6,11 +6,11 @@ from tiny_models import assert_same_state, batches, error, logits, make, state
 from torch import nn
 
 from liquidgemm import LiquidConfig, quantize_
-from liquidgemm.calibration.blocks import main_tensor, run_block
-from liquidgemm.calibration.flow import Recordings
-from liquidgemm.calibration.rotate import rotate_
-from liquidgemm.calibration.smooth import find_sites, usable_sites
-from liquidgemm.calibration.units import find_units
+from liquidgemm.quantization.calibration.blocks import main_tensor, run_block
+from liquidgemm.quantization.calibration.flow import Recordings
+from liquidgemm.quantization.calibration.rotate import rotate_
+from liquidgemm.quantization.calibration.smooth import find_sites, usable_sites
+from liquidgemm.quantization.calibration.units import find_units
 
 NORMS = ["input_layernorm", "post_attention_layernorm"]
 LINEARS = ["self_attn.v_proj", "mlp.up_proj"]

@@ -20,7 +20,8 @@ from foreign import (
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from liquidgemm import cli, import_checkpoint, quantize_weight
+from liquidgemm import import_checkpoint, quantize_weight
+from liquidgemm.cli import main as cli
 
 FLOAT_FORMATS = [("ct-sym", 1), ("ct-asym", 1), ("awq", 1), ("gptq", 1), ("gptq", 2)]
 

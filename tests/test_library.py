@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import liquidgemm
-from liquidgemm import _library
+from liquidgemm.ops import _library
 
 ROOT = Path(liquidgemm.__file__).parent.parent
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import liquidgemm
-from liquidgemm.plans import explain_plan, plan_names
+from liquidgemm.ops.plans import explain_plan, plan_names
 
 ROOT = Path(__file__).parent.parent
 

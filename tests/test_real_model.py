@@ -8,9 +8,10 @@ import copy
 import pytest
 import torch
 
-from liquidgemm import LiquidConfig, demo, quantize_
-from liquidgemm.calibration.data import token_windows
-from liquidgemm.calibration.rotate import rotate_
+from liquidgemm import LiquidConfig, quantize_
+from liquidgemm.cli import demo
+from liquidgemm.quantization.calibration.data import token_windows
+from liquidgemm.quantization.calibration.rotate import rotate_
 
 BLOCKS = 2
 

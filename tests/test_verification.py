@@ -13,9 +13,9 @@ from torch import nn
 
 import liquidgemm
 from liquidgemm import LiquidConfig, LiquidLinear, quantize_
-from liquidgemm.calibration import driver
-from liquidgemm.calibration.layer import quantize_layer
-from liquidgemm.verification import Probe
+from liquidgemm.quantization.calibration import driver
+from liquidgemm.quantization.layer import quantize_layer
+from liquidgemm.quantization.verification import Probe
 
 STRUCTURES = structures()
 
@@ -293,7 +293,7 @@ def test_what_is_kept_is_bounded(monkeypatch):
     ],
 )
 def test_calibration_data_are_cut_where_that_is_safe(batch, shapes):
-    from liquidgemm.verification.inputs import small_inputs
+    from liquidgemm.quantization.verification.inputs import small_inputs
 
     ((_, (args, kwargs)),) = small_inputs(Net(), batch)
     found = {"": args[0]} if args else kwargs

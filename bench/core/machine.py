@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from liquidgemm.plans import explain_plan
+from liquidgemm.ops.plans import explain_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("bench/results")  # in the root

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from liquidgemm._timing import CallGraph, capture
+from liquidgemm.cli._timing import CallGraph, capture
 
 COLD_FACTOR = 3  # rotating weights add up to at least this many times the L2 cache
 GRAPH_US = 1500.0  # a replay takes at least this long, so that its launch does not show

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from liquidgemm._timing import capture
-from liquidgemm.plans import plan_names
+from liquidgemm.cli._timing import capture
+from liquidgemm.ops.plans import plan_names
 
 from ..core import machine
 from ..core.machine import require_gpu

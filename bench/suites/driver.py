@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liquidgemm._timing import CallGraph, capture
+from liquidgemm.cli._timing import CallGraph, capture
 
 from ..core import machine, stream_floor, timing
 from ..core.results import Case, Measurement, Run

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from liquidgemm import _library
+from liquidgemm.ops import _library
 
 from ..core import machine, stream_floor
 from ..core.shapes import MODELS, TOKENS, argument, parse_shapes, parse_tokens

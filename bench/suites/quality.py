@@ -32,9 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from liquidgemm import LiquidConfig, LiquidLinear, quantize_
-from liquidgemm.calibration.data import token_windows
-from liquidgemm.evaluate import Evaluation, evaluate, sliding_windows
-from liquidgemm.sources import load_model
+from liquidgemm.checkpoints.sources import load_model
+from liquidgemm.quantization.calibration.data import token_windows
+from liquidgemm.quantization.evaluate import Evaluation, evaluate, sliding_windows
 
 from ..core.machine import commit, save_json
 from .quality_data import HOME, MINILM, QWEN, SMOLLM2, UNSEEN, read_texts

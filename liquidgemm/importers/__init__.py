@@ -26,16 +26,10 @@ from tqdm.auto import tqdm
 
 from .._files import check_new_folder, new_folder, path_of
 from ..ops import FLOATS
-from ..weight import QuantizedWeight
+from ..weights.weight import QuantizedWeight
 from . import awq, compressed_tensors, gptq, qoq, qqq
 from .architecture import Architecture
-from .folder import (
-    SETTINGS_FILES,
-    ShardWriter,
-    Source,
-    copy_other_files,
-    read_json,
-)
+from .folder import SETTINGS_FILES, ShardWriter, Source, copy_other_files, read_json
 from .settings import LayerScheme, LayerSettings, Settings, merged
 from .source import fit
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .._modules import as_linear
-from ..readers import weight_readers
+from ..nn._modules import as_linear
+from ..quantization.readers import weight_readers
 
 LOADED_WHOLE_BYTES = 2_000_000_000
 """Up to this size the result is loaded with its values; a larger one on the meta device."""

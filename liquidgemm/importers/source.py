@@ -1,4 +1,4 @@
-"""A 4-bit weight as another project stores it, and its way onto the grid of `liquidgemm.format`."""
+"""A 4-bit weight as another project stores it, and its way onto the grid of `liquidgemm.weights.liquidquant`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..format import GROUP, Q_MAX, ceil_div, pack_nibbles, padded
 from ..ops import FLOATS
-from ..quantize import quantize_weight
-from ..weight import QuantizedWeight, dequantize_weight
+from ..weights.liquidquant import GROUP, Q_MAX, ceil_div, pack_nibbles, padded
+from ..weights.quantize import quantize_weight
+from ..weights.weight import QuantizedWeight, dequantize_weight
 
 _INT8_MIN, _INT8_MAX = -128, 127
 _MAX_STEP = (_INT8_MAX - _INT8_MIN) // Q_MAX

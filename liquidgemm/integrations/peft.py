@@ -15,8 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .._stand_in import WeightStandIn
-from ..linear import LiquidLinear
+from ..nn._stand_in import WeightStandIn
+from ..nn.linear import LiquidLinear
 
 
 class LiquidLora(Linear):

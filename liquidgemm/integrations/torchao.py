@@ -16,9 +16,9 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import quant_api
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from ..config import LiquidConfig
-from ..linear import LiquidLinear
-from ..verification import check_arithmetic, random_input
+from ..nn.linear import LiquidLinear
+from ..quantization.config import LiquidConfig
+from ..quantization.verification import check_arithmetic, random_input
 
 AOBaseConfig.register(LiquidConfig)  # a virtual subclass: torchao asks isinstance
 

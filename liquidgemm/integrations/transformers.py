@@ -26,13 +26,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .._modules import as_linear, paths_of_modules, replace_module
-from .._pretrained import check_one_checkpoint, finishing_save_pretrained
-from ..config import LiquidConfig
-from ..format import GROUP, ceil_div
-from ..linear import LiquidLinear
-from ..model import dequantize_, quantize_
-from ..weight import QuantizedWeight
+from ..checkpoints._pretrained import check_one_checkpoint, finishing_save_pretrained
+from ..nn._modules import as_linear, paths_of_modules, replace_module
+from ..nn.linear import LiquidLinear
+from ..quantization.config import LiquidConfig
+from ..quantization.model import dequantize_, quantize_
+from ..weights.liquidquant import GROUP, ceil_div
+from ..weights.weight import QuantizedWeight
 
 METHOD = "liquidgemm"
 FORMAT_VERSION = 1

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from problems import DEVICE, assert_equal, testing
 
 import liquidgemm
-from liquidgemm.plans import plan_names
+from liquidgemm.ops.plans import plan_names
 
 LAYOUTS = ("plain", "row stride", "odd row stride", "odd offset", "transposed", "batched", "same")
 VECTORS = ("plain", "strided", "offset")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 import liquidgemm
-from liquidgemm.plans import plan_names
+from liquidgemm.ops.plans import plan_names
 
 DEVICE = "cuda"
 testing = torch.ops.liquidgemm_testing

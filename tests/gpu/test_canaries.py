@@ -18,7 +18,7 @@ from problems import (
 )
 
 import liquidgemm
-from liquidgemm.plans import plan_names
+from liquidgemm.ops.plans import plan_names
 
 PLANS = list(enumerate(plan_names()))
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int32]

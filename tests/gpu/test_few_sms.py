@@ -4,7 +4,7 @@ import pytest
 from fresh_process import run_python
 from problems import assert_equal, random_problem, run
 
-from liquidgemm.plans import plan_names
+from liquidgemm.ops.plans import plan_names
 
 PLANS = list(enumerate(plan_names()))
 

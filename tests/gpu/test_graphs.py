@@ -6,7 +6,7 @@ from fresh_process import run_python
 from problems import DEVICE, assert_equal, random_problem, testing
 
 import liquidgemm
-from liquidgemm.plans import plan_names
+from liquidgemm.ops.plans import plan_names
 
 CAPTURE_FIRST = """
 import sys

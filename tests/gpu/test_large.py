@@ -7,7 +7,7 @@ import torch
 from problems import DEVICE, assert_equal, random_problem, random_weight, testing
 
 import liquidgemm
-from liquidgemm.plans import plan_names
+from liquidgemm.ops.plans import plan_names
 
 FAR = 2**31
 

@@ -10,7 +10,7 @@ import torch
 from problems import DEVICE, assert_equal, random_problem, testing
 
 import liquidgemm
-from liquidgemm.plans import plan_names
+from liquidgemm.ops.plans import plan_names
 
 CALLS = 100_000
 HOST_GROWTH = 16 << 20  # of the whole process; a leak of 200 bytes per call would exceed it

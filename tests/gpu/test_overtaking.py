@@ -10,7 +10,7 @@ import torch
 from problems import DEVICE, assert_equal, random_problem, testing
 
 import liquidgemm
-from liquidgemm.plans import plan_names
+from liquidgemm.ops.plans import plan_names
 
 SOURCE = r"""
 extern "C" __global__ void slow_copy(char const* from, char* to, int bytes, int microseconds) {

@@ -12,7 +12,7 @@ from problems import (
 )
 
 import liquidgemm
-from liquidgemm.plans import plan_names
+from liquidgemm.ops.plans import plan_names
 
 
 def test_gemm_small() -> None:

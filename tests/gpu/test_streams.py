@@ -7,7 +7,7 @@ import torch
 from problems import DEVICE, assert_equal, random_problem, run
 
 import liquidgemm
-from liquidgemm.plans import plan_names
+from liquidgemm.ops.plans import plan_names
 
 PLANS = list(enumerate(plan_names()))
 

@@ -7,7 +7,7 @@ import torch
 from problems import Problem, random_problem
 
 import liquidgemm
-from liquidgemm import _library
+from liquidgemm.ops import _library
 
 
 @pytest.fixture

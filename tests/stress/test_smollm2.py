@@ -10,7 +10,9 @@ import torch
 from invariance import batch_around, calls_of_row, changed_kinds, changed_layers
 
 import liquidgemm
-from liquidgemm import LiquidLinear, _library, demo
+from liquidgemm import LiquidLinear
+from liquidgemm.cli import demo
+from liquidgemm.ops import _library
 
 SIZES = (2, 3, 4, 8, 16, 32, 64)
 

@@ -1,4 +1,4 @@
-// The quantizer's search (liquidgemm/quantize.py, whose operations these are, in the same order:
+// The quantizer's search (liquidgemm/weights/quantize.py, whose operations these are, in the same order:
 // the results are the same bits). Groups are searched side by side, one per lane of a vector.
 #pragma once
 

@@ -131,7 +131,7 @@ inline std::string describe(LaunchPlan const& launch) {
       e.memory >= e.sm ? "memory" : "the SMs");
 }
 
-// For liquidgemm/plans.py. The texts hold no character that JSON would escape.
+// For liquidgemm/ops/plans.py. The texts hold no character that JSON would escape.
 inline std::string to_json(Explanation const& explanation) {
   using plan_detail::format;
   LaunchPlan const& launch = explanation.launch;

@@ -1,5 +1,5 @@
-// Registration of the CPU ops, and of what is no user API: liquidgemm_cpu is for liquidgemm/_cpu.py
-// and quantize.py, liquidgemm_plan for liquidgemm/plans.py, liquidgemm_testing for tests and
+// Registration of the CPU ops, and of what is no user API: liquidgemm_cpu is for liquidgemm/ops/_cpu.py
+// and quantize.py, liquidgemm_plan for liquidgemm/ops/plans.py, liquidgemm_testing for tests and
 // benchmarks.
 #include "ops.hpp"
 

@@ -30,7 +30,7 @@ std::vector<std::string> cpu_kernels();
 std::string cpu_kernel();
 void set_cpu_kernel(std::string name);
 
-// `_search` of liquidgemm/quantize.py, whose docstring says what it takes and returns.
+// `_search` of liquidgemm/weights/quantize.py, whose docstring says what it takes and returns.
 std::tuple<Tensor, Tensor, Tensor, Tensor> search_cpu(Tensor const& units,
                                                       int64_t rows,
                                                       OptionalTensor const& weight);

@@ -1,4 +1,4 @@
-// What liquidgemm/plans.py asks: which plans there are, and why one is selected.
+// What liquidgemm/ops/plans.py asks: which plans there are, and why one is selected.
 #include "../check.hpp"
 #include "liquidgemm/plan/explain.hpp"
 #include "ops.hpp"

@@ -13,7 +13,7 @@ inline void on_torch_threads(int64_t count, int64_t grain, cpu::Body body, void*
                               [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-// Calls an op of liquidgemm/_reference.py; the results take the places of the first arguments.
+// Calls an op of liquidgemm/ops/_reference.py; the results take the places of the first arguments.
 template <size_t N>
 void call_reference(char const* op, std::array<StableIValue, N>& stack) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));

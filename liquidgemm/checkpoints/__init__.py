@@ -1,0 +1,1 @@
+"""How a quantized model is saved and loaded, so that nothing is lost or overwritten."""

@@ -1,0 +1,296 @@
+"""``liquidgemm quantize`` and ``liquidgemm eval``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from contextlib import nullcontext
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from .._files import check_new_folder, new_folder, parse_json, path_of
+from ..checkpoints.checkpoint import save_quantized
+from ..checkpoints.sources import check_vocabulary, folders_of, load_model, read_texts
+from ..nn.linear import LiquidLinear
+from ..ops import _library
+from ..quantization.calibration.data import token_windows
+from ..quantization.config import GATES, METHODS, LiquidConfig
+from ..quantization.evaluate import evaluate, sliding_windows
+from ..quantization.model import quantize_
+from ..quantization.report import QuantizationReport
+
+Method = Enum("Method", {name: name for name in METHODS}, type=str)
+Gate = Enum("Gate", {name: name for name in GATES}, type=str)
+
+MODEL = Annotated[
+    str,
+    typer.Argument(
+        help="A folder of save_quantized or transformers, a GGUF file, or a name on the hub."
+    ),
+]
+DEVICE = Annotated[
+    str | None, typer.Option(help="cpu, cuda, ...; the Hopper GPU if there is one, else the CPU.")
+]
+
+
+class Precision(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def device_of(name: str | None, for_kernel: bool = False) -> torch.device:
+    """The device to run on, known to be there.
+
+    Raises:
+        ValueError: it is no CPU or GPU, or torch cannot use it; for the kernel also if it is not
+            Hopper.
+    """
+    status = _library.status()
+    if name is None:
+        if not status.cuda_available:
+            return torch.device("cpu")
+        return torch.device("cuda", _library.hopper_devices()[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name}")
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch has no GPU here. {status.reason}")
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise ValueError(f"--device {name}: expected cuda:0 to cuda:{count - 1}")
+    if for_kernel:
+        hopper = _library.hopper_devices() if status.cuda_available else []
+        if device.index is None and hopper:
+            return torch.device("cuda", hopper[0])
+        if (device.index or 0) not in hopper:
+            raise ValueError(f"--device {name}: {status.reason}")
+    return device
+
+
+def settings_of(values: dict[str, Any], more: str, given: Collection[str]) -> LiquidConfig:
+    """The config of the options and of the JSON object in --config.
+
+    Args:
+        values: of the options, by field.
+        more: the object, whose fields come before options that are not given.
+        given: the names of the options that are.
+    """
+    try:
+        fields = parse_json(more)
+    except ValueError as error:
+        raise ValueError(f"--config: expected a JSON object, got {more!r} ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"--config: expected a JSON object, got {type(fields).__name__}")
+    for field in values:
+        if field in given and field in fields:
+            raise ValueError(
+                f"--config: expected fields that no other option sets, got {field!r} beside "
+                f"--{field}: leave out one of them"
+            )
+    return LiquidConfig.from_json(json.dumps({**values, **fields}))
+
+
+def _given(context: typer.Context) -> set[str]:
+    """Names of the parameters that the user has given."""
+    names = context.params
+    return {name for name in names if context.get_parameter_source(name).name != "DEFAULT"}
+
+
+def _check_data(
+    settings: LiquidConfig, calib: bool, held_out: bool, given: Collection[str], dry_run: bool
+) -> None:
+    """Raises a ValueError for texts that are missing, and for options that would do nothing."""
+    if settings.needs_calibration and not calib and not dry_run:
+        raise ValueError(f"--calib: expected text files for method {settings.method}, got none")
+    for name in ("held_out", "tokens", "resume"):
+        if name in given and not calib:
+            raise ValueError(f"--{name.replace('_', '-')}: expected --calib beside it, got none")
+    if "gate" in given and settings.gate != "off" and not held_out:
+        raise ValueError(f"--gate {settings.gate}: expected --held-out beside it, got none")
+
+
+def _check_resume(folder: Path | None, output: Path, sources: Iterable[Path]) -> None:
+    """Raises a ValueError if blocks would be written to what is read, or to what is to be new."""
+    if folder is None:
+        return
+    folder, output = path_of(folder).resolve(), path_of(output).resolve()
+    if output in (folder, *folder.parents) or folder in output.parents:
+        raise ValueError(f"--resume: expected a folder apart from {output}, got {folder}")
+    for source in map(Path.resolve, sources):
+        if source in (folder, *folder.parents):
+            raise ValueError(
+                f"--resume: expected a folder outside of {source}, which is read, got {folder}"
+            )
+
+
+def quantize_command(
+    context: typer.Context,
+    model: MODEL,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to create.")],
+    method: Annotated[Method, typer.Option(help="How codes are chosen.")] = Method.search,
+    calib: Annotated[
+        list[Path] | None, typer.Option(help="Text files to calibrate on; several kinds are best.")
+    ] = None,
+    held_out: Annotated[
+        list[Path] | None, typer.Option(help="Text files of another kind, for the gate.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 32768,
+    smooth: Annotated[bool, typer.Option(help="Move outliers into the weights.")] = False,
+    rotate: Annotated[bool, typer.Option(help="Rotate the residual stream.")] = False,
+    augment: Annotated[int, typer.Option(help="Residual columns, a multiple of 64.")] = 0,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Patterns of layers that get INT8 precision.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Patterns of layers to leave alone: lm_head if none.")
+    ] = None,
+    config: Annotated[
+        str, typer.Option(help="Other fields of LiquidConfig, as a JSON object.")
+    ] = "{}",
+    gate: Annotated[
+        Gate, typer.Option(help="If held-out text does worse than without data.")
+    ] = Gate["raise"],
+    device: DEVICE = None,
+    dtype: Annotated[Precision | None, typer.Option(help="Of what stays in floats.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder for finished blocks; go on from it if it has some.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the plan for each layer and stop.")] = False,
+) -> None:
+    """Quantize a model of text and write a checkpoint and a report into a new folder.
+
+    The report is quantization.json, and quantization.png if matplotlib is installed. For models
+    that take other data (speech, images) use liquidgemm.quantize_ in Python.
+    """
+    console = Console()
+    values: dict[str, Any] = {
+        "method": method.value,
+        "smooth": smooth,
+        "rotate": rotate,
+        "augment": augment,
+        "keep": keep or (),
+        "gate": gate.value,
+    }
+    if skip is not None:
+        values["skip"] = skip
+    given = _given(context)
+    settings = settings_of(values, config, given)
+    _check_data(settings, bool(calib), bool(held_out), given, dry_run)
+    where = device_of(device, for_kernel=True)
+    sources = folders_of(model)
+    check_new_folder(output, *sources)
+    _check_resume(resume, output, sources)
+    texts = read_texts(calib or ())
+    unseen = read_texts(held_out or ())
+    with nullcontext() if dry_run else new_folder(output, *sources) as staging:
+        network, tokenizer = load_model(model, where, dtype and getattr(torch, dtype.value))
+        if texts or unseen:
+            _check_takes_texts(network)
+        batches = token_windows(texts, tokenizer, limit=tokens)
+        held_out_batches = token_windows(unseen, tokenizer, limit=8192)
+        check_vocabulary([*batches, *held_out_batches], network)
+        report = quantize_(
+            network,
+            settings,
+            calibration=batches if texts else None,
+            held_out=held_out_batches if unseen else None,
+            resume=resume,
+            dry_run=dry_run,
+        )
+        if not report.quantized:
+            raise ValueError(f"{model}: expected a float model, got one that is quantized already")
+        if not dry_run:
+            without_plot = _write(network, tokenizer, report, staging)
+    # Only now: whoever reads it may be gone.
+    console.print(str(report), markup=False, highlight=False)
+    if not dry_run:
+        console.print(report.table())
+        console.print(f"written to {output}{without_plot}", markup=False, highlight=False)
+
+
+def _check_takes_texts(network: nn.Module) -> None:
+    takes = network.main_input_name
+    if takes == "input_ids" and network.config.is_encoder_decoder:
+        takes = "input_ids and decoder_input_ids"
+    if takes != "input_ids":
+        raise ValueError(
+            f"--calib: expected a model that takes texts alone, got {type(network).__name__}, "
+            f"which takes {takes}: calibrate it in Python with liquidgemm.quantize_"
+        )
+
+
+def _write(network: nn.Module, tokenizer: Any, report: QuantizationReport, folder: Path) -> str:
+    """The checkpoint and the report; why there is no plot, if there is none."""
+    save_quantized(network, folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "quantization.json").write_text(report.to_json() + "\n")
+    try:
+        report.plot(folder / "quantization.png")
+    except ImportError as error:
+        return f"; {error}"
+    return ""
+
+
+def _is_quantized(network: nn.Module) -> bool:
+    return any(isinstance(module, LiquidLinear) for module in network.modules())
+
+
+def eval_command(
+    model: MODEL,
+    text: Annotated[list[Path], typer.Option(help="Text files to evaluate on.")],
+    reference: Annotated[
+        str | None, typer.Option(help="A model to compare with, as MODEL.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="At most this many, from the start.")] = 65536,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
+    stride: Annotated[int, typer.Option(min=1, help="Tokens between windows.")] = 512,
+    device: DEVICE = None,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Of models that are not quantized.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Perplexity, and agreement with a reference model.
+
+    A window of so many tokens slides over the text, and counts the tokens that the window before
+    has not: each is predicted once, from at least length - stride tokens before it.
+    """
+    where = device_of(device)
+    precision = dtype and getattr(torch, dtype.value)
+    texts = read_texts(text)
+    network, tokenizer = load_model(model, where, precision)
+    if network.config.is_encoder_decoder or not network.can_generate():
+        kind = type(network).__name__
+        raise ValueError(f"{model}: expected a causal language model, got {kind}")
+    other = None if reference is None else load_model(reference, where, precision)[0]
+    if dtype and all(map(_is_quantized, filter(None, (network, other)))):
+        raise ValueError(f"--dtype: expected a model that is not quantized, got {model}")
+    ids = [token for t in texts for token in tokenizer(t)["input_ids"]][:tokens]
+    windows = list(sliding_windows(torch.tensor(ids), length, stride))
+    for each in (network, other):
+        if each is not None:
+            check_vocabulary([window for window, _ in windows], each)
+    result = asdict(evaluate(network, windows, other, progress=not as_json))
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in result.items():
+        if value is not None:
+            shown = str(value) if isinstance(value, int) else f"{value:.5g}"
+            table.add_row(name.replace("_", " "), shown)
+    Console().print(table, highlight=False)

@@ -1,0 +1,114 @@
+"""Finding and replacing modules by name; linear layers whatever their class."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from types import ModuleType
+
+from torch import nn
+
+
+def paths_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every name of every module: a module may be used in several places."""
+    paths: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(name)
+    return paths
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a shell-style pattern fits a dotted name or the end of it."""
+    return fnmatchcase("." + name, "*." + pattern)
+
+
+def imported(name: str) -> ModuleType | None:
+    """A module of an optional library if it has been imported, without importing it."""
+    return sys.modules.get(name)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer, whose weight is ``[K, N]``: no subclass of it."""
+    library = imported("transformers.pytorch_utils")
+    return library is not None and type(module) is library.Conv1D
+
+
+def as_linear(module: nn.Module | None) -> nn.Linear | None:
+    """A linear layer as ``nn.Linear``; None if it is none.
+
+    That is itself, or for GPT-2's Conv1D one that shares its memory, whose weight is a transposed
+    view.
+    """
+    if isinstance(module, nn.Linear):
+        return module
+    if module is None or not is_conv1d(module):
+        return None
+    linear = nn.Linear(module.nx, module.nf, device="meta")
+    linear.weight = nn.Parameter(module.weight.detach().T, module.weight.requires_grad)
+    linear.bias = module.bias
+    return linear.train(module.training)
+
+
+@contextmanager
+def conv1d_as_linear(model: nn.Module) -> Iterator[None]:
+    """Each Conv1D is an ``nn.Linear`` in here; those that are still there turn back afterwards."""
+    paths = paths_of_modules(model)
+    views = {module: as_linear(module) for module in paths if is_conv1d(module)}
+
+    def replace(old: nn.Module, new: nn.Module) -> None:
+        for path in paths[old]:
+            replace_module(model, path, new)
+
+    for conv, view in views.items():
+        replace(conv, view)
+    try:
+        yield
+    finally:
+        for conv, view in views.items():
+            now = model.get_submodule(paths[conv][0])
+            if now is view:
+                replace(conv, conv)
+            else:
+                now.replaces = type(conv)
+
+
+def attach(model: nn.Module) -> None:
+    """Tells other libraries which layers are quantized: PEFT, and transformers for each of its
+    models in this one."""
+    # Absent for versions with which it does not work; that has been warned of.
+    if (adapters := imported("liquidgemm.integrations.peft")) is not None:
+        adapters.adopt(model)
+    integration = imported("liquidgemm.integrations.transformers")
+    if integration is None:
+        return
+    inside = ""
+    for name, module in model.named_modules():
+        if is_from_transformers(module) and not (inside and name.startswith(inside)):
+            integration.attach(module, getattr(model, "liquid_config", None))
+            if not name:
+                return
+            inside = name + "."
+
+
+def detach(model: nn.Module) -> None:
+    """The opposite of `attach`: other libraries are told that there is nothing quantized."""
+    if (adapters := imported("liquidgemm.integrations.peft")) is not None:
+        adapters.release(model)
+    integration = imported("liquidgemm.integrations.transformers")
+    for module in model.modules():
+        vars(module).pop("liquid_config", None)
+        if integration is not None and is_from_transformers(module):
+            integration.detach(module)
+
+
+def is_from_transformers(model: nn.Module) -> bool:
+    """Without importing transformers, which is optional."""
+    transformers = imported("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)

@@ -1,0 +1,1 @@
+"""How a whole model is quantized, what of it, and how well."""

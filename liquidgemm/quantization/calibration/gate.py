@@ -1,0 +1,99 @@
+"""The gate: is a calibrated model better than a data-free one on data it has not seen?"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...nn._modules import replace_module
+from ..config import LiquidConfig
+from ..layer import quantize_layer
+from .data import running
+from .flow import Lane, Recordings
+from .measure import NEXT_TOKEN, choose_measure, loss
+from .simulate import SimulatedLinear
+from .units import Unit
+
+REFERENCE, DATA_FREE, CALIBRATED = "reference", "data-free", "calibrated"
+
+
+def check_gate(losses: Mapping[str, float], gate: str, measure: str = NEXT_TOKEN) -> None:
+    """Compare losses on held-out data; without any, or with the gate "off", do nothing.
+
+    Raises:
+        RuntimeError: the calibrated model is worse than the data-free one and the gate is "raise".
+    """
+    if not losses or gate == "off" or losses[CALIBRATED] <= losses[DATA_FREE]:
+        return
+    kind = "text" if measure == NEXT_TOKEN else "data"
+    message = (
+        f"gate: on held-out {kind} the calibrated model has {measure} {losses[CALIBRATED]:.4f}, "
+        f"one quantized without data {losses[DATA_FREE]:.4f} (float: {losses[REFERENCE]:.4f}): "
+        f"more and more varied calibration {kind}, or a larger shrinkage or damping, may help"
+    )
+    if gate == "raise":
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=6)
+
+
+class HeldOut:
+    """Held-out data on its way through three models at once, unit by unit.
+
+    They are the float model, one quantized without data, and the calibrated one.
+
+    Attributes:
+        measure: how they are compared, one of `measure`.
+
+    Raises:
+        ValueError: at construction, naming held_out: the model cannot be run with it, or what it
+            gives cannot be judged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recordings: Recordings,
+        batches: list[Tensor | Mapping[str, Any]],
+        config: LiquidConfig,
+    ) -> None:
+        self._model, self._batches = model, batches
+        self._data_free = LiquidConfig(group_size=config.group_size, keep=config.keep)
+        found = []
+        for number, batch in enumerate(batches):
+            with running(model, batch, f"held_out: batch {number}"):
+                found.append(recordings.of(batch))
+        self.measure = choose_measure(model, batches, found)
+        self._lanes = {
+            kind: Lane(recordings.flows(batches, "held_out"), to_end=True)
+            for kind in (REFERENCE, DATA_FREE, CALIBRATED)
+        }
+
+    def reference(self, unit: Unit, block: nn.Module, layers: dict[str, nn.Linear]) -> None:
+        """Move the float and the data-free model on, given the float block."""
+        self._lanes[REFERENCE].advance(unit.name, block, changes=True)
+        data_free = copy.deepcopy(block)
+        for name, linear in layers.items():
+            weight, _ = quantize_layer(linear.weight, self._data_free, name)
+            replace_module(data_free, unit.inner(name), SimulatedLinear(weight, linear.bias))
+        self._lanes[DATA_FREE].advance(unit.name, data_free)
+
+    def calibrated(self, unit: Unit, block: nn.Module) -> None:
+        self._lanes[CALIBRATED].advance(unit.name, block)
+
+    def losses(self) -> dict[str, float]:
+        """The measure for each of the three, over all batches."""
+        totals = dict.fromkeys(self._lanes, 0.0)
+        counts = dict.fromkeys(self._lanes, 0.0)
+        for index, batch in enumerate(self._batches):
+            reference = None
+            for kind, lane in self._lanes.items():
+                output = lane.flows[index].finish()
+                reference = output if kind == REFERENCE else reference
+                total, count = loss(self.measure, self._model, batch, output, reference)
+                totals[kind] += total
+                counts[kind] += count
+        return {kind: totals[kind] / counts[kind] for kind in totals}

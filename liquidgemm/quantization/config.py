@@ -1,0 +1,144 @@
+"""How a model is to be quantized."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+
+from .._files import parse_json
+from ..weights.liquidquant import GROUP
+from ..weights.quantize import GROUP_SIZES
+
+METHODS = ("search", "rtn", "hessian", "gptq")
+CALIBRATED = ("hessian", "gptq")
+GATES = ("raise", "warn", "off")
+
+
+@dataclass(frozen=True)
+class LiquidConfig:
+    """How `quantize_` treats a model.
+
+    A pattern, below, is shell-style and has to match the dotted name of a layer or the end of it:
+    "lm_head" matches "lm_head" and "model.lm_head", "layers.0.*" everything in the first of any
+    layers.
+
+    Attributes:
+        method: how codes and grids are chosen.
+
+            - "search": least squared error of the weights; needs no data.
+            - "rtn": the paper's rounding; needs no data.
+            - "hessian": the search, each column weighted by the mean square of its input.
+            - "gptq": on the grids of "hessian", the error of each column is made up for by the
+              columns after it (arXiv 2210.17323), then the row scales are fitted anew.
+        group_size: 64, 128 or -1, as in `quantize_weight`.
+        skip: patterns of layers to leave alone, in their float dtype.
+        keep: patterns of layers that get the precision of an INT8 weight, at twice the codes.
+        augment: columns per layer, a multiple of 64, that are stored a second time with what
+            rounding has left of them, those with the most error at the output; or such a number
+            per pattern (the first that matches counts). Each costs 1 / K of the layer's time.
+        smooth: move the outliers of activations into the weights, folding the factors into the
+            norm or linear layer before (arXiv 2211.10438, 2405.04532). True finds the pairs in
+            blocks of known architectures; a mapping names them for others, within a block:
+            ``{"norm1": ["attn.q", "attn.k", "attn.v"]}``.
+        rotate: rotate the residual stream by a random Hadamard matrix, folded into the weights
+            around it (arXiv 2404.00456); for models of the Llama family.
+        rotate_heads: likewise between v_proj and o_proj, head by head.
+        damping: multiple of the mean of diag(H) that "gptq" adds to diag(H).
+        shrinkage: fraction, 0 to 1, by which "gptq" shrinks H towards diag(H), and "hessian" and
+            the grids of "gptq" shrink diag(H) towards its mean.
+        tune: steps in which row scales and norm gains of each block are fitted to what the float
+            model gives, codes and grids staying as they are; 0 for none.
+        seed: of the random rotation and of the order of batches in tuning.
+        gate: what to do if on held-out text the calibrated model is worse than one quantized
+            without data: "raise", "warn" or "off".
+
+    Raises:
+        ValueError: at construction, for any other value.
+    """
+
+    method: str = "search"
+    group_size: int = GROUP
+    skip: tuple[str, ...] = ("lm_head",)
+    keep: tuple[str, ...] = ()
+    augment: int | Mapping[str, int] = 0
+    smooth: bool | Mapping[str, tuple[str, ...]] = False
+    rotate: bool = False
+    rotate_heads: bool = False
+    damping: float = 0.02
+    shrinkage: float = 0.1
+    tune: int = 0
+    seed: int = 0
+    gate: str = "raise"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {METHODS}, got {self.method!r}")
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size: expected one of {GROUP_SIZES}, got {self.group_size!r}")
+        for name in ("skip", "keep"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        counts = self.augment.values() if isinstance(self.augment, Mapping) else [self.augment]
+        if not all(type(count) is int and count >= 0 and count % GROUP == 0 for count in counts):
+            raise ValueError(
+                f"augment: expected a multiple of {GROUP}, or one per pattern, got {self.augment!r}"
+            )
+        if isinstance(self.augment, Mapping):
+            object.__setattr__(self, "augment", dict(self.augment))
+        if isinstance(self.smooth, Mapping):
+            pairs = {
+                source: _patterns(f"smooth[{source!r}]", names)
+                for source, names in self.smooth.items()
+            }
+            object.__setattr__(self, "smooth", pairs)
+        elif type(self.smooth) is not bool:
+            raise ValueError(
+                f"smooth: expected True, False or names of linear layers by the name of what "
+                f"comes before them, got {self.smooth!r}"
+            )
+        for name in ("rotate", "rotate_heads"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if not (type(self.damping) in (int, float) and 0 <= self.damping < float("inf")):
+            raise ValueError(f"damping: expected a finite number >= 0, got {self.damping!r}")
+        if not (type(self.shrinkage) in (int, float) and 0 <= self.shrinkage <= 1):
+            raise ValueError(f"shrinkage: expected a number from 0 to 1, got {self.shrinkage!r}")
+        if type(self.tune) is not int or self.tune < 0:
+            raise ValueError(f"tune: expected an integer >= 0, got {self.tune!r}")
+        if type(self.seed) is not int:
+            raise ValueError(f"seed: expected an integer, got {self.seed!r}")
+        if self.gate not in GATES:
+            raise ValueError(f"gate: expected one of {GATES}, got {self.gate!r}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.method in CALIBRATED or bool(self.smooth) or self.tune > 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> LiquidConfig:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: not JSON, not an object, a field twice, or a field or value that this
+                version does not know.
+        """
+        return cls._from_dict(parse_json(text))
+
+    @classmethod
+    def _from_dict(cls, values: object) -> LiquidConfig:
+        if not isinstance(values, dict):
+            raise ValueError(f"LiquidConfig: expected a JSON object, got {type(values).__name__}")
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(values.keys() - set(known)):
+            raise ValueError(f"LiquidConfig: expected fields among {known}, got {unknown}")
+        return cls(**values)
+
+
+def _patterns(name: str, patterns: object) -> tuple[str, ...]:
+    sequence = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+    if not (sequence and all(isinstance(p, str) for p in patterns)):
+        raise ValueError(f"{name}: expected a sequence of patterns, got {patterns!r}")
+    return tuple(patterns)

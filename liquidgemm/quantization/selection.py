@@ -1,0 +1,226 @@
+"""Which layers of a model are quantized, and why every other matrix stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..nn._modules import imported, is_conv1d, is_from_transformers, matches, paths_of_modules
+from ..nn.linear import LiquidLinear
+from ..ops import FLOATS
+from ..weights.liquidquant import MAX_IN_FEATURES
+from .config import LiquidConfig
+from .readers import weight_readers
+from .report import ParameterReport
+
+DONE = "already quantized"
+OTHER_KIND = ("not nn.Linear", "unknown")  # how the reasons of other kinds of modules begin
+# A task head has a row per label or coordinate. With fewer rows than a tile has there is nothing to
+# gain, and all of the rounding reaches the answer.
+_FEW_ROWS = 64
+
+
+@dataclass
+class Selection:
+    """What is to become of a model.
+
+    Attributes:
+        names: of the layers to quantize, in the order of the model.
+        skipped: name and reason for every other module that holds a matrix.
+        parameters: every parameter of two or more dimensions, once, and the weights of layers that
+            are quantized already.
+    """
+
+    names: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, ParameterReport] = field(default_factory=dict)
+
+    def leave(self, name: str, reason: str) -> None:
+        """Take back a layer."""
+        self.names.remove(name)
+        self.skipped[name] = reason
+        for key, parameter in self.parameters.items():
+            if key.rpartition(".")[0] == name:
+                parameter.reason, parameter.quantized = reason, False
+
+
+def select(
+    model: nn.Module,
+    config: LiquidConfig,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+) -> Selection:
+    """Sorts out the modules of a model; the model is not changed."""
+    paths = paths_of_modules(model)
+    result = Selection()
+    rules = _Rules(model, paths, config, filter_fn)
+    for module, names in paths.items():
+        name = names[0]
+        if isinstance(module, LiquidLinear):
+            result.skipped[name] = DONE
+            shape = (module.out_features, module.in_features)
+            result.parameters[f"{name}.weight"] = ParameterReport(shape, DONE, True)
+            continue
+        matrices = {key: p for key, p in module._parameters.items() if p is not None and p.ndim > 1}
+        if not matrices and not _has_weight(module):
+            continue
+        reason = rules.reason(module, names)
+        if reason is None:
+            result.names.append(name)
+        else:
+            result.skipped[name] = reason
+    owners = {id(module): names[0] for module, names in paths.items()}
+    for key, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            owner = owners[id(model.get_submodule(key.rpartition(".")[0]))]
+            reason = result.skipped.get(owner)
+            result.parameters[key] = ParameterReport(tuple(parameter.shape), reason, not reason)
+    return result
+
+
+def _has_weight(module: nn.Module) -> bool:
+    """Whether it computes its weight, or has it as a buffer; not if it is that of a child."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() < 2:
+        return False
+    return all(weight is not parameter for parameter in module.parameters())
+
+
+class _Rules:
+    """The reasons to leave a module alone, with what has to be known of the whole model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: dict[nn.Module, list[str]],
+        config: LiquidConfig,
+        filter_fn: Callable[[str, nn.Module], bool] | None,
+    ) -> None:
+        self._config, self._filter = config, filter_fn
+        self._tied = set(_overlapping(paths))
+        self._heads = dict(_heads(paths))
+        self._roles = {**dict(_held_elsewhere(paths)), **dict(_adapters(paths))}
+        self._readers = weight_readers(model)
+
+    def reason(self, module: nn.Module, names: list[str]) -> str | None:
+        # Not isinstance: a subclass may use its weight in ways of its own.
+        if type(module) is not nn.Linear and not is_conv1d(module):
+            return _not_linear(module)
+        if role := self._roles.get(module):
+            return role
+        for pattern in self._config.skip:
+            if any(matches(name, pattern) for name in names):
+                return f"matches the pattern {pattern!r}"
+            if pattern == "lm_head" and module in self._heads:
+                return f"matches the pattern 'lm_head', being {self._heads[module]}"
+        weight = module._parameters.get("weight")
+        if weight is None:
+            return "its weight is computed from other parameters"
+        if type(weight) is not nn.Parameter:
+            return f"its weight is a {type(weight).__name__}, not a plain tensor"
+        if id(weight) in self._tied:
+            return "its weight is tied to another module's"
+        if weight.dtype not in FLOATS:
+            return f"its dtype is {weight.dtype}"
+        rows, columns = weight.shape if type(module) is nn.Linear else weight.shape[::-1]
+        if not (rows > 0 and 0 < columns <= MAX_IN_FEATURES):
+            return f"its shape is {list(weight.shape)}"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return "it has hooks, which would be lost"
+        if reader := self._readers.get(module):
+            return f"its weight is read by {reader}"
+        if self._filter is not None and not self._filter(names[0], module):
+            return "rejected by filter_fn"
+        return None
+
+
+def _not_linear(module: nn.Module) -> str:
+    kind = type(module).__name__
+    if any(p is not None and p.ndim > 2 for p in module._parameters.values()) and (
+        "expert" in kind.lower()
+    ):
+        return f"not nn.Linear but {kind}: experts in one parameter stay in floats"
+    if type(module).__module__.startswith("torch.") or "weight" in module._parameters:
+        return f"not nn.Linear but {kind}"
+    return f"unknown: parameters of {kind}, which is no layer that there is a rule for"
+
+
+def _overlapping(paths: dict[nn.Module, list[str]]) -> Iterator[int]:
+    """Ids of tensors whose memory another tensor in the model uses as well.
+
+    One parameter in two modules, a view of it, or a tensor that ``.data`` was assigned.
+    """
+    spans: dict[tuple, list[tuple[int, int, int]]] = {}
+    for module in paths:
+        plain = {key: v for key, v in vars(module).items() if isinstance(v, Tensor)}
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *plain.values()):
+            # Subclasses may have no memory of their own, and are not quantized.
+            if tensor is None or type(tensor) not in (nn.Parameter, Tensor) or not tensor.numel():
+                continue
+            if tensor.is_meta:
+                key, start, size = ("meta", id(tensor)), 0, 1
+            elif tensor.layout != torch.strided:
+                continue
+            else:
+                key, start = (tensor.device,), tensor.data_ptr()
+                reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+                size = (reach + 1) * tensor.itemsize
+            spans.setdefault(key, []).append((start, start + size, id(tensor)))
+    for group in spans.values():
+        group.sort()
+        end, last = -1, None
+        for start, stop, tensor in group:
+            if start < end:
+                yield tensor
+                yield last
+            if stop > end:
+                end, last = stop, tensor
+
+
+def _heads(paths: dict[nn.Module, list[str]]) -> Iterator[tuple[nn.Module, str]]:
+    """The layers that give what a model of transformers is asked for, whatever their names."""
+    for module in paths:
+        if not is_from_transformers(module):
+            continue
+        head = None
+        with suppress(NotImplementedError):
+            head = module.get_output_embeddings()
+        if isinstance(head, nn.Module):
+            yield head, "the output embeddings"
+        base = module.base_model
+        if base is module:
+            continue
+        inside = set(base.modules())
+        for child in module.modules():
+            if type(child) is nn.Linear and child not in inside and child is not head:
+                rows = child.out_features
+                if rows < _FEW_ROWS or rows == getattr(module.config, "num_labels", None):
+                    yield child, f"the head of a task, of {rows} rows"
+
+
+def _held_elsewhere(paths: dict[nn.Module, list[str]]) -> Iterator[tuple[nn.Module, str]]:
+    """Modules in plain attributes, in which a replacement would not take their place."""
+    for owner in paths:
+        for key, value in vars(owner).items():
+            if key in ("_modules", "_parameters", "_buffers"):
+                continue
+            values = value.values() if isinstance(value, dict) else value
+            for item in values if isinstance(value, dict | list | tuple | set) else (value,):
+                if isinstance(item, nn.Module) and item in paths:
+                    yield item, f"{type(owner).__name__} holds it in a plain attribute, {key!r}"
+
+
+def _adapters(paths: dict[nn.Module, list[str]]) -> Iterator[tuple[nn.Module, str]]:
+    """Adapters, of PEFT or by their names, and what is left in floats for them."""
+    for module, names in paths.items():
+        # Of the module itself or of the dict that holds one per adapter.
+        parts = [part for name in names for part in name.lower().split(".")[-2:]]
+        if any(part.startswith("lora_") for part in parts):
+            yield module, "part of an adapter, by its name"
+    integration = imported("liquidgemm.integrations.peft")
+    if integration is not None:
+        for module in paths:
+            yield from integration.left_for_training(module)

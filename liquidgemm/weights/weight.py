@@ -1,0 +1,186 @@
+"""A weight in the logical layout of `liquidgemm.weights.liquidquant`, checked, sliced and expanded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from .liquidquant import GROUP, MAX_IN_FEATURES, ceil_div, decode, first_infeasible, padded
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A quantized weight ``[N, in_features]`` in the logical layout (see `liquidgemm.weights.liquidquant`).
+
+    K below is in_features rounded up to a multiple of 64, plus R if there are columns.
+
+    The R columns past in_features and its padding repeat input features: what they decode to is
+    added to the weight of the feature, a residual (as in arXiv 2601.07475). With s = 16 below it
+    and s = 1 in it, a weight has all 8 bits.
+
+    Attributes:
+        qweight: uint8 ``[N, K / 2]``, column 2j in the low nibble of byte j.
+        qscale: uint8 ``[N, K / 64]``, step s of each group.
+        qoffset: uint8 ``[N, K / 64]``, offset a of each group.
+        scale: float32 ``[N]``, sigma of each row.
+        in_features: number of columns that are neither padding nor residual.
+        columns: int32 ``[R]``, the input feature that each residual column repeats, R a multiple
+            of 64; or None.
+
+    Raises:
+        ValueError: at construction, for a wrong dtype, shape or device, a scale that is negative
+            or not finite, or a group in which some ``q * s + a`` exceeds 255.
+    """
+
+    qweight: Tensor
+    qscale: Tensor
+    qoffset: Tensor
+    scale: Tensor
+    in_features: int
+    columns: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.in_features <= MAX_IN_FEATURES:
+            raise ValueError(
+                f"in_features: expected 1 to {MAX_IN_FEATURES} so that int32 accumulation cannot "
+                f"overflow, got {self.in_features}"
+            )
+        if self.scale.dim() != 1 or len(self.scale) < 1:
+            raise ValueError(f"scale: expected shape [N] with N >= 1, got {list(self.scale.shape)}")
+        if self.columns is not None:
+            self._check_columns()
+        n, groups = self.out_features, ceil_div(self.in_features, GROUP) + self.augment // GROUP
+        for name, dtype, shape in (
+            ("qweight", torch.uint8, [n, groups * GROUP // 2]),
+            ("qscale", torch.uint8, [n, groups]),
+            ("qoffset", torch.uint8, [n, groups]),
+            ("scale", torch.float32, [n]),
+        ):
+            tensor = getattr(self, name)
+            if tensor.dtype != dtype:
+                raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+            if list(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name}: expected shape {shape} for in_features = {self.in_features}, "
+                    f"got {list(tensor.shape)}"
+                )
+            if tensor.device != self.qweight.device:
+                raise ValueError(
+                    f"{name}: expected on {self.qweight.device} like qweight, "
+                    f"got on {tensor.device}"
+                )
+        if self.qweight.is_meta:
+            return
+        bad = ~(self.scale.isfinite() & (self.scale >= 0))
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"scale: expected finite values >= 0, got {self.scale[row].item()} in row {row}"
+            )
+        infeasible = first_infeasible(self.qweight, self.qscale, self.qoffset)
+        if infeasible is not None:
+            row, group = infeasible
+            raise ValueError(
+                f"qscale, qoffset: expected q * s + a <= 255, got more in row {row}, group {group} "
+                f"(s = {int(self.qscale[row, group])}, a = {int(self.qoffset[row, group])})"
+            )
+
+    def _check_columns(self) -> None:
+        columns = self.columns
+        if columns.dtype != torch.int32 or columns.dim() != 1 or len(columns) % GROUP:
+            raise ValueError(
+                f"columns: expected int32 [R] with R a multiple of {GROUP}, "
+                f"got {columns.dtype} {list(columns.shape)}"
+            )
+        if padded(self.in_features) + len(columns) > MAX_IN_FEATURES:
+            raise ValueError(
+                f"columns: expected no more than {MAX_IN_FEATURES} columns in all so that int32 "
+                f"accumulation cannot overflow, got {padded(self.in_features)} + {len(columns)}"
+            )
+        if columns.is_meta or not len(columns):
+            return
+        low, high = (extremum.item() for extremum in columns.aminmax())
+        if low < 0 or high >= self.in_features:
+            raise ValueError(
+                f"columns: expected 0 to {self.in_features - 1}, got {low if low < 0 else high}"
+            )
+
+    @property
+    def out_features(self) -> int:
+        return len(self.scale)
+
+    @property
+    def augment(self) -> int:
+        """Number of residual columns."""
+        return 0 if self.columns is None else len(self.columns)
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same weight with its tensors on device."""
+        moved = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def narrow_rows(self, start: int, length: int) -> QuantizedWeight:
+        """Output channels ``start`` to ``start + length``: a column-parallel slice (views).
+
+        Raises:
+            ValueError: the range is empty or not within the rows.
+        """
+        _check_range("rows", start, length, self.out_features)
+        return replace(
+            self,
+            qweight=self.qweight.narrow(0, start, length),
+            qscale=self.qscale.narrow(0, start, length),
+            qoffset=self.qoffset.narrow(0, start, length),
+            scale=self.scale.narrow(0, start, length),
+        )
+
+    def narrow_columns(self, start: int, length: int) -> QuantizedWeight:
+        """Input features ``start`` to ``start + length``: a row-parallel slice (views).
+
+        Raises:
+            ValueError: the range is empty or not within the columns, or does not begin and end at
+                a group: start and length must be multiples of 64, except that the slice may end
+                at in_features. Or the weight has residual columns, which belong to no slice.
+        """
+        if self.augment:
+            raise ValueError(
+                f"columns: expected a weight without residual columns, got {self.augment}: "
+                "quantize the slices instead"
+            )
+        _check_range("columns", start, length, self.in_features)
+        stop = start + length
+        if start % GROUP or (stop % GROUP and stop != self.in_features):
+            raise ValueError(
+                f"columns: expected a slice of whole groups of {GROUP}, got {start} to {stop}"
+            )
+        group, groups = start // GROUP, ceil_div(length, GROUP)
+        return replace(
+            self,
+            qweight=self.qweight.narrow(1, start // 2, groups * GROUP // 2),
+            qscale=self.qscale.narrow(1, group, groups),
+            qoffset=self.qoffset.narrow(1, group, groups),
+            in_features=length,
+        )
+
+
+def _check_range(what: str, start: int, length: int, size: int) -> None:
+    if start < 0 or length < 1 or start + length > size:
+        raise ValueError(
+            f"{what}: expected a non-empty slice of 0 to {size}, got {start} to {start + length}"
+        )
+
+
+def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``sigma * w8``, multiplied in float32 and rounded once to dtype: ``[N, in_features]``."""
+    decoded = decode(weight.qweight, weight.qscale, weight.qoffset)
+    w8 = decoded[:, : weight.in_features]
+    if weight.augment:
+        residual = decoded[:, padded(weight.in_features) :].int()
+        w8 = w8.int().index_add(1, weight.columns, residual)
+    return (w8.float() * weight.scale.unsqueeze(-1)).to(dtype)
