@@ -71,7 +71,7 @@ readme-table: $(VENV)/dev.stamp
 
 # racecheck gets a build in which every lane arrives at a barrier (csrc/liquidgemm/kernel/protocol.hpp),
 # and the smallest problems: it needs minutes for more.
-SANITIZE := $(BIN)/python tests/sanitize.py
+SANITIZE := $(BIN)/python tests/support/sanitize.py
 sanitize: build
 	$(SANITIZE) memcheck
 	$(SANITIZE) initcheck

@@ -1,4 +1,4 @@
-"""A 4-bit weight as another project stores it, and its way onto the grid of `liquidgemm.weights.liquidquant`."""
+"""A 4-bit weight as another project stores it, and its way to our grid (`weights.liquidquant`)."""
 
 from __future__ import annotations
 

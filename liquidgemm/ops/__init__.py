@@ -292,7 +292,7 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_weight(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tensor:
-    """Bring a weight from the logical layout (`liquidgemm.weights.liquidquant`) to the one the kernel reads.
+    """Bring a weight from the logical layout (`weights.liquidquant`) to the one the kernel reads.
 
     Args:
         qweight: uint8 ``[N, K / 2]``, two 4-bit values per byte, K a multiple of 64.

@@ -1,4 +1,4 @@
-"""A weight in the logical layout of `liquidgemm.weights.liquidquant`, checked, sliced and expanded."""
+"""A weight in the logical layout of `weights.liquidquant`, checked, sliced and expanded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .liquidquant import GROUP, MAX_IN_FEATURES, ceil_div, decode, first_infeasi
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A quantized weight ``[N, in_features]`` in the logical layout (see `liquidgemm.weights.liquidquant`).
+    """A quantized weight ``[N, in_features]`` in the logical layout (see `weights.liquidquant`).
 
     K below is in_features rounded up to a multiple of 64, plus R if there are columns.
 

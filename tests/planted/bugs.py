@@ -2,7 +2,7 @@
 
 A bug is a list of textual patches, so that csrc/ stays free of switches. Anchors are short, and
 every occurrence is replaced: a change of the kernel should rarely touch them, and where it does,
-tests/test_planted.py says which anchor is gone.
+tests/cpu/project/test_planted.py says which anchor is gone.
 
 `caught_by` holds arguments of pytest: one of these selections has to fail, or to hang until the
 watchdog ends it. BUILD means that the check of ptxas' report refuses the library.

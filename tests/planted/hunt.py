@@ -50,7 +50,7 @@ def run_tests(package: Path, selection: str, seconds: float = WATCHDOG) -> Outco
     """Runs pytest with this build of the library, in a process that ends after so many seconds."""
     # First and last: versions of pytest differ in which end of the list counts first.
     place = package.relative_to(ROOT)
-    paths = f"pythonpath={place} tests/planted tests/gpu tests . {place}"
+    paths = f"pythonpath={place} tests/planted tests/gpu tests/support . {place}"
     command = [sys.executable, "-m", "pytest", "-x", "--tb=line", "-p", "no:cacheprovider"]
     process = subprocess.Popen(
         [*command, "-o", paths, *shlex.split(selection)],

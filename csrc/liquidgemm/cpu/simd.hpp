@@ -14,7 +14,7 @@
 // Everything in those headers is in an anonymous namespace, and they use no function of the
 // standard library: a function that two files compile with different flags would be merged into
 // one by the linker, and the program would then run instructions that the processor lacks
-// (tests/test_cpu_build.py looks at the symbols).
+// (tests/cpu/project/test_cpu_build.py looks at the symbols).
 #pragma once
 
 #include "liquidgemm/cpu/kernels.hpp"

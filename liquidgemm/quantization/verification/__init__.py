@@ -33,9 +33,9 @@ _VALUES = 1 << 14  # values per output that are kept
 _EXACT = 1e-3  # relative distance of two float32 evaluations of one formula, and much to spare
 _SEED = 21
 
-# Outputs of a model are further off than those of its layers, as errors add up: over the models of
-# tests/structures.py, rounded to nearest, by 2.7 times at most. Outputs that have nothing to do
-# with those of the float model are off by 1.4. A few numbers may happen to be close to zero.
+# Outputs of a model are further off than those of its layers, as errors add up: rounded to nearest,
+# by 2.7 times at most over the models of tests/support/structures.py. Outputs that have nothing to
+# do with those of the float model are off by 1.4. A few numbers may happen to be close to zero.
 _GROWTH = 6.0
 _LEAST, _MOST, _OF_FEW = 0.1, 0.75, 1.0
 _FEW = 16

@@ -3,10 +3,10 @@
 import contextlib
 import json
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from repository import DATA
 
 from bench import __main__ as command
 from bench.core import machine, results, roofline, shapes, stream_floor, timing
@@ -20,7 +20,7 @@ from bench.suites import driver
 from bench.suites.gemm import main
 
 # Made-up numbers, written by results.Run.save: 2 shapes, 4 batch sizes, 4 peers and an absent one.
-RECORD = Path(__file__).parent / "data/bench_run.json"
+RECORD = DATA / "bench_run.json"
 
 
 class TestArguments:

@@ -5,8 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from repository import TESTS
 
-FILE = Path(__file__).parent / "stress/conftest.py"
+FILE = TESTS / "stress/conftest.py"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""compute-sanitizer over the small suite: `python tests/sanitize.py [--package FOLDER] TOOL`.
+"""compute-sanitizer over the small suite: `tests/support/sanitize.py [--package FOLDER] TOOL`.
 
 Fails if the tool finds something, and if it did not really run: if it is not installed, says
 nothing, attached to no process, or the tests it was to watch were skipped.
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
 SMALL = "tests/gpu/test_small_suite.py"
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
@@ -65,7 +65,7 @@ def command_of(tool: str, executable: str, package: Path | None, tests: list[str
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", *tests]
     if package is not None:
         # First and last: versions of pytest differ in which end of the list counts first.
-        pytest += ["-o", f"pythonpath={package} tests/planted tests/gpu tests . {package}"]
+        pytest += ["-o", f"pythonpath={package} tests/planted tests/gpu tests/support . {package}"]
     return [executable, *options, *pytest]
 
 

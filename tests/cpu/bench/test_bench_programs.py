@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import DATA
 
 import setup as build
 from bench.core import machine, programs, results, roofline, shapes
@@ -238,7 +239,7 @@ class TestCostModel:
         assert roofline.crossover_tokens(faster_memory) == pytest.approx(105.6, rel=0.01)
 
     def test_another_gpu_without_microbenchmarks(self, tmp_path):
-        run = results.load(Path(__file__).parent / "data/bench_run.json")
+        run = results.load(DATA / "bench_run.json")
         found = roofline.ceilings_of(run, tmp_path / "none.json")
         assert found.bytes_per_us == pytest.approx(44564480 / 14.661)  # of its own stream floor
         assert "Made-up GPU" in found.source
@@ -279,7 +280,7 @@ class TestFolders:
     def test_report_of_a_folder(self, tmp_path, capsys):
         """Tables and plots of everything, from JSON alone."""
         pytest.importorskip("matplotlib")
-        data = json.loads((Path(__file__).parent / "data/bench_run.json").read_text())
+        data = json.loads((DATA / "bench_run.json").read_text())
         (tmp_path / "results.json").write_text(json.dumps(data))
         (tmp_path / "results_other.json").write_text(json.dumps(data))
         record(**MICROBENCHMARKS).save(tmp_path / "microbench.json")
@@ -287,7 +288,7 @@ class TestFolders:
         state = {"sm_mhz": 1500.0, "power_w": 699.0, "slowed_by": ["power cap"]}
         row = sustained.row_of("fp8 row", 4096, 4096, 4096, [100.0] * 5 + [125.0] * 5, state)
         record(**{"N = 4096": [row]}).save(tmp_path / "sustained.json")
-        counted = counters.read_report((Path(__file__).parent / "data/ncu.csv").read_text())
+        counted = counters.read_report((DATA / "ncu.csv").read_text())
         record(counters=counted).save(tmp_path / "counters.json")
         assert report.main([str(tmp_path)]) == 0
         written = [Path(line) for line in capsys.readouterr().out.splitlines()]
@@ -305,7 +306,7 @@ class TestFolders:
 
     def test_counters(self):
         """What Nsight Compute printed of a product of 64 tokens and of one of 4096."""
-        text = (Path(__file__).parent / "data/ncu.csv").read_text()
+        text = (DATA / "ncu.csv").read_text()
         few, many = counters.read_report(text)
         assert few["us"] == 53.7
         assert few["stalls"].startswith("long_scoreboard 60, ")

@@ -1,14 +1,12 @@
 """What `explain_plan` says of the choice of plans, as numbers and as text."""
 
 import re
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 import liquidgemm
 from liquidgemm.ops.plans import explain_plan, plan_names
-
-ROOT = Path(__file__).parent.parent
 
 PROBLEMS = [(1, 4096, 4096), (16, 10240, 8192), (64, 1024, 1024), (300, 4096, 14336), (8, 64, 64)]
 

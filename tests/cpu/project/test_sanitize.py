@@ -1,4 +1,4 @@
-"""tests/sanitize.py tells a clean run from one that did not happen."""
+"""tests/support/sanitize.py tells a clean run from one that did not happen."""
 
 import pytest
 import sanitize

@@ -1,4 +1,4 @@
-"""Compares the machine code of two builds: `python tests/sass.py OLD.so NEW.so`.
+"""Compares the machine code of two builds: `python tests/support/sass.py OLD.so NEW.so`.
 
 Needs no GPU. A change that only moves or renames source must leave every kernel's instructions as
 they were, whatever the kernels are called: their streams are compared as a multiset. Instructions

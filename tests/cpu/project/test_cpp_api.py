@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 import setup as build
 from liquidgemm.ops import _library
 from liquidgemm.ops.plans import explain_plan
 
-ROOT = Path(__file__).parent.parent
 HEADERS = sorted((ROOT / "csrc/liquidgemm").glob("*.hpp"))
 
 

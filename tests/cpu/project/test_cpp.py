@@ -4,10 +4,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from repository import TESTS
 
 import setup as build
 
-PROGRAMS = sorted((Path(__file__).parent / "cpp").glob("*.cpp"))
+PROGRAMS = sorted((TESTS / "cpp").glob("*.cpp"))
 
 
 @pytest.mark.parametrize("source", PROGRAMS, ids=lambda source: source.stem)

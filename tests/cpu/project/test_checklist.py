@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent
+from repository import ROOT, TESTS
 
 LINES = {
     1: "every compiled plan is exact, and then the epilogue's formula to the bit",
@@ -50,10 +49,10 @@ NOT_ON_A_GPU = (20, *range(22, 30))
 
 def documented_tests() -> Iterator[tuple[Path, str, str]]:
     """File, name and docstring of every test function."""
-    for file in sorted(ROOT.rglob("test_*.py")):
+    for file in sorted(TESTS.rglob("test_*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                yield file.relative_to(ROOT), node.name, ast.get_docstring(node) or ""
+                yield file.relative_to(TESTS), node.name, ast.get_docstring(node) or ""
 
 
 def lines_of(docstring: str) -> set[int]:
@@ -62,23 +61,23 @@ def lines_of(docstring: str) -> set[int]:
     return {int(number) for number in found[1].split(", ")} if found else set()
 
 
-TESTS = defaultdict(list)
+NAMED = defaultdict(list)
 for _file, _name, _docstring in documented_tests():
     for _line in lines_of(_docstring):
-        TESTS[_line].append((_file, _name))
+        NAMED[_line].append((_file, _name))
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_every_line_has_tests(line: int) -> None:
     """On a GPU where it needs one, and on the CPU where that is possible."""
-    on_gpu = [name for file, name in TESTS[line] if {"gpu", "stress"} & set(file.parts)]
-    on_cpu = [name for file, name in TESTS[line] if len(file.parts) == 1]
+    on_gpu = [name for file, name in NAMED[line] if {"gpu", "stress"} & set(file.parts)]
+    on_cpu = [name for file, name in NAMED[line] if file.parts[0] == "cpu"]
     assert on_gpu or line in NOT_ON_A_GPU, f"no GPU test for CHECKLIST {line}: {LINES[line]}"
     assert on_cpu or line not in ON_A_CPU, f"no CPU test for CHECKLIST {line}: {LINES[line]}"
 
 
 def test_no_other_numbers() -> None:
-    assert set(TESTS) == set(LINES)
+    assert set(NAMED) == set(LINES)
 
 
 def test_numbers_are_read_from_docstrings() -> None:
@@ -95,24 +94,24 @@ def test_plans_are_those_that_the_library_dispatches_from() -> None:
     from liquidgemm.ops.plans import plan_names
 
     names = plan_names()
-    compiled = {file.stem for file in (ROOT.parent / "csrc/instantiations").glob("*/*.cu")}
-    header = (ROOT.parent / variants.TILE_HEADER).read_text()
+    compiled = {file.stem for file in (ROOT / "csrc/instantiations").glob("*/*.cu")}
+    header = (ROOT / variants.TILE_HEADER).read_text()
     rows = variants.rows_of(header, "kTileShapes")[2]
     tiles = [variants.tile_name(row) for row in rows]
     assert list(dict.fromkeys(map(tile_of, names))) == tiles
     assert compiled == set(tiles)
     for file in ("test_gemm.py", "test_canaries.py", "test_overtaking.py", "test_few_sms.py"):
-        assert "plan_names()" in (ROOT / "gpu" / file).read_text()
+        assert "plan_names()" in (TESTS / "gpu" / file).read_text()
 
 
 def test_guarantees_name_tests_that_exist() -> None:
     """Every path and every test in docs/guarantees.md."""
-    text = (ROOT.parent / "docs/guarantees.md").read_text()
+    text = (ROOT / "docs/guarantees.md").read_text()
     here = {(str(file), name) for file, name, _ in documented_tests()}
     files = re.findall(r"`((?:[\w/]+/)?\w+\.py)(?:::\w+)?`", text)
     assert len(files) > 20
     for file in files:
-        assert (ROOT / file).is_file(), file
+        assert (TESTS / file).is_file(), file
     names = {name for _, name in here}
     for name in re.findall(r"\b(test_\w+)\b(?!\.py|/)", text):
         assert name in names or any(file.endswith(f"{name}.py") for file, _ in here), name

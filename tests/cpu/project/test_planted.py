@@ -7,10 +7,9 @@ import hunt
 import pytest
 import variants
 from bugs import BUGS, BUILD, DELAY, Bug
+from repository import ROOT
 
 import setup as build
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +44,10 @@ def test_a_patch_that_does_not_apply_is_named() -> None:
 @pytest.mark.parametrize(
     ("package", "selection", "seconds", "verdict"),
     [
-        (ROOT, "tests/test_sanitize.py", 120, "passed"),
-        (ROOT, "tests/test_sanitize.py -k there_is_no_such_test", 120, "did not run"),
-        (ROOT / "build/not_there", "tests/test_sanitize.py", 120, "did not run"),
-        (ROOT, "tests/test_sanitize.py", 0.3, "hung"),
+        (ROOT, "tests/cpu/project/test_sanitize.py", 120, "passed"),
+        (ROOT, "tests/cpu/project/test_sanitize.py -k there_is_no_such_test", 120, "did not run"),
+        (ROOT / "build/not_there", "tests/cpu/project/test_sanitize.py", 120, "did not run"),
+        (ROOT, "tests/cpu/project/test_sanitize.py", 0.3, "hung"),
     ],
     ids=["passed", "no tests", "another library", "hung"],
 )

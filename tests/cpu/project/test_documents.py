@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-ROOT = Path(__file__).parent.parent
 SKIPPED = {"build", "dist", "node_modules", "third_party"}
 DOCUMENTS = sorted(
     file
