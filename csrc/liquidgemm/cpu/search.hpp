@@ -1,5 +1,6 @@
-// The quantizer's search (liquidgemm/weights/quantize.py, whose operations these are, in the same order:
-// the results are the same bits). Groups are searched side by side, one per lane of a vector.
+// The quantizer's search (liquidgemm/weights/quantize.py, whose operations these are, in the same
+// order: the results are the same bits). Groups are searched side by side, one per lane of a
+// vector.
 #pragma once
 
 #include "liquidgemm/cpu/activation.hpp"

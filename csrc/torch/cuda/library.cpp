@@ -1,4 +1,5 @@
-// Registration of the CUDA ops; their schemas are in liquidgemm/ops/__init__.py and host/library.cpp.
+// Registration of the CUDA ops; their schemas are in liquidgemm/ops/__init__.py and
+// host/library.cpp.
 #include "ops.hpp"
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CUDA, m) {

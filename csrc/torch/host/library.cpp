@@ -1,6 +1,6 @@
-// Registration of the CPU ops, and of what is no user API: liquidgemm_cpu is for liquidgemm/ops/_cpu.py
-// and quantize.py, liquidgemm_plan for liquidgemm/ops/plans.py, liquidgemm_testing for tests and
-// benchmarks.
+// Registration of the CPU ops, and of what is no user API: liquidgemm_cpu is for
+// liquidgemm/ops/_cpu.py and quantize.py, liquidgemm_plan for liquidgemm/ops/plans.py,
+// liquidgemm_testing for tests and benchmarks.
 #include "ops.hpp"
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CPU, m) {
