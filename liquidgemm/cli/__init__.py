@@ -1,1 +1,5 @@
 """The command ``liquidgemm``."""
+
+from .main import app
+
+__all__ = ["app"]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
+import linecache
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -85,17 +86,51 @@ def _uses(kind: type) -> tuple[tuple[_Use, str], ...]:
     for base in kind.__mro__:
         if base.__module__.startswith(("torch.", "builtins")) or _is_foundation(base):
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError, ValueError):
+        definition = _definition(base)
+        if definition is None:
             continue
-        own = [node for node in tree.body[0].body if isinstance(node, ast.FunctionDef)]
+        own = [node for node in definition.body if isinstance(node, ast.FunctionDef)]
         for method in own:
             if method.name in overridden or method.name.startswith(_BEFORE):
                 continue
             uses += [(use, f"{base.__name__}.{method.name}") for use in _Method(method).uses]
         overridden |= {method.name for method in own}
     return tuple(uses)
+
+
+def _definition(kind: type) -> ast.ClassDef | None:
+    """The source of a class, if it is at hand."""
+    try:
+        file = inspect.getsourcefile(kind)
+    except (OSError, TypeError):
+        return None
+    if file is None:
+        return None
+    lines = linecache.getlines(file, vars(sys.modules[kind.__module__]))
+    return _classes("".join(lines)).get(kind.__qualname__)
+
+
+# inspect.getsource would parse the whole file once for each class in it.
+@cache
+def _classes(source: str) -> dict[str, ast.ClassDef]:
+    """All classes in a file by their qualified names."""
+    found: dict[str, ast.ClassDef] = {}
+
+    def collect(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                found[prefix + child.name] = child
+                collect(child, f"{prefix}{child.name}.")
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                collect(child, f"{prefix}{child.name}.<locals>.")
+            else:
+                collect(child, prefix)
+
+    try:
+        collect(ast.parse(source), "")
+    except (SyntaxError, ValueError):
+        found.clear()
+    return found
 
 
 def _is_foundation(kind: type) -> bool:

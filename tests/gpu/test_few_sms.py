@@ -24,7 +24,7 @@ import sys
 import torch
 from cuda.bindings import driver
 import liquidgemm
-from liquidgemm.plans import plan_names
+from liquidgemm.ops.plans import plan_names
 
 def check(result):
     error, *values = result

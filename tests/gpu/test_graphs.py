@@ -12,7 +12,7 @@ CAPTURE_FIRST = """
 import sys
 import torch
 import liquidgemm
-from liquidgemm.plans import plan_names
+from liquidgemm.ops.plans import plan_names
 
 cases = torch.load(sys.argv[1])
 x, weight, scale = (cases[name].to("cuda") for name in ("x", "weight", "scale"))

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import shutil
 import stat
 import threading
@@ -15,6 +14,7 @@ import pytest
 import tiny_llama
 import tiny_models
 import torch
+from folders import INDEX, MANIFEST, WEIGHTS, content, full_disk, llama, plain, seed_of
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -24,32 +24,6 @@ import liquidgemm
 from liquidgemm import LiquidConfig, _files, load_quantized, quantize_, save_quantized
 from liquidgemm.cli import demo
 from liquidgemm.cli import main as cli
-
-MANIFEST, WEIGHTS, INDEX = "liquidgemm.json", "model.safetensors", "model.safetensors.index.json"
-
-
-def plain(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64))
-    quantize_(model, progress=False)
-    return model
-
-
-def llama(folder: Path, seed: float = 0) -> LlamaForCausalLM:
-    """Quantized; the seed is in one of its tensors."""
-    model = LlamaForCausalLM.from_pretrained(tiny_llama.float_model(folder / "float")).eval()
-    quantize_(model, progress=False)
-    model.model.norm.weight.data.fill_(seed)
-    return model
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-
-
-def seed_of(model: nn.Module) -> float:
-    return model.model.norm.weight[0].item()
-
 
 # Permissions.
 
@@ -178,17 +152,6 @@ def test_permissions_are_those_of_the_umask(tmp_path, monkeypatch, writer):
 
 
 # Failures and interruptions.
-
-
-@contextmanager
-def full_disk(limit: int = 20_000):
-    """No file can be larger, which fails as a disk without space does."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 @pytest.mark.parametrize("before", ["nothing", "a checkpoint"])

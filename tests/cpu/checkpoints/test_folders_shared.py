@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 import reference
 import torch
-from test_folders import MANIFEST, content, plain
+from folders import MANIFEST, content, plain
 from torch import nn
 
 from liquidgemm import load_quantized, save_quantized

@@ -9,8 +9,8 @@ import pytest
 import reference
 import tiny_llama
 import torch
+from folders import MANIFEST, WEIGHTS, llama, seed_of
 from safetensors.torch import load_file, save_file
-from test_folders import MANIFEST, WEIGHTS, llama, seed_of
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

@@ -17,7 +17,7 @@ from cli_runs import (  # noqa: F401
     original_fixture,
     run,
 )
-from test_folders import content
+from folders import content
 
 from liquidgemm import quantize_, save_quantized
 from liquidgemm.checkpoints import sources

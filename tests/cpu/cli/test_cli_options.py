@@ -12,8 +12,8 @@ from cli_runs import (  # noqa: F401
     original_fixture,
     run,
 )
+from folders import content
 from fresh_process import run_python
-from test_folders import content
 
 from liquidgemm import LiquidConfig, quantize_
 from liquidgemm.cli import models as cli_models
@@ -134,7 +134,7 @@ def test_patterns_that_match_nothing_are_warned_of(folder, recwarn, fields, mess
 @pytest.mark.parametrize("arguments", [["info"], [*QUANTIZE[:-1], os.fsdecode(b"out\xfe")]])
 def test_a_terminal_without_the_characters(folder, arguments):
     """What is written is not lost for their sake: µ, and a byte in a name that is no UTF-8."""
-    code = "from liquidgemm import cli; cli.app()"
+    code = "from liquidgemm.cli.main import app; app()"
     result = run_python(code, *arguments, PYTHONIOENCODING="ascii")
     assert result.returncode == 0, result.stderr
     assert "\\xb5s" in result.stdout or "\\udcfe" in result.stdout

@@ -18,8 +18,8 @@ from cli_runs import (  # noqa: F401
     original_fixture,
     run,
 )
+from folders import content, full_disk
 from fresh_process import PACKAGE_ROOT, run_python
-from test_folders import content, full_disk
 
 from liquidgemm.cli import models as cli_models
 
@@ -39,15 +39,15 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(folder, monkeypatch):
 
 WAITING = """
 import sys, time
-from liquidgemm import cli, cli_models
+from liquidgemm.cli import main, models
 
 def wait(*args, **kwargs):
     print("waiting", flush=True)
     time.sleep(60)
 
-cli_models.quantize_ = wait
+models.quantize_ = wait
 sys.argv = ["liquidgemm", "quantize", "model", "-o", "out"]
-cli.app()
+main.app()
 """
 
 
@@ -67,18 +67,18 @@ def test_a_terminated_run_leaves_nothing(folder):
 
 WAITING_FOR_SIGHUP = """
 import signal, sys, time
-from liquidgemm import cli, cli_models
+from liquidgemm.cli import main, models
 
 def wait(*args, **kwargs):
     print("waiting", flush=True)
     time.sleep(5 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else 60)
     sys.exit(7)
 
-cli_models.quantize_ = wait
+models.quantize_ = wait
 if "ignore" in sys.argv:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 sys.argv = ["liquidgemm", "quantize", "model", "-o", "out"]
-cli.app()
+main.app()
 """
 
 
@@ -199,7 +199,7 @@ def test_a_model_of_the_hub(folder):
     (repository / "refs/main").write_text("c" * 40)
     (repository / "snapshots").mkdir()
     (folder / "model").rename(repository / "snapshots" / ("c" * 40))
-    code = "from liquidgemm import cli; cli.app()"
+    code = "from liquidgemm.cli.main import app; app()"
     for output, exit_code in (("hub/out", 1), ("out", 0)):
         result = run_python(code, "quantize", "a/b", "-o", output,
                             HF_HUB_CACHE=str(folder / "hub"), HF_HUB_OFFLINE="1")  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from fresh_process import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from repository import TESTS
 from test_ops import FLOATS, Case, special_rows
 
 import liquidgemm
@@ -249,7 +250,7 @@ def test_an_unknown_name_in_the_environment_is_refused():
 
 LOWERED = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 import torch
 from test_cpu import Case, Extreme, reference
 import liquidgemm
@@ -272,6 +273,7 @@ def test_reference_is_exact_with_the_instruction_set_lowered():
     result = run_python(
         LOWERED,
         os.path.dirname(__file__),
+        TESTS / "support",
         LIQUIDGEMM_CPU="reference",
         ONEDNN_MAX_CPU_ISA="AVX2",
         ATEN_CPU_CAPABILITY="default",

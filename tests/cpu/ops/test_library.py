@@ -1,6 +1,7 @@
 """The wrong machine: what loading, status() and the ops say where the kernel cannot run."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,7 +117,7 @@ try:
 except ImportError as error:
     print("ImportError", error)
 else:
-    from liquidgemm import _library
+    from liquidgemm.ops import _library
     import torch
     y = liquidgemm.LiquidLinear(64, 8)(torch.ones(2, 64))
     print("imported", y.shape, _library.status().reason)
@@ -126,9 +127,8 @@ else:
 def import_with(tmp_path, setup):
     """Imports a copy of the package without libraries; setup sees `package`, its folder."""
     package = tmp_path / "liquidgemm"
-    package.mkdir()
-    for source in (ROOT / "liquidgemm").glob("*.py"):
-        (package / source.name).symlink_to(source)
+    without = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "liquidgemm", package, ignore=without)
     setup = f"package = Path({str(package)!r})\nbuilt = Path({str(ROOT / 'liquidgemm')!r})\n{setup}"
     result = subprocess.run(
         [sys.executable, "-c", IMPORT_WITH.format(setup=setup)],

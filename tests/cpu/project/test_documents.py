@@ -106,7 +106,9 @@ def test_paths_exist(file: Path) -> None:
 
 def test_a_lost_path_is_found(tmp_path: Path) -> None:
     file = tmp_path / "a.md"
-    file.write_text("`csrc/README.md` `csrc/none/` `tests/test_*.py` `make test` `x/y.hpp` `a.md`")
+    file.write_text(
+        "`csrc/README.md` `csrc/none/` `tests/gpu/test_*.py` `make test` `x/y.hpp` `a.md`"
+    )
     assert lost_paths(file) == ["csrc/none/", "x/y.hpp"]
 
 

@@ -7,8 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from repository import ROOT
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def example(name: str) -> ModuleType:

@@ -146,7 +146,7 @@ def test_a_wrong_model_is_noticed(monkeypatch):
         return found
 
     calibrate = driver.calibrate
-    monkeypatch.setattr(liquidgemm.model, "calibrate", swapped)
+    monkeypatch.setattr(liquidgemm.quantization.model, "calibrate", swapped)
     with pytest.warns(UserWarning, match="more than the .* that rounding explains"):
         report = quantize_(Net(), LiquidConfig("gptq"), calibration=data(), progress=False)
     assert "blocks.0" in report.verification.faults
@@ -159,7 +159,7 @@ def test_a_bias_that_calibration_lost_is_noticed(monkeypatch):
         return found
 
     calibrate = driver.calibrate
-    monkeypatch.setattr(liquidgemm.model, "calibrate", lost)
+    monkeypatch.setattr(liquidgemm.quantization.model, "calibrate", lost)
     with pytest.warns(UserWarning, match=r"blocks\.1\.1: it has lost its bias"):
         quantize_(Net(), LiquidConfig("gptq"), calibration=data(), progress=False)
 
@@ -268,7 +268,7 @@ def test_models_of_transformers_stay_as_they_were(name):
 
 
 def test_what_is_kept_is_bounded(monkeypatch):
-    monkeypatch.setattr(liquidgemm.verification, "_BUDGET", 64 * 4 * 3 * 2)
+    monkeypatch.setattr(liquidgemm.quantization.verification, "_BUDGET", 64 * 4 * 3 * 2)
     probe = Probe(Net(), ["blocks.0.1", "blocks.1.1", "head"], data()[0])
     assert {len(x) for x in probe._samples.values()} == {2}
 
@@ -309,7 +309,7 @@ def test_inputs_are_made_up_for_each_kind_of_model(name):
 def test_from_pretrained_says_so_if_it_could_not(tmp_path, monkeypatch):
     structure = STRUCTURES["GPT-2"]
     structure.make().save_pretrained(tmp_path)
-    monkeypatch.setattr(liquidgemm.verification, "small_inputs", lambda *_: [])
+    monkeypatch.setattr(liquidgemm.quantization.verification, "small_inputs", lambda *_: [])
     kind = type(structure.make())
     with pytest.warns(UserWarning, match="not verified as a whole: no input is known"):
         model = kind.from_pretrained(tmp_path, quantization_config=liquidgemm.LiquidGemmConfig())
@@ -384,7 +384,7 @@ def test_channels_that_give_nothing_are_named(monkeypatch, rows):
         scale[rows] = 0 if name == "2" else scale[rows]
         return replace(found, scale=scale), method
 
-    monkeypatch.setattr("liquidgemm.model.quantize_layer", damaged)
+    monkeypatch.setattr("liquidgemm.quantization.model.quantize_layer", damaged)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     with pytest.warns(UserWarning, match="2: .* of 64 output channels looked at give nothing"):
         quantize_(model, progress=False)
