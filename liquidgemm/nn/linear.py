@@ -166,18 +166,20 @@ class LiquidLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1:] != (self.in_features,):
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise RuntimeError(
                 f"x: expected K = {self.in_features} features in the last dimension, "
                 f"got shape {list(x.shape)}"
             )
-        if self.columns is not None:
+        # Not as attributes: that look-up is Python's last resort, and costs as much as the checks.
+        held = self._buffers
+        if held["columns"] is not None:
             # Before they are rounded: the scale of a token does not change by it, nor do the bits,
             # and gradients find their way.
             whole = F.pad(x, (0, -self.in_features % GROUP))
-            x = torch.cat((whole, x.index_select(-1, self.columns)), dim=-1)
-        packed = self.packed if self._is_packed() else ops.pack_weight(*self._logical())
-        return ops.linear(x, packed, self.scale, self.bias)
+            x = torch.cat((whole, x.index_select(-1, held["columns"])), dim=-1)
+        packed = held["packed"] if self._is_packed() else ops.pack_weight(*self._logical())
+        return ops.linear(x, packed, held["scale"], held["bias"])
 
     def _is_packed(self) -> bool:
         """Whether the layer computes with ``packed``: nothing goes before it, or it before them."""

@@ -271,6 +271,9 @@ register_vmap("liquidgemm::linear", _linear_vmap, lib=_lib)
 # Public functions.
 
 
+_linear = torch.ops.liquidgemm.linear.default
+
+
 def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize each token (row) to INT8 with its own scale.
 
@@ -380,4 +383,10 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None 
         RuntimeError: a wrong dtype, shape or device, or on a CUDA tensor no usable kernel; and
             where a derivative with respect to weight_scale is asked for.
     """
-    return torch.ops.liquidgemm.linear(x, weight, weight_scale, bias)
+    if torch.compiler.is_compiling() or _autograd.may_be_differentiated(
+        x, weight, weight_scale, bias
+    ):
+        return _linear(x, weight, weight_scale, bias)
+    # The dispatcher would ask the same in Python, which costs an eager call microseconds.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _linear(x, weight, weight_scale, bias)

@@ -39,6 +39,19 @@ class Rules(_SingleLevelFunction):
         return cls.op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
+def may_be_differentiated(x: Tensor, *args) -> bool:
+    """Whether a derivative of a call with these may be asked for, in whatever mode of torch.
+
+    In the last three cases a tangent may be there, which only torch's C++ side can tell.
+    """
+    return (
+        (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args))
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or type(x) is not Tensor
+    )
+
+
 def register(op: str, rules: type[Rules], lib: Library) -> None:
     """Have the op ``liquidgemm::op`` differentiated by the rules."""
 
@@ -46,13 +59,7 @@ def register(op: str, rules: type[Rules], lib: Library) -> None:
     arity = len(rules.op._schema.arguments)
 
     def dispatch(keys, x: Tensor, *args):
-        # In the last three cases a tangent may be there, which only torch's C++ side can tell.
-        if (
-            (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args))
-            or forward_ad._current_level >= 0
-            or torch._C._are_functorch_transforms_active()
-            or type(x) is not Tensor
-        ):
+        if may_be_differentiated(x, *args):
             args += (None,) * (arity - 1 - len(args))  # the dispatcher leaves out defaults
             with enable_single_level_autograd_function():
                 return rules.apply(keys, x, *args)
