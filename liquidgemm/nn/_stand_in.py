@@ -30,7 +30,10 @@ class WeightStandIn:
     _is_hf_initialized = True
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.__dict__.update(shape=torch.Size(shape), dtype=dtype, device=device)
+        # One by one: torch 2.11 cannot compile an update of the dict.
+        self.__dict__["shape"] = torch.Size(shape)
+        self.__dict__["dtype"] = dtype
+        self.__dict__["device"] = device
 
     def __repr__(self) -> str:
         return (

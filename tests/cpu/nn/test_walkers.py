@@ -278,7 +278,7 @@ PART_ON_DISK = {"0": "cpu", "1": "cpu", "2": "disk", "3": "disk"}
         {"device_map": {"": "cpu"}, "force_hooks": True},
         {"device_map": {"": "cpu"}, "offload_state_dict": True},
         {"device_map": EACH, "force_hooks": True},
-        {"device_map": "auto"},
+        {"device_map": "auto", "max_memory": {"cpu": "1GiB"}},
         {"device_map": PART_ON_DISK, "offload_buffers": True},
     ],
 )
