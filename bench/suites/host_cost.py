@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         record = {
             "commit": options.commit or machine.commit(),
             "started": machine.now(),
-            "command": machine.command_line("bench host", words),
+            "command": machine.command_line("host", words),
             "processor": processor(),
             "machine": machine.describe(torch.device("cuda", torch.cuda.current_device())),
             "rows": rows,
