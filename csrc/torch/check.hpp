@@ -1,5 +1,5 @@
 // Argument checks of the torch bindings: every message names the argument, what was expected and
-// what came, in the words of the checks in liquidgemm/ops/__init__.py.
+// what came, in the words of the checks in liquidgemm/ops/_checks.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

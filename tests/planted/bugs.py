@@ -307,7 +307,7 @@ BUGS = (
     # The split of K.
     bug(
         "a stage is counted twice where K is split",
-        "work/dense.hpp",
+        "schedule/dense.hpp",
         "work.end = stages * (part + 1) >> log2_split;",
         "work.end = (stages * (part + 1) >> log2_split) + (part + 1 < 1 << log2_split);",
         EXACT,

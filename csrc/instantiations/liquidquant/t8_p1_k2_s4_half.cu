@@ -1,6 +1,6 @@
 #include "liquidgemm/formats/liquidquant.hpp"
 #include "liquidgemm/host/launch_impl.hpp"
-#include "liquidgemm/kernel/work/dense.hpp"
+#include "liquidgemm/kernel/schedule/dense.hpp"
 
 namespace liquidgemm {
 

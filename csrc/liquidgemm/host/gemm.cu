@@ -11,8 +11,8 @@
 #include "liquidgemm/host/launch.hpp"
 #include "liquidgemm/host/tensor_map.hpp"
 #include "liquidgemm/kernel/params.hpp"
+#include "liquidgemm/kernel/schedule/dense.hpp"
 #include "liquidgemm/kernel/tile.hpp"
-#include "liquidgemm/kernel/work/dense.hpp"
 #include "liquidgemm/plan/rules.hpp"
 #include "liquidgemm/plan/tiles.hpp"
 

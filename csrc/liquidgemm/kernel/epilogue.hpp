@@ -25,9 +25,9 @@
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/partial_sums.hpp"
 #include "liquidgemm/kernel/reduce/pair.hpp"
+#include "liquidgemm/kernel/schedule/work_item.hpp"
 #include "liquidgemm/kernel/storage.hpp"
 #include "liquidgemm/kernel/store/formula.hpp"
-#include "liquidgemm/kernel/work/work_item.hpp"
 
 namespace liquidgemm {
 

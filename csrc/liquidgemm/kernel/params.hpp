@@ -44,7 +44,7 @@ struct OutputParams {
   }
 };
 
-// The CTAs of a cluster either share every tile along K, or are a pair: see work/dense.hpp.
+// The CTAs of a cluster either share every tile along K, or are a pair: see schedule/dense.hpp.
 struct ClusterParams {
   int log2_split;
   bool pairs;

@@ -9,7 +9,7 @@
 #include <cute/config.hpp>
 
 #include "liquidgemm/kernel/params.hpp"
-#include "liquidgemm/kernel/work/work_item.hpp"
+#include "liquidgemm/kernel/schedule/work_item.hpp"
 
 namespace liquidgemm {
 

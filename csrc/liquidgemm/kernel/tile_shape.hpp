@@ -25,8 +25,8 @@ struct TileShape {
   int ctas_per_sm = 1;
   int stages_ahead = 0;  // of each k group, at most: weights that wait, dequantized, for tokens
 
-  // Whether a group has all of K, and CTAs can work in pairs: see work/dense.hpp. The other tiles
-  // are for few tokens, and their clusters share K.
+  // Whether a group has all of K, and CTAs can work in pairs: see schedule/dense.hpp. The other
+  // tiles are for few tokens, and their clusters share K.
   constexpr bool can_pair() const { return k_groups == 1; }
   constexpr bool can_quantize() const { return tokens == kMostQuantizedTokens; }
   // Rows of a box of y. A pair shares them, so there are two at least.

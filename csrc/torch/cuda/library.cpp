@@ -1,4 +1,4 @@
-// Registration of the CUDA ops; their schemas are in liquidgemm/ops/__init__.py and
+// Registration of the CUDA ops; their schemas are in liquidgemm/ops/_*.py and
 // host/library.cpp.
 #include "ops.hpp"
 

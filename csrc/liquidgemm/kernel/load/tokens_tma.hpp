@@ -11,8 +11,8 @@
 #include "liquidgemm/common/cluster_ptx.hpp"
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/ring.hpp"
+#include "liquidgemm/kernel/schedule/work_item.hpp"
 #include "liquidgemm/kernel/storage.hpp"
-#include "liquidgemm/kernel/work/work_item.hpp"
 
 namespace liquidgemm {
 

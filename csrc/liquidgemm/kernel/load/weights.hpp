@@ -10,8 +10,8 @@
 
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/ring.hpp"
+#include "liquidgemm/kernel/schedule/work_item.hpp"
 #include "liquidgemm/kernel/storage.hpp"
-#include "liquidgemm/kernel/work/work_item.hpp"
 
 namespace liquidgemm {
 

@@ -1,0 +1,84 @@
+"""The ops `pack_weight` and `unpack_weight`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..weights.liquidquant import BLOCK_BYTES, GROUP, MAX_IN_FEATURES, PANEL, ceil_div, padded
+from . import _registry
+from ._checks import require, require_device, require_dtype, require_k, require_shape
+
+
+def _pack_weight_fake(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tensor:
+    for name, tensor in (("qweight", qweight), ("qscale", qscale), ("qoffset", qoffset)):
+        require_dtype(name, tensor, torch.uint8)
+        require_device(name, tensor, "qweight", qweight.device)
+    shape = list(qweight.shape)
+    require(qweight.dim() == 2 and shape[0] >= 1, "qweight", "shape [N, K / 2]", shape)
+    n, k = shape[0], 2 * shape[1]
+    multiple = f"[N, K / 2] with K a positive multiple of {GROUP}"
+    require(k > 0 and k % GROUP == 0, "qweight", multiple, f"shape {shape}")
+    require_k("qweight", k, padded(MAX_IN_FEATURES))
+    require_shape("qscale", qscale, [n, k // GROUP])
+    require_shape("qoffset", qoffset, [n, k // GROUP])
+    return qweight.new_empty(ceil_div(n, PANEL), k // GROUP, BLOCK_BYTES)
+
+
+def _unpack_weight_fake(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    require_dtype("packed", packed, torch.uint8)
+    shape = list(packed.shape)
+    whole = packed.dim() == 3 and shape[0] >= 1 and shape[1] >= 1 and shape[2] == BLOCK_BYTES
+    expected = f"a packed weight [ceil(N / {PANEL}), K / {GROUP}, {BLOCK_BYTES}] from pack_weight"
+    require(whole, "packed", expected, f"shape {shape}")
+    panels, groups = shape[:2]
+    require_k("packed", groups * GROUP, padded(MAX_IN_FEATURES))
+    span = f"{(panels - 1) * PANEL + 1} to {panels * PANEL} rows for packed of shape {shape}"
+    require(n >= 1 and ceil_div(n, PANEL) == panels, "n", span, n)
+    return (
+        packed.new_empty(n, groups * GROUP // 2),
+        packed.new_empty(n, groups),
+        packed.new_empty(n, groups),
+    )
+
+
+_registry.define(
+    "pack_weight(Tensor qweight, Tensor qscale, Tensor qoffset) -> Tensor", _pack_weight_fake
+)
+_registry.define(
+    "unpack_weight(Tensor packed, int n) -> (Tensor, Tensor, Tensor)", _unpack_weight_fake
+)
+
+
+def pack_weight(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tensor:
+    """Bring a weight from the logical layout (`weights.liquidquant`) to the one the kernel reads.
+
+    Args:
+        qweight: uint8 ``[N, K / 2]``, two 4-bit values per byte, K a multiple of 64.
+        qscale: uint8 ``[N, K / 64]``, the integer step s of each group.
+        qoffset: uint8 ``[N, K / 64]``, the offset a of each group.
+
+    Returns:
+        uint8 ``[ceil(N / 64), K / 64, 2176]``, contiguous.
+
+    Raises:
+        RuntimeError: a wrong dtype, device or shape, K = 0 or too large for an exact INT32 sum,
+            or a group in which some ``q * s + a`` exceeds 255.
+    """
+    return torch.ops.liquidgemm.pack_weight(qweight, qscale, qoffset)
+
+
+def unpack_weight(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact inverse of `pack_weight`.
+
+    Args:
+        packed: uint8 ``[ceil(n / 64), K / 64, 2176]``.
+        n: number of rows N of the weight.
+
+    Returns:
+        ``qweight`` uint8 ``[n, K / 2]``, ``qscale`` and ``qoffset`` uint8 ``[n, K / 64]``.
+
+    Raises:
+        RuntimeError: a wrong dtype or shape, or an n that does not have this many panels.
+    """
+    return torch.ops.liquidgemm.unpack_weight(packed, n)
