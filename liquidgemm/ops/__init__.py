@@ -9,16 +9,26 @@ raises a RuntimeError that names the argument, what was expected and what came.
 
 from ._checks import FLOATS
 from ._gemm import OUT_DTYPES, gemm
+from ._grouped import ACTIVATIONS, GATED, INTERLEAVE, grouped_gemm
 from ._linear import linear
+from ._moe import moe, moe_combine, moe_schedule, quantize_activation_rows
 from ._pack import pack_weight, unpack_weight
 from ._quantize import quantize_activation
 
 __all__ = [
+    "ACTIVATIONS",
     "FLOATS",
+    "GATED",
+    "INTERLEAVE",
     "OUT_DTYPES",
     "gemm",
+    "grouped_gemm",
     "linear",
+    "moe",
+    "moe_combine",
+    "moe_schedule",
     "pack_weight",
     "quantize_activation",
+    "quantize_activation_rows",
     "unpack_weight",
 ]
