@@ -10,6 +10,7 @@ from .checkpoints.checkpoint import load_quantized, save_quantized
 from .importers import ImportReport, import_checkpoint
 from .integrations import register_integrations
 from .nn.linear import LiquidLinear
+from .nn.merged import MergedLinear
 from .ops import gemm, linear, pack_weight, quantize_activation, unpack_weight
 from .ops._cpu import cpu_kernel, cpu_kernels, set_cpu_kernel
 from .ops.plans import explain_plan
@@ -28,6 +29,7 @@ __all__ = [
     "LiquidConfig",
     "LiquidGemmConfig",
     "LiquidLinear",
+    "MergedLinear",
     "QuantizedWeight",
     "__version__",
     "cpu_kernel",
