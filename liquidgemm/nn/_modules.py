@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from types import ModuleType
 
+import torch
+import torch.nn.functional as F
 from torch import nn
+
+# The second is a mark of transformers on every module that it has made.
+_LINEAR_STATE = frozenset((*vars(nn.Linear(1, 1, device="meta")), "_is_hf_initialized"))
+# What a subclass may define and still be the same layer.
+_PLAIN = frozenset(("__annotations__", "__doc__", "__firstlineno__", "__init__", "__module__"))
+_PLAIN |= frozenset(("__qualname__", "__static_attributes__", "forward", "reset_parameters"))
 
 
 def paths_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -32,6 +41,48 @@ def matches(name: str, pattern: str) -> bool:
 def imported(name: str) -> ModuleType | None:
     """A module of an optional library if it has been imported, without importing it."""
     return sys.modules.get(name)
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Whether it is ``nn.Linear``, or a subclass that shows by trial that it computes the same.
+
+    Falcon has one. A subclass of torch's own is none: attention reads the weight of its one.
+    """
+    if type(module) is nn.Linear:
+        return True
+    return (
+        isinstance(module, nn.Linear)
+        and vars(module).keys() <= _LINEAR_STATE
+        and _computes_linear(type(module))
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _computes_linear(kind: type[nn.Linear]) -> bool:
+    above = kind.__mro__[: kind.__mro__.index(nn.Linear)]
+    if any(vars(c).keys() - _PLAIN or c.__module__.startswith("torch.") for c in above):
+        return False
+    for bias in (True, False):
+        trial = nn.Linear(5, 3, bias=bias, device="cpu", dtype=torch.float64)
+        with torch.no_grad():
+            for i, parameter in enumerate(trial.parameters()):
+                values = torch.arange(1.0, parameter.numel() + 1, dtype=torch.float64)
+                parameter.copy_(torch.sin(values + i).view_as(parameter))
+            for shape in ((5,), (4, 5), (2, 3, 5)):
+                for training in (True, False):
+                    size = torch.Size(shape).numel()
+                    x = torch.cos(torch.arange(1.0, size + 1, dtype=torch.float64)).view(shape)
+                    expected = F.linear(x, trial.weight, trial.bias)
+                    trial.train(training).__class__ = kind
+                    try:
+                        actual = trial(x)
+                    except Exception:
+                        return False
+                    if not isinstance(actual, torch.Tensor) or actual.shape != expected.shape:
+                        return False
+                    if not torch.allclose(actual, expected, rtol=1e-12, atol=1e-12):
+                        return False
+    return True
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from .. import ops
 from ..weights.liquidquant import GROUP, ceil_div
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
-from ._modules import as_linear
+from ._modules import as_linear, is_linear
 from ._stand_in import WeightStandIn, no_float_weight
 
 _LOGICAL = ("qweight", "qscale", "qoffset")
@@ -153,7 +153,7 @@ class LiquidLinear(nn.Module):
             TypeError, ValueError: as `quantize_weight`.
         """
         plain = as_linear(linear)
-        if plain is None or type(plain).forward is not nn.Linear.forward:
+        if plain is None or not (type(plain).forward is nn.Linear.forward or is_linear(plain)):
             raise TypeError(
                 f"linear: expected an nn.Linear or a Conv1D, got {type(linear).__name__}, whose "
                 "output may be more than the product with its weight"

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..nn._modules import imported, is_conv1d, is_from_transformers, matches, paths_of_modules
+from ..nn._modules import (
+    imported,
+    is_conv1d,
+    is_from_transformers,
+    is_linear,
+    matches,
+    paths_of_modules,
+)
 from ..nn.linear import LiquidLinear
 from ..ops import FLOATS
 from ..weights.liquidquant import MAX_IN_FEATURES
@@ -107,7 +114,7 @@ class _Rules:
 
     def reason(self, module: nn.Module, names: list[str]) -> str | None:
         # Not isinstance: a subclass may use its weight in ways of its own.
-        if type(module) is not nn.Linear and not is_conv1d(module):
+        if not is_linear(module) and not is_conv1d(module):
             return _not_linear(module)
         if role := self._roles.get(module):
             return role
@@ -125,7 +132,7 @@ class _Rules:
             return "its weight is tied to another module's"
         if weight.dtype not in FLOATS:
             return f"its dtype is {weight.dtype}"
-        rows, columns = weight.shape if type(module) is nn.Linear else weight.shape[::-1]
+        rows, columns = weight.shape[::-1] if is_conv1d(module) else weight.shape
         if not (rows > 0 and 0 < columns <= MAX_IN_FEATURES):
             return f"its shape is {list(weight.shape)}"
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
@@ -195,7 +202,7 @@ def _heads(paths: dict[nn.Module, list[str]]) -> Iterator[tuple[nn.Module, str]]
             continue
         inside = set(base.modules())
         for child in module.modules():
-            if type(child) is nn.Linear and child not in inside and child is not head:
+            if is_linear(child) and child not in inside and child is not head:
                 rows = child.out_features
                 if rows < _FEW_ROWS or rows == getattr(module.config, "num_labels", None):
                     yield child, f"the head of a task, of {rows} rows"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...nn._modules import is_linear
 from ...weights.quantize import quantize_weight
 from ...weights.weight import dequantize_weight
 from ..config import LiquidConfig
@@ -79,7 +80,7 @@ def find_sites(block: nn.Module, config: LiquidConfig) -> list[Site]:
         taken = {name for other in sites for name in other.linears}
         if site.source not in modules or taken & set(site.linears):
             continue
-        if all(type(modules.get(name)) is nn.Linear for name in site.linears):
+        if all(is_linear(modules.get(name)) for name in site.linears):
             sites.append(site)
     return sites
 
