@@ -52,9 +52,12 @@ _DOWN = {"keep": ("down_proj",)}
 # The keys and values of grouped heads are small, and all their query heads depend on them.
 _DOWN_KV = {"keep": ("down_proj", "k_proj", "v_proj")}
 RECIPES = {
+    "head int8, all else in floats": {"skip": ("layers.*",), "head": "int8"},
     "W8A8": {"keep": ("*",)},
+    "W8A8, head int8": {"keep": ("*",), "head": "int8"},
     "rtn": {"method": "rtn"},
     "search": {},
+    "search, head int8": {"head": "int8"},
     "search, rotate": {"rotate": True},
     "hessian": {"method": "hessian"},
     "gptq": _GPTQ,

@@ -22,13 +22,14 @@ from ..checkpoints.sources import check_vocabulary, folders_of, load_model, read
 from ..nn.linear import LiquidLinear
 from ..ops import _library
 from ..quantization.calibration.data import token_windows
-from ..quantization.config import GATES, METHODS, LiquidConfig
+from ..quantization.config import GATES, HEADS, METHODS, LiquidConfig
 from ..quantization.evaluate import evaluate, sliding_windows
 from ..quantization.model import quantize_
 from ..quantization.report import QuantizationReport
 
 Method = Enum("Method", {name: name for name in METHODS}, type=str)
 Gate = Enum("Gate", {name: name for name in GATES}, type=str)
+Head = Enum("Head", {name: name for name in HEADS}, type=str)
 
 MODEL = Annotated[
     str,
@@ -158,6 +159,9 @@ def quantize_command(
     skip: Annotated[
         list[str] | None, typer.Option(help="Patterns of layers to leave alone: lm_head if none.")
     ] = None,
+    head: Annotated[
+        Head, typer.Option(help="int8: the output embeddings get INT8 precision.")
+    ] = Head["float"],
     config: Annotated[
         str, typer.Option(help="Other fields of LiquidConfig, as a JSON object.")
     ] = "{}",
@@ -183,6 +187,7 @@ def quantize_command(
         "rotate": rotate,
         "augment": augment,
         "keep": keep or (),
+        "head": head.value,
         "gate": gate.value,
     }
     if skip is not None:

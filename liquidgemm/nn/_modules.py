@@ -130,6 +130,30 @@ def conv1d_as_linear(model: nn.Module) -> Iterator[None]:
                 now.replaces = type(conv)
 
 
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Names of tied parameters, as a model of transformers has them; empty for others."""
+    if not is_from_transformers(model) or not getattr(model.config, "tie_word_embeddings", False):
+        return {}
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def ties_besides(model: nn.Module, head: nn.Module) -> bool:
+    """Whether the setting of a model of transformers that ties its head ties more than that."""
+    names = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    return bool(names) and not _ties(model).keys() <= names
+
+
+def untie(model: nn.Module, head: nn.Module) -> None:
+    """Models of transformers are told that the weight of this head is its own."""
+    for module in model.modules():
+        names = [name for name, child in module.named_modules() if child is head]
+        if names and is_from_transformers(module):
+            ties = _ties(module)
+            module.config.tie_word_embeddings = False
+            for name in names:
+                ties.pop(f"{name}.weight", None)
+
+
 def attach(model: nn.Module) -> None:
     """Tells other libraries which layers are quantized: PEFT, and transformers for each of its
     models in this one."""

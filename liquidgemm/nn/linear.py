@@ -34,7 +34,12 @@ class LiquidLinear(nn.Module):
 
     A new layer is zero until it is loaded. Nothing in it is trained, but gradients flow through it
     to x. Casts such as ``.half()`` change the bias alone: the scale stays float32, and the output
-    always has the dtype of x. ``weight`` tells shape, dtype and device, and holds no values.
+    has the dtype of x. ``weight`` tells shape, dtype and device, and holds no values.
+
+    Attributes:
+        out_dtype: dtype of the output; None for that of x. Of a head, ``torch.float32`` gives
+            logits without a last rounding to 16 bits. Copies and pickles keep it, the
+            ``state_dict`` does not.
 
     Args:
         in_features: K, 1 to 132 104.
@@ -64,6 +69,7 @@ class LiquidLinear(nn.Module):
     columns: Tensor | None
     # The class of the float layer in whose place it is: nn.Linear, or one that holds it transposed.
     replaces: type[nn.Module] = nn.Linear
+    out_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -173,6 +179,8 @@ class LiquidLinear(nn.Module):
             )
         # Not as attributes: that look-up is Python's last resort, and costs as much as the checks.
         held = self._buffers
+        if self.out_dtype is not None:
+            x = x.to(self.out_dtype)
         if held["columns"] is not None:
             # Before they are rounded: the scale of a token does not change by it, nor do the bits,
             # and gradients find their way.

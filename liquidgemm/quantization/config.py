@@ -13,6 +13,7 @@ from ..weights.quantize import GROUP_SIZES
 METHODS = ("search", "rtn", "hessian", "gptq")
 CALIBRATED = ("hessian", "gptq")
 GATES = ("raise", "warn", "off")
+HEADS = ("float", "int8")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class LiquidConfig:
         tune: steps in which row scales and norm gains of each block are fitted to what the float
             model gives, codes and grids staying as they are; 0 for none.
         seed: of the random rotation and of the order of batches in tuning.
+        head: what becomes of the output embeddings (the lm_head) of a language model. "float"
+            leaves them to skip and keep. "int8" gives them the precision of an INT8 weight, whether
+            or not "lm_head" is skipped; where they are tied to the input embeddings, those keep
+            their table of floats, and the head gets a weight of its own.
         gate: what to do if on held-out text the calibrated model is worse than one quantized
             without data: "raise", "warn" or "off".
 
@@ -70,6 +75,7 @@ class LiquidConfig:
     tune: int = 0
     seed: int = 0
     gate: str = "raise"
+    head: str = "float"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -109,6 +115,8 @@ class LiquidConfig:
             raise ValueError(f"seed: expected an integer, got {self.seed!r}")
         if self.gate not in GATES:
             raise ValueError(f"gate: expected one of {GATES}, got {self.gate!r}")
+        if self.head not in HEADS:
+            raise ValueError(f"head: expected one of {HEADS}, got {self.head!r}")
 
     @property
     def needs_calibration(self) -> bool:

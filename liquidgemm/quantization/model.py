@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..nn._modules import (
     matches,
     paths_of_modules,
     replace_module,
+    untie,
 )
 from ..nn.linear import LiquidLinear
 from ..weights.liquidquant import GROUP, Q_MAX
@@ -113,7 +115,9 @@ def quantize_(
             "LiquidLinear.from_linear(model)"
         )
     selection = select(model, config, filter_fn)
-    names = selection.names
+    names, whole = selection.names, config
+    if selection.heads:
+        config = replace(config, keep=(*config.keep, *selection.heads))
     if not names:
         if DONE not in selection.skipped.values():
             raise _nothing(selection)
@@ -127,7 +131,7 @@ def quantize_(
     if calibration is None and not dry_run:
         _check_unused(held_out=held_out, resume=resume)
     _check_device(device)
-    _check_patterns(model, names, config)
+    _check_patterns(model, names, whole)
     batches = unseen = None
     if calibration is not None:
         batches = as_batches(calibration, tokenizer, "calibration", model)
@@ -144,7 +148,7 @@ def quantize_(
             return QuantizationReport(
                 tuple(names), selection.skipped, plan=lines, parameters=selection.parameters
             )
-        recorded = _common_config(model, config)
+        recorded = _common_config(model, whole)
         paths = paths_of_modules(model)
         if batches is None:
             rotate_(model, config)
@@ -158,6 +162,8 @@ def quantize_(
             layers, losses, measure = found.layers, found.held_out, found.measure
             check_gate(losses, config.gate, measure)
             coarse_rows, sizes = _install(model, names, paths, found, config, probe)
+        for name in selection.heads:
+            untie(model, model.get_submodule(name))
     model.liquid_config = recorded
     attach(model)
     if probe is not None:

@@ -16,6 +16,7 @@ from ..nn._modules import (
     is_linear,
     matches,
     paths_of_modules,
+    ties_besides,
 )
 from ..nn.linear import LiquidLinear
 from ..ops import FLOATS
@@ -37,12 +38,14 @@ class Selection:
 
     Attributes:
         names: of the layers to quantize, in the order of the model.
+        heads: those of them that are output embeddings and get the precision of the config's head.
         skipped: name and reason for every other module that holds a matrix.
         parameters: every parameter of two or more dimensions, once, and the weights of layers that
             are quantized already.
     """
 
     names: list[str] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, ParameterReport] = field(default_factory=dict)
 
@@ -60,7 +63,11 @@ def select(
     config: LiquidConfig,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
 ) -> Selection:
-    """Sorts out the modules of a model; the model is not changed."""
+    """Sorts out the modules of a model; the model is not changed.
+
+    Raises:
+        ValueError: the config's head is "int8", and there is no head that can be.
+    """
     paths = paths_of_modules(model)
     result = Selection()
     rules = _Rules(model, paths, config, filter_fn)
@@ -77,8 +84,12 @@ def select(
         reason = rules.reason(module, names)
         if reason is None:
             result.names.append(name)
+            if module in rules.int8_heads:
+                result.heads.append(name)
         else:
             result.skipped[name] = reason
+    if config.head == "int8":
+        _check_head(rules, result, paths)
     owners = {id(module): names[0] for module, names in paths.items()}
     for key, parameter in model.named_parameters():
         if parameter.ndim > 1:
@@ -86,6 +97,22 @@ def select(
             reason = result.skipped.get(owner)
             result.parameters[key] = ParameterReport(tuple(parameter.shape), reason, not reason)
     return result
+
+
+def _check_head(rules: _Rules, result: Selection, paths: dict[nn.Module, list[str]]) -> None:
+    """Raises a ValueError unless there is a head, and each is quantized, by now or already."""
+    heads = [*rules.int8_heads, *(m for m in _outputs(paths) if isinstance(m, LiquidLinear))]
+    if not heads:
+        raise ValueError(
+            'head: expected a model with output embeddings or a layer named lm_head for "int8", '
+            "got one without"
+        )
+    for name in (paths[head][0] for head in heads):
+        if result.skipped.get(name, DONE) != DONE:
+            raise ValueError(
+                f'head: expected one that can be quantized for "int8", got {name}: '
+                f"{result.skipped[name]}"
+            )
 
 
 def _has_weight(module: nn.Module) -> bool:
@@ -106,7 +133,10 @@ class _Rules:
         config: LiquidConfig,
         filter_fn: Callable[[str, nn.Module], bool] | None,
     ) -> None:
-        self._config, self._filter = config, filter_fn
+        self._config, self._filter, self._paths = config, filter_fn, paths
+        self.int8_heads = set()
+        if config.head == "int8":
+            self.int8_heads |= {m for m in _outputs(paths) if not isinstance(m, LiquidLinear)}
         self._tied = set(_overlapping(paths))
         self._heads = dict(_heads(paths))
         self._roles = {**dict(_held_elsewhere(paths)), **dict(_adapters(paths))}
@@ -118,7 +148,10 @@ class _Rules:
             return _not_linear(module)
         if role := self._roles.get(module):
             return role
+        is_head = module in self.int8_heads
         for pattern in self._config.skip:
+            if is_head and pattern == "lm_head":
+                continue
             if any(matches(name, pattern) for name in names):
                 return f"matches the pattern {pattern!r}"
             if pattern == "lm_head" and module in self._heads:
@@ -128,7 +161,7 @@ class _Rules:
             return "its weight is computed from other parameters"
         if type(weight) is not nn.Parameter:
             return f"its weight is a {type(weight).__name__}, not a plain tensor"
-        if id(weight) in self._tied:
+        if id(weight) in self._tied and not (is_head and self._only_embeds(module)):
             return "its weight is tied to another module's"
         if weight.dtype not in FLOATS:
             return f"its dtype is {weight.dtype}"
@@ -142,6 +175,16 @@ class _Rules:
         if self._filter is not None and not self._filter(names[0], module):
             return "rejected by filter_fn"
         return None
+
+    def _only_embeds(self, head: nn.Module) -> bool:
+        """Whether its weight is that of one embedding besides, and nothing else is tied with it."""
+        others = {module: names for module, names in self._paths.items() if module is not head}
+        owners = [m for m in others if any(p is head.weight for p in m._parameters.values())]
+        if len(owners) != 1 or not isinstance(owners[0], nn.Embedding):
+            return False
+        return id(head.weight) not in _overlapping(others) and not any(
+            ties_besides(module, head) for module in others
+        )
 
 
 def _not_linear(module: nn.Module) -> str:
@@ -206,6 +249,20 @@ def _heads(paths: dict[nn.Module, list[str]]) -> Iterator[tuple[nn.Module, str]]
                 rows = child.out_features
                 if rows < _FEW_ROWS or rows == getattr(module.config, "num_labels", None):
                     yield child, f"the head of a task, of {rows} rows"
+
+
+def _outputs(paths: dict[nn.Module, list[str]]) -> Iterator[nn.Module]:
+    """Output embeddings: as models of transformers say, in others what is named lm_head."""
+    seen = False
+    for module in paths:
+        if is_from_transformers(module):
+            with suppress(NotImplementedError):
+                head = module.get_output_embeddings()
+                if isinstance(head, nn.Module) and head in paths:
+                    seen = True
+                    yield head
+    if not seen:
+        yield from (m for m, names in paths.items() if any(matches(n, "lm_head") for n in names))
 
 
 def _held_elsewhere(paths: dict[nn.Module, list[str]]) -> Iterator[tuple[nn.Module, str]]:
