@@ -2,10 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "liquidgemm/cpu/layout.hpp"
+#include "liquidgemm/cpu/work.hpp"
 
 namespace liquidgemm::cpu {
 namespace {
@@ -15,43 +14,10 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 // Work that is worth a second thread: about 10 microseconds.
-constexpr int64_t kGrainWeights = 1 << 18;      // times tokens, of a product
-constexpr int64_t kGrainActivations = 1 << 15;  // to quantize or arrange
+constexpr int64_t kGrainWeights = 1 << 18;  // times tokens, of a product
 
 // Arranged activations of one round should stay in a core's second cache while all weights pass.
 constexpr int64_t kRoundBytes = 1 << 20;
-
-struct FreeAligned {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
-};
-template <class T>
-using Memory = std::unique_ptr<T[], FreeAligned>;
-
-template <class T>
-Memory<T> allocate(int64_t count) {
-  return Memory<T>(
-      static_cast<T*>(::operator new(size_t(count) * sizeof(T), std::align_val_t{64})));
-}
-
-int64_t size_of(Element type) {
-  switch (type) {
-    case Element::kInt8:
-      return 1;
-    case Element::kBFloat16:
-    case Element::kFloat16:
-      return 2;
-    default:
-      return 4;
-  }
-}
-
-template <class Function>
-void run(ParallelFor parallel_for, int64_t count, int64_t grain, Function& function) {
-  const Body body = [](void* context, int64_t begin, int64_t end) {
-    (*static_cast<Function*>(context))(begin, end);
-  };
-  parallel_for(count, grain, body, &function);
-}
 
 // Tokens [first, first + count) of the arguments, arranged from `to`'s first token on.
 void arrange(Kernels const& kernels,

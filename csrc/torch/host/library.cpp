@@ -8,6 +8,11 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CPU, m) {
   m.impl("quantize_activation", TORCH_BOX(&quantize_activation_cpu));
   m.impl("gemm", TORCH_BOX(&gemm_cpu));
   m.impl("linear", TORCH_BOX(&linear_cpu));
+  m.impl("grouped_gemm", TORCH_BOX(&grouped_gemm_cpu));
+  m.impl("moe_schedule", TORCH_BOX(&moe_schedule_cpu));
+  m.impl("quantize_activation_rows", TORCH_BOX(&quantize_activation_rows_cpu));
+  m.impl("moe_combine", TORCH_BOX(&moe_combine_cpu));
+  m.impl("moe", TORCH_BOX(&moe_cpu));
   m.impl("pack_weight", TORCH_BOX(&pack_weight_cpu));
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight_cpu));
 }

@@ -22,6 +22,37 @@ Tensor linear_cpu(Tensor const& x,
                   Tensor const& weight_scale,
                   OptionalTensor const& bias);
 
+Tensor grouped_gemm_cpu(Tensor const& x,
+                        Tensor const& x_scale,
+                        Tensor const& weight,
+                        Tensor const& weight_scale,
+                        Tensor const& offsets,
+                        OptionalTensor const& bias,
+                        OptionalType const& out_dtype,
+                        std::string const& activation);
+
+std::tuple<Tensor, Tensor, Tensor> moe_schedule_cpu(Tensor const& topk_ids, int64_t num_experts);
+
+std::tuple<Tensor, Tensor> quantize_activation_rows_cpu(Tensor const& x,
+                                                        Tensor const& slot_of_row,
+                                                        int64_t top_k);
+
+Tensor moe_combine_cpu(Tensor const& y,
+                       Tensor const& row_of_slot,
+                       Tensor const& topk_weights,
+                       OptionalTensor const& residual);
+
+Tensor moe_cpu(Tensor const& x,
+               Tensor const& topk_ids,
+               Tensor const& topk_weights,
+               Tensor const& w1,
+               Tensor const& w1_scale,
+               Tensor const& w2,
+               Tensor const& w2_scale,
+               OptionalTensor const& b1,
+               OptionalTensor const& b2,
+               std::string const& activation);
+
 Tensor pack_weight_cpu(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset);
 std::tuple<Tensor, Tensor, Tensor> unpack_weight_cpu(Tensor const& packed, int64_t n);
 

@@ -3,14 +3,11 @@
 #include "reference.hpp"
 
 namespace liquidgemm::binding {
-namespace {
 
 Tensor float_bias(Tensor const& bias) {
   return bias.scalar_type() == ScalarType::Float ? bias
                                                  : torch::stable::to(bias, ScalarType::Float);
 }
-
-}  // namespace
 
 Tensor multiply(cpu::Kernels const& kernels,
                 Tensor const& x,

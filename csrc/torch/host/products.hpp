@@ -6,6 +6,9 @@
 
 namespace liquidgemm::binding {
 
+// The bias that kernels take: contiguous float32.
+Tensor float_bias(Tensor const& bias);
+
 // x is int8 with x_scale, or a float type without.
 Tensor multiply(cpu::Kernels const& kernels,
                 Tensor const& x,
