@@ -57,10 +57,9 @@ inline Experts checked_experts(Tensor const& x,
   check(scale.dim() == 2 && scale.size(0) >= 1 && scale.size(1) >= 1, names.scale,
         ": expected shape [E, N], got ", shape_of(scale));
   const int64_t experts = scale.size(0), n = scale.size(1);
-  check_shape(
-      names.weight, weight,
-      {experts, ceil_div(n, kBlockRows), ceil_div(k, kBlockK), LiquidQuant::kBlockBytes},
-      " for E = ", experts, " and N = ", n, " of ", names.scale, " and K = ", k);
+  check_shape(names.weight, weight,
+              {experts, ceil_div(n, kBlockRows), ceil_div(k, kBlockK), LiquidQuant::kBlockBytes},
+              " for E = ", experts, " and N = ", n, " of ", names.scale, " and K = ", k);
   if (bias) {
     check_dtype(names.bias, *bias, kFloats);
     check_shape(names.bias, *bias, {experts, n});
@@ -75,7 +74,9 @@ inline Experts checked_experts(Tensor const& x,
 }
 
 // The activation of a layer of gated experts.
-inline GatedActivation checked_gate(std::string const& activation, int64_t n, char const* scale_name) {
+inline GatedActivation checked_gate(std::string const& activation,
+                                    int64_t n,
+                                    char const* scale_name) {
   const std::optional<GatedActivation> gate = gated_activation(activation);
   check(gate.has_value(), "activation: expected silu_mul or gelu_tanh_mul or swiglu_clamped, got '",
         activation, "'");
@@ -124,8 +125,8 @@ inline void check_ids(Tensor const& topk_ids) {
   check(topk_ids.dim() == 2 && topk_ids.size(1) >= 1,
         "topk_ids: expected shape [tokens, top_k >= 1], got ", shape_of(topk_ids));
   constexpr int64_t kMostSlots = (int64_t{1} << 31) - 1;
-  check(topk_ids.numel() <= kMostSlots, "topk_ids: expected at most ", kMostSlots,
-        " entries, got ", topk_ids.numel());
+  check(topk_ids.numel() <= kMostSlots, "topk_ids: expected at most ", kMostSlots, " entries, got ",
+        topk_ids.numel());
 }
 
 inline void check_schedule(Tensor const& topk_ids, int64_t num_experts) {
@@ -151,8 +152,7 @@ inline void check_combine(Tensor const& y,
         "topk_weights: expected shape [tokens, top_k >= 1], got ", shape_of(topk_weights));
   check_same_device("topk_weights", topk_weights, "y", y);
   check_dtype("row_of_slot", row_of_slot, {ScalarType::Int});
-  check_shape("row_of_slot", row_of_slot, {topk_weights.numel()},
-              " for the shape of topk_weights");
+  check_shape("row_of_slot", row_of_slot, {topk_weights.numel()}, " for the shape of topk_weights");
   check_same_device("row_of_slot", row_of_slot, "y", y);
   if (residual) {
     check_dtype("residual", *residual, {y.scalar_type()});
@@ -191,8 +191,7 @@ inline Moe checked_moe(Tensor const& x,
   check_dtype("w2_scale", w2_scale, {ScalarType::Float});
   check_shape("w2_scale", w2_scale, {first.count(), hidden}, " for E = ", first.count(),
               " of w1_scale and H = ", hidden, " of x");
-  Experts second =
-      checked_experts(x, first.n() / 2, {"w2", "w2_scale", "b2"}, w2, w2_scale, b2);
+  Experts second = checked_experts(x, first.n() / 2, {"w2", "w2_scale", "b2"}, w2, w2_scale, b2);
   return {std::move(first), std::move(second), gate};
 }
 

@@ -56,11 +56,11 @@ def register(op: str, rules: type[Rules], lib: Library) -> None:
     """Have the op ``liquidgemm::op`` differentiated by the rules."""
 
     rules.op = getattr(torch.ops.liquidgemm, op).default
-    arity = len(rules.op._schema.arguments)
+    defaults = tuple(argument.default_value for argument in rules.op._schema.arguments)
 
     def dispatch(keys, x: Tensor, *args):
         if may_be_differentiated(x, *args):
-            args += (None,) * (arity - 1 - len(args))  # the dispatcher leaves out defaults
+            args += defaults[1 + len(args) :]  # the dispatcher leaves them out
             with enable_single_level_autograd_function():
                 return rules.apply(keys, x, *args)
         with torch._C._AutoDispatchBelowAutograd():

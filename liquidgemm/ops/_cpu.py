@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from . import _library, _reference
+from . import _library, _reference, _reference_experts  # noqa: F401 (defines ops)
 
 REFERENCE = _reference.NAME
 VARIABLE = "LIQUIDGEMM_CPU"

@@ -23,7 +23,7 @@ def _linear_fake(x, weight, weight_scale, bias=None) -> Tensor:
 # Derivatives. All take the rounding of x for the identity ("straight-through").
 
 
-def _dequantized(weight: Tensor, weight_scale: Tensor, k: int) -> Tensor:
+def dequantized(weight: Tensor, weight_scale: Tensor, k: int) -> Tensor:
     w8 = decode(*unpack_weight(weight, weight_scale.shape[0]))[:, :k]
     return w8.float() * weight_scale.unsqueeze(-1)
 
@@ -45,7 +45,7 @@ class _LinearRules(_autograd.Rules):
         if ctx.needs_input_grad[3]:
             raise RuntimeError(_ONLY_X_AND_BIAS)
         if grad is not None and ctx.needs_input_grad[1]:
-            w = _dequantized(*ctx.saved_tensors, ctx.in_features)
+            w = dequantized(*ctx.saved_tensors, ctx.in_features)
             grad_x = grad @ w.to(grad.dtype)
         if grad is not None and ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
@@ -58,7 +58,7 @@ class _LinearRules(_autograd.Rules):
             raise RuntimeError(_ONLY_X_AND_BIAS)
         tangent = None
         if x is not None:
-            w = _dequantized(*ctx.saved_tensors, ctx.in_features)
+            w = dequantized(*ctx.saved_tensors, ctx.in_features)
             tangent = x @ w.to(ctx.dtype).T
         if bias is not None:
             bias = bias.to(ctx.dtype).expand(ctx.shape)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _autograd, _registry
 from ._checks import FLOATS, require, require_device, require_dtype, require_shape
-from ._grouped import GATED, check_activation, check_experts, check_matrix
+from ._grouped import GATED, INTERLEAVE, check_activation, check_experts, check_matrix
+from ._linear import dequantized
 
 _MOST_SLOTS = 2**31 - 1
 
@@ -172,11 +174,71 @@ def _moe_fake(
     return x.new_empty((tokens, hidden))
 
 
+# Derivatives take the rounding of activations for the identity ("straight-through").
+
+_ONLY_X_AND_WEIGHTS = "liquidgemm.moe is differentiable with respect to x and topk_weights alone"
+
+
+def _float_gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    if activation == "silu_mul":
+        return F.silu(gate) * up
+    if activation == "gelu_tanh_mul":
+        return F.gelu(gate, approximate="tanh") * up
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+class _MoeRules(_autograd.Rules):
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.activation = inputs[1:]
+        ctx.there = [tensor is not None for tensor in tensors]
+        ctx.save_for_backward(*(tensor for tensor in tensors if tensor is not None))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if any(ctx.needs_input_grad[4:]):
+            raise RuntimeError(_ONLY_X_AND_WEIGHTS)
+        saved = iter(ctx.saved_tensors)
+        tensors = [next(saved) if there else None for there in ctx.there]
+        grad_x, grad_weights = _moe_backward(grad, *tensors, ctx.activation)
+        return None, grad_x, None, grad_weights, *(None,) * 7
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError("liquidgemm.moe: there is no derivative in forward mode")
+
+
+def _moe_backward(
+    grad, x, topk_ids, topk_weights, w1, w1_scale, w2, w2_scale, b1, b2, activation
+) -> tuple[Tensor, Tensor]:
+    """Expert by expert, so that the float weights of one are there at a time."""
+    # One row per slot and a sum in order: index_add_ would add in any order.
+    by_slot = grad.new_zeros((*topk_ids.shape, x.shape[1]))
+    grad_weights = torch.zeros_like(topk_weights)
+    for e in range(len(w1_scale)):
+        token, slot = (topk_ids == e).nonzero(as_tuple=True)
+        if not len(token):
+            continue
+        of_first = dequantized(w1[e], w1_scale[e], x.shape[1]).to(grad.dtype)
+        of_second = dequantized(w2[e], w2_scale[e], w1_scale.shape[1] // 2).to(grad.dtype)
+        with torch.enable_grad():
+            rows = x[token].detach().to(grad.dtype).requires_grad_()
+            first = F.linear(rows, of_first, None if b1 is None else b1[e].to(grad.dtype))
+            gate, up = first.unflatten(1, (-1, 2, INTERLEAVE)).unbind(2)
+            h = _float_gated(activation, gate, up).flatten(1)
+            y = F.linear(h, of_second, None if b2 is None else b2[e].to(grad.dtype))
+        weights = topk_weights[token, slot].unsqueeze(1).to(grad.dtype)
+        (by_slot[token, slot],) = torch.autograd.grad(y, rows, grad[token] * weights)
+        grad_weights[token, slot] = (y.detach() * grad[token]).sum(1).to(grad_weights.dtype)
+    return by_slot.sum(1), grad_weights
+
+
 _moe = _registry.define(
     "moe(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor w1, Tensor w1_scale, Tensor w2, "
     'Tensor w2_scale, Tensor? b1=None, Tensor? b2=None, str activation="silu_mul") -> Tensor',
     _moe_fake,
-    _autograd.not_differentiable("moe"),
+    _MoeRules,
 )
 
 
@@ -199,6 +261,9 @@ def moe(
     every intermediate of the dtype of x. The output of a token depends on that token, its choices
     and their experts alone.
 
+    Differentiable in reverse mode with respect to x and topk_weights, as with the dequantized
+    weights and without rounding of activations.
+
     Args:
         x: float32, bfloat16 or float16 ``[tokens, H]``.
         topk_ids: int32 or int64 ``[tokens, top_k]``; ids outside 0 to E - 1 add nothing.
@@ -217,6 +282,6 @@ def moe(
 
     Raises:
         RuntimeError: a wrong dtype, shape or device, an unknown activation, or on a CUDA tensor no
-            usable kernel.
+            usable kernel; and where another derivative is asked for.
     """
     return _moe(x, topk_ids, topk_weights, w1, w1_scale, w2, w2_scale, b1, b2, activation)

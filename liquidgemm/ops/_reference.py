@@ -8,7 +8,7 @@ rounded float32 operation in a fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -78,14 +78,18 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None)
 
 
 _lib = Library("liquidgemm_reference", "DEF")
-for _function, _schema in (
-    (quantize_activation, "(Tensor x) -> (Tensor, Tensor)"),
-    (
-        gemm,
-        "(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
-        "ScalarType out_dtype) -> Tensor",
-    ),
-    (linear, "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor"),
-):
-    _lib.define(_function.__name__ + _schema)
-    _lib.impl(_function.__name__, _function, "CPU")
+
+
+def define(function: Callable, schema: str) -> None:
+    """Make a function of this kind an op, for the C++ side to call."""
+    _lib.define(function.__name__ + schema)
+    _lib.impl(function.__name__, function, "CPU")
+
+
+define(quantize_activation, "(Tensor x) -> (Tensor, Tensor)")
+define(
+    gemm,
+    "(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
+    "ScalarType out_dtype) -> Tensor",
+)
+define(linear, "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor")

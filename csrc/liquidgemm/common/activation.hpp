@@ -100,8 +100,12 @@ CUTE_HOST_DEVICE float swiglu_up(float x) {
   return rounded::add(x, 1.f);
 }
 
+}  // namespace
+
 // What an MLP makes of two projections of its input, in the roundings of eager torch.
 enum class GatedActivation : int { kSiluMul, kGeluTanhMul, kSwigluClamped };
+
+namespace {
 
 // R(R(silu(gate)) * up), R(R(gelu_tanh(gate)) * up) or R(R(swiglu_gate(gate)) * R(swiglu_up(up))):
 // gate and up are of a dtype already, and `round` rounds to that dtype and back to float.

@@ -100,8 +100,7 @@ void combine_tokens(CombineArguments const& a, int64_t begin, int64_t end) {
       with_type(a.weight_type, [&](auto type) {
         weight = to_float(static_cast<decltype(type) const*>(a.weights)[slot]);
       });
-      add_weighted<T>(at(a.y, row * a.columns * int64_t{sizeof(T)}), weight, a.columns,
-                      sums.get());
+      add_weighted<T>(at(a.y, row * a.columns * int64_t{sizeof(T)}), weight, a.columns, sums.get());
     }
     T* const out = static_cast<T*>(a.out) + token * a.columns;
     for (int64_t i = 0; i < a.columns; ++i)

@@ -48,6 +48,23 @@ Tensor grouped_product(cpu::Kernels const& kernels,
   return y;
 }
 
+// Of the first rows of x; the others are not written.
+std::tuple<Tensor, Tensor> quantized_rows(cpu::Kernels const& kernels,
+                                          Tensor const& x,
+                                          int64_t rows) {
+  const int64_t k = x.size(1);
+  Tensor x8 = allocate(x, {x.size(0), k}, ScalarType::Char);
+  Tensor scale = allocate(x, {x.size(0)}, ScalarType::Float);
+  const cpu::QuantizeArguments a{x.const_data_ptr(),
+                                 element_of(x.scalar_type()),
+                                 static_cast<int8_t*>(x8.mutable_data_ptr()),
+                                 static_cast<float*>(scale.mutable_data_ptr()),
+                                 rows,
+                                 k};
+  cpu::quantize_activation(kernels, a, on_torch_threads);
+  return {x8, scale};
+}
+
 }  // namespace
 
 Tensor grouped_gemm_cpu(Tensor const& x,
@@ -59,8 +76,8 @@ Tensor grouped_gemm_cpu(Tensor const& x,
                         OptionalType const& out_dtype,
                         std::string const& activation) {
   check_grouped_rows(x, x_scale);
-  const Experts experts = checked_experts(x, x.size(1), {"weight", "weight_scale", "bias"}, weight,
-                                          weight_scale, bias);
+  const Experts experts =
+      checked_experts(x, x.size(1), {"weight", "weight_scale", "bias"}, weight, weight_scale, bias);
   check_offsets(offsets, x, experts.count());
   const GroupedOutput out = checked_grouped_output(experts, bias, out_dtype, activation);
   if (cpu::Kernels const* const kernels = cpu::current_kernels())
@@ -165,22 +182,21 @@ Tensor moe_cpu(Tensor const& x,
                OptionalTensor const& b1,
                OptionalTensor const& b2,
                std::string const& activation) {
-  const Moe moe = checked_moe(x, topk_ids, topk_weights, w1, w1_scale, w2, w2_scale, b1, b2,
-                              activation);
+  const Moe moe =
+      checked_moe(x, topk_ids, topk_weights, w1, w1_scale, w2, w2_scale, b1, b2, activation);
   cpu::Kernels const* const kernels = cpu::current_kernels();
   if (kernels == nullptr) {
-    std::array stack{from(x),        from(topk_ids), from(topk_weights), from(w1),
-                     from(w1_scale), from(w2),       from(w2_scale),     from(b1),
-                     from(b2),       from(activation)};
+    std::array stack{from(x),  from(topk_ids), from(topk_weights), from(w1), from(w1_scale),
+                     from(w2), from(w2_scale), from(b1),           from(b2), from(activation)};
     call_reference("liquidgemm_reference::moe", stack);
     return to<Tensor>(stack[0]);
   }
   const ScalarType type = x.scalar_type();
   const auto [offsets, row_of_slot, slot_of_row] = moe_schedule_cpu(topk_ids, moe.first.count());
   const auto [x8, x_scale] = quantize_activation_rows_cpu(x, slot_of_row, topk_ids.size(1));
-  const Tensor h =
-      grouped_product(*kernels, x8, x_scale, moe.first, offsets, {type, moe.gate});
-  const auto [h8, h_scale] = quantize_activation_cpu(h);
+  const Tensor h = grouped_product(*kernels, x8, x_scale, moe.first, offsets, {type, moe.gate});
+  const int64_t rows = data<int32_t>(offsets)[moe.first.count()];
+  const auto [h8, h_scale] = quantized_rows(*kernels, h, rows);
   const Tensor y =
       grouped_product(*kernels, h8, h_scale, moe.second, offsets, {type, std::nullopt});
   return moe_combine_cpu(y, row_of_slot, topk_weights, std::nullopt);
