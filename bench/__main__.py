@@ -13,6 +13,7 @@ COMMANDS = {
     "host": ("suites.host_cost", "what an eager call costs on the CPU, beside torch's"),
     "cpu": ("suites.cpu", "linear on the CPU beside torch's and llama.cpp's"),
     "cpu-report": ("report.cpu", "its table and plot, from the JSON alone"),
+    "step": ("suites.step", "a decode step of whole models: bf16, FP8, humming and ours"),
     "ablation": ("suites.ablation", "what each part of the design is worth"),
     "micro": ("suites.micro", "C++ microbenchmarks: the ceilings"),
     "quality": ("suites.quality", "perplexity and cosine of real models by recipe"),

@@ -1,0 +1,170 @@
+"""The benchmark of decode steps, on a tiny model and a CPU."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import liquidgemm
+from bench.decoder import measure
+from bench.decoder.cache import Cache
+from bench.decoder.decoder import PARTS, Decoder, random_weight
+from bench.decoder.elementwise import Elementwise
+from bench.decoder.formats import Format, Int8, Linear, make, parse_formats
+from bench.decoder.sizes import MODELS, parse_models
+from bench.suites import step
+
+CPU = torch.device("cpu")
+TINY = MODELS["tiny"]
+ELEMENTWISE = Elementwise(compiled=False)
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    path = tmp_path_factory.mktemp("step") / "step.json"
+    words = ["--models", "tiny", "--device", "cpu", "--context", "12", "--batch", "1,3"]
+    words += ["--settings", "bf16/bf16,bf16/8bit", "--prefill", "2x8", "--json", str(path)]
+    code = step.main([*words, "--commit", "c0ffee"])
+    return code, json.loads(path.read_text())
+
+
+def test_a_run_from_end_to_end(record):
+    code, found = record
+    assert code == 0
+    assert found["problems"] == []
+    assert set(found["absent"]) >= {"fp8-tensor", "fp8-row", "fp8-row-apart", "humming"}
+    steps = [row for row in found["rows"] if "prefill" not in row]
+    formats = [name for name in ("bf16", "w4a8-linear", "w4a8") if name not in found["absent"]]
+    assert [(row["format"], row["head"], row["batch"]) for row in steps] == [
+        (name, head, batch) for name in formats for head in ("bf16", "8bit") for batch in (1, 3)
+    ]
+    for row in steps:
+        assert row["status"] == "ok"
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["ms"] * 1e3)
+        assert sum(row["parts"].values()) == pytest.approx(row["ms"])
+        if row["format"] == "w4a8":
+            assert row["logits_equal_composite"] is True
+    assert sum("prefill" in row for row in found["rows"]) == 2 * len(formats)
+
+
+@pytest.mark.parametrize("name", ["bf16", "w4a8-linear"])
+def test_prefill_and_steps_give_the_same_logits(name):
+    """The decoder is one: a step on the cache of a sequence continues that sequence."""
+    decoder = Decoder(TINY, make(name, ELEMENTWISE), "bf16", CPU)
+    ids = torch.randint(256, (2, 6), generator=torch.Generator().manual_seed(0))
+    cache = Cache(TINY, 2, 5, ELEMENTWISE, CPU)
+    for keys, values in cache.layers:
+        keys.zero_()
+        values.zero_()
+    whole = cache.attend
+
+    def attend(layer, q):  # to what there is by now
+        keys, values = cache.layers[layer]
+        length = int(cache.position) + 1
+        cache.layers[layer] = keys[:, :, :length], values[:, :, :length]
+        try:
+            return whole(layer, q)
+        finally:
+            cache.layers[layer] = keys, values
+
+    cache.attend = attend
+    for position in range(6):
+        cache.position.fill_(position)
+        logits = decoder.step(ids[:, position].clone(), cache, write=False)
+    expected = decoder.prefill(ids)
+    error = (logits.float() - expected.float()).norm() / expected.float().norm()
+    assert error < 0.05
+
+
+def test_a_step_writes_the_next_tokens():
+    decoder = Decoder(TINY, make("bf16", ELEMENTWISE), "bf16", CPU)
+    cache = Cache(TINY, 3, 4, ELEMENTWISE, CPU)
+    ids = decoder.first_tokens(3)
+    logits = decoder.step(ids, cache)
+    assert torch.equal(ids, logits.argmax(-1))
+    ids = decoder.first_tokens(3)
+    before = ids.clone()
+    assert torch.equal(decoder.step(ids, cache, write=False), logits)
+    assert torch.equal(ids, before)
+    assert decoder.step(ids, cache, PARTS - {"head"}).shape == (3, TINY.hidden)
+
+
+def test_weights_in_our_formats():
+    weight = random_weight(128, 96, 0, CPU)
+    x = torch.randn(5, 96, dtype=torch.bfloat16)
+    for kind, bound in ((Format, 1e-9), (Int8, 0.01), (Linear, 0.15)):
+        form = kind(ELEMENTWISE)
+        held = form.hold(weight)
+        expected = x.float() @ weight.float().T
+        error = (form.linear(x, held).float() - expected).norm() / expected.norm()
+        assert error < bound + 0.01
+        assert form.nbytes(held) > 0
+
+
+def test_a_wrong_composite_is_noticed(monkeypatch):
+    """The proof in the run: fused producers that are off by one code are found."""
+    if not hasattr(liquidgemm, "rms_norm_quantize"):
+        pytest.skip("liquidgemm has no rms_norm_quantize")
+    true = liquidgemm.rms_norm_quantize
+
+    def off_by_one(*args, return_y=False, **kwargs):
+        tokens, *rest = true(*args, return_y=return_y, **kwargs)
+        if not return_y:
+            tokens.x8[..., 0] ^= 1
+        return tokens, *rest
+
+    monkeypatch.setattr(liquidgemm, "rms_norm_quantize", off_by_one)
+    words = ["--models", "tiny", "--device", "cpu", "--context", "4", "--batch", "2"]
+    assert step.main([*words, "--formats", "w4a8", "--no-breakdown"]) == 1
+
+
+def test_sizes_are_those_of_the_models():
+    assert TINY.linears["qkv"] == (256, 128)
+    billions = {name: round(sizes.weights / 1e9, 2) for name, sizes in MODELS.items()}
+    assert billions["llama3-8b"] == 6.98
+    assert billions["llama2-70b"] == 68.45
+    assert billions["yi-34b"] == 33.47
+    assert MODELS["llama3-8b"].kv_values * 2 == 128 * 1024
+    assert MODELS["llama2-13b"].kv_values * 2 == 800 * 1024
+    assert MODELS["llama2-70b"].with_layers(8).layers == 8
+
+
+def test_largest_batch_leaves_room_to_grow():
+    sizes = MODELS["llama3-8b"]
+    fit = measure.largest_batch(sizes, Cache, int(4e9), 1024, int(80e9))
+    each = Cache.bytes_per_token(sizes) * (1024 + measure.OUTPUT)
+    assert fit % 8 == 0
+    left = 80e9 - 4e9 - measure.SPARE_BYTES
+    assert fit * each <= left < (fit + 8) * each
+    assert measure.largest_batch(sizes, Cache, int(79e9), 1024, int(80e9)) == 0
+
+
+def row(**fields):
+    return {"model": "llama3-8b", "layers": 32, "format": "bf16", "batch": 1, **fields}
+
+
+def test_a_harness_slower_than_what_is_published_says_so():
+    assert step.gate([row(tokens_per_s=165.1)]) == []
+    assert "reaches 164.0 tokens/s" in step.gate([row(tokens_per_s=164.0)])[0]
+    assert step.gate([row(tokens_per_s=1.0, layers=8)]) == []
+    assert step.gate([row(tokens_per_s=1.0, batch=16)]) == []
+    assert "fp8-tensor" in step.gate([row(tokens_per_s=200.0, format="fp8-tensor")])[0]
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "message"),
+    [
+        (parse_models, "llama9", "'llama9' is none of llama1-30b"),
+        (parse_models, " ", "no models given"),
+        (parse_formats, "fp4", "'fp4' is none of bf16"),
+        (step.parse_batches, "1,0", "'0' is neither a positive number of sequences nor max"),
+        (step.parse_settings, "bf16", "'bf16' is no KV cache"),
+        (step.parse_settings, "bf16/4bit", "'bf16/4bit' is no KV cache"),
+        (step.parse_prefills, "4", "'4' is not a number of sequences x a number of tokens"),
+    ],
+)
+def test_other_words_are_refused(parse, text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(text)
+    assert step.parse_batches("1, max,1") == [1, "max"]
