@@ -9,9 +9,21 @@ from importlib.metadata import PackageNotFoundError, version
 from .checkpoints.checkpoint import load_quantized, save_quantized
 from .importers import ImportReport, import_checkpoint
 from .integrations import register_integrations
+from .nn.experts import LiquidExperts
 from .nn.linear import LiquidLinear
 from .nn.merged import MergedLinear
-from .ops import gemm, linear, pack_weight, quantize_activation, unpack_weight
+from .ops import (
+    gemm,
+    grouped_gemm,
+    linear,
+    moe,
+    moe_combine,
+    moe_schedule,
+    pack_weight,
+    quantize_activation,
+    quantize_activation_rows,
+    unpack_weight,
+)
 from .ops._cpu import cpu_kernel, cpu_kernels, set_cpu_kernel
 from .ops.plans import explain_plan
 from .quantization.config import LiquidConfig
@@ -27,6 +39,7 @@ except PackageNotFoundError:  # run from a source checkout that is not installed
 __all__ = [
     "ImportReport",
     "LiquidConfig",
+    "LiquidExperts",
     "LiquidGemmConfig",
     "LiquidLinear",
     "MergedLinear",
@@ -38,12 +51,17 @@ __all__ = [
     "dequantize_weight",
     "explain_plan",
     "gemm",
+    "grouped_gemm",
     "import_checkpoint",
     "linear",
     "load_quantized",
+    "moe",
+    "moe_combine",
+    "moe_schedule",
     "pack_weight",
     "quantize_",
     "quantize_activation",
+    "quantize_activation_rows",
     "quantize_weight",
     "save_quantized",
     "set_cpu_kernel",

@@ -1,7 +1,7 @@
 """The ops of ``torch.ops.liquidgemm``: one module each, with schema, shape function, derivatives.
 
 CUDA implementations come from ``_C_cuda.so``, those of the CPU from ``_C_host.so``, which calls
-`_reference` if it is told to (`_cpu`). All give the same bits.
+`_reference` and `_reference_experts` if it is told to (`_cpu`). All give the same bits.
 
 Every op takes inputs of any layout, stride and storage offset, checks them before it computes, and
 raises a RuntimeError that names the argument, what was expected and what came.

@@ -179,7 +179,8 @@ def _moe_fake(
 _ONLY_X_AND_WEIGHTS = "liquidgemm.moe is differentiable with respect to x and topk_weights alone"
 
 
-def _float_gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+def float_gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """What `grouped_gemm` ends with, in torch's functions, which have derivatives."""
     if activation == "silu_mul":
         return F.silu(gate) * up
     if activation == "gelu_tanh_mul":
@@ -226,7 +227,7 @@ def _moe_backward(
             rows = x[token].detach().to(grad.dtype).requires_grad_()
             first = F.linear(rows, of_first, None if b1 is None else b1[e].to(grad.dtype))
             gate, up = first.unflatten(1, (-1, 2, INTERLEAVE)).unbind(2)
-            h = _float_gated(activation, gate, up).flatten(1)
+            h = float_gated(activation, gate, up).flatten(1)
             y = F.linear(h, of_second, None if b2 is None else b2[e].to(grad.dtype))
         weights = topk_weights[token, slot].unsqueeze(1).to(grad.dtype)
         (by_slot[token, slot],) = torch.autograd.grad(y, rows, grad[token] * weights)
