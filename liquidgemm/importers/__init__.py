@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -136,7 +136,8 @@ def import_checkpoint(
     settings = merged(files, module.SYNONYMS, module.HARMLESS)
     settings.pop("quant_method", None)
     architecture = Architecture(directory, config)
-    layers = _layers(module, source.names(), module.scheme(Settings(settings)), architecture)
+    scheme = module.scheme(Settings(settings))
+    layers = layers_of(module, source.names(), scheme, architecture.module_of)
     imported, names, notes = [], {}, list(source.notes)
     with new_folder(output, directory) as staging:
         writer = ShardWriter(staging)
@@ -241,7 +242,7 @@ def _format(files: dict[str, dict], names: list[str]) -> tuple[str, ModuleType]:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class SourceLayer:
     """A quantized layer: its name in the checkpoint and in the model, and its tensors' keys."""
 
     name: str
@@ -250,10 +251,22 @@ class _Layer:
     settings: LayerSettings
 
 
-def _layers(
-    module: ModuleType, names: list[str], scheme: LayerScheme, architecture: Architecture
-) -> list[_Layer]:
-    """Every quantized layer."""
+def layers_of(
+    module: ModuleType,
+    names: list[str],
+    scheme: LayerScheme,
+    module_of: Callable[[str], str] = str,
+) -> list[SourceLayer]:
+    """Every quantized layer.
+
+    Args:
+        module: the format.
+        names: of all tensors of the checkpoint.
+        module_of: the name in the model by that in the checkpoint.
+
+    Raises:
+        ValueError: a layer lacks a tensor, has one more, or is not what the settings say.
+    """
     by_layer: dict[str, list[str]] = {}
     for name in names:
         layer, _, key = name.rpartition(".")
@@ -264,7 +277,7 @@ def _layers(
             continue
         if not name:
             raise ValueError(f"{keys[0]}: expected a tensor of a layer, got one without its name")
-        in_model = architecture.module_of(name)
+        in_model = module_of(name)
         settings = scheme(name, in_model)
         required, optional = module.names(settings)
         if missing := sorted(required - set(keys)):
@@ -274,7 +287,7 @@ def _layers(
                 f"{name}.{unknown[0]}: expected nothing but "
                 f"{', '.join(sorted(required | optional))}"
             )
-        layers.append(_Layer(name, in_model, tuple(keys), settings))
+        layers.append(SourceLayer(name, in_model, tuple(keys), settings))
     if not layers:
         raise ValueError(
             f"weights: expected layers with {' or '.join(sorted(module.MARKS))}, got none"

@@ -42,9 +42,12 @@ LINES = {
     27: "generic walkers, wrappers and derivatives: right or refused",
     28: "exceptions: documented types in Python, one line in the command",
     29: "every instruction set of the CPU kernels equals the reference to the bit",
+    33: "serving engines: reload, prefix cache, chunks, LoRA: the outputs of the offline model",
+    34: "tensor parallel: of any size, slices bit for bit",
 }
 ON_A_CPU = (4, 7, 8, 17, 18, 19, 20, *range(22, 30))
-NOT_ON_A_GPU = (20, *range(22, 30))
+NOT_ON_A_GPU = (20, *range(22, 30), 33, 34)
+IN_AN_ENGINE = (33, 34)
 
 
 def documented_tests() -> Iterator[tuple[Path, str, str]]:
@@ -73,6 +76,8 @@ def test_every_line_has_tests(line: int) -> None:
     on_gpu = [name for file, name in NAMED[line] if {"gpu", "stress"} & set(file.parts)]
     on_cpu = [name for file, name in NAMED[line] if file.parts[0] == "cpu"]
     assert on_gpu or line in NOT_ON_A_GPU, f"no GPU test for CHECKLIST {line}: {LINES[line]}"
+    in_engine = [name for file, name in NAMED[line] if file.parts[0] == "serving"]
+    assert in_engine or line not in IN_AN_ENGINE, f"no test in an engine for CHECKLIST {line}"
     assert on_cpu or line not in ON_A_CPU, f"no CPU test for CHECKLIST {line}: {LINES[line]}"
 
 

@@ -1,0 +1,162 @@
+"""vLLM's quantization config "liquidgemm": which method each layer gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+from ...nn._modules import matches
+from ...ops import FLOATS
+from ...quantization.layer import layer_method, residual_columns
+from ..serving.foreign import foreign_layers
+from ..serving.names import Names, parts_of
+from ..transformers import LiquidGemmConfig as Settings
+from .foreign import ForeignLiquidLinearMethod
+from .linear import LiquidLinearMethod
+from .online import OnlineLiquidLinearMethod, check_online
+from .summary import Summary, check_device
+
+# With fewer rows than a tile has there is nothing to gain, and all of the rounding reaches the
+# answer: so it is with the heads of tasks, and with routers.
+_FEW_ROWS = 64
+# What vLLM itself adds to the settings of a checkpoint.
+_OF_VLLM = ("total_num_heads", "total_num_kv_heads")
+
+
+class LiquidGemmConfig(QuantizationConfig):
+    """Which layers are ours, from the ``quantization_config`` of config.json.
+
+    Three kinds of checkpoints are known: ours, whose ``layers`` are named; in floats, quantized
+    while they are loaded by the fields of ``config`` (see `LiquidConfig`), or without any such
+    settings by its defaults; and those of other projects, converted while they are loaded.
+
+    Raises:
+        ValueError: a setting that is not understood, or that needs data to quantize with.
+    """
+
+    METHOD = "liquidgemm"
+
+    def __init__(
+        self, settings: Settings | None = None, foreign: dict[str, object] | None = None
+    ) -> None:
+        super().__init__()
+        self.settings = Settings() if settings is None and foreign is None else settings
+        self.foreign = foreign
+        if self.settings is not None and self.settings.layers is None:
+            check_online(self.settings.config)
+        layers = None if self.settings is None else self.settings.layers
+        self.names = Names(layers or {})
+        self.online = foreign is None and layers is None
+        self.tied = False
+        self.summary = Summary()
+
+    @classmethod
+    def from_config(cls, config: dict) -> LiquidGemmConfig:
+        if config.get("quant_method") == cls.METHOD:
+            return cls(Settings(**config))
+        return cls(foreign={key: v for key, v in config.items() if key not in _OF_VLLM})
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict, user_quant: str | None, hf_config: object = None
+    ) -> str | None:
+        """Another project's checkpoint is converted if, and only if, the user asks for it."""
+        return cls.METHOD if user_quant == cls.METHOD else None
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: object = None, revision: str | None = None
+    ) -> None:
+        text = getattr(hf_config, "text_config", None) or hf_config
+        self.tied = bool(getattr(text, "tie_word_embeddings", False))
+        if self.foreign is not None and not self.names.layers:
+            names = get_safetensors_params_metadata(model_name, revision=revision)
+            self.names = Names(foreign_layers({"config.json": self.foreign}, names))
+
+    def get_name(self) -> str:
+        return self.METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return list(FLOATS)
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0  # check_device says more than that a number is too small, and of newer GPUs too
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        self.names = Names(hf_to_vllm_mapper.apply_dict(self.names.layers))
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        return WeightsMapper()  # that of vLLM drops what says that groups are out of order
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            return self._experts(prefix)
+        if not isinstance(layer, LinearBase | ParallelLMHead):
+            return None
+        method = self._online(layer, prefix) if self.online else self._loaded(prefix)
+        if isinstance(method, QuantizeMethodBase):
+            check_device()
+            return method
+        self.summary.leave(prefix, method)
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _loaded(self, prefix: str) -> QuantizeMethodBase | str:
+        """The method, or why there is none."""
+        found = self.names.of(prefix, self.packed_modules_mapping)
+        if not found:
+            return "so in the checkpoint"
+        if self.foreign is not None:
+            return ForeignLiquidLinearMethod(found, self.summary)
+        return LiquidLinearMethod(tuple(found), tuple(found.values()), self.summary)
+
+    def _online(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | str:
+        config = self.settings.config
+        if isinstance(layer, ParallelLMHead) and self.tied:
+            return "tied to the embeddings"
+        if layer.output_size < _FEW_ROWS:
+            return f"fewer than {_FEW_ROWS} rows"
+        names = parts_of(prefix, self.packed_modules_mapping)
+        treatments = {name: self._treatment(name, layer.input_size) for name in names}
+        if len(set(treatments.values())) > 1:
+            raise ValueError(
+                f"{prefix}: expected {', '.join(names)} to be treated alike, as vLLM computes them "
+                f"at once, got {treatments}: use patterns of skip, keep and augment that match all "
+                "of them or none"
+            )
+        if (treatment := treatments[names[0]]) is not None and treatment.startswith("matches"):
+            return treatment
+        return OnlineLiquidLinearMethod(tuple(names), config, self.summary)
+
+    def _treatment(self, name: str, in_features: int) -> str:
+        config = self.settings.config
+        for pattern in config.skip:
+            if matches(name, pattern):
+                return f"matches the pattern {pattern!r}"
+        augment = residual_columns(config, name, in_features)
+        return f"{layer_method(config, name, False)}, {augment} residual columns"
+
+    def _experts(self, prefix: str) -> None:
+        """The place of a method for experts; None leaves them in floats."""
+        inside: Sequence[str] = [n for n in self.names.layers if n.startswith(f"{prefix}.")]
+        if inside:
+            raise ValueError(
+                f"{inside[0]}: experts in W4A8 cannot be served with vLLM yet: serve the model "
+                "with transformers, or quantize with a pattern of skip that matches the experts"
+            )
+        self.summary.leave(prefix, "experts in W4A8 cannot be served yet")

@@ -1,0 +1,144 @@
+"""Linear layers of vLLM with our weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.utils import replace_parameter
+
+from ... import ops
+from ..serving.layout import Packed, Slice, as_packed, pack
+from .fusion import advertise, as_quantized
+from .parameters import CODES, MISSING, CodesParameter, columns_parameter, scale_parameter
+from .summary import Summary
+
+
+def part_of(layer: nn.Module, length: int, total: int) -> Slice:
+    """The input features of this GPU: all, or of a row-parallel layer a slice by its rank."""
+    return Slice(0 if length == total else layer.tp_rank * length, length, total)
+
+
+class PackedLinearMethod(LinearMethodBase):
+    """Computes with a packed weight, which subclasses bring about.
+
+    A layer then has the parameters ``qweight``, the packed weight (by this name LoRA finds its
+    device), ``scale`` and, with residual columns, ``columns``.
+    """
+
+    def __init__(self, names: tuple[str, ...], summary: Summary) -> None:
+        self.names, self.summary = names, summary
+        summary.expect(names)
+
+    def set_packed(self, layer: nn.Module, packed: Packed) -> None:
+        """Exchange what was loaded for what is computed with."""
+        for name in ("weight", *CODES, "scale", "columns"):
+            if name in layer._parameters:
+                delattr(layer, name)
+        held = {"qweight": packed.weight, "scale": packed.scale, "columns": packed.gather}
+        for name, tensor in held.items():
+            if tensor is not None:
+                replace_parameter(layer, name, tensor.contiguous())
+        # For those that load into a layer without vLLM's reload_weights.
+        layer.qweight.weight_loader = _refuse
+        layer.liquid_pad = packed.pad
+        if packed.gather is None:
+            layer.columns = None
+        self.summary.done(self.names, layer.qweight.device)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        given = as_quantized(x)
+        if given is None:
+            x = as_packed(x, layer.columns, layer.liquid_pad)
+            return ops.linear(x, layer.qweight, layer.scale, bias)
+        x8, x_scale, dtype = given
+        x8 = as_packed(x8, layer.columns, layer.liquid_pad)
+        return ops.gemm(x8, x_scale, layer.qweight, layer.scale, bias, dtype)
+
+
+def _refuse(*args, **kwargs) -> None:
+    raise RuntimeError(
+        "qweight: it is packed, and cannot be loaded into: use reload_weights of the model runner "
+        "(llm.collective_rpc('reload_weights')), which unpacks, loads and packs each layer"
+    )
+
+
+@register_weight_loader_v2_supported_method
+class LiquidLinearMethod(PackedLinearMethod):
+    """Layers that a checkpoint of ours has quantized."""
+
+    def __init__(self, names: tuple[str, ...], augments: tuple[int, ...], summary: Summary) -> None:
+        super().__init__(names, summary)
+        self.augments = augments
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        loader = extra_weight_attrs["weight_loader"]
+        config = get_current_vllm_config_or_none()
+        self.dummy = config is not None and config.load_config.load_format == "dummy"
+        self.part = part_of(layer, input_size_per_partition, input_size)
+        self.rows = list(output_partition_sizes)
+        if len(set(self.augments)) > 1 or (len(self.augments) > 1 and any(self.augments)):
+            if len(self.augments) != len(self.rows):
+                raise ValueError(
+                    f"{self.names[0]}: expected no residual columns in layers that vLLM fuses "
+                    f"otherwise than one by one, got {self.augments} of {', '.join(self.names)}"
+                )
+        else:
+            self.augments = self.augments[:1]
+        n = sum(self.rows)
+        for name in CODES:
+            parameter = CodesParameter(
+                n, name, self.part, self.augments, dummy=self.dummy, weight_loader=loader
+            )
+            layer.register_parameter(name, parameter)
+        layer.register_parameter("scale", scale_parameter(n, loader))
+        if any(self.augments):
+            layer.register_parameter("columns", columns_parameter(self.augments, loader))
+        advertise(layer)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if "qscale" not in layer._parameters:  # packed already
+            return
+        codes = tuple(getattr(layer, name).data for name in CODES)
+        scale = layer.scale.data
+        if self.dummy:
+            scale = scale.abs()
+        try:
+            for own in codes[0].split(self.rows):
+                if len(own) and (own == MISSING).all():
+                    raise ValueError("qweight: expected codes, got none")
+            packed = pack(codes, scale, self._rows(), self._columns(layer), self.part)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{', '.join(self.names)}: {error} (a tensor that the checkpoint lacks looks so)"
+            ) from None
+        self.set_packed(layer, packed)
+
+    def _rows(self) -> list[int]:
+        return self.rows if len(self.augments) > 1 else [sum(self.rows)]
+
+    def _columns(self, layer: nn.Module) -> list[Tensor]:
+        if not any(self.augments):
+            return [torch.empty(0, dtype=torch.int32)] * len(self.augments)
+        held = layer.columns.data
+        if self.dummy:
+            held = torch.arange(held.numel(), dtype=torch.int32, device=held.device)
+            held = held.view(layer.columns.shape) % self.part.total
+        lists = [held] if held.dim() == 1 else held
+        return [
+            self.part.of_columns(own[:augment])
+            for own, augment in zip(lists, self.augments, strict=True)
+        ]

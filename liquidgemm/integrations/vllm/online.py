@@ -1,0 +1,85 @@
+"""Layers of a float checkpoint, each quantized as soon as it is loaded.
+
+vLLM keeps their weights on the meta device until all of a layer has been read, so that no more than
+a layer or two are in floats at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from ...quantization.config import LiquidConfig
+from ...quantization.layer import quantize_layer
+from ..serving.layout import Slice, pack
+from .fusion import advertise
+from .linear import PackedLinearMethod
+from .summary import Summary
+
+_DONE = "_already_called_process_weights_after_loading"  # vLLM deletes it as it reloads a layer
+
+
+def check_online(config: LiquidConfig) -> None:
+    """Raises a ValueError if a config needs more than one layer's weight at a time."""
+    for name in ("smooth", "rotate", "rotate_heads"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{name}: expected False to quantize while loading, got {getattr(config, name)!r}: "
+                "it changes several layers at once; run `liquidgemm quantize` and serve its output"
+            )
+    if config.needs_calibration:
+        raise ValueError(
+            f"method: expected 'search' or 'rtn' to quantize while loading, got {config}: run "
+            "`liquidgemm quantize` with the text to calibrate on, and serve its output"
+        )
+
+
+@register_weight_loader_v2_supported_method
+class OnlineLiquidLinearMethod(PackedLinearMethod):
+    """Quantizes without data, with one list of residual columns for all that vLLM fuses.
+
+    Under row-parallel tensor parallelism each GPU quantizes its own columns.
+    """
+
+    uses_meta_device = True
+
+    def __init__(self, names: tuple[str, ...], config: LiquidConfig, summary: Summary) -> None:
+        super().__init__(names, summary)
+        self.config = config
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        shape = sum(output_partition_sizes), input_size_per_partition
+        weight = ModelWeightParameter(
+            data=torch.empty(shape, dtype=params_dtype, device="meta"),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=extra_weight_attrs["weight_loader"],
+        )
+        layer.register_parameter("weight", weight)
+        initialize_online_processing(layer)
+        advertise(layer)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if getattr(layer, _DONE, False):
+            return
+        try:
+            weight, _ = quantize_layer(layer.weight.data, self.config, self.names[0])
+        except ValueError as error:
+            raise ValueError(f"{', '.join(self.names)}: {error}") from None
+        codes = weight.qweight, weight.qscale, weight.qoffset
+        columns = [] if weight.columns is None else [weight.columns]
+        part = Slice(0, weight.in_features, weight.in_features)
+        self.set_packed(layer, pack(codes, weight.scale, [len(weight.scale)], columns, part))
+        setattr(layer, _DONE, True)

@@ -1,0 +1,117 @@
+"""The tensors of a checkpoint of ours as parameters, which vLLM's loaders slice and stack.
+
+They are there while a layer is loaded; then it is packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    ModelWeightParameter,
+)
+
+from ...weights.liquidquant import GROUP, padded
+from ..serving.layout import Slice
+
+CODES = {"qweight": 2, "qscale": GROUP, "qoffset": GROUP}
+"""The tensors of codes, and how many columns a byte of each is for."""
+
+MISSING = 255
+"""What is there before anything is loaded: a step and an offset that are not feasible together, and
+codes that no weight has throughout."""
+
+
+class CodesParameter(ModelWeightParameter):
+    """qweight, qscale or qoffset: rows as those of a weight, columns with residual ones behind.
+
+    Args:
+        rows: N of this GPU.
+        name: which of the three.
+        part: the columns of this GPU.
+        augments: the number of residual columns of each layer. Rows are as wide as those of the
+            layer that has the most.
+        dummy: fill it with random codes, which vLLM's dummy loader does with floats only.
+    """
+
+    def __new__(cls, rows: int, name: str, part: Slice, augments: Sequence[int], **kwargs):
+        return super().__new__(cls, _fresh(rows, name, part, augments, kwargs.pop("dummy")))
+
+    def __init__(
+        self,
+        rows: int,
+        name: str,
+        part: Slice,
+        augments: Sequence[int],
+        dummy: bool,
+        weight_loader: Callable,
+    ) -> None:
+        self._name, self._per_byte, self._part = name, CODES[name], part
+        self._augments = tuple(set(augments))
+        super().__init__(data=self.data, output_dim=0, input_dim=1, weight_loader=weight_loader)
+
+    def _checked(self, loaded: Tensor) -> Tensor:
+        total = padded(self._part.total)
+        widths = [(total + augment) // self._per_byte for augment in self._augments]
+        if loaded.dtype != torch.uint8 or loaded.dim() != 2 or loaded.shape[1] not in widths:
+            expected = " or ".join(map(str, widths))
+            raise ValueError(
+                f"{self._name}: expected uint8 with rows of {expected}, got {loaded.dtype} of "
+                f"shape {list(loaded.shape)}"
+            )
+        return loaded
+
+    def _as_wide(self, loaded: Tensor) -> Tensor:
+        return F.pad(self._checked(loaded), (0, self.data.shape[1] - loaded.shape[1]))
+
+    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
+        super().load_column_parallel_weight(self._as_wide(loaded_weight))
+
+    def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs) -> None:
+        super().load_merged_column_weight(self._as_wide(loaded_weight), **kwargs)
+
+    def load_qkv_weight(self, loaded_weight: Tensor, **kwargs) -> None:
+        super().load_qkv_weight(self._as_wide(loaded_weight), **kwargs)
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        (augment,) = self._augments
+        self._assert_and_load(self._part.of_codes(self._checked(loaded_weight), augment))
+
+
+def _fresh(rows: int, name: str, part: Slice, augments: Sequence[int], dummy: bool) -> Tensor:
+    shape = (rows, max(map(part.width, augments)) // CODES[name])
+    if not dummy:
+        return torch.full(shape, MISSING, dtype=torch.uint8)
+    if name == "qweight":
+        return torch.randint(256, shape, dtype=torch.uint8)
+    return torch.full(shape, 8 if name == "qscale" else 68, dtype=torch.uint8)
+
+
+class ColumnsParameter(BasevLLMParameter):
+    """Residual columns of layers that vLLM fuses: int32 ``[layers, most of them]``, -1 for none."""
+
+    def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs) -> None:
+        index = self._shard_id_as_int(kwargs["shard_id"])
+        self.data[index, : len(loaded_weight)].copy_(loaded_weight)
+
+    load_qkv_weight = load_merged_column_weight
+
+
+def scale_parameter(rows: int, weight_loader: Callable) -> ChannelQuantScaleParameter:
+    """float32 whatever the default dtype is, to which a scale would be rounded as it is loaded."""
+    data = torch.full((rows,), torch.nan, dtype=torch.float32)
+    return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=weight_loader)
+
+
+def columns_parameter(augments: Sequence[int], weight_loader: Callable) -> BasevLLMParameter:
+    """For one layer, or one list on disk for all, int32 ``[R]``; else one row for each."""
+    if len(augments) == 1:
+        data = torch.full((augments[0],), -1, dtype=torch.int32)
+        return BasevLLMParameter(data=data, weight_loader=weight_loader)
+    data = torch.full((len(augments), max(augments)), -1, dtype=torch.int32)
+    return ColumnsParameter(data=data, weight_loader=weight_loader)

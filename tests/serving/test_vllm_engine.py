@@ -1,0 +1,252 @@
+"""Tiny models through vLLM's engine, on the CPU: logits of a prefill as transformers gives them."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import foreign_models
+import pytest
+import torch
+from engine import write_config
+
+import liquidgemm
+from liquidgemm import LiquidConfig, import_checkpoint, load_quantized, quantize_, save_quantized
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed: make test-serve")
+
+VOCABULARY = 192
+PROMPT = [(7 * i) % VOCABULARY for i in range(40)]
+# Both compute in float32. What differs, the order of sums in attention and norms, moves a few
+# activations by one step of INT8.
+BOUND = 2e-3
+
+
+def float_model(tied: bool = False, **changes) -> torch.nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=224,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        attention_bias=True,
+        tie_word_embeddings=tied,
+        max_position_embeddings=256,
+        **changes,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def quantized(folder: Path, tied: bool = False, **fields) -> Path:
+    model = float_model(tied)
+    quantize_(model, LiquidConfig(**fields), progress=False, verify=False)
+    save_quantized(model, folder)
+    return folder
+
+
+def expected(model: torch.nn.Module, vocabulary: int = VOCABULARY) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([PROMPT]) % vocabulary).logits[0, -1].float()
+
+
+def engine(folder: Path, **options):
+    options = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "dtype": "float32",
+        "max_logprobs": VOCABULARY,
+        "logprobs_mode": "raw_logits",
+    } | options
+    return vllm.LLM(model=str(folder), **options)
+
+
+def logits(llm, vocabulary: int = VOCABULARY, **request) -> torch.Tensor:
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=1, logprobs=vocabulary)
+    prompt = {"prompt_token_ids": [token % vocabulary for token in PROMPT]}
+    (result,) = llm.generate([prompt], sampling, use_tqdm=False, **request)
+    found = result.outputs[0].logprobs[0]
+    return torch.tensor([found[i].logprob for i in range(vocabulary)])
+
+
+def assert_near(actual: torch.Tensor, wanted: torch.Tensor) -> None:
+    error = (actual - wanted).norm() / wanted.norm()
+    assert error < BOUND, f"expected a relative difference below {BOUND}, got {error:.2e}"
+
+
+@pytest.fixture(autouse=True)
+def _collect():
+    yield
+    gc.collect()
+
+
+RECIPES = {
+    "plain": {},
+    "recommended": {"augment": {"down_proj": 64, "q_proj": 64, "k_proj": 128}, "keep": ["o_proj"]},
+    "head": {"skip": (), "augment": 64},
+    "float": {"skip": ("lm_head", "layers.0.*", "down_proj")},
+    "tied": {"tied": True},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_we_save_is_served(recipe, tmp_path):
+    """CHECKLIST 33: to the bit from call to call, and as offline."""
+    folder = quantized(tmp_path, **RECIPES[recipe])
+    llm = engine(folder)
+    first = logits(llm)
+    assert_near(first, expected(load_quantized(folder)))
+    assert torch.equal(logits(llm), first)
+
+
+def test_what_save_pretrained_writes_is_served(tmp_path):
+    model = float_model()
+    quantize_(model, LiquidConfig(augment=64), progress=False, verify=False)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert_near(logits(engine(tmp_path)), expected(model))
+
+
+FIELDS = {"skip": ["lm_head"], "augment": {"down_proj": 64}, "keep": ["o_proj"], "group_size": 128}
+
+
+@pytest.mark.parametrize("fields", [None, FIELDS, {"skip": []}], ids=["default", "fields", "head"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_float_checkpoint_is_quantized_as_it_is_loaded(fields, tied, tmp_path):
+    float_model(tied).save_pretrained(tmp_path)
+    options = {}
+    if fields is not None:
+        settings = {"quant_method": "liquidgemm", "config": fields}
+        options["hf_overrides"] = {"quantization_config": settings}
+    llm = engine(tmp_path, quantization="liquidgemm", **options)
+    model = float_model(tied)
+    quantize_(model, LiquidConfig(**fields or {}), progress=False, verify=False)
+    assert_near(logits(llm), expected(model))
+
+
+def test_what_needs_data_is_refused(tmp_path):
+    float_model().save_pretrained(tmp_path)
+    for fields, name in (({"method": "gptq"}, "method"), ({"rotate": True}, "rotate")):
+        settings = {"quant_method": "liquidgemm", "config": fields}
+        with pytest.raises(Exception, match=f"{name}: expected .* liquidgemm quantize"):
+            engine(
+                tmp_path,
+                quantization="liquidgemm",
+                hf_overrides={"quantization_config": settings},
+            )
+
+
+@pytest.mark.parametrize("name", ["pack-quantized", "int-quantized", "awq", "gptq"])
+def test_other_projects_checkpoints_are_converted_as_they_are_loaded(name, tmp_path):
+    model = foreign_models.make("biases")
+    foreign_models.write(model, tmp_path / "source", name)
+    import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
+    vocabulary = model.config.vocab_size
+    options = {"max_model_len": 64, "max_logprobs": vocabulary, "quantization": "liquidgemm"}
+    wanted = expected(load_quantized(tmp_path / "out"), vocabulary)
+    assert_near(logits(engine(tmp_path / "source", **options), vocabulary), wanted)
+
+
+def test_weights_are_loaded_again_in_place(tmp_path):
+    """What sleeping and reinforcement learning need: a graph that was captured stays valid."""
+    folder = quantized(tmp_path / "one", augment=64)
+    llm = engine(folder)
+    before = logits(llm)
+    addresses = llm.apply_model(_addresses)[0]
+    model = load_quantized(folder)
+    other = float_model()
+    for p in other.parameters():
+        p.data.mul_(1.5)
+    quantize_(other, LiquidConfig(augment=64), progress=False, verify=False)
+    save_quantized(other, folder)
+    llm.collective_rpc("reload_weights")
+    assert llm.apply_model(_addresses)[0] == addresses
+    llm.reset_prefix_cache()
+    after = logits(llm)
+    assert_near(before, expected(model))
+    assert_near(after, expected(other))
+    assert not torch.equal(before, after)
+
+
+def _addresses(model) -> dict[str, int]:
+    return {name: p.data_ptr() for name, p in model.named_parameters() if "_proj" in name}
+
+
+def test_compiled(tmp_path):
+    """Also: no mark of the layer prevents torch.compile of the whole model."""
+    folder = quantized(tmp_path, augment={"down_proj": 64})
+    llm = engine(folder, enforce_eager=False, max_num_batched_tokens=128)
+    assert_near(logits(llm), expected(load_quantized(folder)))
+
+
+def test_prefix_cache_and_chunks_change_little(tmp_path):
+    folder = quantized(tmp_path)
+    wanted = expected(load_quantized(folder))
+    llm = engine(folder, enable_chunked_prefill=True, max_num_batched_tokens=16, max_num_seqs=4)
+    assert_near(logits(llm), wanted)
+    llm = engine(folder, enable_prefix_caching=True)
+    for _ in range(2):
+        assert_near(logits(llm), wanted)
+
+
+TP2 = """
+import sys, torch
+sys.path[:0] = {path!r}
+from test_vllm_engine import engine, logits
+if __name__ == "__main__":
+    torch.save(logits(engine({folder!r}, tensor_parallel_size=2)), {out!r})
+"""
+
+
+def test_two_processes(tmp_path):
+    """The entry point in each process; intermediate_size / 2 is no multiple of 64."""
+    if not entry_points(group="vllm.general_plugins", name="liquidgemm"):
+        pytest.skip("liquidgemm is not installed here, so that other processes do not know it")
+    folder = quantized(tmp_path / "model", augment={"down_proj": 64}, keep=("o_proj",))
+    script, out = tmp_path / "run.py", tmp_path / "out.pt"
+    here = [str(Path(__file__).parent), str(Path(liquidgemm.__file__).parents[1])]
+    script.write_text(TP2.format(path=here, folder=str(folder), out=str(out)))
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "PYTHONPATH": os.pathsep.join(here)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    # Each of the two has scales of its own for its half of the tokens of o_proj and down_proj.
+    wanted = expected(load_quantized(folder))
+    error = (torch.load(out) - wanted).norm() / wanted.norm()
+    assert error < 0.05
+
+
+def test_a_gpu_that_is_no_hopper_gets_the_reason(monkeypatch):
+    from liquidgemm.integrations.vllm import summary
+
+    monkeypatch.setattr(summary.current_platform, "is_cpu", lambda: False, raising=False)
+    monkeypatch.setattr(summary.current_platform, "is_cuda", lambda: True, raising=False)
+    monkeypatch.setattr(summary._library, "load_libraries", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B200")
+    with pytest.raises(ValueError, match=r"got 10\.0 \(NVIDIA B200\): serve the float model"):
+        summary.check_device()
+
+
+def test_an_error_of_the_checkpoint_reaches_the_user(tmp_path):
+    folder = quantized(tmp_path)
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    write_config(folder, quantization_config=settings | {"format_version": 9})
+    with pytest.raises(Exception, match="newer liquidgemm"):
+        engine(folder)

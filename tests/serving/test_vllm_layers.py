@@ -1,0 +1,262 @@
+"""vLLM's linear layers with our weights, for any rank and size of tensor parallelism."""
+
+import pickle
+
+import foreign
+import pytest
+import torch
+from engine import as_rank, config_of, down, finish, gate_up, head, load, output, qkv
+
+from liquidgemm import LiquidConfig, LiquidLinear, QuantizedWeight, linear
+from liquidgemm.integrations.serving.foreign import convert, foreign_layers
+from liquidgemm.integrations.serving.layout import Slice, as_packed, pack
+from liquidgemm.integrations.serving.names import Names
+from liquidgemm.quantization.layer import quantize_layer
+
+K = 256
+LOGICAL = ("qweight", "qscale", "qoffset", "scale")
+SIZES = (1, 2, 4, 8)
+
+
+def weight(n: int, k: int, augment: int = 0, seed: int = 0, keep: bool = False) -> QuantizedWeight:
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+    config = LiquidConfig(augment=augment, keep=("layer",) if keep else ())
+    return quantize_layer(w, config)[0]
+
+
+def tensors(w: QuantizedWeight) -> dict[str, torch.Tensor]:
+    found = {name: getattr(w, name) for name in LOGICAL}
+    return found if w.columns is None else found | {"columns": w.columns}
+
+
+def tokens(k: int, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.randn(5, k, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+
+def alone(w: QuantizedWeight, x: torch.Tensor, bias=None) -> torch.Tensor:
+    return LiquidLinear.from_quantized(w, bias)(x)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("augments", [(0, 0, 0), (64, 64, 64), (64, 0, 128)])
+def test_fused_qkv_is_the_slices(size, augments):
+    """Four heads of queries and two of keys and values, which more ranks than two share."""
+    heads, kv_heads, width = 8, 2, 16
+    x = tokens(K)
+    rows = {"q": heads * width, "k": kv_heads * width, "v": kv_heads * width}
+    weights = {
+        shard: weight(n, K, augment, i)
+        for i, ((shard, n), augment) in enumerate(zip(rows.items(), augments, strict=True))
+    }
+    whole = {shard: alone(w, x) for shard, w in weights.items()}
+    for rank in range(size):
+        with as_rank(rank, size):
+            named = zip(("q", "k", "v"), augments, strict=True)
+            layer = qkv(config_of({f"a.{s}_proj": a for s, a in named}), K, width, heads, kv_heads)
+            for shard, w in weights.items():
+                load(layer, tensors(w), shard)
+            y = output(finish(layer), x)
+        expected = []
+        for shard, y_whole in whole.items():
+            copies = max(1, size // kv_heads) if shard != "q" else 1
+            step = y_whole.shape[1] * copies // size
+            start = rank // copies * step
+            expected.append(y_whole[:, start : start + step])
+        assert torch.equal(y, torch.cat(expected, 1))
+        assert layer.scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_layers_that_are_fused_on_disk(size):
+    """As in Phi-3: one weight, one list of residual columns, for q, k and v or gate and up."""
+    heads, kv_heads, width = 4, 2, 16
+    x = tokens(K)
+    both, three = weight(192, K, 64, 1), weight((heads + 2 * kv_heads) * width, K, 64, 2)
+    y_both, y_three = alone(both, x), alone(three, x)
+    for rank in range(size):
+        with as_rank(rank, size):
+            layer = gate_up(config_of({"a.gate_up_proj": 64}), K, [96, 96])
+            load(layer, tensors(both))
+            y = output(finish(layer), x)
+            step = 96 // size
+            parts = [y_both[:, s + rank * step : s + (rank + 1) * step] for s in (0, 96)]
+            assert torch.equal(y, torch.cat(parts, 1))
+            layer = qkv(config_of({"a.qkv_proj": 64}), K, width, heads, kv_heads)
+            load(layer, tensors(three))
+            y = output(finish(layer), x)
+            q, kv = heads * width // size, kv_heads * width // size
+            starts = [rank * q, heads * width + rank * kv, (heads + kv_heads) * width + rank * kv]
+            parts = [y_three[:, s : s + n] for s, n in zip(starts, (q, kv, kv), strict=True)]
+            assert torch.equal(y, torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("k", [512, 344])
+@pytest.mark.parametrize("kind", ["plain", "augment", "keep"])
+def test_row_parallel_is_the_slice(kind, k, size):
+    """CHECKLIST 34: each rank's product is that of its own columns, also within groups."""
+    w = weight(72, k, 64 if kind == "augment" else 0, 3, keep=kind == "keep")
+    x = tokens(k)
+    bias = torch.randn(72).bfloat16()
+    for rank in range(size):
+        with as_rank(rank, size):
+            layer = down(config_of({"a.down_proj": w.augment}), k, 72)
+            load(layer, tensors(w))
+            part = Slice(rank * k // size, k // size, k)
+            own = x[:, part.start : part.start + part.length]
+            y = output(finish(layer), own, bias)
+        if size == 1:
+            assert torch.equal(y, alone(w, x, bias))
+            continue
+        codes = tuple(part.of_codes(getattr(w, name), w.augment) for name in LOGICAL[:3])
+        columns = torch.empty(0, dtype=torch.int32) if w.columns is None else w.columns
+        packed = pack(codes, w.scale, [72], [part.of_columns(columns)], part)
+        own_packed = as_packed(own, packed.gather, packed.pad)
+        assert torch.equal(y, linear(own_packed, packed.weight, w.scale, bias))
+        if kind == "plain" and not part.lead and not part.length % 64:
+            assert torch.equal(y, alone(w.narrow_columns(part.start, part.length), own, bias))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_quantized_head(size):
+    """Vocabularies are filled up, to 64 rows and by the last rank."""
+    w, x = weight(200, K, 64), tokens(K)
+    y = alone(w, x)
+    got = []
+    for rank in range(size):
+        with as_rank(rank, size):
+            layer = head(config_of({"lm_head": 64}), 200, K)
+            load(layer, tensors(w))
+            got.append(output(finish(layer), x))
+    assert torch.equal(torch.cat(got, 1)[:, :200], y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("k", [K, 200])
+def test_dtypes_and_padding(dtype, k):
+    w, x = weight(96, k, 64), tokens(k, dtype)
+    with as_rank(0, 1):
+        layer = down(config_of({"a.down_proj": 64}), k, 96, dtype)
+        load(layer, tensors(w))
+        y = output(finish(layer), x)
+    assert y.dtype == dtype
+    assert torch.equal(y, alone(w, x))
+
+
+def test_a_packed_layer_keeps_the_names_that_lora_and_reload_look_for():
+    w = weight(96, K, 64)
+    with as_rank(0, 1):
+        layer = down(config_of({"a.down_proj": 64}), K, 96)
+        load(layer, tensors(w))
+        finish(finish(layer))  # vLLM may ask twice
+    assert set(dict(layer.named_parameters())) == {"qweight", "scale", "columns"}
+    with pytest.raises(RuntimeError, match="reload_weights"):
+        load(layer, {"qweight": w.qweight})
+
+
+def test_what_is_missing_or_wrong_is_named():
+    w = weight(96, K)
+    for missing in LOGICAL:
+        with as_rank(0, 1):
+            layer = down(config_of({"a.down_proj": 0}), K, 96)
+            load(layer, {name: t for name, t in tensors(w).items() if name != missing})
+            with pytest.raises(ValueError, match=r"a\.down_proj: .*checkpoint lacks"):
+                finish(layer)
+    with as_rank(0, 1):
+        layer = down(config_of({"a.down_proj": 64}), K, 96)
+        with pytest.raises(ValueError, match="qweight: expected uint8 with rows of 160"):
+            load(layer, tensors(w))
+        load(layer, tensors(weight(96, K, 64)) | {"columns": torch.full((64,), K).int()})
+        with pytest.raises(ValueError, match="columns: expected 0 to 255"):
+            finish(layer)
+
+
+def test_mixed_layers_are_refused():
+    with as_rank(0, 1), pytest.raises(ValueError, match=r"got a\.v_proj in floats"):
+        qkv(config_of({"a.q_proj": 0, "a.k_proj": 0}), K, 16, 4, 2)
+
+
+def test_layers_that_stay_in_floats():
+    with as_rank(0, 1):
+        layer = down(config_of({"a.o_proj": 0}), K, 96)
+    assert type(layer.quant_method).__name__ == "UnquantizedLinearMethod"
+
+
+def test_config_travels_between_processes():
+    config = config_of({"a.down_proj": 64})
+    assert pickle.loads(pickle.dumps(config)).names == config.names
+
+
+def test_settings_that_are_not_understood_are_refused():
+    with pytest.raises(ValueError, match="newer liquidgemm"):
+        config_of({}, format_version=2)
+    with pytest.raises(ValueError, match=r"got \['surprise'\]"):
+        config_of({}, surprise=1)
+    with pytest.raises(ValueError, match="multiple of 64"):
+        config_of({"a": 1})
+
+
+FORMATS = ("ct-sym", "ct-asym", "awq", "gptq")
+
+
+def foreign_layer(name: str) -> tuple[dict[str, torch.Tensor], dict, QuantizedWeight]:
+    """A layer [64, 256] of another project's format, its settings, and what it becomes."""
+    tensors_of, settings, _ = foreign.packed(name, 64)
+    found = foreign_layers({"config.json": settings}, [f"a.{key}" for key in tensors_of])
+    return tensors_of, settings, convert(found["a"].read(tensors_of))[0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", FORMATS)
+def test_foreign_layers_are_slices_of_the_whole_conversion(name, size):
+    held, settings, w = foreign_layer(name)
+    keys = [f"a.{part}.{key}" for part in ("gate_proj", "up_proj", "down_proj") for key in held]
+    layers = foreign_layers({"config.json": settings}, keys)
+    x = tokens(K)
+    whole = alone(w, x)
+    for rank in range(size):
+        with as_rank(rank, size):
+            config = config_of({})
+            config.foreign, config.online, config.names = settings, False, Names(layers)
+            layer = gate_up(config, K, [64, 64])
+            for shard in (1, 0):  # in any order
+                load(layer, held, shard)
+            step = 64 // size
+            part = whole[:, rank * step : (rank + 1) * step]
+            assert torch.equal(output(finish(layer), x), torch.cat((part, part), 1))
+            layer = down(config, K, 64)
+            load(layer, held)
+            own = x.narrow(1, rank * K // size, K // size)
+            expected = alone(w.narrow_columns(rank * K // size, K // size), own)
+            assert torch.equal(output(finish(layer), own), expected)
+
+
+def test_foreign_settings_that_the_grid_cannot_hold_are_refused():
+    held, settings, _ = foreign_layer("gptq")
+    keys = [f"a.b.{key}" for key in (*held, "g_idx")]
+    order = {"g_idx": torch.arange(K).flip(0).int() // 64}
+
+    def read(change: dict):
+        layers = foreign_layers({"config.json": settings | change}, keys)
+        return layers["a.b"].read(held | order)
+
+    refused = ({"desc_act": True}, {"bits": 8}, {"surprise": 1}, {"quant_method": "fp8"})
+    for change, what in zip(refused, ("out of order", "bits", "surprise", "fp8"), strict=True):
+        with pytest.raises(ValueError, match=what):
+            read(change)
+
+
+def test_foreign_layers_are_loaded_once_and_whole():
+    held, settings, _ = foreign_layer("awq")
+    layers = foreign_layers({"config.json": settings}, [f"a.down_proj.{key}" for key in held])
+    with as_rank(0, 1):
+        config = config_of({})
+        config.foreign, config.online, config.names = settings, False, Names(layers)
+        layer = down(config, K, 64)
+        load(layer, {"qweight": held["qweight"]})
+        with pytest.raises(ValueError, match=r"a\.down_proj\.qzeros: expected it to be loaded"):
+            finish(layer)
+        collect = layer.scales.weight_loader
+        load(layer, {"qzeros": held["qzeros"], "scales": held["scales"]})
+        with pytest.raises(RuntimeError, match="liquidgemm import"):
+            collect(None, held["scales"])
