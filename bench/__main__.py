@@ -14,6 +14,7 @@ COMMANDS = {
     "cpu": ("suites.cpu", "linear on the CPU beside torch's and llama.cpp's"),
     "cpu-report": ("report.cpu", "its table and plot, from the JSON alone"),
     "step": ("suites.step", "a decode step of whole models: bf16, FP8, humming and ours"),
+    "serve": ("suites.serve", "decode steps and prefill in vLLM: bf16, FP8, humming and ours"),
     "ablation": ("suites.ablation", "what each part of the design is worth"),
     "micro": ("suites.micro", "C++ microbenchmarks: the ceilings"),
     "quality": ("suites.quality", "perplexity and cosine of real models by recipe"),

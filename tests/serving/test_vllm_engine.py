@@ -215,7 +215,8 @@ def test_two_processes(tmp_path):
         pytest.skip("liquidgemm is not installed here, so that other processes do not know it")
     folder = quantized(tmp_path / "model", augment={"down_proj": 64}, keep=("o_proj",))
     script, out = tmp_path / "run.py", tmp_path / "out.pt"
-    here = [str(Path(__file__).parent), str(Path(liquidgemm.__file__).parents[1])]
+    root, tests = Path(liquidgemm.__file__).parents[1], Path(__file__).parents[1]
+    here = [str(folder) for folder in (tests / "serving", tests / "support", root)]
     script.write_text(TP2.format(path=here, folder=str(folder), out=str(out)))
     done = subprocess.run(
         [sys.executable, str(script)],
