@@ -52,7 +52,7 @@ CPU_FLAGS_OF = {
     },
 }
 CPU_FLAGS = CPU_FLAGS_OF.get(platform.machine(), {})
-CPU_COMMON = ("experts", "gemm", "kernels", "portable", "processor")
+CPU_COMMON = ("experts", "gemm", "kernels", "portable", "processor", "producers")
 # Every operation is rounded, and none of them traps or sets errno: so loops can become vectors.
 CPU_CXX_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 

@@ -13,7 +13,9 @@ from .nn.experts import LiquidExperts
 from .nn.linear import LiquidLinear
 from .nn.merged import MergedLinear
 from .ops import (
+    QuantizedTokens,
     gemm,
+    glu_quantize,
     grouped_gemm,
     linear,
     moe,
@@ -22,6 +24,7 @@ from .ops import (
     pack_weight,
     quantize_activation,
     quantize_activation_rows,
+    rms_norm_quantize,
     unpack_weight,
 )
 from .ops._cpu import cpu_kernel, cpu_kernels, set_cpu_kernel
@@ -43,6 +46,7 @@ __all__ = [
     "LiquidGemmConfig",
     "LiquidLinear",
     "MergedLinear",
+    "QuantizedTokens",
     "QuantizedWeight",
     "__version__",
     "cpu_kernel",
@@ -51,6 +55,7 @@ __all__ = [
     "dequantize_weight",
     "explain_plan",
     "gemm",
+    "glu_quantize",
     "grouped_gemm",
     "import_checkpoint",
     "linear",
@@ -63,6 +68,7 @@ __all__ = [
     "quantize_activation",
     "quantize_activation_rows",
     "quantize_weight",
+    "rms_norm_quantize",
     "save_quantized",
     "set_cpu_kernel",
     "unpack_weight",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -13,6 +12,7 @@ from ..weights.liquidquant import GROUP, ceil_div
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
 from ._modules import as_linear, is_linear
+from ._product import product
 from ._stand_in import WeightStandIn, no_float_weight
 
 _LOGICAL = ("qweight", "qscale", "qoffset")
@@ -50,12 +50,14 @@ class LiquidLinear(nn.Module):
         augment: number of residual columns (see `QuantizedWeight`), a multiple of 64. Their
             activations are repeated at run time; the buffer ``columns`` says which.
 
-    Shapes: x float32, bfloat16 or float16 ``[..., K]`` to y ``[..., N]`` of the dtype of x.
+    Shapes: x float32, bfloat16 or float16 ``[..., K]`` to y ``[..., N]`` of the dtype of x. Or x is
+    `QuantizedTokens` of that shape, and y of the dtype that they had: the same bits, no derivative.
 
     Raises:
         ValueError: a size out of range, or another dtype.
         RuntimeError: in forward, for an x of other than K features and as `liquidgemm.linear`.
-        TypeError: as ``weight`` is assigned or registered, or its values are used.
+        TypeError: in forward, for an x that is neither; as ``weight`` is assigned or registered, or
+            its values are used.
     """
 
     # Of the state_dict; a newer one is refused.
@@ -171,23 +173,19 @@ class LiquidLinear(nn.Module):
             layer.replaces = type(linear)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
+    def forward(self, x: Tensor | ops.QuantizedTokens) -> Tensor:
+        shape = getattr(x, "shape", None)  # faster than to ask for a Tensor
+        if shape is None:
+            raise TypeError(f"x: expected a Tensor or QuantizedTokens, got {type(x).__name__}")
+        if len(shape) == 0 or shape[-1] != self.in_features:
             raise RuntimeError(
                 f"x: expected K = {self.in_features} features in the last dimension, "
-                f"got shape {list(x.shape)}"
+                f"got shape {list(shape)}"
             )
         # Not as attributes: that look-up is Python's last resort, and costs as much as the checks.
         held = self._buffers
-        if self.out_dtype is not None:
-            x = x.to(self.out_dtype)
-        if held["columns"] is not None:
-            # Before they are rounded: the scale of a token does not change by it, nor do the bits,
-            # and gradients find their way.
-            whole = F.pad(x, (0, -self.in_features % GROUP))
-            x = torch.cat((whole, x.index_select(-1, held["columns"])), dim=-1)
         packed = held["packed"] if self._is_packed() else ops.pack_weight(*self._logical())
-        return ops.linear(x, packed, held["scale"], held["bias"])
+        return product(x, held["columns"], packed, held["scale"], held["bias"])
 
     def _is_packed(self) -> bool:
         """Whether the layer computes with ``packed``: nothing goes before it, or it before them."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..weights.liquidquant import GROUP, PANEL
+from ..weights.liquidquant import PANEL
+from ._product import product
 from .linear import LiquidLinear
 
 _SHARED = ("packed", "scale", "bias")
@@ -99,19 +99,19 @@ class MergedLinear(nn.Module):
         self._forget()
         self.merge()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.is_merged:
-            return torch.cat([part(x) for part in self.parts], dim=-1)
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
+    def forward(self, x: Tensor | ops.QuantizedTokens) -> Tensor:
+        shape = getattr(x, "shape", None)  # faster than to ask for a Tensor
+        if shape is None:
+            raise TypeError(f"x: expected a Tensor or QuantizedTokens, got {type(x).__name__}")
+        if len(shape) == 0 or shape[-1] != self.in_features:
             raise RuntimeError(
                 f"x: expected K = {self.in_features} features in the last dimension, "
-                f"got shape {list(x.shape)}"
+                f"got shape {list(shape)}"
             )
+        if not self.is_merged:
+            return torch.cat([part(x) for part in self.parts], dim=-1)
         columns = self.parts[0].columns
-        if columns is not None:
-            whole = F.pad(x, (0, -self.in_features % GROUP))
-            x = torch.cat((whole, x.index_select(-1, columns)), dim=-1)
-        return ops.linear(x, self._packed, self._scale, self._bias)
+        return product(x, columns, self._packed, self._scale, self._bias)
 
     @property
     def is_merged(self) -> bool:

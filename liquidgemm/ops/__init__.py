@@ -9,11 +9,14 @@ raises a RuntimeError that names the argument, what was expected and what came.
 
 from ._checks import FLOATS
 from ._gemm import OUT_DTYPES, gemm
+from ._glu import glu_quantize
 from ._grouped import ACTIVATIONS, GATED, INTERLEAVE, grouped_gemm
 from ._linear import linear
 from ._moe import moe, moe_combine, moe_schedule, quantize_activation_rows
 from ._pack import pack_weight, unpack_weight
 from ._quantize import quantize_activation
+from ._rms_norm import rms_norm_quantize
+from ._tokens import QuantizedTokens
 
 __all__ = [
     "ACTIVATIONS",
@@ -21,7 +24,9 @@ __all__ = [
     "GATED",
     "INTERLEAVE",
     "OUT_DTYPES",
+    "QuantizedTokens",
     "gemm",
+    "glu_quantize",
     "grouped_gemm",
     "linear",
     "moe",
@@ -30,5 +35,6 @@ __all__ = [
     "pack_weight",
     "quantize_activation",
     "quantize_activation_rows",
+    "rms_norm_quantize",
     "unpack_weight",
 ]

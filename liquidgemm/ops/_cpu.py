@@ -6,7 +6,9 @@ import os
 
 import torch
 
-from . import _library, _reference, _reference_experts  # noqa: F401 (defines ops)
+from . import _library, _reference
+from . import _reference_experts as _experts  # noqa: F401 (defines ops)
+from . import _reference_producers as _producers  # noqa: F401 (defines ops)
 
 REFERENCE = _reference.NAME
 VARIABLE = "LIQUIDGEMM_CPU"

@@ -238,6 +238,8 @@ Kernels const* amx_kernels() {
                                    {kTile, kGroup, kStride, arrange_tile, multiply_by_tiles},
                                    kFewestTokens,
                                    quantize,
+                                   rms_norm,
+                                   glu,
                                    search};
   return &kernels;
 }

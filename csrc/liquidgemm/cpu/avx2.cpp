@@ -29,7 +29,8 @@ struct Avx2 : X86With32Bytes {
 
 Kernels const* avx2_kernels() {
   static constexpr Product by_codes = product_by_codes<Avx2>();
-  static constexpr Kernels kernels{"avx2", by_codes, by_codes, INT64_MAX, quantize, search};
+  static constexpr Kernels kernels{"avx2",   by_codes, by_codes, INT64_MAX,
+                                   quantize, rms_norm, glu,      search};
   return &kernels;
 }
 

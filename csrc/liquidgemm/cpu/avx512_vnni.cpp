@@ -11,6 +11,8 @@ Kernels const* avx512_vnni_kernels() {
                                    product_by_bytes<Avx512Vnni>(),
                                    Avx512Vnni::kFewestTokens,
                                    quantize,
+                                   rms_norm,
+                                   glu,
                                    search};
   return &kernels;
 }

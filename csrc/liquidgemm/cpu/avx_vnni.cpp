@@ -52,6 +52,8 @@ Kernels const* avx_vnni_kernels() {
                                    product_by_bytes<AvxVnni>(),
                                    AvxVnni::kFewestTokens,
                                    quantize,
+                                   rms_norm,
+                                   glu,
                                    search};
   return &kernels;
 }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "liquidgemm/cpu/epilogue.hpp"
+#include "liquidgemm/cpu/rows.hpp"
 #include "liquidgemm/cpu/search.hpp"
 
 namespace liquidgemm::cpu {

@@ -3,7 +3,9 @@
 
 #include <cstdint>
 
+#include "liquidgemm/common/activation.hpp"
 #include "liquidgemm/common/element.hpp"
+#include "liquidgemm/common/norm.hpp"
 
 namespace liquidgemm::cpu {
 
@@ -62,6 +64,28 @@ constexpr int64_t search_scratch(int64_t span, int64_t columns) {
   return (2 * span + span / 2 + 1) * kLargestVector + kResults * columns * int64_t{sizeof(float)};
 }
 
+// A row of activations to be normed: y, of the type of x, is written before it is quantized.
+struct RmsNormRow {
+  void const* x;
+  void const* residual;  // or null: then h is not written
+  void const* weight;
+  Element type;  // of x, residual, h and y
+  Element weight_type;
+  NormMode mode;
+  float eps, offset;
+  int64_t k;
+  void *h, *y;
+};
+
+// A row of gates, and behind them the other factors.
+struct GluRow {
+  void const* gate_up;  // [2 k]
+  Element type;
+  GatedActivation activation;
+  int64_t k;
+  void* y;  // [k], as above
+};
+
 struct Kernels {
   char const* name;
   Product few;          // tokens
@@ -70,6 +94,9 @@ struct Kernels {
 
   // One row of K activations to int8, and its scale.
   float (*quantize)(void const* x, Element type, int64_t k, int8_t* out);
+  // And of what is computed first.
+  float (*rms_norm)(RmsNormRow const& row, int8_t* out);
+  float (*glu)(GluRow const& row, int8_t* out);
 
   void (*search)(Search const& arguments);
 

@@ -141,6 +141,8 @@ Kernels const* neon_i8mm_kernels() {
                                    {2, kGroup, 0, arrange_pair, multiply_by_pairs},
                                    kFewestTokens,
                                    quantize,
+                                   rms_norm,
+                                   glu,
                                    search};
   return &kernels;
 }

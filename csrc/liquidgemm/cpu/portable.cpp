@@ -79,7 +79,8 @@ struct Portable {
 
 Kernels const* portable_kernels() {
   static constexpr Product by_codes = product_by_codes<Portable>();
-  static constexpr Kernels kernels{"portable", by_codes, by_codes, INT64_MAX, quantize, search};
+  static constexpr Kernels kernels{"portable", by_codes, by_codes, INT64_MAX,
+                                   quantize,   rms_norm, glu,      search};
   return &kernels;
 }
 

@@ -6,6 +6,8 @@
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CPU, m) {
   using namespace liquidgemm::binding;
   m.impl("quantize_activation", TORCH_BOX(&quantize_activation_cpu));
+  m.impl("rms_norm_quantize", TORCH_BOX(&rms_norm_quantize_cpu));
+  m.impl("glu_quantize", TORCH_BOX(&glu_quantize_cpu));
   m.impl("gemm", TORCH_BOX(&gemm_cpu));
   m.impl("linear", TORCH_BOX(&linear_cpu));
   m.impl("grouped_gemm", TORCH_BOX(&grouped_gemm_cpu));

@@ -10,6 +10,17 @@ namespace liquidgemm::binding {
 
 std::tuple<Tensor, Tensor> quantize_activation_cpu(Tensor const& x);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_quantize_cpu(Tensor const& x,
+                                                                 Tensor const& weight,
+                                                                 double eps,
+                                                                 OptionalTensor const& residual,
+                                                                 std::string mode,
+                                                                 double offset,
+                                                                 bool return_y);
+std::tuple<Tensor, Tensor, Tensor> glu_quantize_cpu(Tensor const& gate_up,
+                                                    std::string activation,
+                                                    bool return_y);
+
 Tensor gemm_cpu(Tensor const& x,
                 Tensor const& x_scale,
                 Tensor const& weight,

@@ -1,0 +1,43 @@
+"""What a layer does with its input: a Tensor, or tokens that are quantized already."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..ops import QuantizedTokens
+from ..weights.liquidquant import GROUP
+
+
+def product(
+    x: Tensor | QuantizedTokens,
+    columns: Tensor | None,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Of an x of K features and a packed weight, which may have residual columns.
+
+    Raises:
+        RuntimeError: as `liquidgemm.linear` or `liquidgemm.gemm`, and for tokens of no float dtype.
+    """
+    if isinstance(x, QuantizedTokens):
+        if x.dtype not in ops.FLOATS:
+            raise RuntimeError(
+                "x.dtype: expected float32, bfloat16 or float16, which the tokens had before they "
+                f"were quantized, got {x.dtype}"
+            )
+        x8 = x.x8 if columns is None else _with_columns(x.x8, columns)
+        return ops.gemm(x8, x.scale, packed, scale, bias, x.dtype)
+    if columns is not None:
+        # Before they are rounded: the scale of a token does not change by it, nor do the bits, and
+        # gradients find their way.
+        x = _with_columns(x, columns)
+    return ops.linear(x, packed, scale, bias)
+
+
+def _with_columns(x: Tensor, columns: Tensor) -> Tensor:
+    whole = F.pad(x, (0, -x.shape[-1] % GROUP))
+    return torch.cat((whole, x.index_select(-1, columns)), dim=-1)
