@@ -15,6 +15,7 @@ COMMANDS = {
     "cpu-report": ("report.cpu", "its table and plot, from the JSON alone"),
     "step": ("suites.step", "a decode step of whole models: bf16, FP8, humming and ours"),
     "serve": ("suites.serve", "decode steps and prefill in vLLM: bf16, FP8, humming and ours"),
+    "step-report": ("report.step", "its tables and plots, from the JSON alone"),
     "ablation": ("suites.ablation", "what each part of the design is worth"),
     "micro": ("suites.micro", "C++ microbenchmarks: the ceilings"),
     "quality": ("suites.quality", "perplexity and cosine of real models by recipe"),

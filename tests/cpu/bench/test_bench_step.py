@@ -13,6 +13,7 @@ from bench.decoder.decoder import PARTS, Decoder, random_weight
 from bench.decoder.elementwise import Elementwise
 from bench.decoder.formats import Format, Int8, Linear, make, parse_formats
 from bench.decoder.sizes import MODELS, parse_models
+from bench.report import step as report
 from bench.suites import step
 
 CPU = torch.device("cpu")
@@ -21,8 +22,12 @@ ELEMENTWISE = Elementwise(compiled=False)
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory):
-    path = tmp_path_factory.mktemp("step") / "step.json"
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("step") / "step.json"
+
+
+@pytest.fixture(scope="module")
+def record(path):
     words = ["--models", "tiny", "--device", "cpu", "--context", "12", "--batch", "1,3"]
     words += ["--settings", "bf16/bf16,bf16/8bit", "--prefill", "2x8", "--json", str(path)]
     code = step.main([*words, "--commit", "c0ffee"])
@@ -138,6 +143,32 @@ def test_largest_batch_leaves_room_to_grow():
     left = 80e9 - 4e9 - measure.SPARE_BYTES
     assert fit * each <= left < (fit + 8) * each
     assert measure.largest_batch(sizes, Cache, int(79e9), 1024, int(80e9)) == 0
+
+
+def test_the_report_has_a_row_for_each_batch(record, path, tmp_path):
+    assert report.main([str(path), "--out", str(tmp_path), "--no-plots"]) == 0
+    text = (tmp_path / "step.md").read_text()
+    assert "## tiny, 2 layers, KV bf16, head 8bit, context 12" in text
+    bf16 = next(r for r in record[1]["rows"] if r["format"] == "bf16" and r["head"] == "8bit")
+    assert f"| 1 | {bf16['ms']:.2f} |" in text
+    assert "| tiny, head bf16, 2 x 8 |" in text
+    (tmp_path / "other.json").write_text("{}")
+    assert report.main([str(tmp_path / "other.json")]) == 1
+
+
+def test_the_report_beside_the_paper():
+    fields = {"status": "ok", "kv": "int8", "head": "8bit", "context": 1024, "wanted_batch": 64}
+    rows = [
+        row(format=name, ms=ms, tokens_per_s=64e3 / ms, gb_per_s=1.0, **fields | {"batch": 64})
+        for name, ms in (("fp8-row", 6.0), ("w4a8", 3.0))
+    ]
+    other = fields | {"status": "does not fit", "wanted_batch": 256, "format": "w4a8"}
+    rows.append(row(**other))
+    assert "| 64 | 6.00 | 3.00 | 2.00x |" in report.step_table(rows)
+    assert "| 256 |  | does not fit |  |" in report.step_table(rows)
+    table = report.most_table(rows)
+    assert "| w4a8, KV int8, head 8bit | 21333 (64) |" in table
+    assert "| *the paper: QServe, H800* | 5240 (128) |" in table
 
 
 def row(**fields):
