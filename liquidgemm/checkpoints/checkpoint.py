@@ -5,7 +5,8 @@ A checkpoint is a folder with
 - ``liquidgemm.safetensors``, for ``transformers`` models ``model.safetensors``: the state_dict,
   quantized layers in the logical layout;
 - ``liquidgemm.json``: format version, layer sizes and the hash of the file above;
-  version 2 if any layer has residual columns, which version 1 does not know;
+  version 2 if any layer has residual columns, which version 1 does not know, and 3 if there are
+  experts;
 - for ``transformers`` models also ``config.json`` and ``generation_config.json``, with which
   ``from_pretrained`` can load the folder as well. `load_quantized` reads what ``save_pretrained``
   writes, too, which has no ``liquidgemm.json``, or one of a checkpoint before it.
@@ -26,14 +27,17 @@ from torch import Tensor, nn
 
 from .._files import move_into, one_at_a_time, parse_json, path_of, staging_folder, write_tensors
 from ..nn._modules import as_linear, attach, is_from_transformers, paths_of_modules, replace_module
+from ..nn.experts import LiquidExperts, without_values
+from ..nn.float_experts import Layout, layout_of
 from ..nn.linear import LiquidLinear
+from ..nn.stack import STATE
 from ..ops import FLOATS
 from ..quantization.config import LiquidConfig
 from ..weights.weight import QuantizedWeight
 from . import _pretrained
 from ._pretrained import MANIFEST_FILE, TRANSFORMERS_WEIGHTS_FILE
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 WEIGHTS_FILE = "liquidgemm.safetensors"
 
 _LOGICAL = ("qweight", "qscale", "qoffset", "scale")
@@ -53,8 +57,8 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
             such as the weights of the float model.
         OSError: writing fails.
     """
-    layers = _layers_of(model)
-    if not layers or isinstance(model, LiquidLinear):
+    layers, experts = _layers_of(model), _experts_of(model)
+    if not (layers or experts) or isinstance(model, LiquidLinear | LiquidExperts):
         raise ValueError("model: expected a module that contains quantized layers, got none")
     tensors, aliases = _storable(model.state_dict())
     pretrained = is_from_transformers(model)
@@ -62,10 +66,11 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
     config = getattr(model, "liquid_config", None)
     manifest = {
         "format": "liquidgemm",
-        "format_version": 2 if any("augment" in sizes for sizes in layers.values()) else 1,
+        "format_version": _version_of(layers, experts),
         "config": asdict(config) if isinstance(config, LiquidConfig) else None,
         "transformers_class": type(model).__name__ if pretrained else None,
         "layers": layers,
+        **({"experts": experts} if experts else {}),
         "aliases": aliases,
         "weights": weights_file,
     }
@@ -85,6 +90,23 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
         with one_at_a_time(directory):
             shards = _pretrained.shards_of_ours(directory) if pretrained else []
             move_into(staging, directory, last=MANIFEST_FILE, remove=shards)
+
+
+def _version_of(layers: dict[str, dict], experts: dict[str, dict]) -> int:
+    """The first that knows all that is there."""
+    if experts:
+        return 3
+    return 2 if any("augment" in sizes for sizes in layers.values()) else 1
+
+
+def _experts_of(model: nn.Module) -> dict[str, dict]:
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LiquidExperts):
+            if module.first_expert:
+                raise ValueError(f"{name}: expected all experts of the layer, got a part of them")
+            found[name] = module.sizes
+    return found
 
 
 def _layers_of(model: nn.Module) -> dict[str, dict[str, int | bool]]:
@@ -162,6 +184,7 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
         if model is None:
             return loaded
         layers, config = _layers_of(loaded), getattr(loaded, "liquid_config", None)
+        experts = _experts_of(loaded)
         state = loaded.state_dict()
         del loaded
     elif manifest is None:
@@ -170,12 +193,13 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
         )
     else:
         layers, config = manifest["layers"], manifest["config"]
+        experts = manifest.get("experts", {})
         config = None if config is None else LiquidConfig._from_dict(config)
         state = _read_weights(directory / manifest.get("weights", WEIGHTS_FILE), manifest)
     rebuilt = model is None
     if rebuilt:
         model = _pretrained.build(directory, manifest["transformers_class"])
-    _check_fit(model, layers, state, directory)
+    _check_fit(model, layers, experts, state, directory)
 
     paths = paths_of_modules(model)
     for name, sizes in layers.items():
@@ -186,6 +210,11 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
             layer.replaces = getattr(old, "replaces", type(old))
             for path in paths[old]:
                 replace_module(model, path, layer)
+    for name in experts:
+        old = model.get_submodule(name)
+        if not isinstance(old, LiquidExperts):
+            for path in paths[old]:
+                replace_module(model, path, without_values(old))
     on_meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     model.load_state_dict(state, strict=True, assign=on_meta)
     if config is not None:
@@ -194,6 +223,9 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
     if rebuilt:
         for layer in (model.get_submodule(name) for name in layers):
             layer._dtype = model.dtype  # the skeleton was of the default dtype
+        for name in experts:
+            for stack in model.get_submodule(name).children():
+                stack.dtype = model.dtype
         model.tie_weights()
         model.eval()
     return model
@@ -228,6 +260,8 @@ def _read_manifest(path: Path) -> dict:
     for key, original in manifest["aliases"].items():
         if not isinstance(original, str):
             raise ValueError(f"{path}: damaged: {key} is said to be the same as {original!r}")
+    if not isinstance(manifest.get("experts", {}), dict):
+        raise ValueError(f"{path}: damaged: experts is {manifest['experts']!r}")
     if manifest.get("weights", WEIGHTS_FILE) not in (WEIGHTS_FILE, TRANSFORMERS_WEIGHTS_FILE):
         raise ValueError(f"{path}: damaged: weights is {manifest['weights']!r}")
     return manifest
@@ -269,11 +303,21 @@ def _sha256(path: Path) -> str:
 
 
 def _check_fit(
-    model: nn.Module, layers: dict[str, dict], state: dict[str, Tensor], directory: Path
+    model: nn.Module,
+    layers: dict[str, dict],
+    experts: dict[str, dict],
+    state: dict[str, Tensor],
+    directory: Path,
 ) -> None:
     """Raises a ValueError unless the state can be loaded into the model as a whole."""
     own = model.state_dict()
     expected = {key: tuple(value.shape) for key, value in own.items()}
+    for name, sizes in experts.items():
+        _check_experts(model, name, sizes, state, directory)
+        for key in [key for key in expected if key.startswith(f"{name}.")]:
+            del expected[key]
+        found = (key for key in state if key.startswith(f"{name}."))
+        expected.update((key, tuple(state[key].shape)) for key in found)
     for name, sizes in layers.items():
         try:
             layer = model.get_submodule(name)
@@ -325,6 +369,44 @@ def _check_fit(
             raise ValueError(
                 f"{key}: expected dtype {own[key].dtype} as in the model, got {state[key].dtype}"
             )
+
+
+def _check_experts(
+    model: nn.Module, name: str, sizes: object, state: dict[str, Tensor], directory: Path
+) -> None:
+    """Raises a ValueError unless the model has such experts there, and the state all of theirs."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    layout = None if module is None else layout_of(module)
+    if not isinstance(module, LiquidExperts) and not isinstance(layout, Layout):
+        kind = layout or (type(module).__name__ if module is not None else "nothing")
+        raise ValueError(f"{name}: expected experts in the model, got {kind}")
+    got = module.sizes if isinstance(module, LiquidExperts) else layout.sizes
+    if got != sizes:
+        raise ValueError(f"{name}: expected {sizes} as in {directory}, got {got}")
+    like = LiquidExperts(**sizes, device="meta")
+    for part, stack in like.named_children():
+        for key, tensor in stack.state_dict().items():
+            full = f"{name}.{part}.{key}"
+            if full not in state:
+                raise ValueError(f"{full}: missing in {directory}")
+            stored = state[full]
+            if stored.shape != tensor.shape or not _loads_as(stored.dtype, tensor.dtype):
+                raise ValueError(
+                    f"{full}: expected {tensor.dtype} {list(tensor.shape)}, got {stored.dtype} "
+                    f"{list(stored.shape)}"
+                )
+        for e in range(stack.num_experts):
+            try:
+                tensors = (state[f"{name}.{part}.{key}"][e] for key in STATE)
+                QuantizedWeight(*tensors, in_features=stack.in_features)
+            except ValueError as error:
+                raise ValueError(f"{name}.{part}.{error}: expert {e}") from None
+    known = {f"{name}.{key}" for key in like.state_dict()}
+    if extra := sorted(k for k in state if k.startswith(f"{name}.") and k not in known):
+        raise ValueError(f"{extra[0]}: in {directory}, but not in the model")
 
 
 def _loads_as(stored: torch.dtype, wanted: torch.dtype) -> bool:

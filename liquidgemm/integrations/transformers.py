@@ -6,7 +6,8 @@ and in ``config.json`` a ``quantization_config``::
     {"quant_method": "liquidgemm", "format_version": 1, "config": {...}, "layers": {"name": 0}}
 
 with the fields of the `LiquidConfig` (null where another tool chose the codes) and the quantized
-layers with their numbers of residual columns.
+layers with their numbers of residual columns. Where there are experts, format_version is 2, and
+"experts" has by the name of each layer of them the arguments of its `LiquidExperts`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints._pretrained import check_one_checkpoint, finishing_save_pretrained
 from ..nn._modules import as_linear, paths_of_modules, replace_module
+from ..nn.experts import LiquidExperts
+from ..nn.float_experts import Layout, layout_of
 from ..nn.linear import LiquidLinear
+from ..nn.stack import ExpertStack
 from ..quantization.config import LiquidConfig
 from ..quantization.model import dequantize_, quantize_
 from ..weights.liquidquant import GROUP, ceil_div
 from ..weights.weight import QuantizedWeight
 
 METHOD = "liquidgemm"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @register_quantization_config(METHOD)
@@ -47,6 +51,7 @@ class LiquidGemmConfig(QuantizationConfigMixin):
     Args:
         config: how to quantize; or its fields as keywords: ``LiquidGemmConfig(group_size=128)``.
         layers: of a checkpoint: its quantized layers, and how many residual columns each has.
+        experts: of a checkpoint: its layers of experts, and the arguments of each.
         verify: as in `liquidgemm.quantize_`; a checkpoint does not record it.
 
     Raises:
@@ -60,6 +65,7 @@ class LiquidGemmConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         format_version: int = FORMAT_VERSION,
         verify: bool = True,
+        experts: Mapping[str, Mapping] | None = None,
         **fields,
     ) -> None:
         if quant_method != METHOD:
@@ -86,6 +92,11 @@ class LiquidGemmConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"layers: expected a multiple of {GROUP} for the name of each layer, got {layers!r}"
             )
+        if experts is not None and not (
+            isinstance(experts, Mapping) and all(isinstance(v, Mapping) for v in experts.values())
+        ):
+            raise ValueError(f"experts: expected arguments by name of a layer, got {experts!r}")
+        self.experts = {name: dict(sizes) for name, sizes in (experts or {}).items()}
         self.quant_method = METHOD
         self.config, self.verify = config, verify
         self.layers = None if layers is None else dict(layers)
@@ -93,9 +104,10 @@ class LiquidGemmConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict:
         return {
             "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if self.experts else 1,
             "config": None if self.config is None else asdict(self.config),
             "layers": self.layers,
+            **({"experts": self.experts} if self.experts else {}),
         }
 
 
@@ -144,6 +156,10 @@ class LiquidGemmQuantizer(HfQuantizer):
             layer = _Unpacked(linear, augment)
             for path in paths[linear]:
                 replace_module(model, path, layer)
+        for name, sizes in self._experts_of(model).items():
+            module = model.get_submodule(name)
+            for path in paths[module]:
+                replace_module(model, path, _UnpackedExperts(module, sizes))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
         config = self.quantization_config.config
@@ -163,7 +179,7 @@ class LiquidGemmQuantizer(HfQuantizer):
                 warnings.warn(str(verification), stacklevel=2)
             return
         for layer, names in paths_of_modules(model).items():
-            if isinstance(layer, _Unpacked):
+            if isinstance(layer, _Unpacked | _UnpackedExperts):
                 packed = layer.without_data() if self._on_meta else layer.pack(names[0])
                 for name in names:
                     replace_module(model, name, packed)
@@ -188,6 +204,23 @@ class LiquidGemmQuantizer(HfQuantizer):
             found[name] = augment
         return found
 
+    def _experts_of(self, model: nn.Module) -> dict[str, dict]:
+        """As `_layers_of`, for experts."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        prefix = f"{model.base_model_prefix}."
+        found = {}
+        for saved, sizes in self.quantization_config.experts.items():
+            names = (saved, saved.removeprefix(prefix), prefix + saved)
+            name = next((name for name in names if name in modules), None)
+            layout = None if name is None else layout_of(modules[name])
+            if not isinstance(layout, Layout):
+                kind = "nothing" if name is None else layout or type(modules[name]).__name__
+                raise ValueError(f"{saved}: expected experts in the model, got {kind}")
+            if layout.sizes != sizes:
+                raise ValueError(f"{saved}: expected {sizes} in the model, got {layout.sizes}")
+            found[name] = sizes
+        return found
+
     def _check_files(self, files: list[str]) -> None:
         """Raises a ValueError if a layer is not complete: transformers would make it up."""
         if not files or not all(str(file).endswith(".safetensors") for file in files):
@@ -202,6 +235,8 @@ class LiquidGemmQuantizer(HfQuantizer):
             for name, augment in self.quantization_config.layers.items()
             for tensor in _tensors(augment)
         ]
+        for name, sizes in self.quantization_config.experts.items():
+            expected += [f"{name}.{tensor}" for tensor in _state_of_experts(sizes)]
         # transformers may rename keys as it loads, but it drops none.
         kinds = [Counter(key.rpartition(".")[2] for key in names) for names in (expected, keys)]
         short = [kind for kind, count in kinds[0].items() if kinds[1][kind] < count]
@@ -212,14 +247,15 @@ class LiquidGemmQuantizer(HfQuantizer):
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list:
         """As `_check_files`, in transformers 4, which asks this instead of naming the files."""
         for key in missing_keys:
-            if isinstance(model.get_submodule(key.rpartition(".")[0]), _Unpacked):
+            if isinstance(model.get_submodule(key.rpartition(".")[0]), _Unpacked | _UnpackedStack):
                 raise ValueError(f"{key}: missing in the checkpoint")
         return missing_keys
 
     def get_state_dict_and_metadata(self, model: nn.Module, *args) -> tuple[None, dict]:
         """Asked by save_pretrained before it writes the config, which names the layers of now."""
         self.quantization_config.layers = _quantized_layers(model)
-        if not self.quantization_config.layers:
+        self.quantization_config.experts = _quantized_experts(model)
+        if not (self.quantization_config.layers or self.quantization_config.experts):
             detach(model)
         return None, {}
 
@@ -296,12 +332,56 @@ class _Unpacked(nn.Module):
         return layer.train(self.training)
 
 
+def _state_of_experts(sizes: Mapping) -> dict[str, torch.Tensor]:
+    return LiquidExperts(**sizes, device="meta").state_dict()
+
+
+class _UnpackedStack(nn.Module):
+    """Where transformers puts the tensors of one of the two stacks of some experts."""
+
+    def __init__(self, like: ExpertStack, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name, tensor in like.state_dict().items():
+            self.register_buffer(name, tensor.to(dtype) if name == "bias" else tensor)
+
+
+class _UnpackedExperts(nn.Module):
+    """Where transformers puts the tensors of experts while it loads."""
+
+    def __init__(self, experts: nn.Module, sizes: Mapping) -> None:
+        super().__init__()
+        self._held = (experts, dict(sizes))  # the module as a whole is on the meta device
+        self.dtype = next(experts.parameters()).dtype
+        self.num_experts = sizes["num_experts"]
+        for name, stack in LiquidExperts(**sizes, device="meta").named_children():
+            self.add_module(name, _UnpackedStack(stack, self.dtype))
+
+    def without_data(self) -> LiquidExperts:
+        experts, sizes = self._held
+        layer = LiquidExperts(**sizes, device="meta", dtype=self.dtype)
+        layer.stands_for(experts, layout_of(experts))
+        return layer.train(self.training)
+
+    def pack(self, name: str) -> LiquidExperts:
+        layer = self.without_data()
+        for part, stack in self.named_children():
+            if stack.qweight.is_meta:
+                raise ValueError(f"{name}: expected a device_map of CPU or GPUs, got it offloaded")
+            try:
+                tensors = dict(stack.named_buffers())
+                layer.get_submodule(part).load_logical(tensors, stack.scale.device)
+            except ValueError as error:
+                raise ValueError(f"{name}.{part}: {error}") from None
+        return layer
+
+
 def attach(model: transformers.PreTrainedModel, config: LiquidConfig | None) -> None:
     """Tell transformers of layers that were quantized in place, for save_pretrained and others."""
-    if layers := _quantized_layers(model):
+    layers, experts = _quantized_layers(model), _quantized_experts(model)
+    if layers or experts:
         model.liquid_config = config
         model.hf_quantizer = LiquidGemmQuantizer(
-            LiquidGemmConfig(config, layers), pre_quantized=True
+            LiquidGemmConfig(config, layers, experts=experts), pre_quantized=True
         )
         model.config.quantization_config = model.hf_quantizer.quantization_config
         model.save_pretrained = MethodType(save_pretrained, model)
@@ -312,6 +392,14 @@ def _quantized_layers(model: nn.Module) -> dict[str, int]:
         name: 0 if layer.columns is None else len(layer.columns)
         for name, layer in model.named_modules()
         if isinstance(layer, LiquidLinear)
+    }
+
+
+def _quantized_experts(model: nn.Module) -> dict[str, dict]:
+    return {
+        name: layer.sizes
+        for name, layer in model.named_modules()
+        if isinstance(layer, LiquidExperts)
     }
 
 

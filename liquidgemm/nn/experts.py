@@ -281,6 +281,17 @@ class LiquidExperts(nn.Module):
         ids = torch.where((x != 0).any(1, keepdim=True), ids, -1)
         return ids, torch.ones_like(ids, dtype=torch.float32)
 
+    @property
+    def sizes(self) -> dict[str, int | str | bool]:
+        """The arguments that a layer of this kind is made with."""
+        return {
+            "num_experts": self.num_experts,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "activation": self.activation,
+            "bias": self.down.row_bias is not None,
+        }
+
     def expert(self, index: int) -> tuple[QuantizedWeight, QuantizedWeight]:
         """An expert's weights ``[2 I, H]``, the gate's rows first, and ``[H, I]``."""
         return self.gate_up.quantized_weight(index), self.down.quantized_weight(index)
@@ -360,6 +371,15 @@ def _joined(*parts: QuantizedWeight) -> QuantizedWeight:
     names = [f.name for f in fields(QuantizedWeight) if f.name not in ("in_features", "columns")]
     rows = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     return replace(parts[0], **rows)
+
+
+def without_values(experts: nn.Module) -> LiquidExperts:
+    """A layer of zeros in the place of float experts whose layout is known, on their device."""
+    layout = layout_of(experts)
+    parameter = experts.get_parameter(layout.parameters[0])
+    layer = LiquidExperts(**layout.sizes, device=parameter.device, dtype=parameter.dtype)
+    layer.stands_for(experts, layout)
+    return layer.train(experts.training)
 
 
 def without_data(module: nn.Module) -> nn.Module:

@@ -48,8 +48,22 @@ class Layout:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters with the weights."""
-        return ("mlp.w1", "mlp.v1", "mlp.w2") if self.flat else ("gate_up_proj", "down_proj")
+        """Names of the parameters: weights, then biases."""
+        if self.flat:
+            return ("mlp.w1", "mlp.v1", "mlp.w2")
+        names = ("gate_up_proj", "down_proj")
+        return (*names, *(f"{name}_bias" for name in names)) if self.bias else names
+
+    @property
+    def sizes(self) -> dict[str, int | str | bool]:
+        """The arguments of the `LiquidExperts` in their place."""
+        return {
+            "num_experts": self.num_experts,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "activation": self.activation,
+            "bias": self.bias,
+        }
 
     def gate_up(self, module: nn.Module, expert: int) -> Tensor:
         """An expert's first matrix ``[2 I, H]``, in the order in which it lies; mostly a view."""
@@ -165,7 +179,8 @@ def _judged(module: nn.Module, layout: Layout | str) -> Layout | str:
     """With the activation that it is found to compute."""
     if isinstance(layout, str):
         return layout
-    found = _activation(module, layout)
+    with torch.device("cpu"):  # whatever the default one is: a model is built on the meta device
+        found = _activation(module, layout)
     if found is None:
         return f"experts whose activation is none of {', '.join(GATED)}"
     return Layout(**{**vars(layout), "activation": found})

@@ -220,11 +220,16 @@ class ExpertStack(nn.Module):
             error_msgs.append(f"{prefix}qweight: is on the meta device; load with assign=True")
             return
         try:
-            self._load(found, found["scale"].device if assign else self.packed.device)
+            self.load_logical(found, found["scale"].device if assign else self.packed.device)
         except (ValueError, RuntimeError) as error:
             error_msgs.append(f"{prefix}{error}")
 
-    def _load(self, found: dict[str, Tensor], device: torch.device) -> None:
+    def load_logical(self, found: dict[str, Tensor], device: torch.device) -> None:
+        """Take the tensors of a state, and pack them on a device.
+
+        Raises:
+            ValueError: a wrong shape, dtype or value; nothing has changed.
+        """
         e, n = self.num_experts, self.out_features
         for name, tensor in found.items():
             if tensor.dim() < 2 or list(tensor.shape[:2]) != [e, n]:

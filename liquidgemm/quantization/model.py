@@ -25,6 +25,7 @@ from ..nn._modules import (
     replace_module,
     untie,
 )
+from ..nn.experts import LiquidExperts
 from ..nn.linear import LiquidLinear
 from ..weights.liquidquant import GROUP, Q_MAX
 from ..weights.quantize import check_finite
@@ -35,6 +36,7 @@ from .calibration.gate import check_gate
 from .calibration.plan import plan
 from .calibration.rotate import rotate_
 from .config import CALIBRATED, LiquidConfig
+from .experts import Experts, experts_as_linear
 from .layer import quantize_layer
 from .report import LayerReport, QuantizationReport
 from .selection import DONE, OTHER_KIND, Selection, select
@@ -63,7 +65,10 @@ def quantize_(
 ) -> QuantizationReport:
     """Replace the linear layers of a model by `LiquidLinear`, in place, on their own devices.
 
-    Linear layers are ``nn.Linear`` and GPT-2's Conv1D. What stays in floats stays for a reason that
+    Linear layers are ``nn.Linear`` and GPT-2's Conv1D. Experts in stacked parameters are replaced
+    by `LiquidExperts`, one layer of a model after the other; patterns, filter_fn and messages know
+    their matrices as ``<experts>.<e>.gate_up`` and ``<experts>.<e>.down``. All experts of a layer
+    are quantized, or none. Routers stay in floats. What stays in floats stays for a reason that
     the report gives: other kinds of layers, adapters and what they train, heads, layers whose
     weight is shared or read by other code. A model whose layers are quantized already stays as it
     is; one in which some are gets the others quantized, and no config is recorded where those had
@@ -114,78 +119,85 @@ def quantize_(
             f"({type(model).__name__}), which cannot be replaced in place: use "
             "LiquidLinear.from_linear(model)"
         )
-    selection = select(model, config, filter_fn)
-    names, whole = selection.names, config
-    if selection.heads:
-        config = replace(config, keep=(*config.keep, *selection.heads))
-    if not names:
-        if DONE not in selection.skipped.values():
-            raise _nothing(selection)
-        return QuantizationReport((), selection.skipped, parameters=selection.parameters)
-    _check_weights(model, names)
-    if calibration is None and config.needs_calibration and not dry_run:
-        wanted = "smooth" if config.smooth else "tune"
-        if config.method in CALIBRATED:
-            wanted = f"method {config.method!r}"
-        raise ValueError(f"calibration: expected token batches or texts for {wanted}, got None")
-    if calibration is None and not dry_run:
-        _check_unused(held_out=held_out, resume=resume)
-    _check_device(device)
-    _check_patterns(model, names, whole)
-    batches = unseen = None
-    if calibration is not None:
-        batches = as_batches(calibration, tokenizer, "calibration", model)
-    if held_out is not None:
-        unseen = as_batches(held_out, tokenizer, "held_out", model)
-    with conv1d_as_linear(model):
-        probe = Probe(model, names, batches[0] if batches else None) if verify else None
-        for name, reader in probe.readers.items() if probe else ():
-            selection.leave(name, f"its weight is read by {reader}")
+    with experts_as_linear(model) as experts:
+        selection = select(model, config, filter_fn, experts)
+        names, whole = selection.names, config
+        if selection.heads:
+            config = replace(config, keep=(*config.keep, *selection.heads))
         if not names:
-            raise _nothing(selection)
-        if dry_run:
-            lines = plan(model, names, config, batches)
-            return QuantizationReport(
-                tuple(names), selection.skipped, plan=lines, parameters=selection.parameters
-            )
-        recorded = _common_config(model, whole)
-        paths = paths_of_modules(model)
-        if batches is None:
-            rotate_(model, config)
-            layers, coarse_rows, sizes = _quantize_without_data(
-                model, names, paths, config, progress, probe
-            )
-            losses, measure = {}, ""
-        else:
-            folder = None if resume is None else path_of(resume)
-            found = calibrate(model, names, config, batches, unseen, device, folder, progress)
-            layers, losses, measure = found.layers, found.held_out, found.measure
-            check_gate(losses, config.gate, measure)
-            coarse_rows, sizes = _install(model, names, paths, found, config, probe)
-        for name in selection.heads:
-            untie(model, model.get_submodule(name))
-    model.liquid_config = recorded
-    attach(model)
-    if probe is not None:
-        errors = {r.name: r.output_error**0.5 for r in layers if r.output_error is not None}
-        probe.compare(config.rotate, errors)
-        probe.warn()
-    return QuantizationReport(
-        tuple(names),
-        selection.skipped,
-        *map(sum, zip(*sizes, strict=True)),
-        coarse_rows,
-        tuple(layers),
-        losses,
-        measure=measure,
-        parameters=selection.parameters,
-        verification=None if probe is None else probe.result,
-    )
+            if DONE not in selection.skipped.values():
+                raise _nothing(selection)
+            return QuantizationReport((), selection.skipped, parameters=selection.parameters)
+        _check_weights(model, names)
+        if calibration is None and config.needs_calibration and not dry_run:
+            wanted = "smooth" if config.smooth else "tune"
+            if config.method in CALIBRATED:
+                wanted = f"method {config.method!r}"
+            raise ValueError(f"calibration: expected token batches or texts for {wanted}, got None")
+        if calibration is None and not dry_run:
+            _check_unused(held_out=held_out, resume=resume)
+        _check_device(device)
+        _check_patterns(model, names, whole)
+        batches = unseen = None
+        if calibration is not None:
+            batches = as_batches(calibration, tokenizer, "calibration", model)
+        if held_out is not None:
+            unseen = as_batches(held_out, tokenizer, "held_out", model)
+        with conv1d_as_linear(model):
+            probe = Probe(model, names, batches[0] if batches else None) if verify else None
+            for name, reader in probe.readers.items() if probe else ():
+                selection.leave(name, f"its weight is read by {reader}")
+            if not names:
+                raise _nothing(selection)
+            if dry_run:
+                lines = experts.fold_plan(plan(model, names, config, batches))
+                return QuantizationReport(
+                    tuple(experts.fold(names)),
+                    selection.skipped,
+                    plan=lines,
+                    parameters=selection.parameters,
+                )
+            recorded = _common_config(model, whole)
+            places = {names[0]: names for names in paths_of_modules(model).values()}
+            if batches is None:
+                rotate_(model, config)
+                layers, coarse_rows, sizes = _quantize_without_data(
+                    model, names, places, config, progress, probe, experts
+                )
+                losses, measure = {}, ""
+            else:
+                folder = None if resume is None else path_of(resume)
+                found = calibrate(model, names, config, batches, unseen, device, folder, progress)
+                layers, losses, measure = found.layers, found.held_out, found.measure
+                check_gate(losses, config.gate, measure)
+                coarse_rows, sizes = _install(model, names, places, found, config, probe, experts)
+            for name in selection.heads:
+                untie(model, model.get_submodule(name))
+        model.liquid_config = recorded
+        attach(model)
+        if probe is not None:
+            errors = {r.name: r.output_error**0.5 for r in layers if r.output_error is not None}
+            probe.compare(config.rotate, errors)
+            probe.warn()
+        layers, of_experts = experts.fold_reports(layers)
+        return QuantizationReport(
+            tuple(experts.fold(names)),
+            selection.skipped,
+            *map(sum, zip(*sizes, strict=True)),
+            coarse_rows,
+            tuple(layers),
+            losses,
+            measure=measure,
+            parameters=selection.parameters,
+            experts=of_experts,
+            verification=None if probe is None else probe.result,
+        )
 
 
 @torch.no_grad()
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace each `LiquidLinear` of a model by the float layer it stands for, in place.
+    """Replace each `LiquidLinear` and `LiquidExperts` of a model by the float layer that it stands
+    for, in place.
 
     The floats are those of the quantized weights: what rounding has taken does not come back. They
     are parameters that can be trained, in an ``nn.Linear`` or, where there was one, a Conv1D.
@@ -200,11 +212,15 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         ValueError: the model has no quantized layer, or is one.
     """
     paths = paths_of_modules(model)
-    layers = [module for module in paths if isinstance(module, LiquidLinear)]
+    layers = [m for m in paths if isinstance(m, LiquidLinear | LiquidExperts)]
     if not layers or model in layers:
         raise ValueError("model: expected a module that contains quantized layers, got none")
     for layer in layers:
-        linear = _float_layer(layer, dtype)
+        linear = (
+            _float_layer(layer, dtype)
+            if isinstance(layer, LiquidLinear)
+            else (layer.to_float(dtype))
+        )
         for name in paths[layer]:
             replace_module(model, name, linear)
     detach(model)
@@ -227,10 +243,11 @@ def _float_layer(layer: LiquidLinear, dtype: torch.dtype | None) -> nn.Module:
 def _quantize_without_data(
     model: nn.Module,
     names: list[str],
-    paths: dict[nn.Module, list[str]],
+    places: dict[str, list[str]],
     config: LiquidConfig,
     progress: bool,
     probe: Probe | None,
+    experts: Experts,
 ) -> tuple[list[LayerReport], dict[str, int], list[tuple[int, int]]]:
     layers, coarse_rows, sizes = [], {}, []
     # By name, so that each float weight is freed as soon as it is replaced.
@@ -241,17 +258,20 @@ def _quantize_without_data(
         report = LayerReport.of(name, method, linear.weight, weight)
         report.seconds = time.perf_counter() - start
         layers.append(report)
-        sizes.append(_replace(model, paths[linear], weight, linear.bias, coarse_rows, probe))
+        sizes.append(_replace(model, places[name], weight, linear.bias, coarse_rows, probe))
+        del linear
+        _fuse(model, name, experts, probe)
     return layers, coarse_rows, sizes
 
 
 def _install(
     model: nn.Module,
     names: list[str],
-    paths: dict[nn.Module, list[str]],
+    places: dict[str, list[str]],
     found: Calibrated,
     config: LiquidConfig,
     probe: Probe | None,
+    experts: Experts,
 ) -> tuple[dict[str, int], list[tuple[int, int]]]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, value in found.tensors.items():
@@ -264,7 +284,8 @@ def _install(
         if bias is not None:
             bias = bias.to(linear.bias.dtype)
         weight = found.weights.pop(name).to(linear.weight.device)
-        sizes.append(_replace(model, paths[linear], weight, bias, coarse_rows, probe, changed))
+        sizes.append(_replace(model, places[name], weight, bias, coarse_rows, probe, changed))
+        _fuse(model, name, experts, probe)
     return coarse_rows, sizes
 
 
@@ -288,6 +309,14 @@ def _replace(
     for path in paths:
         replace_module(model, path, layer)
     return linear.weight.nbytes, layer.packed.nbytes + layer.scale.nbytes
+
+
+def _fuse(model: nn.Module, layer: str, experts: Experts, probe: Probe | None) -> None:
+    """Make one layer of experts if this was the last of theirs, and see that it does the same."""
+    name = experts.of(layer)
+    separate = None if name is None else model.get_submodule(name)
+    if experts.is_fused(layer) and probe is not None:
+        probe.check_experts(name, separate, model.get_submodule(name))
 
 
 def _check_unused(**arguments: object) -> None:
@@ -346,7 +375,7 @@ def _nothing(selection: Selection) -> ValueError:
 
 def _common_config(model: nn.Module, config: LiquidConfig) -> LiquidConfig | None:
     """The config that holds for all quantized layers; None if older ones had another, or none."""
-    if not any(isinstance(module, LiquidLinear) for module in model.modules()):
+    if not any(isinstance(m, LiquidLinear | LiquidExperts) for m in model.modules()):
         return config
     return config if getattr(model, "liquid_config", None) == config else None
 

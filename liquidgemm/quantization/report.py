@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -78,6 +78,19 @@ class LayerReport:
 
 
 @dataclass
+class ExpertsReport:
+    """The experts of one layer.
+
+    Attributes:
+        tokens: of the calibration data that were routed to each expert.
+        fell_back: by number of an expert, why it was quantized otherwise than most.
+    """
+
+    tokens: list[int]
+    fell_back: dict[int, str]
+
+
+@dataclass
 class ParameterReport:
     """What became of one parameter of two or more dimensions.
 
@@ -103,13 +116,14 @@ class QuantizationReport:
     """What `quantize_` did.
 
     Attributes:
-        quantized: names of the layers that are now `LiquidLinear`.
+        quantized: names of the layers that are now `LiquidLinear` or `LiquidExperts`.
         skipped: name and reason of every other module that holds a matrix; "" is the model itself.
         bytes_before, bytes_after: size of the weights of the quantized layers.
         coarse_rows: per layer that has any, the number of rows in which at least half of the
             groups span less than 15 steps of the INT8 grid, so that not even s = 1 gives them 4
             bits. Mostly it is one huge weight that leaves the others so little of the range.
-        layers: errors of each quantized layer.
+        layers: errors of each quantized layer; of experts, for their first matrices and for their
+            second ones, means over all experts.
         held_out: mean loss on held-out data of the model "reference", quantized "data-free" and
             "calibrated"; empty if there was none.
         measure: what kind of loss that is: "loss" of the next token, "loss on labels", or "relative
@@ -117,6 +131,7 @@ class QuantizationReport:
         plan: of a dry run, what would become of each layer.
         parameters: by name, every parameter of two or more dimensions that the model had, one that
             is used in several places once; weights of layers that were quantized before, too.
+        experts: by name of a `LiquidExperts`, what became of each of its experts.
         verification: what the check at the end has found; None if it was not wanted.
     """
 
@@ -130,6 +145,7 @@ class QuantizationReport:
     measure: str = ""
     plan: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, ParameterReport] = field(default_factory=dict)
+    experts: dict[str, ExpertsReport] = field(default_factory=dict)
     verification: Verification | None = None
 
     @property
@@ -156,7 +172,8 @@ class QuantizationReport:
             lines += [f"{name or 'the model'}: {why}" for name, why in self.skipped.items()]
             return "\n".join([*lines, self.accounting()])
         lines = [
-            f"{len(self.quantized)} linear layers quantized, {self.bytes_before / 1e6:.1f} MB to "
+            f"{len(self.quantized) - len(self.experts)} linear layers{self._with_experts()} "
+            f"quantized, {self.bytes_before / 1e6:.1f} MB to "
             f"{self.bytes_after / 1e6:.1f} MB",
             self.accounting(),
         ]
@@ -179,13 +196,49 @@ class QuantizationReport:
             names = [layer.name for layer in self.layers if layer.note == note]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"quantized without data {', '.join(names[:3])}{more}: {note}")
+        lines += self._tokens_of_experts()
         if self.quantized:
             lines.append(str(self.verification or "not verified: verify=False"))
         return "\n".join(lines)
 
+    def _with_experts(self) -> str:
+        if not self.experts:
+            return ""
+        count = sum(len(report.tokens) for report in self.experts.values())
+        return f" and {count} experts in {len(self.experts)} layers"
+
+    def _tokens_of_experts(self) -> Iterator[str]:
+        """How many tokens experts were calibrated on, and which fell back."""
+        counts = sorted(n for report in self.experts.values() for n in report.tokens)
+        if counts and counts[-1]:
+            middle = counts[len(counts) // 2]
+            yield f"tokens per expert: {counts[0]} at least, {middle} median, {counts[-1]} at most"
+        by_reason: dict[str, list[str]] = {}
+        for name, report in self.experts.items():
+            for expert, reason in report.fell_back.items():
+                by_reason.setdefault(reason, []).append(f"{name}.{expert}")
+        for reason, names in by_reason.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            yield f"experts {', '.join(names[:3])}{more}: {reason}"
+
     def to_json(self) -> str:
         """All of it, layers in the order of the model."""
         return json.dumps(asdict(self), indent=1)
+
+    def expert_table(self) -> Table:
+        """Tokens per expert of each layer with experts, as a table of rich."""
+        from rich.table import Table
+
+        table = Table(title="tokens per expert")
+        for heading in ("experts", "number", "least", "median", "most", "none", "fell back"):
+            table.add_column(heading, justify="left" if heading == "experts" else "right")
+        for name, report in self.experts.items():
+            counts = sorted(report.tokens)
+            numbers = (len(counts), counts[0], counts[len(counts) // 2], counts[-1])
+            table.add_row(
+                name, *map(str, numbers), str(counts.count(0)), str(len(report.fell_back))
+            )
+        return table
 
     def table(self, worst: int = 10) -> Table:
         """The layers with the largest error, as a table of rich."""

@@ -18,10 +18,12 @@ from ..nn._modules import (
     paths_of_modules,
     ties_besides,
 )
+from ..nn.experts import LiquidExperts
 from ..nn.linear import LiquidLinear
 from ..ops import FLOATS
 from ..weights.liquidquant import MAX_IN_FEATURES
 from .config import LiquidConfig
+from .experts import Experts, SeparateExperts
 from .readers import weight_readers
 from .report import ParameterReport
 
@@ -42,6 +44,7 @@ class Selection:
         skipped: name and reason for every other module that holds a matrix.
         parameters: every parameter of two or more dimensions, once, and the weights of layers that
             are quantized already.
+        experts: those whose layers are among the names, as linear layers; None without any.
     """
 
     names: list[str] = field(default_factory=list)
@@ -49,12 +52,19 @@ class Selection:
     skipped: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, ParameterReport] = field(default_factory=dict)
 
+    experts: Experts | None = None
+
     def leave(self, name: str, reason: str) -> None:
-        """Take back a layer."""
-        self.names.remove(name)
+        """Take back a layer, and with one of an expert all of its experts."""
+        owner = None if self.experts is None else self.experts.of(name)
+        if owner is not None:
+            self.names[:] = [n for n in self.names if self.experts.of(n) != owner]
+            name = owner
+        elif name in self.names:
+            self.names.remove(name)
         self.skipped[name] = reason
         for key, parameter in self.parameters.items():
-            if key.rpartition(".")[0] == name:
+            if key.rpartition(".")[0] == name or (owner and key.startswith(f"{owner}.")):
                 parameter.reason, parameter.quantized = reason, False
 
 
@@ -62,17 +72,26 @@ def select(
     model: nn.Module,
     config: LiquidConfig,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    experts: Experts | None = None,
 ) -> Selection:
     """Sorts out the modules of a model; the model is not changed.
+
+    Experts are quantized if each layer of each of them is to be.
 
     Raises:
         ValueError: the config's head is "int8", and there is no head that can be.
     """
     paths = paths_of_modules(model)
-    result = Selection()
-    rules = _Rules(model, paths, config, filter_fn)
+    result = Selection(experts=experts)
+    rules = _Rules(model, paths, config, filter_fn, experts)
     for module, names in paths.items():
         name = names[0]
+        if isinstance(module, LiquidExperts):
+            result.skipped[name] = DONE
+            for key, stack in module.named_children():
+                shape = (stack.num_experts, stack.out_features, stack.in_features)
+                result.parameters[f"{name}.{key}"] = ParameterReport(shape, DONE, True)
+            continue
         if isinstance(module, LiquidLinear):
             result.skipped[name] = DONE
             shape = (module.out_features, module.in_features)
@@ -96,7 +115,24 @@ def select(
             owner = owners[id(model.get_submodule(key.rpartition(".")[0]))]
             reason = result.skipped.get(owner)
             result.parameters[key] = ParameterReport(tuple(parameter.shape), reason, not reason)
+    if experts is not None:
+        _whole_experts(result, experts)
     return result
+
+
+def _whole_experts(result: Selection, experts: Experts) -> None:
+    """Stacked parameters in the place of linear layers, and all or none of some experts."""
+    reasons: dict[str, str] = {}
+    for name, reason in list(result.skipped.items()):
+        if owner := experts.of(name):
+            reasons.setdefault(owner, reason)
+            del result.skipped[name]
+    for key in [key for key in result.parameters if experts.of(key.rpartition(".")[0])]:
+        del result.parameters[key]
+    for owner in experts.paths:
+        result.parameters |= experts.parameters(owner)
+        if owner in reasons:
+            result.leave(f"{owner}.0.gate_up", reasons[owner])
 
 
 def _check_head(rules: _Rules, result: Selection, paths: dict[nn.Module, list[str]]) -> None:
@@ -132,23 +168,33 @@ class _Rules:
         paths: dict[nn.Module, list[str]],
         config: LiquidConfig,
         filter_fn: Callable[[str, nn.Module], bool] | None,
+        experts: Experts | None,
     ) -> None:
         self._config, self._filter, self._paths = config, filter_fn, paths
+        self._experts = experts
         self.int8_heads = set()
         if config.head == "int8":
             self.int8_heads |= {m for m in _outputs(paths) if not isinstance(m, LiquidLinear)}
         self._tied = set(_overlapping(paths))
         self._heads = dict(_heads(paths))
-        self._roles = {**dict(_held_elsewhere(paths)), **dict(_adapters(paths))}
+        self._roles = {
+            **dict(_routers(model, paths)),
+            **dict(_held_elsewhere(paths)),
+            **dict(_adapters(paths)),
+        }
         self._readers = weight_readers(model)
 
     def reason(self, module: nn.Module, names: list[str]) -> str | None:
         # Not isinstance: a subclass may use its weight in ways of its own.
         if not is_linear(module) and not is_conv1d(module):
-            return _not_linear(module)
+            refused = {} if self._experts is None else self._experts.refused
+            return refused.get(module) or _not_linear(module)
         if role := self._roles.get(module):
             return role
         is_head = module in self.int8_heads
+        owner = None if self._experts is None else self._experts.of(names[0])
+        if owner is not None:
+            names = [*names, *self._experts.paths[owner]]
         for pattern in self._config.skip:
             if is_head and pattern == "lm_head":
                 continue
@@ -172,6 +218,10 @@ class _Rules:
             return "it has hooks, which would be lost"
         if reader := self._readers.get(module):
             return f"its weight is read by {reader}"
+        if owner is not None:
+            for pattern in self._config.keep:
+                if any(matches(name, pattern) for name in names):
+                    return f"matches the pattern {pattern!r} of keep: experts have no INT8 form"
         if self._filter is not None and not self._filter(names[0], module):
             return "rejected by filter_fn"
         return None
@@ -189,10 +239,6 @@ class _Rules:
 
 def _not_linear(module: nn.Module) -> str:
     kind = type(module).__name__
-    if any(p is not None and p.ndim > 2 for p in module._parameters.values()) and (
-        "expert" in kind.lower()
-    ):
-        return f"not nn.Linear but {kind}: experts in one parameter stay in floats"
     if type(module).__module__.startswith("torch.") or "weight" in module._parameters:
         return f"not nn.Linear but {kind}"
     return f"unknown: parameters of {kind}, which is no layer that there is a rule for"
@@ -263,6 +309,32 @@ def _outputs(paths: dict[nn.Module, list[str]]) -> Iterator[nn.Module]:
                     yield head
     if not seen:
         yield from (m for m, names in paths.items() if any(matches(n, "lm_head") for n in names))
+
+
+def _routers(
+    model: nn.Module, paths: dict[nn.Module, list[str]]
+) -> Iterator[tuple[nn.Module, str]]:
+    """Linear layers beside experts that choose among them, or weigh a shared one."""
+    for module, names in paths.items():
+        count = _count_experts(module)
+        if not count:
+            continue
+        parent = model.get_submodule(names[0].rpartition(".")[0])
+        inside = set(module.modules())
+        for child in parent.modules():
+            if is_linear(child) and child not in inside and child.out_features in (1, count):
+                yield child, f"the router of {names[0]}, of {child.out_features} rows"
+
+
+def _count_experts(module: nn.Module) -> int:
+    """How many experts a module holds: stacked ones, or a list of modules alike; 0 for others."""
+    if isinstance(module, SeparateExperts | LiquidExperts):
+        return len(module.experts()) if isinstance(module, SeparateExperts) else module.num_experts
+    if not isinstance(module, nn.ModuleList) or len(module) < 2:
+        return 0
+    kinds = {type(child) for child in module}
+    linear = all(sum(map(is_linear, child.children())) >= 2 for child in module)
+    return len(module) if len(kinds) == 1 and linear else 0
 
 
 def _held_elsewhere(paths: dict[nn.Module, list[str]]) -> Iterator[tuple[nn.Module, str]]:

@@ -85,7 +85,6 @@ def structures() -> dict[str, Structure]:
     experts = {"num_key_value_heads": 2, "num_experts_per_tok": 2, "head_dim": 16}
     both = {**_TEXT, "decoder_input_ids": IDS[:, :8]}
     read = "its weight is read by"
-    in_one = "experts in one parameter"
     return {
         "T5": _of(
             "T5ForConditionalGeneration",
@@ -210,15 +209,13 @@ def structures() -> dict[str, Structure]:
             "MixtralForCausalLM",
             T.MixtralConfig(**_WIDE, num_local_experts=4, **experts),
             _TEXT,
-            2 * 4,
-            model__layers__0__mlp__experts=in_one,
+            2 * 5,
         ),
         "Qwen3-MoE": _of(
             "Qwen3MoeForCausalLM",
             T.Qwen3MoeConfig(**_WIDE, moe_intermediate_size=64, num_experts=4, **experts),
             _TEXT,
-            2 * 4,
-            model__layers__0__mlp__experts=in_one,
+            2 * 5,
         ),
         "ALBERT": _of(
             "AlbertForMaskedLM", T.AlbertConfig(**_WIDE, embedding_size=32), _TEXT, 1 + 6

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
+from ...nn.experts import LiquidExperts
 from ...nn.linear import LiquidLinear
 from ...ops import quantize_activation
 from ...weights.weight import QuantizedWeight, dequantize_weight
@@ -31,6 +32,7 @@ _ROWS = 8  # tokens per layer that are kept, at most
 _CHANNELS = 128  # output channels per layer that are compared
 _VALUES = 1 << 14  # values per output that are kept
 _EXACT = 1e-3  # relative distance of two float32 evaluations of one formula, and much to spare
+_SAME_EXPERTS = 2e-2  # a few activations between the products, rounded the other way
 _SEED = 21
 
 # Outputs of a model are further off than those of its layers, as errors add up: rounded to nearest,
@@ -169,6 +171,24 @@ class Probe:
         off = self.result.layers[name] = _distance(product, expected)
         if off > _MOST:
             self.result.faults.setdefault(name, _too_far(off, _MOST))
+
+    @torch.no_grad()
+    def check_experts(self, name: str, separate: nn.Module, experts: LiquidExperts) -> None:
+        """Hold experts as one layer against the same as linear layers, on a token for each two.
+
+        Args:
+            separate: their quantized linear layers, and the float module's own code between them.
+        """
+        count, device = experts.num_experts, experts.gate_up.packed.device
+        size = (max(2, count), experts.hidden_size)
+        x = torch.randn(size, generator=self._generator, device="cpu").to(device)
+        ids = torch.arange(len(x), device=device).unsqueeze(1) + torch.arange(2, device=device)
+        ids, weights = ids % count, torch.tensor([0.75, 0.25], device=device).expand(len(x), 2)
+        off = _distance(experts(x, ids, weights), separate(x, ids, weights))
+        if off > _SAME_EXPERTS:
+            self.result.faults.setdefault(
+                name, f"its outputs are off by {100 * off:.3g} % from those of its experts alone"
+            )
 
     def compare(self, rotated: bool = False, errors: Mapping[str, float] | None = None) -> None:
         """Run the quantized model; faults go to the result.
@@ -334,7 +354,7 @@ def _shaken(model: nn.Module, errors: Mapping[str, float], usual: float) -> Iter
     handles = [
         module.register_forward_hook(shake(errors.get(name, usual)))
         for name, module in model.named_modules()
-        if isinstance(module, LiquidLinear)
+        if isinstance(module, LiquidLinear | LiquidExperts)
     ]
     try:
         yield

@@ -8,7 +8,14 @@ import torch
 from structures import T, plain_structures, structures
 from tiny_models import assert_same_state, state
 
-from liquidgemm import LiquidConfig, LiquidLinear, load_quantized, quantize_, save_quantized
+from liquidgemm import (
+    LiquidConfig,
+    LiquidExperts,
+    LiquidLinear,
+    load_quantized,
+    quantize_,
+    save_quantized,
+)
 
 STRUCTURES, PLAIN = structures(), plain_structures()
 
@@ -27,7 +34,7 @@ def run(model, structure):
 def check_quantized(model, structure, expected, report):
     assert len(report.quantized) == structure.layers, report.skipped
     for name in report.quantized:
-        assert isinstance(model.get_submodule(name), LiquidLinear)
+        assert isinstance(model.get_submodule(name), LiquidLinear | LiquidExperts)
     for name, reason in structure.kept.items():
         assert reason in report.skipped[name]
     assert report.verification.faults == {}
