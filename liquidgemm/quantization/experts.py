@@ -21,6 +21,7 @@ from ..nn.experts import LiquidExperts, in_order, without_data
 from ..nn.float_experts import Layout, layout_of
 from ..nn.linear import LiquidLinear
 from ..nn.stack import stack_of
+from .config import LiquidConfig
 from .report import ExpertsReport, LayerReport, ParameterReport
 
 PARTS = ("gate_up", "down")
@@ -139,10 +140,9 @@ class Experts:
         name = layer.rpartition(".")[0].rpartition(".")[0]
         return name if name in self.paths else None
 
-    def layers(self, name: str) -> list[str]:
-        """Names of the linear layers of some experts."""
-        count = len(self._model.get_submodule(name).experts())
-        return [f"{name}.{e}.{part}" for e in range(count) for part in PARTS]
+    def config_of(self, layer: str, config: LiquidConfig) -> LiquidConfig:
+        """The config that holds for a layer: experts have no residual columns."""
+        return config if self.of(layer) is None else replace(config, augment=0)
 
     def parameters(self, name: str) -> dict[str, ParameterReport]:
         """Reports of their stacked parameters."""

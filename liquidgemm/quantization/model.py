@@ -150,7 +150,7 @@ def quantize_(
             if not names:
                 raise _nothing(selection)
             if dry_run:
-                lines = experts.fold_plan(plan(model, names, config, batches))
+                lines = plan(model, names, config, batches, experts)
                 return QuantizationReport(
                     tuple(experts.fold(names)),
                     selection.skipped,
@@ -254,7 +254,7 @@ def _quantize_without_data(
     for name in tqdm(names, desc="quantizing", unit="layer", disable=not progress):
         linear = model.get_submodule(name)
         start = time.perf_counter()
-        weight, method = quantize_layer(linear.weight, config, name)
+        weight, method = quantize_layer(linear.weight, experts.config_of(name, config), name)
         report = LayerReport.of(name, method, linear.weight, weight)
         report.seconds = time.perf_counter() - start
         layers.append(report)

@@ -23,9 +23,10 @@ from ..nn.linear import LiquidLinear
 from ..ops import FLOATS
 from ..weights.liquidquant import MAX_IN_FEATURES
 from .config import LiquidConfig
-from .experts import Experts, SeparateExperts
+from .experts import Experts
 from .readers import weight_readers
 from .report import ParameterReport
+from .routing import count_experts, routers
 
 DONE = "already quantized"
 OTHER_KIND = ("not nn.Linear", "unknown")  # how the reasons of other kinds of modules begin
@@ -316,25 +317,10 @@ def _routers(
 ) -> Iterator[tuple[nn.Module, str]]:
     """Linear layers beside experts that choose among them, or weigh a shared one."""
     for module, names in paths.items():
-        count = _count_experts(module)
-        if not count:
-            continue
-        parent = model.get_submodule(names[0].rpartition(".")[0])
-        inside = set(module.modules())
-        for child in parent.modules():
-            if is_linear(child) and child not in inside and child.out_features in (1, count):
+        if count_experts(module) and names[0]:
+            parent = model.get_submodule(names[0].rpartition(".")[0])
+            for child in routers(parent, module):
                 yield child, f"the router of {names[0]}, of {child.out_features} rows"
-
-
-def _count_experts(module: nn.Module) -> int:
-    """How many experts a module holds: stacked ones, or a list of modules alike; 0 for others."""
-    if isinstance(module, SeparateExperts | LiquidExperts):
-        return len(module.experts()) if isinstance(module, SeparateExperts) else module.num_experts
-    if not isinstance(module, nn.ModuleList) or len(module) < 2:
-        return 0
-    kinds = {type(child) for child in module}
-    linear = all(sum(map(is_linear, child.children())) >= 2 for child in module)
-    return len(module) if len(kinds) == 1 and linear else 0
 
 
 def _held_elsewhere(paths: dict[nn.Module, list[str]]) -> Iterator[tuple[nn.Module, str]]:

@@ -23,10 +23,12 @@ from tqdm.auto import tqdm
 from ...nn._modules import replace_module
 from ...weights.weight import QuantizedWeight
 from ..config import LiquidConfig
+from ..experts import PARTS, SeparateExperts
 from ..layer import quantize_layer
 from ..report import LayerReport
 from .blocks import Call, find_stages, main_tensor, stage_inputs
 from .data import running
+from .experts import quantize_experts
 from .flow import Lane, Recordings
 from .gate import HeldOut
 from .moments import Moments, round_activation
@@ -188,6 +190,16 @@ class _Run:
         result.layers += reports
 
 
+def _parts(experts: SeparateExperts) -> list[tuple[int, str]]:
+    return [(e, part) for e in range(experts.layout.num_experts) for part in PARTS]
+
+
+def _without(stage: list[str], owners: Mapping[str, nn.Module]) -> list[list[str]]:
+    """A stage, and the experts in it as stages of their own."""
+    rest = [name for name in stage if name not in owners]
+    return [*([rest] if rest else []), *([name] for name in stage if name in owners)]
+
+
 def _shape(call: Call) -> torch.Size | None:
     return None if call.hidden is None else call.hidden.shape
 
@@ -202,10 +214,25 @@ def _quantize_unit(
     bar: tqdm,
 ) -> list[LayerReport]:
     reports = []
-    stages, repeated = find_stages(block, layers, calls[0]) if calls else ([], set())
+    experts = {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, SeparateExperts) and unit.outer(f"{name}.0.gate_up") in layers
+    }
+    of_experts = {f"{e}.{i}.{part}" for e, m in experts.items() for i, part in _parts(m)}
+    layers = {name: layer for name, layer in layers.items() if unit.inner(name) not in of_experts}
+    owners = {unit.outer(name): module for name, module in experts.items()}
+    stages, repeated = find_stages(block, layers | owners, calls[0]) if calls else ([], set())
+    # The router has the same input, and whatever else the block computes from it.
+    stages = [part for stage in stages for part in _without(stage, owners)]
     called = {name for stage in stages for name in stage}
-    stages += [[name] for name in layers if name not in called]
+    stages += [[name] for name in (*layers, *owners) if name not in called]
     for stage in stages:
+        if stage[0] in owners:
+            inner = unit.inner(stage[0])
+            bar.set_postfix_str(inner, refresh=False)
+            reports += quantize_experts(block, inner, stage[0], calls, config)
+            continue
         bar.set_postfix_str(unit.inner(stage[0]), refresh=False)
         start = time.perf_counter()
         inputs = stage_inputs(block, layers[stage[0]], calls, stage[0] in repeated)

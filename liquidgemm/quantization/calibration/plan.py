@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...weights.liquidquant import padded
 from ..config import LiquidConfig
+from ..experts import Experts
 from ..layer import layer_method, residual_columns
 from .data import running
 from .flow import Recordings
@@ -21,8 +22,9 @@ def plan(
     names: list[str],
     config: LiquidConfig,
     batches: list[Tensor | Mapping[str, Any]] | None = None,
+    experts: Experts | None = None,
 ) -> dict[str, str]:
-    """One line for each named layer.
+    """One line for each named layer, or for each part of some experts.
 
     Which layers the calibration data reaches is known if there is some: it is run through the
     float model, one batch of each kind. Without, all are taken to be reached. Smoothing is tried
@@ -44,7 +46,8 @@ def plan(
         linear = model.get_submodule(name)
         method = layer_method(config, name, has_data=name in reached)
         columns = padded(linear.in_features)
-        extra = columns if method == "int8" else residual_columns(config, name, linear.in_features)
+        own = config if experts is None else experts.config_of(name, config)
+        extra = columns if method == "int8" else residual_columns(own, name, linear.in_features)
         parts = [f"{linear.out_features} x {linear.in_features}", method]
         if extra:
             parts.append(f"{extra} residual columns")
@@ -54,7 +57,7 @@ def plan(
         elif name in smoothed:
             parts.append(f"smoothed by {smoothed[name]}")
         lines[name] = ", ".join(parts)
-    return lines
+    return lines if experts is None else experts.fold_plan(lines)
 
 
 def _reached(

@@ -10,6 +10,7 @@ from torch import nn
 
 from ...nn._modules import paths_of_modules, replace_module
 from ...weights.weight import QuantizedWeight
+from ..routing import is_routed
 from .simulate import SimulatedLinear
 
 
@@ -80,7 +81,8 @@ def find_units(model: nn.Module, layers: Iterable[str]) -> list[Unit]:
     """Units that hold all of the layers, in the order of the model.
 
     They are the entries of each ``nn.ModuleList`` (of nested ones the outermost) and, outside of
-    them, the largest modules without such a list; a model without any is one unit.
+    them, the largest modules without such a list; a model without any is one unit. A list of
+    experts, of which the data chooses some, is a part of the unit around it.
     """
     layers = list(layers)
     units = [Unit(name, inside) for name, inside in _partition(model, "", layers) if inside]
@@ -128,6 +130,7 @@ def _holds_list(module: nn.Module, name: str, layers: list[str]) -> bool:
     prefix = f"{name}." if name else ""
     return any(
         isinstance(child, nn.ModuleList)
+        and not is_routed(module.get_submodule(path.rpartition(".")[0]), child)
         and any(layer.startswith(f"{prefix}{path}.") for layer in layers)
         for path, child in module.named_modules()
         if path
