@@ -253,8 +253,8 @@ class Flow:
         return (
             "calibration, held_out: expected batches with the same keys to call the same parts of "
             f"the model in one order, got one that calls {name} where another calls {self.next}. "
-            "The data may choose among entries of a list if a router, a linear layer with a row for "
-            "each, is in the same module"
+            "The data may choose among entries of a list if a router, a linear layer with a row "
+            "for each, is in the same module"
         )
 
 
