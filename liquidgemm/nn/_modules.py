@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from types import ModuleType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 # The second is a mark of transformers on every module that it has made.
 _LINEAR_STATE = frozenset((*vars(nn.Linear(1, 1, device="meta")), "_is_hf_initialized"))
@@ -31,6 +32,16 @@ def paths_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def linear_at(model: nn.Module, path: str) -> nn.Linear:
+    """The module of a path that is known to lead to a linear layer."""
+    return cast(nn.Linear, model.get_submodule(path))
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a module that is known to have one, such as a norm."""
+    return cast(Tensor, module.weight)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -101,17 +112,22 @@ def as_linear(module: nn.Module | None) -> nn.Linear | None:
         return module
     if module is None or not is_conv1d(module):
         return None
-    linear = nn.Linear(module.nx, module.nf, device="meta")
-    linear.weight = nn.Parameter(module.weight.detach().T, module.weight.requires_grad)
-    linear.bias = module.bias
-    return linear.train(module.training)
+    conv: Any = module
+    linear = nn.Linear(conv.nx, conv.nf, device="meta")
+    linear.weight = nn.Parameter(conv.weight.detach().T, conv.weight.requires_grad)
+    linear.bias = conv.bias
+    return linear.train(conv.training)
 
 
 @contextmanager
 def conv1d_as_linear(model: nn.Module) -> Iterator[None]:
     """Each Conv1D is an ``nn.Linear`` in here; those that are still there turn back afterwards."""
     paths = paths_of_modules(model)
-    views = {module: as_linear(module) for module in paths if is_conv1d(module)}
+    views = {
+        module: view
+        for module in paths
+        if is_conv1d(module) and (view := as_linear(module)) is not None
+    }
 
     def replace(old: nn.Module, new: nn.Module) -> None:
         for path in paths[old]:
@@ -123,7 +139,7 @@ def conv1d_as_linear(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for conv, view in views.items():
-            now = model.get_submodule(paths[conv][0])
+            now: Any = model.get_submodule(paths[conv][0])
             if now is view:
                 replace(conv, conv)
             else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -90,13 +91,17 @@ class PlanExplanation:
     def summary(self) -> str:
         """One line."""
         best = self.selected
-        bound = "memory" if best.memory_us >= best.sm_us else "the SMs"
+        us, memory, sm, fixed, behind = cast(  # it has been estimated, as it was selected
+            tuple[float, ...],
+            (best.us, best.memory_us, best.sm_us, best.fixed_us, best.behind_quantizer_us),
+        )
+        bound = "memory" if memory >= sm else "the SMs"
         launches = ("", ", one launch", ", two launches")[self.launches * (self.op == "linear")]
         return (
             f"{self.op} M={self.m} N={self.n} K={self.k} on {self.num_sms} SMs, "
             f"{self.memory_tbps:.2f} TB/s: plan {self.plan}{launches}; "
-            f"estimated {best.us:.1f} us: memory {best.memory_us:.1f}, SMs {best.sm_us:.1f}, "
-            f"fixed {best.fixed_us + best.behind_quantizer_us:.1f}; bound by {bound}"
+            f"estimated {us:.1f} us: memory {memory:.1f}, SMs {sm:.1f}, "
+            f"fixed {fixed + behind:.1f}; bound by {bound}"
         )
 
     def __str__(self) -> str:

@@ -146,7 +146,8 @@ class LiquidConfig:
 
 
 def _patterns(name: str, patterns: object) -> tuple[str, ...]:
-    sequence = isinstance(patterns, Sequence) and not isinstance(patterns, str)
-    if not (sequence and all(isinstance(p, str) for p in patterns)):
-        raise ValueError(f"{name}: expected a sequence of patterns, got {patterns!r}")
-    return tuple(patterns)
+    if isinstance(patterns, Sequence) and not isinstance(patterns, str):
+        found = tuple(patterns)
+        if all(isinstance(pattern, str) for pattern in found):
+            return found
+    raise ValueError(f"{name}: expected a sequence of patterns, got {patterns!r}")

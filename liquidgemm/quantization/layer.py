@@ -23,7 +23,7 @@ _FEW = 4
 def residual_columns(config: LiquidConfig, name: str, in_features: int) -> int:
     """How many residual columns a layer gets."""
     count = config.augment
-    if isinstance(count, dict):
+    if not isinstance(count, int):
         count = next((c for pattern, c in count.items() if matches(name, pattern)), 0)
     return min(count, in_features // GROUP * GROUP)
 
@@ -55,7 +55,7 @@ def quantize_layer(
     if method == "int8":
         return int8_weight(weight), method
     importance = None
-    if method in ("hessian", "gptq"):
+    if moments is not None and method in ("hessian", "gptq"):
         weight = weight * (moments.hessian.diagonal() > 0)  # dead columns: as if they were zero
         importance = moments.importance(config.shrinkage)
         if not importance.any():
@@ -65,14 +65,14 @@ def quantize_layer(
     columns = None
     if count := residual_columns(config, name, weight.shape[1]):
         columns = worst_columns(weight, dequantize_weight(base), importance, count)
-    if method == "gptq" and _FEW * moments.tokens < weight.shape[1]:
+    if moments is not None and method == "gptq" and _FEW * moments.tokens < weight.shape[1]:
         warnings.warn(
             f"{name}: {moments.tokens} tokens are too few for {weight.shape[1]} columns: quantized "
             'with method "hessian" instead of "gptq"',
             stacklevel=2,
         )
         method = "hessian"
-    if method == "gptq":
+    if moments is not None and method == "gptq":
         hessian = moments.regularized(config.damping, config.shrinkage)
         order = hessian.diagonal().argsort(descending=True, stable=True)
         factor = inverse_factor(hessian[order][:, order], name)

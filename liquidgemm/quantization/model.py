@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..nn._modules import (
     attach,
     conv1d_as_linear,
     detach,
+    linear_at,
     matches,
     paths_of_modules,
     replace_module,
@@ -164,7 +165,7 @@ def quantize_(
                 layers, coarse_rows, sizes = _quantize_without_data(
                     model, names, places, config, progress, probe, experts
                 )
-                losses, measure = {}, ""
+                losses, measure = dict[str, float](), ""
             else:
                 folder = None if resume is None else path_of(resume)
                 found = calibrate(model, names, config, batches, unseen, device, folder, progress)
@@ -173,7 +174,7 @@ def quantize_(
                 coarse_rows, sizes = _install(model, names, places, found, config, probe, experts)
             for name in selection.heads:
                 untie(model, model.get_submodule(name))
-        model.liquid_config = recorded
+        vars(model)["liquid_config"] = recorded
         attach(model)
         if probe is not None:
             errors = {r.name: r.output_error**0.5 for r in layers if r.output_error is not None}
@@ -183,7 +184,8 @@ def quantize_(
         return QuantizationReport(
             tuple(experts.fold(names)),
             selection.skipped,
-            *map(sum, zip(*sizes, strict=True)),
+            sum(before for before, _ in sizes),
+            sum(after for _, after in sizes),
             coarse_rows,
             tuple(layers),
             losses,
@@ -230,7 +232,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 def _float_layer(layer: LiquidLinear, dtype: torch.dtype | None) -> nn.Module:
     dtype = dtype or layer.weight.dtype
     weight = layer.dequantize(dtype)
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
+    linear: Any = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
     if not issubclass(layer.replaces, nn.Linear):
         linear = layer.replaces(layer.out_features, layer.in_features)
         weight = weight.T.contiguous()
@@ -249,10 +251,11 @@ def _quantize_without_data(
     probe: Probe | None,
     experts: Experts,
 ) -> tuple[list[LayerReport], dict[str, int], list[tuple[int, int]]]:
-    layers, coarse_rows, sizes = [], {}, []
+    coarse_rows: dict[str, int] = {}
+    layers, sizes = [], []
     # By name, so that each float weight is freed as soon as it is replaced.
     for name in tqdm(names, desc="quantizing", unit="layer", disable=not progress):
-        linear = model.get_submodule(name)
+        linear = linear_at(model, name)
         start = time.perf_counter()
         weight, method = quantize_layer(linear.weight, experts.config_of(name, config), name)
         report = LayerReport.of(name, method, linear.weight, weight)
@@ -276,10 +279,11 @@ def _install(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, value in found.tensors.items():
         parameters[key].copy_(value)
-    coarse_rows, sizes = {}, []
+    coarse_rows: dict[str, int] = {}
+    sizes = []
     changed = bool(config.smooth or config.rotate or config.rotate_heads or config.tune)
     for name in names:
-        linear = model.get_submodule(name)
+        linear = linear_at(model, name)
         bias = found.biases.get(name)
         if bias is not None:
             bias = bias.to(linear.bias.dtype)
@@ -299,7 +303,7 @@ def _replace(
     changed: bool = False,
 ) -> tuple[int, int]:
     """Put a quantized layer into its places; the bytes before and after."""
-    linear = model.get_submodule(paths[0])
+    linear = linear_at(model, paths[0])
     layer = LiquidLinear.from_quantized(weight, bias, linear.weight.dtype)
     layer.train(linear.training)
     if coarse := _count_coarse_rows(linear.weight, layer.scale):
@@ -308,7 +312,11 @@ def _replace(
         probe.check_layer(paths[0], linear, layer, weight, bias, changed)
     for path in paths:
         replace_module(model, path, layer)
-    return linear.weight.nbytes, layer.packed.nbytes + layer.scale.nbytes
+    return linear.weight.nbytes, _nbytes(layer.packed) + _nbytes(layer.scale)
+
+
+def _nbytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.nbytes
 
 
 def _fuse(model: nn.Module, layer: str, experts: Experts, probe: Probe | None) -> None:
@@ -352,11 +360,11 @@ def _check_patterns(model: nn.Module, names: list[str], config: LiquidConfig) ->
 
 def _check_weights(model: nn.Module, names: list[str]) -> None:
     for name in names:
-        weight = model.get_submodule(name).weight
+        weight = cast(nn.Linear, as_linear(model.get_submodule(name))).weight
         if weight.is_meta:
             raise ValueError(f"{name}: expected a weight with data, got one on the meta device")
         try:
-            check_finite(as_linear(model.get_submodule(name)).weight)
+            check_finite(weight)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 

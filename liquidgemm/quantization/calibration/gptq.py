@@ -173,10 +173,11 @@ def _nonzero(sigma: Tensor) -> Tensor:
 
 def _grid(base: QuantizedWeight, k: int) -> tuple[Tensor, Tensor]:
     """s and z of each weight as floats ``[N, K]``."""
-    return tuple(
-        parameter.repeat_interleave(GROUP, dim=1)[:, :k].float() - offset
-        for parameter, offset in ((base.qscale, 0), (base.qoffset, _ZERO))
-    )
+
+    def expanded(parameter: Tensor) -> Tensor:
+        return parameter.repeat_interleave(GROUP, dim=1)[:, :k].float()
+
+    return expanded(base.qscale), expanded(base.qoffset) - _ZERO
 
 
 def _with_codes(base: QuantizedWeight, codes: Tensor) -> QuantizedWeight:
