@@ -18,7 +18,7 @@ above say why. A first run needs the network (PyPI) or a pip mirror." >&2; exit 
 .DEFAULT_GOAL := help
 # Two pips at once would trip over each other; ninja compiles in parallel by itself.
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu stress sanitize bench microbench readme-table build wheel lint lint-python lint-cpp lint-text format clean
+.PHONY: help demo test test-gpu stress sanitize bench microbench readme-table build wheel lint lint-python lint-types lint-cpp lint-text format clean
 
 help:
 	@echo "make demo        set up, then run the demonstration: a small language model before and after"
@@ -30,7 +30,7 @@ help:
 	@echo "make microbench  set up, then build and run the C++ microbenchmarks"
 	@echo "make build       set up, then compile what has changed"
 	@echo "make wheel       a wheel for every Python, in dist/"
-	@echo "make lint        check Python and C++ sources; make format mends the layout"
+	@echo "make lint        check Python, its types and C++ sources; make format mends the layout"
 	@echo "make clean       remove what was built; the environment .venv stays"
 
 demo: $(VENV)/demo.stamp build
@@ -97,11 +97,14 @@ wheel: $(VENV)/dev.stamp
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-lint: lint-python lint-cpp lint-text
+lint: lint-python lint-types lint-cpp lint-text
 
 lint-python: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-types: $(VENV)/types.stamp
+	$(BIN)/mypy --cache-dir $(VENV)/mypy
 
 lint-cpp: $(VENV)/lint.stamp
 	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
@@ -138,6 +141,10 @@ $(VENV)/pip.stamp:
 
 $(VENV)/lint.stamp: pyproject.toml | $(VENV)/pip.stamp
 	@$(call fetch,the formatters,--group lint)
+	@touch $@
+
+$(VENV)/types.stamp: pyproject.toml | $(VENV)/dev.stamp
+	@$(call fetch,the type checker,--group types)
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/pip.stamp

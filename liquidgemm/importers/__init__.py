@@ -150,7 +150,8 @@ def import_checkpoint(
                 weight = module.read(
                     {k: source[f"{layer.name}.{k}"] for k in layer.keys}, layer.settings
                 )
-                bias = architecture.check(layer.module, *weight.shape, weight.bias)
+                n, k = weight.shape
+                bias = architecture.check(layer.module, n, k, weight.bias)
                 if weight.bias is not None and bias is None:
                     notes.append(f"{layer.name}.bias: left out, all zeros and not in the model")
                 if reader := architecture.reader(layer.module):
@@ -164,7 +165,6 @@ def import_checkpoint(
                 raise ValueError(f"{layer.name}: {problem}") from None
             for key, tensor in _tensors(quantized, bias):
                 writer.add(f"{layer.name}.{key}", tensor)
-            n, k = weight.shape
             group = -1 if weight.span >= k else weight.span
             imported.append(ImportedLayer(layer.name, n, k, group, error))
             names[layer.module] = quantized.augment
@@ -189,14 +189,17 @@ def import_checkpoint(
 
 def _settings_by_file(directory: Path, config: dict) -> dict[str, dict]:
     """How the source says that it is quantized, by file; removed from the config."""
-    found = dict(_pop_settings(config, "config.json"))
+    found: dict[str, object] = dict(_pop_settings(config, "config.json"))
     for file in SETTINGS_FILES:
         if (directory / file).exists():
             found[file] = read_json(directory / file)
+    objects: dict[str, dict] = {}
     for file, settings in found.items():
         if not isinstance(settings, dict):
             raise ValueError(f"{file}: expected an object, got {type(settings).__name__}")
-    return {file: settings for file, settings in found.items() if settings}
+        if settings:
+            objects[file] = settings
+    return objects
 
 
 def _pop_settings(config: dict, path: str) -> Iterator[tuple[str, object]]:

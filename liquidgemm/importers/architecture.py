@@ -13,12 +13,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..nn._modules import as_linear
 from ..quantization.readers import weight_readers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOADED_WHOLE_BYTES = 2_000_000_000
 """Up to this size the result is loaded with its values; a larger one on the meta device."""
@@ -39,8 +43,8 @@ class Architecture:
     """
 
     def __init__(self, directory: Path, config: dict) -> None:
-        self.model: nn.Module | None = None
-        self._renames = None
+        self.model: PreTrainedModel | None = None
+        self._renames: tuple[list, list] | None = None
         self._class, self.untried = _class_of(config)
         if self._class is None:
             return
@@ -100,7 +104,7 @@ class Architecture:
         """
         if self.model is None:
             return bias
-        linear = as_linear(self._modules[module])
+        linear = cast(nn.Linear, as_linear(self._modules[module]))
         if (linear.out_features, linear.in_features) != (n, k):
             raise ValueError(
                 f"weight: expected {linear.out_features} x {linear.in_features} as in {self._with},"
@@ -122,7 +126,7 @@ class Architecture:
         Raises:
             ValueError: it does not load, or not every tensor finds its place.
         """
-        if self.model is None:
+        if self._class is None:
             return f"not tried: {self.untried}"
         import transformers
 
@@ -134,7 +138,7 @@ class Architecture:
                 f"not tried: {size / 1e9:.1f} GB, which only transformers 5 with accelerate loads "
                 "without values"
             )
-        how = {} if whole else {"device_map": {"": "meta"}}
+        how: dict[str, Any] = {} if whole else {"device_map": {"": "meta"}}
         if old:
             how["dtype"] = torch.float32  # all that its quantizers can load
         try:
@@ -159,7 +163,7 @@ class Architecture:
 
     def _renamed(self, key: str) -> tuple[str, bool]:
         """A key of the checkpoint as from_pretrained renames it, and whether it is merged."""
-        if key in self._keys:
+        if self.model is None or key in self._keys:
             return key, False
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
@@ -174,7 +178,7 @@ class Architecture:
                 key, count = re.subn(pattern, replacement, key)
                 if count:
                     break
-            return self._with_prefix(key), False
+            return self._with_prefix(key, self.model), False
         if self._renames is None:
             mapping = get_model_conversion_mapping(self.model)
             self._renames = (
@@ -184,17 +188,17 @@ class Architecture:
         key, merged = rename_source_key(
             key, *self._renames, self.model.base_model_prefix, self._keys
         )
-        return self._with_prefix(key), merged is not None
+        return self._with_prefix(key, self.model), merged is not None
 
-    def _with_prefix(self, key: str) -> str:
-        prefix = f"{self.model.base_model_prefix}."
+    def _with_prefix(self, key: str, model: PreTrainedModel) -> str:
+        prefix = f"{model.base_model_prefix}."
         for name in (key, prefix + key, key.removeprefix(prefix)):
             if name in self._keys:
                 return name
         return key
 
 
-def _class_of(config: dict) -> tuple[type | None, str | None]:
+def _class_of(config: dict) -> tuple[type[PreTrainedModel] | None, str | None]:
     """The class, or why there is none."""
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):

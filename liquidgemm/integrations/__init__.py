@@ -55,7 +55,7 @@ class _AfterImport(MetaPathFinder):
             if module.__name__ == name and _WAITING.pop(name, None) is not None:
                 _register(integration)
 
-        spec.loader.exec_module = run_and_register
+        vars(spec.loader)["exec_module"] = run_and_register
         return spec
 
 
