@@ -1,4 +1,4 @@
-"""A 4-bit weight as another project stores it, and its way to our grid (`weights.liquidquant`)."""
+"""A 4-bit weight as another project stores it, and its way to our grid (`formats.liquidquant`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..formats.liquidquant import GROUP, Q_MAX, ceil_div, pack_nibbles, padded
 from ..ops import FLOATS
-from ..weights.liquidquant import GROUP, Q_MAX, ceil_div, pack_nibbles, padded
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
 

@@ -29,6 +29,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints._pretrained import check_one_checkpoint, finishing_save_pretrained
+from ..formats.liquidquant import GROUP, ceil_div
 from ..nn._modules import as_linear, paths_of_modules, replace_module, weight_of
 from ..nn.experts import LiquidExperts
 from ..nn.float_experts import Layout, layout_of
@@ -36,7 +37,6 @@ from ..nn.linear import LiquidLinear
 from ..nn.stack import ExpertStack
 from ..quantization.config import LiquidConfig
 from ..quantization.model import dequantize_, quantize_
-from ..weights.liquidquant import GROUP, ceil_div
 from ..weights.weight import QuantizedWeight
 
 METHOD = "liquidgemm"

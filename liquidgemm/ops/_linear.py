@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import register_vmap
 
-from ..weights.liquidquant import decode
+from ..formats.liquidquant import decode
 from . import _autograd, _registry
 from ._checks import FLOATS, check_product, check_rows
 from ._pack import unpack_weight

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from .._files import parse_json
-from ..weights.liquidquant import GROUP
+from ..formats.liquidquant import GROUP
 from ..weights.quantize import GROUP_SIZES
 
 METHODS = ("search", "rtn", "hessian", "gptq")

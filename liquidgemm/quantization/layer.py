@@ -7,8 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from ..formats.liquidquant import GROUP
 from ..nn._modules import matches
-from ..weights.liquidquant import GROUP
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
 from .calibration.gptq import add_residual, gptq, int8_weight, refit_scale, worst_columns

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .._files import path_of
+from ..formats.liquidquant import GROUP, Q_MAX
 from ..nn._modules import (
     as_linear,
     attach,
@@ -28,7 +29,6 @@ from ..nn._modules import (
 )
 from ..nn.experts import LiquidExperts
 from ..nn.linear import LiquidLinear
-from ..weights.liquidquant import GROUP, Q_MAX
 from ..weights.quantize import check_finite
 from ..weights.weight import QuantizedWeight
 from .calibration.data import as_batches

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats.liquidquant import MAX_IN_FEATURES
 from ..nn._modules import (
     imported,
     is_conv1d,
@@ -22,7 +23,6 @@ from ..nn._modules import (
 from ..nn.experts import LiquidExperts
 from ..nn.linear import LiquidLinear
 from ..ops import FLOATS
-from ..weights.liquidquant import MAX_IN_FEATURES
 from .config import LiquidConfig
 from .experts import Experts
 from .readers import weight_readers

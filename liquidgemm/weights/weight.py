@@ -1,4 +1,4 @@
-"""A weight in the logical layout of `weights.liquidquant`, checked, sliced and expanded."""
+"""A weight in the logical layout of `formats.liquidquant`, checked, sliced and expanded."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .liquidquant import GROUP, MAX_IN_FEATURES, ceil_div, decode, first_infeasible, padded
+from ..formats.liquidquant import GROUP, MAX_IN_FEATURES, ceil_div, decode, first_infeasible, padded
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A quantized weight ``[N, in_features]`` in the logical layout (see `weights.liquidquant`).
+    """A quantized weight ``[N, in_features]`` in the logical layout (see `formats.liquidquant`).
 
     K below is in_features rounded up to a multiple of 64, plus R if there are columns.
 

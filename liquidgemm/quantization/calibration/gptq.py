@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...weights.liquidquant import GROUP, Q_MAX, pack_nibbles, padded
+from ...formats.liquidquant import GROUP, Q_MAX, pack_nibbles, padded
 from ...weights.weight import QuantizedWeight, dequantize_weight
 
 _BLOCK = 128

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...formats.liquidquant import padded
 from ...nn._modules import linear_at
-from ...weights.liquidquant import padded
 from ..config import LiquidConfig
 from ..experts import Experts
 from ..layer import layer_method, residual_columns
