@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import liquidgemm
+from liquidgemm.formats.liquidquant import padded
 from liquidgemm.quantization.calibration.gptq import int8_weight
-from liquidgemm.weights.liquidquant import padded
 
 from ..peers.humming import Humming
 from .elementwise import EPSILON, FP8_MAX, FP8_STATIC, Elementwise

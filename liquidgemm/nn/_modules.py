@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,18 +54,17 @@ def imported(name: str) -> ModuleType | None:
     return sys.modules.get(name)
 
 
-def is_linear(module: nn.Module | None) -> bool:
+def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Whether it is ``nn.Linear``, or a subclass that shows by trial that it computes the same.
 
     Falcon has one. A subclass of torch's own is none: attention reads the weight of its one.
     """
     if type(module) is nn.Linear:
         return True
-    return (
-        isinstance(module, nn.Linear)
-        and vars(module).keys() <= _LINEAR_STATE
-        and _computes_linear(type(module))
-    )
+    if not isinstance(module, nn.Linear) or vars(module).keys() - _LINEAR_STATE:
+        return False
+    kind: type = type(module)
+    return _computes_linear(kind)
 
 
 @functools.lru_cache(maxsize=256)
@@ -161,6 +160,7 @@ def ties_besides(model: nn.Module, head: nn.Module) -> bool:
 
 def untie(model: nn.Module, head: nn.Module) -> None:
     """Models of transformers are told that the weight of this head is its own."""
+    module: Any
     for module in model.modules():
         names = [name for name, child in module.named_modules() if child is head]
         if names and is_from_transformers(module):

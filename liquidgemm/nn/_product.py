@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..formats.liquidquant import GROUP
 from ..ops import QuantizedTokens
-from ..weights.liquidquant import GROUP
 
 
 def product(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..weights.liquidquant import PANEL
+from ..formats.liquidquant import PANEL
 from ._product import product
 from .linear import LiquidLinear
 

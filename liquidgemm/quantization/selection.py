@@ -304,6 +304,7 @@ def _heads(paths: dict[nn.Module, list[str]]) -> Iterator[tuple[nn.Module, str]]
 def _outputs(paths: dict[nn.Module, list[str]]) -> Iterator[nn.Module]:
     """Output embeddings: as models of transformers say, in others what is named lm_head."""
     seen = False
+    module: Any
     for module in paths:
         if is_from_transformers(module):
             with suppress(NotImplementedError):
