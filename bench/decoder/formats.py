@@ -233,12 +233,9 @@ class Int8(Linear):
     name = "int8"
 
     def hold(self, weight):
-        parts = [int8_weight(rows.float()) for rows in weight.split(8192)]
-        logical = (
-            torch.cat([getattr(p, name) for p in parts])
-            for name in ("qweight", "qscale", "qoffset")
-        )
-        return liquidgemm.pack_weight(*logical), torch.cat([p.scale for p in parts])
+        quantized = int8_weight(weight.float())
+        logical = (quantized.qweight, quantized.qscale, quantized.qoffset)
+        return liquidgemm.pack_weight(*logical), quantized.scale
 
     def linear(self, tokens, held):
         if isinstance(tokens, Tensor):

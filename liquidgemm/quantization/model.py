@@ -28,6 +28,7 @@ from ..nn._modules import (
     untie,
 )
 from ..nn.experts import LiquidExperts
+from ..nn.fused_layer import unfuse_
 from ..nn.linear import LiquidLinear
 from ..weights.quantize import check_finite
 from ..weights.weight import QuantizedWeight
@@ -202,7 +203,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     for, in place.
 
     The floats are those of the quantized weights: what rounding has taken does not come back. They
-    are parameters that can be trained, in an ``nn.Linear`` or, where there was one, a Conv1D.
+    are parameters that can be trained, in an ``nn.Linear`` or, where there was one, a Conv1D. Fused
+    layers are those of the model again.
 
     Args:
         dtype: of weights and biases; None for what each layer had before.
@@ -217,6 +219,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     layers = [m for m in paths if isinstance(m, LiquidLinear | LiquidExperts)]
     if not layers or model in layers:
         raise ValueError("model: expected a module that contains quantized layers, got none")
+    unfuse_(model)
     for layer in layers:
         linear = (
             _float_layer(layer, dtype)
