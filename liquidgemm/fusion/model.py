@@ -21,7 +21,7 @@ from .structure import Parts, Unfit, examine, is_decoder_layer
 TOLERANCE = 0.05
 _STEP = 2.0**-8
 
-Call = tuple[Tensor, tuple, dict[str, Any], Tensor]
+Call = tuple[tuple, dict[str, Any], object]
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def fuse_(model: nn.Module, example: Tensor | Mapping[str, Any] | None = None) -
     for name in (name for name in layers if name not in fused):
         try:
             found[name] = examine(layers[name])
-        except Unfit as reason:
-            left[name] = str(reason)
+        except Unfit as unfit:
+            left[name] = str(unfit)
     training = [module for module in model.modules() if module.training]
     errors: dict[str, float] = {}
     model.eval()
@@ -112,8 +112,8 @@ def fuse_(model: nn.Module, example: Tensor | Mapping[str, Any] | None = None) -
                 continue
             try:
                 errors[name] = _fuse_checked(layers[name], parts, calls.pop(name))
-            except Unfit as reason:
-                left[name] = str(reason)
+            except Unfit as unfit:
+                left[name] = str(unfit)
     finally:
         for module in training:
             module.training = True
@@ -136,7 +136,7 @@ def _calls(
     if not layers:
         return {}, ""
     for what, (args, kwargs) in small_inputs(model, example):
-        calls: dict[str, Call] = {}
+        calls: dict[str, Call | None] = {}
         handles = [
             layer.register_forward_hook(_recorder(calls, name), with_kwargs=True)
             for name, layer in layers.items()
@@ -160,7 +160,7 @@ def _recorder(calls: dict[str, Call | None], name: str):
     return record
 
 
-def _fuse_checked(layer: nn.Module, parts: Parts, call: tuple) -> float:
+def _fuse_checked(layer: Any, parts: Parts, call: Call) -> float:
     """Fuse a layer and return how far it is off; or leave it as it was.
 
     Raises:
@@ -200,7 +200,7 @@ def _fuse_checked(layer: nn.Module, parts: Parts, call: tuple) -> float:
     return difference / added if added else 0.0
 
 
-def _why_apart(owner: nn.Module) -> str:
+def _why_apart(owner: Any) -> str:
     """Why the projections of a fused layer are not one product; empty if they are."""
     projections = owner._modules[PROJECTIONS]
     if len(projections.parts) == 1 or (len(projections.merged) == 1 and not projections.alone):

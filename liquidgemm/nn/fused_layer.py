@@ -6,9 +6,9 @@ state_dict stay, and so do its attention, its cache and everything around it.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +55,18 @@ PROJECTIONS = "liquid_projections"
 """Name under which attention and MLP of a fused layer have their `Projections`."""
 
 
-class FusedLayer:
+_Base: Any = object  # its attributes are those of the class that it is made of
+
+
+class FusedLayer(_Base):
     """The forward of a fused layer, before a class of transformers in the order of resolution.
 
     It has no derivative: what asks for one gets the RuntimeError of the ops.
     """
 
     fusion: Fusion
+    self_attn: Any
+    mlp: Any
     argument_names: tuple[str, ...]  # of forward, after the hidden states
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
@@ -96,7 +101,7 @@ class FusedLayer:
         return h + delta
 
     def _normed(
-        self, norm: nn.Module, kind: NormKind, x: Tensor, residual: Tensor | None
+        self, norm: Any, kind: NormKind, x: Tensor, residual: Tensor | None
     ) -> tuple[Tensor | QuantizedTokens, Tensor | None]:
         tokens, h, y = ops.rms_norm_quantize(
             x,
@@ -107,33 +112,38 @@ class FusedLayer:
             offset=kind.offset,
             return_y=self.fusion.composite,
         )
-        return (y if self.fusion.composite else tokens), h
+        return (tokens if y is None else y), h
 
     def _activated(self, gate_up: Tensor, down: nn.Module) -> Tensor | QuantizedTokens:
         # An adapter, or a layer in floats, takes what is not quantized.
         wide = self.fusion.composite or not isinstance(down, LiquidLinear)
         tokens, y = ops.glu_quantize(gate_up, self.fusion.activation, return_y=wide)
-        return y if wide else tokens
+        return tokens if y is None else y
 
     def __reduce_ex__(self, protocol):
         """For copies and pickles: the class is made, and found nowhere by its name."""
-        return _blank, (type(self).__mro__[2],), self.__getstate__()
+        _, _, state, *_ = super().__reduce_ex__(protocol)
+        return _blank, (type(self).__mro__[2],), state
 
 
-@functools.cache
-def fused_class(base: type[nn.Module]) -> type[nn.Module]:
+_CLASSES: dict[Any, Any] = {}
+
+
+def fused_class(base: Any) -> Any:
     """The class of fused layers that were of class base."""
-    names = tuple(inspect.signature(base.forward).parameters)[2:]
-    fields = {"__module__": __name__, "argument_names": names}
-    return type(f"Fused{base.__name__}", (FusedLayer, base), fields)
+    if base not in _CLASSES:
+        names = tuple(inspect.signature(base.forward).parameters)[2:]
+        fields = {"__module__": __name__, "argument_names": names}
+        _CLASSES[base] = type(f"Fused{base.__name__}", (FusedLayer, base), fields)
+    return _CLASSES[base]
 
 
-def _blank(base: type[nn.Module]) -> nn.Module:
+def _blank(base: Any) -> nn.Module:
     kind = fused_class(base)
     return kind.__new__(kind)
 
 
-def fuse_layer(layer: nn.Module, fusion: Fusion, qkv: list[str], gate_up: list[str]) -> None:
+def fuse_layer(layer: Any, fusion: Fusion, qkv: list[str], gate_up: list[str]) -> None:
     """Make a fused layer of a decoder layer, in place."""
     for owner, names in ((layer.self_attn, qkv), (layer.mlp, gate_up)):
         owner.add_module(PROJECTIONS, Projections(owner, names))
@@ -141,7 +151,7 @@ def fuse_layer(layer: nn.Module, fusion: Fusion, qkv: list[str], gate_up: list[s
     layer.__class__ = fused_class(type(layer))
 
 
-def unfuse_layer(layer: nn.Module) -> None:
+def unfuse_layer(layer: Any) -> None:
     """The opposite of `fuse_layer`."""
     for owner in (layer.self_attn, layer.mlp):
         owner._modules.pop(PROJECTIONS).undo()

@@ -56,31 +56,34 @@ class Projections(nn.Module):
         super().__init__()
         self.names = tuple(names)
         self.parts = tuple(getattr(owner, name) for name in names)
-        groups: list[list[LiquidLinear]] = []
+        groups: list[list[int]] = []
         self.why_apart = ""
-        for part in self.parts:
+        for slot, part in enumerate(self.parts):
             for group in groups:
-                reason = why_not_merged([*group, part])
+                reason = why_not_merged([*(self.parts[i] for i in group), part])
                 if reason is None:
-                    group.append(part)
+                    group.append(slot)
                     break
                 self.why_apart = reason
             else:
-                groups.append([part])
-        # A merged layer for each group of several; and where each layer's output is.
-        self.merged = nn.ModuleList(MergedLinear(group) for group in groups if len(group) > 1)
-        self.alone = [i for i, p in enumerate(self.parts) if [p] in groups]
+                groups.append([slot])
+        self.alone = [group[0] for group in groups if len(group) == 1]
+        self.groups = [group for group in groups if len(group) > 1]
+        self.merged = nn.ModuleList(
+            MergedLinear([self.parts[slot] for slot in group]) for group in self.groups
+        )
         self.training = owner.training
         for slot, part in enumerate(self.parts):
             part.__class__ = ProjectionLinear
+            assert isinstance(part, ProjectionLinear)
             part.slot = slot
 
     def forward(self, x: Tensor | QuantizedTokens) -> tuple[Tensor, ...]:
         """The output of each layer ``[..., N]``, in the order of the names."""
-        outputs: dict[int, Tensor] = {self.parts[i].slot: self.parts[i](x) for i in self.alone}
-        for merged in self.merged:
-            whole = merged(x).split(merged.sizes, dim=-1)
-            outputs |= {part.slot: y for part, y in zip(merged.parts, whole, strict=True)}
+        outputs: dict[int, Tensor] = {slot: self.parts[slot](x) for slot in self.alone}
+        for group, merged in zip(self.groups, self.merged, strict=True):
+            sizes = [self.parts[slot].out_features for slot in group]
+            outputs |= dict(zip(group, merged(x).split(sizes, dim=-1), strict=True))
         return tuple(outputs[slot] for slot in range(len(self.parts)))
 
     def joined(self, x: Tensor | QuantizedTokens) -> Tensor:
@@ -106,6 +109,7 @@ class Projections(nn.Module):
     def undo(self) -> None:
         """The layers are plain again, each with memory of its own."""
         for merged in self.merged:
+            assert isinstance(merged, MergedLinear)
             merged.unmerge()
         for part in self.parts:
             part.__class__ = LiquidLinear
