@@ -1,7 +1,9 @@
 #include "liquidgemm/plan.hpp"
 
+#include "liquidgemm/grouped_gemm.hpp"
 #include "liquidgemm/plan/cache.hpp"
 #include "liquidgemm/plan/explain.hpp"
+#include "liquidgemm/plan/grouped.hpp"
 
 namespace liquidgemm {
 namespace {
@@ -23,6 +25,11 @@ LaunchPlan plan_gemm(Problem const& problem) {
 LaunchPlan plan_linear(Problem const& problem, bool x_is_readable) {
   return plan_cache().get(problem, x_is_readable ? kReadableLinear : kLinear,
                           [&](Problem const& p) { return select_linear(p, x_is_readable); });
+}
+
+GroupedPlan plan_grouped_gemm(GroupedProblem const& problem) {
+  static thread_local GroupedPlanCache cache;
+  return cache.get(problem, kGemm, select_grouped);
 }
 
 bool kernel_can_read(Element x_type, void const* x) {

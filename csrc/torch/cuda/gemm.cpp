@@ -5,32 +5,6 @@
 #include "products.hpp"
 
 namespace liquidgemm::binding {
-namespace {
-
-// int8 rows as TMA wants them: a 16-byte aligned base and row stride.
-struct Rows {
-  Tensor storage;
-  int64_t stride;
-};
-
-Rows aligned_rows(Tensor const& x, int64_t m, int64_t k, cudaStream_t stream) {
-  if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= k && x.stride(0) % 16 == 0 &&
-      aligned_to_16(x)) {
-    return {x, x.stride(0)};
-  }
-  const Tensor rows = dense(x);
-  if (k % 16 == 0 && aligned_to_16(rows))
-    return {rows, k};
-  const int64_t stride = ceil_div(k, 16) * 16;
-  Tensor padded = allocate(x, {m, stride}, ScalarType::Char);
-  check_cuda(cudaMemcpy2DAsync(padded.mutable_data_ptr(), stride, rows.const_data_ptr(), k, k, m,
-                               cudaMemcpyDeviceToDevice, stream),
-             "x");
-  return {padded, stride};
-}
-
-}  // namespace
-
 Tensor gemm_with(char const* op,
                  Tensor const& x,
                  Tensor const& x_scale,

@@ -7,6 +7,7 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CUDA, m) {
   m.impl("quantize_activation", TORCH_BOX(&quantize_activation_op));
   m.impl("gemm", TORCH_BOX(&gemm_op));
   m.impl("linear", TORCH_BOX(&linear_op));
+  m.impl("grouped_gemm", TORCH_BOX(&grouped_gemm_op));
   m.impl("pack_weight", TORCH_BOX(&pack_weight_op));
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight_op));
 }
@@ -14,5 +15,6 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm_testing, CUDA, m) {
   using namespace liquidgemm::binding;
   m.impl("gemm_with_plan", TORCH_BOX(&gemm_with_plan_op));
+  m.impl("grouped_gemm_with_plan", TORCH_BOX(&grouped_gemm_with_plan_op));
   m.impl("linear_with_plan", TORCH_BOX(&linear_with_plan_op));
 }

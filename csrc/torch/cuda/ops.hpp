@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "../product.hpp"
@@ -22,6 +23,15 @@ Tensor linear_op(Tensor const& x,
                  Tensor const& weight_scale,
                  OptionalTensor const& bias);
 
+Tensor grouped_gemm_op(Tensor const& x,
+                       Tensor const& x_scale,
+                       Tensor const& weight,
+                       Tensor const& weight_scale,
+                       Tensor const& offsets,
+                       OptionalTensor const& bias,
+                       OptionalType const& out_dtype,
+                       std::string const& activation);
+
 Tensor pack_weight_op(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset);
 std::tuple<Tensor, Tensor, Tensor> unpack_weight_op(Tensor const& packed, int64_t n);
 
@@ -34,6 +44,17 @@ Tensor gemm_with_plan_op(Tensor const& x,
                          OptionalType const& out_dtype,
                          int64_t plan,
                          int64_t num_sms);
+// The same of all_grouped_plans().
+Tensor grouped_gemm_with_plan_op(Tensor const& x,
+                                 Tensor const& x_scale,
+                                 Tensor const& weight,
+                                 Tensor const& weight_scale,
+                                 Tensor const& offsets,
+                                 OptionalTensor const& bias,
+                                 OptionalType const& out_dtype,
+                                 std::string const& activation,
+                                 int64_t plan,
+                                 int64_t num_sms);
 // In one launch, whether that pays or not.
 Tensor linear_with_plan_op(Tensor const& x,
                            Tensor const& weight,

@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "../product.hpp"
+#include "../experts.hpp"
 #include "context.hpp"
 #include "liquidgemm/plan/launch_plan.hpp"
 
@@ -32,6 +32,39 @@ Tensor linear_with(char const* op,
                    OptionalTensor const& bias,
                    std::optional<Forced> const& forced = std::nullopt);
 
+// Whether the offsets were complete before the previous kernel could let this one start.
+enum class Offsets { kFromPreviousKernel, kVisible };
+Tensor grouped_gemm_with(char const* op,
+                         Tensor const& x,
+                         Tensor const& x_scale,
+                         Experts const& weight,
+                         Tensor const& offsets,
+                         GroupedOutput const& out,
+                         Offsets when,
+                         std::optional<Forced> const& forced = std::nullopt);
+
+// int8 rows as TMA wants them: a 16-byte aligned base and row stride.
+struct Rows {
+  Tensor storage;
+  int64_t stride;
+};
+
+inline Rows aligned_rows(Tensor const& x, int64_t m, int64_t k, cudaStream_t stream) {
+  if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= k && x.stride(0) % 16 == 0 &&
+      aligned_to_16(x)) {
+    return {x, x.stride(0)};
+  }
+  const Tensor rows = dense(x);
+  if (k % 16 == 0 && aligned_to_16(rows))
+    return {rows, k};
+  const int64_t stride = ceil_div(k, 16) * 16;
+  Tensor padded = allocate(x, {m, stride}, ScalarType::Char);
+  check_cuda(cudaMemcpy2DAsync(padded.mutable_data_ptr(), stride, rows.const_data_ptr(), k, k, m,
+                               cudaMemcpyDeviceToDevice, stream),
+             "x");
+  return {padded, stride};
+}
+
 // The kernel's bulk copies read multiples of 16 bytes.
 inline Weight aligned_weight(Tensor const& x,
                              Tensor const& weight,
@@ -41,6 +74,12 @@ inline Weight aligned_weight(Tensor const& x,
   if (!aligned_to_16(result.packed))
     result.packed = torch::stable::clone(result.packed);
   return result;
+}
+
+inline Experts aligned(Experts experts) {
+  if (!aligned_to_16(experts.packed))
+    experts.packed = torch::stable::clone(experts.packed);
+  return experts;
 }
 
 }  // namespace liquidgemm::binding

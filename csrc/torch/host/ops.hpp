@@ -79,6 +79,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> search_cpu(Tensor const& units,
 
 std::vector<std::string> plan_names();
 std::vector<int64_t> plausible_plans(int64_t m);
+std::vector<std::string> grouped_plan_names();
+// One line in words: the plan of a grouped GEMM.
+std::string grouped_plan(
+    int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t num_sms, double memory_tbps);
 // JSON, see plan/explain.hpp. `quantizes`: of a linear layer with 16-bit activations.
 std::string explain_plan(
     int64_t m, int64_t n, int64_t k, bool quantizes, int64_t num_sms, double memory_tbps);

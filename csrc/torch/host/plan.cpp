@@ -1,6 +1,7 @@
 // What liquidgemm/ops/plans.py asks: which plans there are, and why one is selected.
 #include "../check.hpp"
 #include "liquidgemm/plan/explain.hpp"
+#include "liquidgemm/plan/grouped.hpp"
 #include "ops.hpp"
 
 namespace liquidgemm::binding {
@@ -19,6 +20,19 @@ std::vector<int64_t> plausible_plans(int64_t m) {
       plans.push_back(static_cast<int64_t>(i));
   }
   return plans;
+}
+
+std::vector<std::string> grouped_plan_names() {
+  std::vector<std::string> names;
+  for (Plan const& plan : all_grouped_plans())
+    names.push_back(name(plan));
+  return names;
+}
+
+std::string grouped_plan(
+    int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t num_sms, double memory_tbps) {
+  return describe(
+      select_grouped({rows, experts, n, k, static_cast<int>(num_sms), memory_tbps * 1e6}));
 }
 
 std::string explain_plan(

@@ -35,6 +35,7 @@ class DenseScheduler;
 struct DenseWork {
   template <class Tile>
   using Scheduler = DenseScheduler<Tile>;
+  static constexpr int kScheduleBytes = 0;
 
   int m_tiles, n_tiles;  // in pairs, n_tiles counts pairs of tiles
   // Bands of m tiles: tiles of a band, its height, the height of the last band.
