@@ -47,20 +47,22 @@ cudaError_t grouped_gemm(GroupedGemmArguments const& a,
                          cudaStream_t stream) {
   GroupedProblem const& p = plan.problem;
   TileKernel const* const kernel = find_kernel(plan.plan.tile);
-  if (!kernel || !is_countable(plan))
+  const bool aligned = reinterpret_cast<uintptr_t>(a.y) % 16 == 0 && a.y_stride % 8 == 0;
+  if (!kernel || !is_countable(plan) ||
+      (a.gate && (p.n % 16 != 0 || !aligned || a.y_type == Element::kInt32)))
     return cudaErrorInvalidValue;
   if (p.rows == 0)
     return cudaSuccess;
   const int experts = static_cast<int>(p.experts);
   GroupedParams params{
       .maps = {},
-      .weights = {.packed = a.weight},
+      .weights = {.packed = a.weights.packed},
       .output = {.x_scale = a.x_scale,
-                 .weight_scale = a.weight_scale,
-                 .bias = a.bias,
+                 .weight_scale = a.weights.scale,
+                 .bias = a.weights.bias,
                  .y = a.y,
                  .y_stride = a.y_stride,
-                 .bias_type = a.bias_type,
+                 .bias_type = a.weights.bias_type,
                  .y_type = a.y_type},
       .sizes = {.m = static_cast<int>(p.rows),
                 .n = static_cast<int>(p.n),
@@ -75,7 +77,9 @@ cudaError_t grouped_gemm(GroupedGemmArguments const& a,
                .cluster = {.log2_split = cute::log_2(static_cast<unsigned>(plan.plan.split_k)),
                            .pairs = false},
                .weights_are_read_once = plan.weights_are_read_once,
-               .offsets_are_visible = a.offsets_are_visible},
+               .offsets_are_visible = a.offsets_are_visible,
+               .gated = a.gate.has_value(),
+               .gate = a.gate.value_or(GatedActivation{})},
       .prefetch = {.eighths_ahead = plan.eighths_ahead, .stages_ahead = 0},
       .tokens = {.source = nullptr, .k = static_cast<int>(p.k)},
   };
@@ -84,8 +88,9 @@ cudaError_t grouped_gemm(GroupedGemmArguments const& a,
   const bool two_bytes = a.y_type == Element::kBFloat16 || a.y_type == Element::kFloat16;
   if (error == cudaSuccess && kernel->stores_by_tma && two_bytes &&
       params.output.rows_are_vectors(params.sizes)) {
-    error = encode(params.maps.output, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, p.rows, p.n,
-                   a.y_stride * 2, plan.plan.tile.store_tokens());
+    error = encode(params.maps.output, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, p.rows,
+                   a.gate ? p.n / 2 : p.n, a.y_stride * 2, plan.plan.tile.store_tokens(),
+                   a.gate ? 64 : 128);
   }
   if (error != cudaSuccess)
     return error;

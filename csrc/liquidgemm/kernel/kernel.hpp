@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     const int panel = group / Tile::kKGroups;
     const int k_group = group % Tile::kKGroups;
     const Consumer<Tile> consumer(params.sizes, shared, panel, k_group);
-    Epilogue<Tile> epilogue(params.sizes, params.output, params.maps.output, params.work.cluster,
-                            shared, panel);
+    typename Work::template Epilogue<Tile> epilogue(params.sizes, params.output, params.maps.output,
+                                                    params.work.cluster, shared, panel);
     const Ahead<Tile> ahead(params.prefetch, shared, k_group);
     auto operands_ahead = Ahead<Tile>::make_operands();
     if constexpr (Tile::kStagesAhead > 0)

@@ -6,6 +6,11 @@
 
 namespace liquidgemm::binding {
 
+void check_countable(char const* op, GroupedPlan const& plan) {
+  check(is_countable(plan), op, ": expected at most ", kMostExperts,
+        " experts, and fewer tiles and channels of all than 2^30, got ", describe(plan));
+}
+
 Tensor grouped_gemm_with(char const* op,
                          Tensor const& x,
                          Tensor const& x_scale,
@@ -18,31 +23,28 @@ Tensor grouped_gemm_with(char const* op,
   const DeviceInfo device = hopper_device(op);
   const cudaStream_t stream = current_stream(x);
   const int64_t rows = x.size(0), experts = weight.count(), n = weight.n(), k = x.size(1);
-  check(!out.gate, op, ": activations are not fused yet");
-  Tensor y = allocate(x, {rows, n}, out.type);
+  const int64_t outputs = out.gate ? n / 2 : n;
+  Tensor y = allocate(x, {rows, outputs}, out.type);
   if (rows == 0)
     return y;
   const Problem sizes = checked_problem(op, rows, n, k, device, forced ? forced->num_sms : 0);
   const GroupedProblem problem{rows, experts, n, k, sizes.num_sms, sizes.memory_bytes_per_us};
   const GroupedPlan plan = forced ? complete(problem, forced->plan) : plan_grouped_gemm(problem);
-  check(is_countable(plan), op, ": expected at most ", kMostExperts,
-        " experts, and fewer tiles and channels of all than 2^30, got ", describe(plan));
+  check_countable(op, plan);
   const Rows x_rows = aligned_rows(x, rows, k, stream);
   const Tensor scale = dense(x_scale), ends = dense(offsets);
-  const cudaError_t error = grouped_gemm(
-      {.x = x_rows.storage.const_data_ptr(),
-       .x_stride = x_rows.stride,
-       .x_scale = static_cast<float const*>(scale.const_data_ptr()),
-       .weight = static_cast<uint8_t const*>(weight.packed.const_data_ptr()),
-       .weight_scale = static_cast<float const*>(weight.scale.const_data_ptr()),
-       .offsets = static_cast<int32_t const*>(ends.const_data_ptr()),
-       .bias = weight.bias ? weight.bias->const_data_ptr() : nullptr,
-       .bias_type = weight.bias ? element_of(weight.bias->scalar_type()) : Element::kFloat32,
-       .y = y.mutable_data_ptr(),
-       .y_type = element_of(out.type),
-       .y_stride = n,
-       .offsets_are_visible = when == Offsets::kVisible},
-      plan, stream);
+  const cudaError_t error =
+      grouped_gemm({.x = x_rows.storage.const_data_ptr(),
+                    .x_stride = x_rows.stride,
+                    .x_scale = static_cast<float const*>(scale.const_data_ptr()),
+                    .weights = view(weight),
+                    .offsets = static_cast<int32_t const*>(ends.const_data_ptr()),
+                    .gate = out.gate,
+                    .y = y.mutable_data_ptr(),
+                    .y_type = element_of(out.type),
+                    .y_stride = outputs,
+                    .offsets_are_visible = when == Offsets::kVisible},
+                   plan, stream);
   if (error != cudaSuccess)
     fail(op, ": ", explain(error), ", for ", describe(plan));
   return y;

@@ -8,6 +8,10 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CUDA, m) {
   m.impl("gemm", TORCH_BOX(&gemm_op));
   m.impl("linear", TORCH_BOX(&linear_op));
   m.impl("grouped_gemm", TORCH_BOX(&grouped_gemm_op));
+  m.impl("moe_schedule", TORCH_BOX(&moe_schedule_op));
+  m.impl("quantize_activation_rows", TORCH_BOX(&quantize_activation_rows_op));
+  m.impl("moe_combine", TORCH_BOX(&moe_combine_op));
+  m.impl("moe", TORCH_BOX(&moe_op));
   m.impl("pack_weight", TORCH_BOX(&pack_weight_op));
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight_op));
 }

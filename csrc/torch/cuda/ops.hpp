@@ -32,6 +32,25 @@ Tensor grouped_gemm_op(Tensor const& x,
                        OptionalType const& out_dtype,
                        std::string const& activation);
 
+std::tuple<Tensor, Tensor, Tensor> moe_schedule_op(Tensor const& topk_ids, int64_t num_experts);
+std::tuple<Tensor, Tensor> quantize_activation_rows_op(Tensor const& x,
+                                                       Tensor const& slot_of_row,
+                                                       int64_t top_k);
+Tensor moe_combine_op(Tensor const& y,
+                      Tensor const& row_of_slot,
+                      Tensor const& topk_weights,
+                      OptionalTensor const& residual);
+Tensor moe_op(Tensor const& x,
+              Tensor const& topk_ids,
+              Tensor const& topk_weights,
+              Tensor const& w1,
+              Tensor const& w1_scale,
+              Tensor const& w2,
+              Tensor const& w2_scale,
+              OptionalTensor const& b1,
+              OptionalTensor const& b2,
+              std::string const& activation);
+
 Tensor pack_weight_op(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset);
 std::tuple<Tensor, Tensor, Tensor> unpack_weight_op(Tensor const& packed, int64_t n);
 

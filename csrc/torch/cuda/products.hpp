@@ -5,6 +5,7 @@
 
 #include "../experts.hpp"
 #include "context.hpp"
+#include "liquidgemm/grouped_gemm.hpp"
 #include "liquidgemm/plan/launch_plan.hpp"
 
 namespace liquidgemm::binding {
@@ -31,6 +32,9 @@ Tensor linear_with(char const* op,
                    Tensor const& weight_scale,
                    OptionalTensor const& bias,
                    std::optional<Forced> const& forced = std::nullopt);
+
+// The limits of what the scheduler of a grouped product counts.
+void check_countable(char const* op, GroupedPlan const& plan);
 
 // Whether the offsets were complete before the previous kernel could let this one start.
 enum class Offsets { kFromPreviousKernel, kVisible };
@@ -74,6 +78,13 @@ inline Weight aligned_weight(Tensor const& x,
   if (!aligned_to_16(result.packed))
     result.packed = torch::stable::clone(result.packed);
   return result;
+}
+
+inline ExpertWeights view(Experts const& experts) {
+  return {static_cast<uint8_t const*>(experts.packed.const_data_ptr()),
+          static_cast<float const*>(experts.scale.const_data_ptr()),
+          experts.bias ? experts.bias->const_data_ptr() : nullptr,
+          experts.bias ? element_of(experts.bias->scalar_type()) : Element::kFloat32};
 }
 
 inline Experts aligned(Experts experts) {

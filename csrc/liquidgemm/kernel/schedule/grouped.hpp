@@ -29,6 +29,7 @@
 #include "liquidgemm/kernel/schedule/dense.hpp"
 #include "liquidgemm/kernel/schedule/work_item.hpp"
 #include "liquidgemm/kernel/storage.hpp"
+#include "liquidgemm/kernel/store/gated.hpp"
 
 namespace liquidgemm {
 
@@ -54,6 +55,8 @@ struct GroupedSchedule {
 struct GroupedWork {
   template <class Tile>
   using Scheduler = GroupedScheduler<Tile>;
+  template <class Tile>
+  using Epilogue = GatedEpilogue<Tile>;
   static constexpr int kScheduleBytes = sizeof(GroupedSchedule);
 
   int32_t const* offsets;  // [experts + 1]
@@ -66,6 +69,8 @@ struct GroupedWork {
   // Whether the offsets can be read before the previous kernel has finished: it started only after
   // what wrote them was complete.
   bool offsets_are_visible;
+  bool gated;  // whether an activation ends the product
+  GatedActivation gate;
 
   CUTE_DEVICE bool reads_weights_once() const { return weights_are_read_once; }
 };
@@ -94,6 +99,10 @@ class GroupedScheduler {
       Barrier::init(&shared().taken[i], kTaken);
     }
   }
+
+  // What ends the product.
+  CUTE_DEVICE bool gated() const { return params_.gated; }
+  CUTE_DEVICE GatedActivation gate() const { return params_.gate; }
 
   CUTE_DEVICE bool valid() const { return is_tile(item_); }
   CUTE_DEVICE bool is_last() const { return !is_tile(item_ + 1); }
