@@ -262,7 +262,9 @@ def test_moe_waits_for_the_kernel_before(slow_copy, late: str, tokens: int) -> N
     at = ("x", "topk_ids", "topk_weights").index(late)
     fresh = operands[at]
     stale = operands[at] = torch.zeros_like(fresh)
+    other = layer.operands(tokens, 4, seed=9)
     for i in range(5):
+        layer.call(*other)  # leaves another schedule where this layer's will be
         stale.zero_()
         torch.cuda.synchronize()
         slow_copy(fresh, stale)
