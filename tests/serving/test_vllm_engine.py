@@ -98,6 +98,7 @@ RECIPES = {
     "head": {"skip": (), "augment": 64},
     "float": {"skip": ("lm_head", "layers.0.*", "down_proj")},
     "tied": {"tied": True},
+    "int8 head": {"tied": True, "head": "int8"},
 }
 
 
@@ -119,11 +120,15 @@ def test_what_save_pretrained_writes_is_served(tmp_path):
     assert_near(logits(engine(tmp_path)), expected(model))
 
 
+HEAD = {"head": "int8"}
 FIELDS = {"skip": ["lm_head"], "augment": {"down_proj": 64}, "keep": ["o_proj"], "group_size": 128}
 
 
-@pytest.mark.parametrize("fields", [None, FIELDS, {"skip": []}], ids=["default", "fields", "head"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "tied"),
+    [(None, False), (FIELDS, False), ({"skip": []}, False), (HEAD, False), ({"skip": []}, True)],
+    ids=["default", "fields", "head", "int8 head", "tied"],
+)
 def test_a_float_checkpoint_is_quantized_as_it_is_loaded(fields, tied, tmp_path):
     float_model(tied).save_pretrained(tmp_path)
     options = {}
