@@ -24,7 +24,7 @@ from ...nn._modules import linear_at, replace_module
 from ...weights.weight import QuantizedWeight
 from ..config import LiquidConfig
 from ..experts import PARTS, SeparateExperts
-from ..layer import quantize_layer
+from ..layer import quantize_layers
 from ..report import LayerReport
 from .blocks import Call, find_stages, main_tensor, stage_inputs
 from .data import running
@@ -243,9 +243,10 @@ def _quantize_unit(
             inputs, alpha = smooth_site(block, site, inputs, config)
         moments = Moments.of(map(round_activation, inputs))
         sample = sample_rows(inputs) if inputs else None
-        for name in stage:
+        weights = {name: layers[name].weight for name in stage}
+        found = quantize_layers(weights, config, moments)
+        for name, (quantized, method) in zip(stage, found, strict=True):
             linear = layers[name]
-            quantized, method = quantize_layer(linear.weight, config, name, moments)
             simulated = SimulatedLinear(quantized, linear.bias)
             report = LayerReport.of(name, method, linear.weight, quantized, sample, alpha)
             report.tokens = moments.tokens if moments is not None else 0

@@ -160,13 +160,14 @@ def refit_scale(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> 
     return replace(quantized, scale=torch.where(keep, quantized.scale, ratio))
 
 
-def worst_columns(
-    weight: Tensor, approximation: Tensor, importance: Tensor | None, count: int
-) -> Tensor:
-    """int32 ``[count]``: the columns with the largest ``H_kk · ‖W_k - Ŵ_k‖²``, in their order."""
+def column_error(weight: Tensor, approximation: Tensor, importance: Tensor | None) -> Tensor:
+    """``H_kk · ‖W_k - Ŵ_k‖²`` of each column, ``[K]``."""
     error = (weight - approximation).square_().sum(0)
-    if importance is not None:
-        error = error * importance
+    return error if importance is None else error * importance
+
+
+def worst_columns(error: Tensor, count: int) -> Tensor:
+    """int32 ``[count]``: the columns with the largest error ``[K]``, in their order."""
     return error.topk(count).indices.sort().values.int()
 
 
