@@ -74,11 +74,12 @@ def quantize_layers(
     drafts = [_draft(weight, config, name, moments) for name, weight in weights.items()]
     errors: dict[int, Tensor] = {}
     for draft in drafts if config.share_columns else ():
-        if draft.count:
-            errors[draft.count] = errors.get(draft.count, 0) + draft.error
+        if draft.error is not None:
+            before = errors.get(draft.count)
+            errors[draft.count] = draft.error if before is None else before + draft.error
     for draft in drafts:
         columns = None
-        if draft.count:
+        if draft.error is not None:
             columns = worst_columns(errors.get(draft.count, draft.error), draft.count)
         yield _finished(draft, columns, config, moments)
 
