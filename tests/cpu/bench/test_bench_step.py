@@ -125,7 +125,7 @@ def test_a_wrong_composite_is_noticed(monkeypatch):
 
 
 def test_sizes_are_those_of_the_models():
-    assert TINY.linears["qkv"] == (256, 128)
+    assert TINY.linears["qkv"] == (512, 128)
     billions = {name: round(sizes.weights / 1e9, 2) for name, sizes in MODELS.items()}
     assert billions["llama3-8b"] == 6.98
     assert billions["llama2-70b"] == 68.45
