@@ -15,6 +15,7 @@ COMMANDS = {
     "cpu-report": ("report.cpu", "its table and plot, from the JSON alone"),
     "step": ("suites.step", "a decode step of whole models: bf16, FP8, humming and ours"),
     "step-report": ("report.step", "its tables and plots, from the JSON alone"),
+    "generate": ("suites.generate", "ms per token of transformers' generate, fused and not"),
     "serve": ("suites.serve", "decode steps and prefill in vLLM: bf16, FP8, humming and ours"),
     "ablation": ("suites.ablation", "what each part of the design is worth"),
     "micro": ("suites.micro", "C++ microbenchmarks: the ceilings"),
