@@ -11,6 +11,8 @@ COMMANDS = {
     "sustained": ("suites.sustained", "one large product for seconds on end, clocks and power"),
     "counters": ("suites.counters", "where the time goes, by Nsight Compute"),
     "host": ("suites.host_cost", "what an eager call costs on the CPU, beside torch's"),
+    "moe": ("suites.moe", "layers of experts beside grouped products of others"),
+    "moe-report": ("report.moe", "its tables and plot, from the JSON alone"),
     "cpu": ("suites.cpu", "linear on the CPU beside torch's and llama.cpp's"),
     "cpu-report": ("report.cpu", "its table and plot, from the JSON alone"),
     "step": ("suites.step", "a decode step of whole models: bf16, FP8, humming and ours"),
