@@ -23,6 +23,7 @@ COMMANDS = {
     "micro": ("suites.micro", "C++ microbenchmarks: the ceilings"),
     "quality": ("suites.quality", "perplexity and cosine of real models by recipe"),
     "quality-data": ("suites.quality_data", "fetches models and texts for it"),
+    "quality-moe": ("suites.quality_moe", "perplexity of a small model with experts by recipe"),
     "sweep": ("plan.sweep", "every plan of the kernel at every shape"),
     "fit": ("plan.fit", "constants of the plan's cost model from a sweep"),
     "report": ("report.write", "tables and plots from results, without a GPU"),
