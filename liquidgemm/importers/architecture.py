@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn._modules import as_linear
+from ..nn.float_experts import Layout, layout_of
 from ..quantization.readers import weight_readers
+from .experts import Place, place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +39,8 @@ class Architecture:
 
     Attributes:
         untried: why there is no model to try; None if there is.
+        experts: how each module with experts keeps them, by its name.
+        places: by name in the checkpoint, where the layers of experts that were asked for are.
 
     Raises:
         ValueError: the configuration does not describe such a model.
@@ -45,6 +49,8 @@ class Architecture:
     def __init__(self, directory: Path, config: dict) -> None:
         self.model: PreTrainedModel | None = None
         self._renames: tuple[list, list] | None = None
+        self.experts: dict[str, Layout] = {}
+        self.places: dict[str, Place] = {}
         self._class, self.untried = _class_of(config)
         if self._class is None:
             return
@@ -67,9 +73,12 @@ class Architecture:
         for key, parameter in self.model.named_parameters(remove_duplicate=False):
             self._tied.setdefault(parameter, []).append(key)
         self._readers = weight_readers(self.model)
+        for name, module in self._modules.items():
+            if isinstance(layout := layout_of(module), Layout):
+                self.experts[name] = layout
 
     def module_of(self, layer: str) -> str:
-        """The name in the model of a layer of the checkpoint.
+        """The name in the model of a layer of the checkpoint; those of experts go to places.
 
         Raises:
             ValueError: there is no linear layer of that name, or its weight is another's as well.
@@ -86,14 +95,22 @@ class Architecture:
                     "checkpoint has both"
                 )
             return name
+        owner = re.sub(r"(^|\.)experts\..*", r"\1experts", name)
+        place = place_of(layer, owner)
+        if place is not None and owner in self.experts:
+            self.places[layer] = place
+            return f"{owner}.{place.number}.{place.part}"
         if merged or "experts" in layer.split("."):
             raise ValueError(
-                f"{layer}: expected a linear layer in {self._with}, got a part of {key}: it keeps "
-                "experts, or layers that it computes together, in one parameter, where a 4-bit "
-                "layer has no place yet; quantize the float model instead, which keeps those in "
-                "float"
+                f"{layer}: expected a linear layer or an expert in {self._with}, got a part of "
+                f"{key}: a layer that it computes together with others, or an expert of a kind "
+                "that there is no kernel for; quantize the float model instead, which keeps those "
+                "in float"
             )
-        found = type(self._modules[name]).__name__ if name in self._modules else "nothing"
+        module = self._modules.get(name)
+        if module is not None and _multiplies(module):
+            return name
+        found = "nothing" if module is None else type(module).__name__
         raise ValueError(f"{layer}: expected a linear layer in {self._with}, got {found}")
 
     def check(self, module: str, n: int, k: int, bias: Tensor | None) -> Tensor | None:
@@ -104,13 +121,13 @@ class Architecture:
         """
         if self.model is None:
             return bias
-        linear = cast(nn.Linear, as_linear(self._modules[module]))
-        if (linear.out_features, linear.in_features) != (n, k):
+        linear = as_linear(self._modules[module]) or self._modules[module]
+        rows, columns = cast(Tensor, linear.weight).shape
+        if (rows, columns) != (n, k):
             raise ValueError(
-                f"weight: expected {linear.out_features} x {linear.in_features} as in {self._with},"
-                f" got {n} x {k}"
+                f"weight: expected {rows} x {columns} as in {self._with}, got {n} x {k}"
             )
-        if bias is None or linear.bias is not None:
+        if bias is None or getattr(linear, "bias", None) is not None:
             return bias
         if bias.any():
             raise ValueError(f"bias: expected none in {self._with}, got one that is not zero")
@@ -118,7 +135,12 @@ class Architecture:
 
     def reader(self, module: str) -> str | None:
         """The class and method that read the weight of a layer, which has to be in float then."""
-        return None if self.model is None else self._readers.get(self._modules[module])
+        if self.model is None:
+            return None
+        found = self._modules[module]
+        if as_linear(found) is None:
+            return f"{type(found).__name__}.forward"
+        return self._readers.get(found)
 
     def try_loading(self, folder: Path) -> str:
         """Loads the result once; returns how, for the report.
@@ -196,6 +218,12 @@ class Architecture:
             if name in self._keys:
                 return name
         return key
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether it has a matrix for a weight, as routers of experts have, and is no embedding."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)
 
 
 def _class_of(config: dict) -> tuple[type[PreTrainedModel] | None, str | None]:
