@@ -50,7 +50,7 @@ def place_of(layer: str, experts: str) -> Place | None:
 
 def prefix_of(layer: str) -> str:
     """What the names of all experts of a layer begin with, in the checkpoint."""
-    return layer[: _PLACE.search(layer).start(1) - 1]
+    return re.sub(r"\.\d+\.\w+$", "", layer)
 
 
 def stacks(
@@ -86,7 +86,8 @@ def stacks(
 
     def whole(e: int, parts: Iterable[str]) -> tuple[QuantizedWeight, Tensor | None]:
         found = [_checked(layers[e, part], shapes[part], layout, read) for part in parts]
-        bias = None if found[0][1] is None else torch.cat([bias for _, bias in found])
+        biases = [bias for _, bias in found if bias is not None]
+        bias = torch.cat(biases) if biases else None
         weight = joined(*(weight for weight, _ in found))
         return in_order(weight, bias, layout.order() if fused and parts == first else None)
 
@@ -95,7 +96,7 @@ def stacks(
         for key in ("qweight", "qscale", "qoffset", "scale"):
             yield f"{stack}.{key}", torch.stack([getattr(weight, key) for weight, _ in pairs])
         if layout.bias:
-            yield f"{stack}.bias", torch.stack([bias for _, bias in pairs])
+            yield f"{stack}.bias", torch.stack([bias for _, bias in pairs if bias is not None])
 
 
 def _checked(
