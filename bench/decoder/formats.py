@@ -254,7 +254,8 @@ class Int8Composite(Int8):
 
 
 def _twice(x: Tensor) -> Tensor:
-    whole = F.pad(x, (0, padded(x.shape[-1]) - x.shape[-1]))
+    missing = padded(x.shape[-1]) - x.shape[-1]
+    whole = F.pad(x, (0, missing)) if missing else x
     return torch.cat((whole, whole), dim=-1)
 
 

@@ -54,6 +54,8 @@ def examine(layer: Any) -> Parts:
     Raises:
         Unfit: the layer is made in another way, or computes something else.
     """
+    if "forward" in vars(layer):
+        raise Unfit("it has a forward of its own, such as accelerate gives to layers it moves")
     for name in ("input_layernorm", "post_attention_layernorm"):
         _child(layer, name)
     sandwich = "pre_feedforward_layernorm" in layer._modules

@@ -39,5 +39,6 @@ def product(
 
 
 def _with_columns(x: Tensor, columns: Tensor) -> Tensor:
-    whole = F.pad(x, (0, -x.shape[-1] % GROUP))
+    missing = -x.shape[-1] % GROUP
+    whole = F.pad(x, (0, missing)) if missing else x  # torch copies also where nothing is missing
     return torch.cat((whole, x.index_select(-1, columns)), dim=-1)

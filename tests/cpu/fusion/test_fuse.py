@@ -351,6 +351,7 @@ def reads_hidden_states(layer):
             "input_layernorm: a Doubled that computes none of the known norms",
         ),
         (lambda layer: setattr(layer.mlp, "act_fn", nn.GELU()), "mlp: its activation, GELU"),
+        (lambda layer: setattr(layer, "forward", layer.forward), "it has a forward of its own"),
         (lambda layer: double(layer, "mlp"), "fused, it is off by"),
         (reads_hidden_states, "fused, it does not run: AttributeError"),
         (
