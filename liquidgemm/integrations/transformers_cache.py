@@ -47,7 +47,7 @@ class _Written:
 
 
 class LiquidLayer(CacheLayerMixin):
-    """Keys and values of one layer: a `KVCache` of constant size, and how long its sequences are."""
+    """Keys and values of one layer: a `KVCache` of constant size, and its sequences' lengths."""
 
     is_compileable = True
     is_croppable = True

@@ -1,7 +1,7 @@
 """Triton kernels of the KV cache: write (quantize), decode attention, and its combination.
 
-Imported on first use: Triton is part of torch's CUDA builds and of no others. Under TRITON_INTERPRET=1
-the kernels run on CPU tensors, without inline PTX.
+Imported on first use: Triton is part of torch's CUDA builds and of no others. By its interpreter
+(TRITON_INTERPRET=1) the kernels run on CPU tensors, without inline PTX.
 
 Decode attention, one CTA per chunk of one sequence and one key head. All query rows that share the
 key head (its group of heads, times the query tokens) are the M dimension of both products:
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# The formats as constants of the kernels.
+# The formats as constants of the kernels; those with codes and parameters come last.
 FLOAT, FP8, INT8, INT4 = (tl.constexpr(i) for i in range(4))
 
 
@@ -173,7 +173,7 @@ def write_kernel(
     mask2 = mask[:, None]
     k = tl.load(k_in[:, None] + d[None, :], mask2, other=0.0)
     v = tl.load(v_in[:, None] + d[None, :], mask2, other=0.0)
-    if FORMAT == FLOAT or FORMAT == FP8:
+    if FORMAT < INT8:
         tl.store(k_out, k.to(k_cache.dtype.element_ty), mask2)
         tl.store(v_out, v.to(v_cache.dtype.element_ty), mask2)
     elif FORMAT == INT8:
@@ -200,10 +200,9 @@ def write_kernel(
 @triton.jit
 def _dot(a, b, acc, PTX: tl.constexpr):
     """acc + a @ b, of 16-bit floats; the interpreter does not know products of bfloat16."""
-    if PTX:
-        return tl.dot(a, b, acc)
-    else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    if not PTX:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -329,18 +328,17 @@ def _scales(params, row, pair_mask, odd_mask, FORMAT: tl.constexpr):
     """Scales and zero points, float32, of the even and the odd tokens of pairs; 0 where masked."""
     if FORMAT == INT8:
         word = tl.load(params + row // 2, pair_mask, other=0)  # two bfloat16
-        even = (word << 16).to(tl.float32, bitcast=True)
-        odd = tl.where(odd_mask, word & -65536, 0).to(tl.float32, bitcast=True)
-        return even, odd, even, odd  # no zero points
+        even = word << 16
+        odd = tl.where(odd_mask, word & -65536, 0)
     else:
         even = tl.load(params + row, pair_mask, other=0)
         odd = tl.load(params + row + 1, odd_mask, other=0)
-        return (
-            (even & -65536).to(tl.float32, bitcast=True),
-            (odd & -65536).to(tl.float32, bitcast=True),
-            (even & 15).to(tl.float32),
-            (odd & 15).to(tl.float32),
-        )
+    return (
+        (even & -65536).to(tl.float32, bitcast=True),
+        (odd & -65536).to(tl.float32, bitcast=True),
+        (even & 15).to(tl.float32),  # of int4 alone
+        (odd & 15).to(tl.float32),
+    )
 
 
 @triton.jit
@@ -424,7 +422,7 @@ def decode_kernel(
     q_rows += (h * GROUP + rows % GROUP) * q_stride_h
     q_mask = (rows < USED)[:, None]
     q_scale = tl.full([ROWS], 1.0, tl.float32)
-    if FORMAT == INT8 or FORMAT == INT4:
+    if FORMAT >= INT8:
         H: tl.constexpr = D // 2
         half = tl.arange(0, H)
         low = tl.load(q_rows[:, None] + half[None, :], q_mask, other=0.0)
@@ -489,7 +487,7 @@ def decode_kernel(
                 v = tl.load(
                     v_cache + (row // 2)[:, None] * W + d[None, :], pair_mask[:, None], other=0
                 )
-            if FORMAT == INT8 or FORMAT == INT4:
+            if FORMAT >= INT8:
                 ks_even, ks_odd, kz_even, kz_odd = _scales(
                     k_params, row, pair_mask, odd_mask, FORMAT
                 )
@@ -514,7 +512,7 @@ def decode_kernel(
                 s_odd = _dot(q, tl.trans(k_odd), tl.zeros([ROWS, HALF], tl.float32), PTX)
             s_even *= q_scale[:, None]
             s_odd *= q_scale[:, None]
-            if FORMAT == INT8 or FORMAT == INT4:
+            if FORMAT >= INT8:
                 s_even *= ks_even[None, :]
                 s_odd *= ks_odd[None, :]
             if HAS_SOFTCAP:  # cap * tanh(s / cap), by the exponential
@@ -537,7 +535,7 @@ def decode_kernel(
             p_odd = tl.exp2(s_odd - shift[:, None])
             total = total * alpha[:, None] + (p_even + p_odd)
             acc *= alpha[:, None]
-            if FORMAT == INT8 or FORMAT == INT4:
+            if FORMAT >= INT8:
                 p_even = (p_even * vs_even[None, :]).to(tl.bfloat16)
                 p_odd = (p_odd * vs_odd[None, :]).to(tl.bfloat16)
             if FORMAT == INT4:

@@ -27,7 +27,7 @@ COMBINE_TILE = 8
 
 @dataclass(frozen=True)
 class Config:
-    """How decode attention is worked on. A function of format, head_dim and rows, never of the batch.
+    """How decode attention is worked on: by format, head_dim and rows, never by batch or length.
 
     Attributes:
         block: tokens per step.
@@ -51,6 +51,28 @@ def config_of(name: str, head_dim: int, rows: int) -> Config:
     if head_dim == 256 or rows > 32:
         return Config(32, 256, 4, 3)
     return Config(64, 256, 4, 3)
+
+
+# What `config_of` is chosen from (`python -m bench kv --tune`).
+CANDIDATES = (
+    Config(64, 256, 4, 3),
+    Config(64, 256, 4, 4),
+    Config(64, 256, 4, 5),
+    Config(64, 512, 4, 3),
+    Config(64, 512, 4, 4),
+    Config(64, 128, 4, 3),
+    Config(64, 256, 2, 3),
+    Config(64, 1024, 4, 4),
+    Config(32, 256, 2, 4),
+    Config(32, 256, 4, 4),
+    Config(128, 256, 4, 3),
+    Config(128, 512, 4, 3),
+    Config(128, 256, 8, 3),
+    Config(128, 512, 8, 3),
+    Config(64, 256, 4, 3, prefetch=False),
+    Config(64, 512, 4, 4, prefetch=False),
+    Config(128, 256, 8, 3, prefetch=False),
+)
 
 
 @functools.cache

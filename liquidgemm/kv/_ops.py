@@ -153,11 +153,12 @@ def _write_cpu(k, v, k_cache, v_cache, k_params, v_params, lengths, block_table=
         codes, new_params = quantize(x, fmt, values)
         codes = pack_codes(codes, fmt)[inside]
         if codes.itemsize == 1:  # indexing does not know float8
-            codes, cache = codes.view(torch.uint8), cache.view(torch.uint8)
+            codes = codes.view(torch.uint8)
+        target = cache.view(codes.dtype)
         if values and fmt.paired:
-            cache[page, :, slot // 2, :, slot % 2] = codes
+            target[page, :, slot // 2, :, slot % 2] = codes
         else:
-            cache[page, :, slot] = codes
+            target[page, :, slot] = codes
         if params is not None:
             params[page, :, slot] = new_params[inside]
 
@@ -229,7 +230,7 @@ def _attention_cpu(
 
 
 def query_rows(q: Tensor, fmt: Format) -> Tensor:
-    """Queries in float32 as they meet the keys: in INT8 steps of max|q| / 127 if those are coded."""
+    """Queries in float32 as they meet the keys: in steps of max|q| / 127 if those are coded."""
     q = q.float()
     if fmt.params is None:
         return q

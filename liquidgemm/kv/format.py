@@ -10,11 +10,11 @@ int4    low = min(y, 0), high = max(y, 0), of the row
         scale = up((high - low) / 15), zero = rint(-low / scale)
         code = clamp(rint(y / scale) + zero, 0, 15)              y ~ scale * (code - zero)
 
-``rotate`` is the product with the Hadamard matrix of entries 1 and -1, by log2(D) rounds of sums and
-differences: of the halves of the row, then of the halves of each half, and so on. It spreads what a
-few channels have most of, as keys do, over all; ``x = rotate(rotate(x)) / D``. A row of zeros has
-scale 0; one with a NaN or an infinity has scale NaN and codes 0. bfloat16, float16 and fp8 (e4m3,
-saturating, without a scale) are stored as they are.
+``rotate`` is the product with the Hadamard matrix of entries 1 and -1, by log2(D) rounds of sums
+and differences: of the halves of the row, then of the halves of each half, and so on. It spreads
+what a few channels have most of, as keys do, over all; ``x = rotate(rotate(x)) / D``. A row of
+zeros has scale 0; one with a NaN or an infinity has scale NaN and codes 0. bfloat16, float16 and
+fp8 (e4m3, saturating, without a scale) are stored as they are.
 
 Layout, for P pages of T tokens (T even) of H heads:
 
@@ -101,7 +101,7 @@ def bf16_not_below(x: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, fmt: Format, values: bool) -> tuple[Tensor, Tensor | None]:
-    """Keys, or values, ``[..., D]`` as codes ``[..., D]`` (one element each) and parameters ``[...]``."""
+    """Keys or values ``[..., D]`` as codes ``[..., D]``, one element each, and their parameters."""
     if fmt.params is None:
         if fmt.name == "fp8":
             limit = torch.finfo(fmt.codes).max
@@ -152,7 +152,7 @@ def head_dim_of(k: Tensor) -> int:
 
 
 def unpack_rows(cache: Tensor, fmt: Format, values: bool) -> Tensor:
-    """Codes ``[P, H, T, D]``, one element each, of ``k`` or (with values) ``v`` as they are stored."""
+    """Codes ``[P, H, T, D]``, one element each, of ``k`` or (with values) ``v``."""
     if values and fmt.paired:
         cache = cache.transpose(-1, -2).flatten(2, 3)
     if fmt.packed == 2:

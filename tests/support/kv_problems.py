@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from liquidgemm import KVCache
+from liquidgemm.kv import KVCache
 
 
 def poison_(cache: KVCache) -> KVCache:
@@ -67,3 +67,17 @@ def paged_copy(cache: KVCache, page_tokens: int, seed: int) -> tuple[KVCache, Te
         target = to.view(torch.uint8) if to.itemsize == 1 else to
         target[table.flatten().to(device)] = pieces
     return copy, table.to(torch.int32).to(device)
+
+
+def same_bits(one: KVCache, two: KVCache) -> bool:
+    """Whether all bytes are equal, but for the payload of NaNs among the scales."""
+    return all(
+        a is None or torch.equal(_comparable(a), _comparable(b))
+        for a, b in zip(one.tensors, two.tensors, strict=True)
+    )
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    if tensor.dim() == 3 and tensor.dtype.is_floating_point:
+        tensor = torch.where(tensor.isnan(), torch.nan, tensor)
+    return tensor.view(torch.uint8)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kv_problems import dense_attention, paged_copy, poison_, rows
+from kv_problems import dense_attention, paged_copy, poison_, rows, same_bits
 
-from liquidgemm import KVCache
+from liquidgemm.kv import KVCache
 from liquidgemm.kv.format import FORMATS, dequantize, quantize
 
 LENGTHS = [70, 1, 37]
@@ -45,10 +45,7 @@ def test_one_token_at_a_time_is_the_same(case) -> None:
     longest = max(LENGTHS)
     for i in range(longest):
         other.write_(k[:, i : i + 1], v[:, i : i + 1], lengths - (longest - 1 - i))
-    for one, two in zip(cache.tensors, other.tensors, strict=True):
-        assert (one is None and two is None) or torch.equal(
-            one.view(torch.uint8), two.view(torch.uint8)
-        )
+    assert same_bits(cache, other)
 
 
 def test_tokens_beyond_the_capacity_are_not_written() -> None:
@@ -87,9 +84,7 @@ def test_pages_change_nothing(case, page_tokens: int) -> None:
     longer = lengths + 1
     paged.write_(x, x, longer, table)
     cache.write_(x, x, longer)
-    assert torch.equal(
-        paged.attention(q, longer, block_table=table), cache.attention(q, longer)
-    )
+    assert torch.equal(paged.attention(q, longer, block_table=table), cache.attention(q, longer))
 
 
 def test_a_sequence_that_sees_nothing_gives_zeros() -> None:
