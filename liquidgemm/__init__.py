@@ -7,11 +7,9 @@ the same bits as the kernel.
 from importlib.metadata import PackageNotFoundError, version
 
 from .checkpoints.checkpoint import load_quantized, save_quantized
-from .fusion import FusionReport, fuse_
 from .importers import ImportReport, import_checkpoint
 from .integrations import register_integrations
 from .nn.experts import LiquidExperts
-from .nn.fused_layer import unfuse_
 from .nn.linear import LiquidLinear
 from .nn.merged import MergedLinear
 from .ops import (
@@ -42,7 +40,6 @@ except PackageNotFoundError:  # run from a source checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "FusionReport",
     "ImportReport",
     "LiquidConfig",
     "LiquidExperts",
@@ -57,7 +54,6 @@ __all__ = [
     "dequantize_",
     "dequantize_weight",
     "explain_plan",
-    "fuse_",
     "gemm",
     "glu_quantize",
     "grouped_gemm",
@@ -75,7 +71,6 @@ __all__ = [
     "rms_norm_quantize",
     "save_quantized",
     "set_cpu_kernel",
-    "unfuse_",
     "unpack_weight",
 ]
 

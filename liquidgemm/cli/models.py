@@ -8,12 +8,13 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from .._files import check_new_folder, new_folder, parse_json, path_of
 from ..checkpoints.checkpoint import save_quantized
@@ -21,21 +22,14 @@ from ..checkpoints.sources import check_vocabulary, folders_of, load_model, read
 from ..nn.linear import LiquidLinear
 from ..ops import _library
 from ..quantization.calibration.data import token_windows
-from ..quantization.config import LiquidConfig
+from ..quantization.config import GATES, HEADS, METHODS, LiquidConfig
 from ..quantization.evaluate import evaluate, sliding_windows
 from ..quantization.model import quantize_
 from ..quantization.report import QuantizationReport
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-Method = Enum(
-    "Method",
-    {"search": "search", "rtn": "rtn", "hessian": "hessian", "gptq": "gptq"},
-    type=str,
-)
-Gate = Enum("Gate", {"raise": "raise", "warn": "warn", "off": "off"}, type=str)
-Head = Enum("Head", {"float": "float", "int8": "int8"}, type=str)
+Method = Enum("Method", {name: name for name in METHODS}, type=str)
+Gate = Enum("Gate", {name: name for name in GATES}, type=str)
+Head = Enum("Head", {name: name for name in HEADS}, type=str)
 
 MODEL = Annotated[
     str,
@@ -52,10 +46,6 @@ class Precision(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-def _dtype(precision: Precision | None) -> torch.dtype | None:
-    return None if precision is None else getattr(torch, precision.value)
 
 
 def device_of(name: str | None, for_kernel: bool = False) -> torch.device:
@@ -117,8 +107,8 @@ def settings_of(values: dict[str, Any], more: str, given: Collection[str]) -> Li
 
 def _given(context: typer.Context) -> set[str]:
     """Names of the parameters that the user has given."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source and source.name != "DEFAULT"}
+    names = context.params
+    return {name for name in names if context.get_parameter_source(name).name != "DEFAULT"}
 
 
 def _check_data(
@@ -212,7 +202,7 @@ def quantize_command(
     texts = read_texts(calib or ())
     unseen = read_texts(held_out or ())
     with nullcontext() if dry_run else new_folder(output, *sources) as staging:
-        network, tokenizer = load_model(model, where, _dtype(dtype))
+        network, tokenizer = load_model(model, where, dtype and getattr(torch, dtype.value))
         if texts or unseen:
             _check_takes_texts(network)
         batches = token_windows(texts, tokenizer, limit=tokens)
@@ -228,7 +218,7 @@ def quantize_command(
         )
         if not report.quantized:
             raise ValueError(f"{model}: expected a float model, got one that is quantized already")
-        if staging is not None:
+        if not dry_run:
             without_plot = _write(network, tokenizer, report, staging)
     # Only now: whoever reads it may be gone.
     console.print(str(report), markup=False, highlight=False)
@@ -237,7 +227,7 @@ def quantize_command(
         console.print(f"written to {output}{without_plot}", markup=False, highlight=False)
 
 
-def _check_takes_texts(network: PreTrainedModel) -> None:
+def _check_takes_texts(network: nn.Module) -> None:
     takes = network.main_input_name
     if takes == "input_ids" and network.config.is_encoder_decoder:
         takes = "input_ids and decoder_input_ids"
@@ -248,9 +238,7 @@ def _check_takes_texts(network: PreTrainedModel) -> None:
         )
 
 
-def _write(
-    network: PreTrainedModel, tokenizer: Any, report: QuantizationReport, folder: Path
-) -> str:
+def _write(network: nn.Module, tokenizer: Any, report: QuantizationReport, folder: Path) -> str:
     """The checkpoint and the report; why there is no plot, if there is none."""
     save_quantized(network, folder)
     tokenizer.save_pretrained(folder)
@@ -262,7 +250,7 @@ def _write(
     return ""
 
 
-def _is_quantized(network: PreTrainedModel) -> bool:
+def _is_quantized(network: nn.Module) -> bool:
     return any(isinstance(module, LiquidLinear) for module in network.modules())
 
 
@@ -287,7 +275,7 @@ def eval_command(
     has not: each is predicted once, from at least length - stride tokens before it.
     """
     where = device_of(device)
-    precision = _dtype(dtype)
+    precision = dtype and getattr(torch, dtype.value)
     texts = read_texts(text)
     network, tokenizer = load_model(model, where, precision)
     if network.config.is_encoder_decoder or not network.can_generate():

@@ -8,28 +8,26 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .._files import path_of
-from ..formats.liquidquant import GROUP, Q_MAX
 from ..nn._modules import (
     as_linear,
     attach,
     conv1d_as_linear,
     detach,
-    linear_at,
     matches,
     paths_of_modules,
     replace_module,
     untie,
 )
 from ..nn.experts import LiquidExperts
-from ..nn.fused_layer import unfuse_
 from ..nn.linear import LiquidLinear
+from ..weights.liquidquant import GROUP, Q_MAX
 from ..weights.quantize import check_finite
 from ..weights.weight import QuantizedWeight
 from .calibration.data import as_batches
@@ -166,7 +164,7 @@ def quantize_(
                 layers, coarse_rows, sizes = _quantize_without_data(
                     model, names, places, config, progress, probe, experts
                 )
-                losses, measure = dict[str, float](), ""
+                losses, measure = {}, ""
             else:
                 folder = None if resume is None else path_of(resume)
                 found = calibrate(model, names, config, batches, unseen, device, folder, progress)
@@ -175,7 +173,7 @@ def quantize_(
                 coarse_rows, sizes = _install(model, names, places, found, config, probe, experts)
             for name in selection.heads:
                 untie(model, model.get_submodule(name))
-        vars(model)["liquid_config"] = recorded
+        model.liquid_config = recorded
         attach(model)
         if probe is not None:
             errors = {r.name: r.output_error**0.5 for r in layers if r.output_error is not None}
@@ -185,8 +183,7 @@ def quantize_(
         return QuantizationReport(
             tuple(experts.fold(names)),
             selection.skipped,
-            sum(before for before, _ in sizes),
-            sum(after for _, after in sizes),
+            *map(sum, zip(*sizes, strict=True)),
             coarse_rows,
             tuple(layers),
             losses,
@@ -203,8 +200,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     for, in place.
 
     The floats are those of the quantized weights: what rounding has taken does not come back. They
-    are parameters that can be trained, in an ``nn.Linear`` or, where there was one, a Conv1D. Fused
-    layers are those of the model again.
+    are parameters that can be trained, in an ``nn.Linear`` or, where there was one, a Conv1D.
 
     Args:
         dtype: of weights and biases; None for what each layer had before.
@@ -219,7 +215,6 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     layers = [m for m in paths if isinstance(m, LiquidLinear | LiquidExperts)]
     if not layers or model in layers:
         raise ValueError("model: expected a module that contains quantized layers, got none")
-    unfuse_(model)
     for layer in layers:
         linear = (
             _float_layer(layer, dtype)
@@ -235,7 +230,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 def _float_layer(layer: LiquidLinear, dtype: torch.dtype | None) -> nn.Module:
     dtype = dtype or layer.weight.dtype
     weight = layer.dequantize(dtype)
-    linear: Any = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
     if not issubclass(layer.replaces, nn.Linear):
         linear = layer.replaces(layer.out_features, layer.in_features)
         weight = weight.T.contiguous()
@@ -254,11 +249,10 @@ def _quantize_without_data(
     probe: Probe | None,
     experts: Experts,
 ) -> tuple[list[LayerReport], dict[str, int], list[tuple[int, int]]]:
-    coarse_rows: dict[str, int] = {}
-    layers, sizes = [], []
+    layers, coarse_rows, sizes = [], {}, []
     # By name, so that each float weight is freed as soon as it is replaced.
     for name in tqdm(names, desc="quantizing", unit="layer", disable=not progress):
-        linear = linear_at(model, name)
+        linear = model.get_submodule(name)
         start = time.perf_counter()
         weight, method = quantize_layer(linear.weight, experts.config_of(name, config), name)
         report = LayerReport.of(name, method, linear.weight, weight)
@@ -282,11 +276,10 @@ def _install(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, value in found.tensors.items():
         parameters[key].copy_(value)
-    coarse_rows: dict[str, int] = {}
-    sizes = []
+    coarse_rows, sizes = {}, []
     changed = bool(config.smooth or config.rotate or config.rotate_heads or config.tune)
     for name in names:
-        linear = linear_at(model, name)
+        linear = model.get_submodule(name)
         bias = found.biases.get(name)
         if bias is not None:
             bias = bias.to(linear.bias.dtype)
@@ -306,7 +299,7 @@ def _replace(
     changed: bool = False,
 ) -> tuple[int, int]:
     """Put a quantized layer into its places; the bytes before and after."""
-    linear = linear_at(model, paths[0])
+    linear = model.get_submodule(paths[0])
     layer = LiquidLinear.from_quantized(weight, bias, linear.weight.dtype)
     layer.train(linear.training)
     if coarse := _count_coarse_rows(linear.weight, layer.scale):
@@ -315,11 +308,7 @@ def _replace(
         probe.check_layer(paths[0], linear, layer, weight, bias, changed)
     for path in paths:
         replace_module(model, path, layer)
-    return linear.weight.nbytes, _nbytes(layer.packed) + _nbytes(layer.scale)
-
-
-def _nbytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.nbytes
+    return linear.weight.nbytes, layer.packed.nbytes + layer.scale.nbytes
 
 
 def _fuse(model: nn.Module, layer: str, experts: Experts, probe: Probe | None) -> None:
@@ -363,11 +352,11 @@ def _check_patterns(model: nn.Module, names: list[str], config: LiquidConfig) ->
 
 def _check_weights(model: nn.Module, names: list[str]) -> None:
     for name in names:
-        weight = cast(nn.Linear, as_linear(model.get_submodule(name))).weight
+        weight = model.get_submodule(name).weight
         if weight.is_meta:
             raise ValueError(f"{name}: expected a weight with data, got one on the meta device")
         try:
-            check_finite(weight)
+            check_finite(as_linear(model.get_submodule(name)).weight)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 

@@ -36,13 +36,12 @@ class Moments:
     @classmethod
     def of(cls, inputs: Iterable[Tensor]) -> Moments | None:
         """From rounded inputs ``[T, K]``; None if there is not one token."""
-        total: Tensor | None = None
-        tokens = 0
+        total, tokens = None, 0
         for x in inputs:
             product = x.float().T @ x.float()
             total = product if total is None else total.add_(product)
             tokens += len(x)
-        return None if total is None or not tokens else cls(total / tokens, tokens)
+        return cls(total / tokens, tokens) if tokens else None
 
     def importance(self, shrinkage: float) -> Tensor:
         """diag(H), shrunk towards its mean: ``[K]``."""

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...formats.liquidquant import padded
-from ...nn._modules import linear_at
+from ...weights.liquidquant import padded
 from ..config import LiquidConfig
 from ..experts import Experts
 from ..layer import layer_method, residual_columns
@@ -37,14 +36,14 @@ def plan(
     units = find_units(model, names)
     check_pairs(model, units, config)
     reached = set(names) if batches is None else _reached(model, names, batches)
-    smoothed: dict[str, str] = {}
+    smoothed = {}
     for unit in units if config.smooth else []:
         prefix = f"{unit.name}." if unit.name else ""
         for site in find_sites(model.get_submodule(unit.name), config):
             smoothed |= {prefix + linear: site.source for linear in site.linears}
     lines = {}
     for name in names:
-        linear = linear_at(model, name)
+        linear = model.get_submodule(name)
         method = layer_method(config, name, has_data=name in reached)
         columns = padded(linear.in_features)
         own = config if experts is None else experts.config_of(name, config)

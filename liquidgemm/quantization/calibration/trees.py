@@ -36,13 +36,12 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
         items = {key: map_tensors(item, change) for key, item in value.items()}
         if type(value) is dict:
             return items
-        changed: Any = copy.copy(value)
+        changed = copy.copy(value)
         changed.update(items)
         return changed
     if isinstance(value, tuple | list):
-        kind: Any = type(value)
-        changed = [map_tensors(item, change) for item in value]
-        return kind(*changed) if hasattr(value, "_fields") else kind(changed)
+        items = [map_tensors(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 
