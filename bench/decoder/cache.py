@@ -11,6 +11,14 @@ from torch import Tensor
 from .elementwise import Elementwise
 from .sizes import Sizes
 
+try:
+    from liquidgemm.kv import KVCache
+    from liquidgemm.kv.format import FORMATS
+except ImportError:
+    KVCache = FORMATS = None
+
+_FILLED_AT_ONCE = 128  # tokens of each sequence
+
 
 class Cache:
     """Keys and values in bf16, full of random numbers; attention by torch's SDPA.
@@ -77,4 +85,69 @@ def rotations(head_dim: int, length: int, device: torch.device) -> tuple[Tensor,
     return angle.cos(), angle.sin()
 
 
-CACHES: dict[str, type[Cache]] = {one.name: one for one in (Cache,)}
+class Quantized(Cache):
+    """Ours: written and attended to by the ops of `liquidgemm.kv`.
+
+    The fp8 one is as many bytes as INT8, and what an FP8 model would have.
+    """
+
+    name = "int8"
+    format: ClassVar[str] = "int8"
+
+    @classmethod
+    def why_absent(cls, device):
+        return None if KVCache is not None else "liquidgemm has no kv"
+
+    @classmethod
+    def bytes_per_token(cls, sizes):
+        each = FORMATS[cls.format].bytes_per_token(sizes.head_dim)
+        return sizes.layers * sizes.kv_heads * each
+
+    def _layer(self, device: torch.device) -> KVCache:
+        sizes, context = self.sizes, self.length - 1
+        layer = KVCache.allocate(
+            self.format, self.batch, sizes.kv_heads, self.length, sizes.head_dim, device
+        )
+        self.lengths = torch.full((self.batch,), self.length, dtype=torch.int32, device=device)
+        for start in range(0, context, _FILLED_AT_ONCE):
+            count = min(_FILLED_AT_ONCE, context - start)
+            shape = (self.batch, count, sizes.kv_heads, sizes.head_dim)
+            k, v = (
+                torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(
+                    generator=self.generator
+                )
+                for _ in range(2)
+            )
+            layer.write_(k, v, torch.full_like(self.lengths, start + count))
+        return layer
+
+    def write(self, layer, qkv):
+        sizes = self.sizes
+        q, k, v = self.elementwise.rope(
+            qkv, self.cos, self.sin, self.position, sizes.heads, sizes.kv_heads
+        )
+        self.layers[layer].write_(k.unsqueeze(1), v.unsqueeze(1), self.lengths)
+        return q
+
+    def attend(self, layer, q):
+        return self.layers[layer].attention(q.unsqueeze(1), self.lengths).flatten(1)
+
+
+class QuantizedInt4(Quantized):
+    name = format = "int4"
+
+
+class QuantizedFp8(Quantized):
+    name = format = "fp8"
+
+
+class OurBf16(Quantized):
+    """bf16 by the attention of the quantized ones."""
+
+    name = "bf16-ours"
+    format = "bfloat16"
+
+
+CACHES: dict[str, type[Cache]] = {
+    one.name: one for one in (Cache, OurBf16, QuantizedFp8, Quantized, QuantizedInt4)
+}

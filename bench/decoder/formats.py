@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import liquidgemm
+from liquidgemm.formats.liquidquant import padded
 from liquidgemm.quantization.calibration.gptq import int8_weight
-from liquidgemm.weights.liquidquant import padded
 
 from ..peers.humming import Humming
 from .elementwise import EPSILON, FP8_MAX, FP8_STATIC, Elementwise
@@ -233,12 +233,9 @@ class Int8(Linear):
     name = "int8"
 
     def hold(self, weight):
-        parts = [int8_weight(rows.float()) for rows in weight.split(8192)]
-        logical = (
-            torch.cat([getattr(p, name) for p in parts])
-            for name in ("qweight", "qscale", "qoffset")
-        )
-        return liquidgemm.pack_weight(*logical), torch.cat([p.scale for p in parts])
+        quantized = int8_weight(weight.float())
+        logical = (quantized.qweight, quantized.qscale, quantized.qoffset)
+        return liquidgemm.pack_weight(*logical), quantized.scale
 
     def linear(self, tokens, held):
         if isinstance(tokens, Tensor):
@@ -257,7 +254,8 @@ class Int8Composite(Int8):
 
 
 def _twice(x: Tensor) -> Tensor:
-    whole = F.pad(x, (0, padded(x.shape[-1]) - x.shape[-1]))
+    missing = padded(x.shape[-1]) - x.shape[-1]
+    whole = F.pad(x, (0, missing)) if missing else x
     return torch.cat((whole, whole), dim=-1)
 
 

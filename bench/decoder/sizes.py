@@ -54,7 +54,7 @@ MODELS = {
         Sizes("llama3-8b", 4096, 32, 32, 8, 14336, 128256),
         Sizes("mistral-7b", 4096, 32, 32, 8, 14336, 32000),
         Sizes("yi-34b", 7168, 60, 56, 8, 20480, 64000),
-        Sizes("tiny", 128, 2, 4, 2, 192, 256, head_dim=32),  # for the tests
+        Sizes("tiny", 128, 2, 4, 2, 192, 256, head_dim=64),  # for the tests
     )
 }
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import liquidgemm
+from liquidgemm.formats.liquidquant import decode
 from liquidgemm.ops import _library
-from liquidgemm.weights.liquidquant import decode
 
 from ..core import machine
 from .base import Peer, Way, exact_product

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import least_squares
 
-from liquidgemm.weights.liquidquant import BLOCK_BYTES
+from liquidgemm.formats.liquidquant import BLOCK_BYTES
 
 from ..core.machine import ROOT
 

@@ -9,7 +9,12 @@ from ..core.machine import ROOT
 from .quality_data import HOME, UNSEEN
 
 DOCUMENT = ROOT / "docs" / "quality.md"
-BEGIN, END = "<!-- tables: python -m bench quality --render -->", "<!-- end of tables -->"
+END = "<!-- end of tables -->"
+
+
+def begin(folder: Path) -> str:
+    """The line after which the tables of a folder stand in the document."""
+    return f"<!-- tables: python -m bench quality --render bench/results/quality/{folder.name} -->"
 
 
 def render(folder: Path) -> None:
@@ -17,11 +22,12 @@ def render(folder: Path) -> None:
     results = json.loads((folder / "quality.json").read_text())
     content = tables(results, folder)
     (folder / "quality.md").write_text(content + "\n")
-    before, begin, rest = DOCUMENT.read_text().partition(BEGIN)
+    first = begin(folder)
+    before, found, rest = DOCUMENT.read_text().partition(first)
     _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{DOCUMENT}: expected the lines {BEGIN!r} and {END!r}")
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}")
+    if not (found and end):
+        raise SystemExit(f"{DOCUMENT}: expected the lines {first!r} and {END!r}")
+    DOCUMENT.write_text(f"{before}{first}\n{content}\n{END}{after}")
 
 
 def tables(results: dict, folder: Path) -> str:

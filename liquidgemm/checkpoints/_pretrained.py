@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -15,6 +16,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .._files import follow_umask
 from ..nn._modules import attach, is_from_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MANIFEST_FILE = "liquidgemm.json"
 TRANSFORMERS_WEIGHTS_FILE = "model.safetensors"
@@ -153,7 +157,7 @@ def _weights(directory: Path) -> dict[str, str | None]:
 # transformers is optional: only models that come from it make this module import it.
 
 
-def write_config(model: nn.Module, directory: Path) -> None:
+def write_config(model: PreTrainedModel, directory: Path) -> None:
     """config.json and generation_config.json of a quantized model."""
     attach(model)  # how the float model had been stored says nothing about this one
     config = copy.deepcopy(model.config)
@@ -172,7 +176,7 @@ def load(directory: Path, model: nn.Module | None) -> nn.Module:
         ValueError: the folder is damaged, incomplete or ambiguous, or not known to transformers.
     """
     if model is not None and is_from_transformers(model):
-        model_class = type(model)
+        model_class: Any = type(model)
     else:
         names = _read_object(directory / "config.json").get("architectures")
         if not (isinstance(names, list) and names and isinstance(names[0], str)):
@@ -229,7 +233,7 @@ def _variant(directory: Path) -> str | None:
     return variant
 
 
-def class_of(directory: Path, class_name: str | None) -> type:
+def class_of(directory: Path, class_name: str | None) -> type[PreTrainedModel]:
     """The class of transformers of this name.
 
     Raises:
@@ -252,7 +256,7 @@ def class_of(directory: Path, class_name: str | None) -> type:
     return model_class
 
 
-def build(directory: Path, class_name: str | None) -> nn.Module:
+def build(directory: Path, class_name: str | None) -> PreTrainedModel:
     """A model whose parameters are on the meta device but whose computed buffers are real."""
     model_class = class_of(directory, class_name)
     import transformers

@@ -17,8 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +28,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .._files import move_into, one_at_a_time, parse_json, path_of, staging_folder, write_tensors
-from ..nn._modules import as_linear, attach, is_from_transformers, paths_of_modules, replace_module
+from ..nn._modules import (
+    as_linear,
+    attach,
+    is_from_transformers,
+    paths_of_modules,
+    replace_module,
+)
 from ..nn.experts import LiquidExperts, without_values
 from ..nn.float_experts import Layout, layout_of
 from ..nn.linear import LiquidLinear
@@ -109,7 +117,7 @@ def _experts_of(model: nn.Module) -> dict[str, dict]:
     return found
 
 
-def _layers_of(model: nn.Module) -> dict[str, dict[str, int | bool]]:
+def _layers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {
         name: _sizes(layer)
         for name, layer in model.named_modules(remove_duplicate=False)
@@ -117,19 +125,20 @@ def _layers_of(model: nn.Module) -> dict[str, dict[str, int | bool]]:
     }
 
 
-def _sizes(layer: nn.Module) -> dict[str, int | bool]:
-    layer = layer if isinstance(layer, LiquidLinear) else as_linear(layer)
+def _sizes(layer: nn.Module) -> dict[str, Any]:
+    """Arguments of the `LiquidLinear` that a linear layer, quantized or not, is or may become."""
+    linear = layer if isinstance(layer, LiquidLinear) else cast(nn.Linear, as_linear(layer))
     sizes = {
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
-        "bias": layer.bias is not None,
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "bias": linear.bias is not None,
     }
-    if getattr(layer, "columns", None) is not None:
-        sizes["augment"] = len(layer.columns)
+    if isinstance(linear, LiquidLinear) and linear.columns is not None:
+        sizes["augment"] = len(linear.columns)
     return sizes
 
 
-def _dtype_of(layer: nn.Module) -> torch.dtype:
+def _dtype_of(layer: Any) -> torch.dtype:
     """The one that a quantized layer in the place of a float one has."""
     return layer.weight.dtype if layer.bias is None else layer.bias.dtype
 
@@ -197,38 +206,40 @@ def load_quantized(directory: str | os.PathLike, model: nn.Module | None = None)
         config = None if config is None else LiquidConfig._from_dict(config)
         state = _read_weights(directory / manifest.get("weights", WEIGHTS_FILE), manifest)
     rebuilt = model is None
+    # Of any class, as transformers' have more than nn.Module says.
+    target: Any = model
     if rebuilt:
-        model = _pretrained.build(directory, manifest["transformers_class"])
-    _check_fit(model, layers, experts, state, directory)
+        target = _pretrained.build(directory, cast(dict, manifest)["transformers_class"])
+    _check_fit(target, layers, experts, state, directory)
 
-    paths = paths_of_modules(model)
+    paths = paths_of_modules(target)
     for name, sizes in layers.items():
-        old = model.get_submodule(name)
+        old = target.get_submodule(name)
         if _sizes(old) != sizes or not isinstance(old, LiquidLinear):
             layer = LiquidLinear(**sizes, device=old.weight.device, dtype=_dtype_of(old))
             layer.train(old.training)
             layer.replaces = getattr(old, "replaces", type(old))
             for path in paths[old]:
-                replace_module(model, path, layer)
+                replace_module(target, path, layer)
     for name in experts:
-        old = model.get_submodule(name)
+        old = target.get_submodule(name)
         if not isinstance(old, LiquidExperts):
             for path in paths[old]:
-                replace_module(model, path, without_values(old))
-    on_meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
-    model.load_state_dict(state, strict=True, assign=on_meta)
+                replace_module(target, path, without_values(old))
+    on_meta = any(t.is_meta for t in (*target.parameters(), *target.buffers()))
+    target.load_state_dict(state, strict=True, assign=on_meta)
     if config is not None:
-        model.liquid_config = config
-    attach(model)
+        target.liquid_config = config
+    attach(target)
     if rebuilt:
-        for layer in (model.get_submodule(name) for name in layers):
-            layer._dtype = model.dtype  # the skeleton was of the default dtype
+        for name in layers:
+            target.get_submodule(name)._dtype = target.dtype  # the skeleton was of the default one
         for name in experts:
-            for stack in model.get_submodule(name).children():
-                stack.dtype = model.dtype
-        model.tie_weights()
-        model.eval()
-    return model
+            for stack in target.get_submodule(name).children():
+                stack.dtype = target.dtype
+        target.tie_weights()
+        target.eval()
+    return target
 
 
 def _read_manifest(path: Path) -> dict:
@@ -319,11 +330,10 @@ def _check_fit(
         found = (key for key in state if key.startswith(f"{name}."))
         expected.update((key, tuple(state[key].shape)) for key in found)
     for name, sizes in layers.items():
-        try:
+        layer = None
+        with suppress(AttributeError):
             layer = model.get_submodule(name)
-        except AttributeError:
-            layer = None
-        if not isinstance(layer, LiquidLinear) and as_linear(layer) is None:
+        if layer is None or not (isinstance(layer, LiquidLinear) or as_linear(layer)):
             kind = type(layer).__name__ if layer is not None else "nothing"
             raise ValueError(f"{name}: expected a linear layer in the model, got {kind}")
         got, wanted, augment = _sizes(layer), sizes, 0
@@ -341,9 +351,9 @@ def _check_fit(
         for key in ("weight", "columns"):
             expected.pop(f"{name}.{key}", None)
         keys = (*_LOGICAL, "columns") if augment else _LOGICAL
-        tensors = {key: state.get(f"{name}.{key}") for key in keys}
-        if missing := [key for key, tensor in tensors.items() if tensor is None]:
+        if missing := [key for key in keys if f"{name}.{key}" not in state]:
             raise ValueError(f"{name}: {', '.join(missing)} missing in {directory}")
+        tensors: dict[str, Any] = {key: state[f"{name}.{key}"] for key in keys}
         try:
             weight = QuantizedWeight(**tensors, in_features=got["in_features"])
         except ValueError as error:

@@ -130,7 +130,7 @@ def folders_of(source: str) -> list[Path]:
     return found
 
 
-def check_vocabulary(batches: Iterable[Tensor], model: nn.Module) -> None:
+def check_vocabulary(batches: Iterable[Tensor], model: PreTrainedModel) -> None:
     """Raises a ValueError if a token has no embedding: the tokenizer is another model's."""
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):

@@ -14,9 +14,10 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -324,12 +325,13 @@ def gemm_times_us(device: torch.device, n: int, k: int, m: int) -> tuple[float, 
         bytes_each = weight.numel() * weight.element_size()
         return [weight, *(weight.clone() for _ in range(math.ceil(3 * cache / bytes_each)))]
 
+    def time_us(call: Callable[[Tensor], Tensor], weight: Tensor) -> float:
+        return median_time_us([partial(call, copy) for copy in copies(weight)])
+
     return (
-        median_time_us([lambda w=w: nn.functional.linear(x, w) for w in copies(dense)]),
-        median_time_us(
-            [lambda w=w: liquidgemm.gemm(x8, x_scale, w, scale) for w in copies(packed)]
-        ),
-        median_time_us([lambda w=w: liquidgemm.linear(x, w, scale) for w in copies(packed)]),
+        time_us(lambda w: nn.functional.linear(x, w), dense),
+        time_us(lambda w: liquidgemm.gemm(x8, x_scale, w, scale), packed),
+        time_us(lambda w: liquidgemm.linear(x, w, scale), packed),
     )
 
 

@@ -8,13 +8,12 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from .._files import check_new_folder, new_folder, parse_json, path_of
 from ..checkpoints.checkpoint import save_quantized
@@ -22,14 +21,21 @@ from ..checkpoints.sources import check_vocabulary, folders_of, load_model, read
 from ..nn.linear import LiquidLinear
 from ..ops import _library
 from ..quantization.calibration.data import token_windows
-from ..quantization.config import GATES, HEADS, METHODS, LiquidConfig
+from ..quantization.config import LiquidConfig
 from ..quantization.evaluate import evaluate, sliding_windows
 from ..quantization.model import quantize_
 from ..quantization.report import QuantizationReport
 
-Method = Enum("Method", {name: name for name in METHODS}, type=str)
-Gate = Enum("Gate", {name: name for name in GATES}, type=str)
-Head = Enum("Head", {name: name for name in HEADS}, type=str)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Method = Enum(
+    "Method",
+    {"search": "search", "rtn": "rtn", "hessian": "hessian", "gptq": "gptq"},
+    type=str,
+)
+Gate = Enum("Gate", {"raise": "raise", "warn": "warn", "off": "off"}, type=str)
+Head = Enum("Head", {"float": "float", "int8": "int8"}, type=str)
 
 MODEL = Annotated[
     str,
@@ -46,6 +52,10 @@ class Precision(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+def _dtype(precision: Precision | None) -> torch.dtype | None:
+    return None if precision is None else getattr(torch, precision.value)
 
 
 def device_of(name: str | None, for_kernel: bool = False) -> torch.device:
@@ -107,8 +117,8 @@ def settings_of(values: dict[str, Any], more: str, given: Collection[str]) -> Li
 
 def _given(context: typer.Context) -> set[str]:
     """Names of the parameters that the user has given."""
-    names = context.params
-    return {name for name in names if context.get_parameter_source(name).name != "DEFAULT"}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name != "DEFAULT"}
 
 
 def _check_data(
@@ -202,7 +212,7 @@ def quantize_command(
     texts = read_texts(calib or ())
     unseen = read_texts(held_out or ())
     with nullcontext() if dry_run else new_folder(output, *sources) as staging:
-        network, tokenizer = load_model(model, where, dtype and getattr(torch, dtype.value))
+        network, tokenizer = load_model(model, where, _dtype(dtype))
         if texts or unseen:
             _check_takes_texts(network)
         batches = token_windows(texts, tokenizer, limit=tokens)
@@ -218,7 +228,7 @@ def quantize_command(
         )
         if not report.quantized:
             raise ValueError(f"{model}: expected a float model, got one that is quantized already")
-        if not dry_run:
+        if staging is not None:
             without_plot = _write(network, tokenizer, report, staging)
     # Only now: whoever reads it may be gone.
     console.print(str(report), markup=False, highlight=False)
@@ -227,7 +237,7 @@ def quantize_command(
         console.print(f"written to {output}{without_plot}", markup=False, highlight=False)
 
 
-def _check_takes_texts(network: nn.Module) -> None:
+def _check_takes_texts(network: PreTrainedModel) -> None:
     takes = network.main_input_name
     if takes == "input_ids" and network.config.is_encoder_decoder:
         takes = "input_ids and decoder_input_ids"
@@ -238,7 +248,9 @@ def _check_takes_texts(network: nn.Module) -> None:
         )
 
 
-def _write(network: nn.Module, tokenizer: Any, report: QuantizationReport, folder: Path) -> str:
+def _write(
+    network: PreTrainedModel, tokenizer: Any, report: QuantizationReport, folder: Path
+) -> str:
     """The checkpoint and the report; why there is no plot, if there is none."""
     save_quantized(network, folder)
     tokenizer.save_pretrained(folder)
@@ -250,7 +262,7 @@ def _write(network: nn.Module, tokenizer: Any, report: QuantizationReport, folde
     return ""
 
 
-def _is_quantized(network: nn.Module) -> bool:
+def _is_quantized(network: PreTrainedModel) -> bool:
     return any(isinstance(module, LiquidLinear) for module in network.modules())
 
 
@@ -275,7 +287,7 @@ def eval_command(
     has not: each is predicted once, from at least length - stride tokens before it.
     """
     where = device_of(device)
-    precision = dtype and getattr(torch, dtype.value)
+    precision = _dtype(dtype)
     texts = read_texts(text)
     network, tokenizer = load_model(model, where, precision)
     if network.config.is_encoder_decoder or not network.can_generate():

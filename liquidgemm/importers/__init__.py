@@ -29,9 +29,10 @@ from ..ops import FLOATS
 from ..weights.weight import QuantizedWeight
 from . import awq, compressed_tensors, gptq, qoq, qqq
 from .architecture import Architecture
+from .experts import Place, prefix_of, stacks
 from .folder import SETTINGS_FILES, ShardWriter, Source, copy_other_files, read_json
 from .settings import LayerScheme, LayerSettings, Settings, merged
-from .source import fit
+from .source import ByteWeight, SourceWeight, fit
 
 __all__ = ["ImportReport", "ImportedLayer", "import_checkpoint"]
 
@@ -106,7 +107,8 @@ def import_checkpoint(
     of it, or per channel; compressed-tensors of 8 bits per channel, too. Weights whose grid is one
     of ours (QoQ, QQQ with integer group scales, all that is scaled per channel) keep every value.
     Scales of groups that are floats have to become integer multiples of one scale per row; the
-    report has what that costs.
+    report has what that costs. Layers of single experts, of 4 bits, become the `LiquidExperts` of
+    their layer where the model keeps experts in stacked parameters; all of a layer or none.
 
     The output can be loaded by `load_quantized` and by ``from_pretrained`` of transformers: it is
     loaded once as the model that config.json names, where transformers has it; the report says so.
@@ -145,12 +147,13 @@ def import_checkpoint(
         for key in source.names():
             if key not in taken:
                 writer.add(key, _in_float(key, source[key]))
-        for layer in tqdm(layers, "importing", unit="layer", disable=not progress):
+        places = architecture.places
+        bar = tqdm(layers, "importing", unit="layer", disable=not progress)
+        for layer in (layer for layer in bar if layer.name not in places):
             try:
-                weight = module.read(
-                    {k: source[f"{layer.name}.{k}"] for k in layer.keys}, layer.settings
-                )
-                bias = architecture.check(layer.module, *weight.shape, weight.bias)
+                weight = _read(module, source, layer)
+                n, k = weight.shape
+                bias = architecture.check(layer.module, n, k, weight.bias)
                 if weight.bias is not None and bias is None:
                     notes.append(f"{layer.name}.bias: left out, all zeros and not in the model")
                 if reader := architecture.reader(layer.module):
@@ -164,10 +167,27 @@ def import_checkpoint(
                 raise ValueError(f"{layer.name}: {problem}") from None
             for key, tensor in _tensors(quantized, bias):
                 writer.add(f"{layer.name}.{key}", tensor)
-            n, k = weight.shape
-            group = -1 if weight.span >= k else weight.span
-            imported.append(ImportedLayer(layer.name, n, k, group, error))
+            imported.append(ImportedLayer(layer.name, n, k, _group(weight), error))
             names[layer.module] = quantized.augment
+        by_name = {layer.name: layer for layer in layers}
+
+        def read(name: str) -> tuple[QuantizedWeight, Tensor | None]:
+            try:
+                weight = _read(module, source, by_name[name])
+                quantized, error = fit(weight)
+            except ValueError as problem:
+                raise ValueError(f"{name}: {problem}") from None
+            n, k = weight.shape
+            imported.append(ImportedLayer(name, n, k, _group(weight), error))
+            return quantized, weight.bias
+
+        experts = {}
+        for owner, parts in _by_experts(places).items():
+            layout = architecture.experts[owner]
+            prefix = prefix_of(next(iter(parts.values())))
+            for key, tensor in stacks(layout, parts, read):
+                writer.add(f"{prefix}.{key}", tensor)
+            experts[owner] = layout.sizes
         if not imported:
             raise ValueError(f"weights: expected layers of 4 bits, got none: {'; '.join(notes)}")
         writer.close()
@@ -175,9 +195,10 @@ def import_checkpoint(
             notes.append(f"left out: {', '.join(left)}")
         config["quantization_config"] = {
             "quant_method": "liquidgemm",
-            "format_version": 1,
+            "format_version": 2 if experts else 1,
             "config": None,
             "layers": names,
+            **({"experts": experts} if experts else {}),
         }
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         loaded_as = architecture.try_loading(staging)
@@ -187,16 +208,35 @@ def import_checkpoint(
     return report
 
 
+def _read(module: ModuleType, source: Source, layer: SourceLayer) -> SourceWeight | ByteWeight:
+    return module.read({k: source[f"{layer.name}.{k}"] for k in layer.keys}, layer.settings)
+
+
+def _group(weight: SourceWeight | ByteWeight) -> int:
+    return -1 if weight.span >= weight.shape[1] else weight.span
+
+
+def _by_experts(places: dict[str, Place]) -> dict[str, dict[tuple[int, str], str]]:
+    """By name of the experts in the model, the names in the checkpoint by number and part."""
+    found: dict[str, dict[tuple[int, str], str]] = {}
+    for name, place in places.items():
+        found.setdefault(place.experts, {})[place.number, place.part] = name
+    return found
+
+
 def _settings_by_file(directory: Path, config: dict) -> dict[str, dict]:
     """How the source says that it is quantized, by file; removed from the config."""
-    found = dict(_pop_settings(config, "config.json"))
+    found: dict[str, object] = dict(_pop_settings(config, "config.json"))
     for file in SETTINGS_FILES:
         if (directory / file).exists():
             found[file] = read_json(directory / file)
+    objects: dict[str, dict] = {}
     for file, settings in found.items():
         if not isinstance(settings, dict):
             raise ValueError(f"{file}: expected an object, got {type(settings).__name__}")
-    return {file: settings for file, settings in found.items() if settings}
+        if settings:
+            objects[file] = settings
+    return objects
 
 
 def _pop_settings(config: dict, path: str) -> Iterator[tuple[str, object]]:

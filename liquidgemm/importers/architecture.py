@@ -13,12 +13,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..nn._modules import as_linear
+from ..nn.float_experts import Layout, layout_of
 from ..quantization.readers import weight_readers
+from .experts import Place, place_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOADED_WHOLE_BYTES = 2_000_000_000
 """Up to this size the result is loaded with its values; a larger one on the meta device."""
@@ -33,14 +39,18 @@ class Architecture:
 
     Attributes:
         untried: why there is no model to try; None if there is.
+        experts: how each module with experts keeps them, by its name.
+        places: by name in the checkpoint, where the layers of experts that were asked for are.
 
     Raises:
         ValueError: the configuration does not describe such a model.
     """
 
     def __init__(self, directory: Path, config: dict) -> None:
-        self.model: nn.Module | None = None
-        self._renames = None
+        self.model: PreTrainedModel | None = None
+        self._renames: tuple[list, list] | None = None
+        self.experts: dict[str, Layout] = {}
+        self.places: dict[str, Place] = {}
         self._class, self.untried = _class_of(config)
         if self._class is None:
             return
@@ -63,9 +73,12 @@ class Architecture:
         for key, parameter in self.model.named_parameters(remove_duplicate=False):
             self._tied.setdefault(parameter, []).append(key)
         self._readers = weight_readers(self.model)
+        for name, module in self._modules.items():
+            if isinstance(layout := layout_of(module), Layout):
+                self.experts[name] = layout
 
     def module_of(self, layer: str) -> str:
-        """The name in the model of a layer of the checkpoint.
+        """The name in the model of a layer of the checkpoint; those of experts go to places.
 
         Raises:
             ValueError: there is no linear layer of that name, or its weight is another's as well.
@@ -82,14 +95,22 @@ class Architecture:
                     "checkpoint has both"
                 )
             return name
+        owner = re.sub(r"(^|\.)experts\..*", r"\1experts", name)
+        place = place_of(layer, owner)
+        if place is not None and owner in self.experts:
+            self.places[layer] = place
+            return f"{owner}.{place.number}.{place.part}"
         if merged or "experts" in layer.split("."):
             raise ValueError(
-                f"{layer}: expected a linear layer in {self._with}, got a part of {key}: it keeps "
-                "experts, or layers that it computes together, in one parameter, where a 4-bit "
-                "layer has no place yet; quantize the float model instead, which keeps those in "
-                "float"
+                f"{layer}: expected a linear layer or an expert in {self._with}, got a part of "
+                f"{key}: a layer that it computes together with others, or an expert of a kind "
+                "that there is no kernel for; quantize the float model instead, which keeps those "
+                "in float"
             )
-        found = type(self._modules[name]).__name__ if name in self._modules else "nothing"
+        module = self._modules.get(name)
+        if module is not None and _multiplies(module):
+            return name
+        found = "nothing" if module is None else type(module).__name__
         raise ValueError(f"{layer}: expected a linear layer in {self._with}, got {found}")
 
     def check(self, module: str, n: int, k: int, bias: Tensor | None) -> Tensor | None:
@@ -100,13 +121,13 @@ class Architecture:
         """
         if self.model is None:
             return bias
-        linear = as_linear(self._modules[module])
-        if (linear.out_features, linear.in_features) != (n, k):
+        linear = as_linear(self._modules[module]) or self._modules[module]
+        rows, columns = cast(Tensor, linear.weight).shape
+        if (rows, columns) != (n, k):
             raise ValueError(
-                f"weight: expected {linear.out_features} x {linear.in_features} as in {self._with},"
-                f" got {n} x {k}"
+                f"weight: expected {rows} x {columns} as in {self._with}, got {n} x {k}"
             )
-        if bias is None or linear.bias is not None:
+        if bias is None or getattr(linear, "bias", None) is not None:
             return bias
         if bias.any():
             raise ValueError(f"bias: expected none in {self._with}, got one that is not zero")
@@ -114,7 +135,12 @@ class Architecture:
 
     def reader(self, module: str) -> str | None:
         """The class and method that read the weight of a layer, which has to be in float then."""
-        return None if self.model is None else self._readers.get(self._modules[module])
+        if self.model is None:
+            return None
+        found = self._modules[module]
+        if as_linear(found) is None:
+            return f"{type(found).__name__}.forward"
+        return self._readers.get(found)
 
     def try_loading(self, folder: Path) -> str:
         """Loads the result once; returns how, for the report.
@@ -122,7 +148,7 @@ class Architecture:
         Raises:
             ValueError: it does not load, or not every tensor finds its place.
         """
-        if self.model is None:
+        if self._class is None:
             return f"not tried: {self.untried}"
         import transformers
 
@@ -134,7 +160,7 @@ class Architecture:
                 f"not tried: {size / 1e9:.1f} GB, which only transformers 5 with accelerate loads "
                 "without values"
             )
-        how = {} if whole else {"device_map": {"": "meta"}}
+        how: dict[str, Any] = {} if whole else {"device_map": {"": "meta"}}
         if old:
             how["dtype"] = torch.float32  # all that its quantizers can load
         try:
@@ -159,7 +185,7 @@ class Architecture:
 
     def _renamed(self, key: str) -> tuple[str, bool]:
         """A key of the checkpoint as from_pretrained renames it, and whether it is merged."""
-        if key in self._keys:
+        if self.model is None or key in self._keys:
             return key, False
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
@@ -174,7 +200,7 @@ class Architecture:
                 key, count = re.subn(pattern, replacement, key)
                 if count:
                     break
-            return self._with_prefix(key), False
+            return self._with_prefix(key, self.model), False
         if self._renames is None:
             mapping = get_model_conversion_mapping(self.model)
             self._renames = (
@@ -184,17 +210,23 @@ class Architecture:
         key, merged = rename_source_key(
             key, *self._renames, self.model.base_model_prefix, self._keys
         )
-        return self._with_prefix(key), merged is not None
+        return self._with_prefix(key, self.model), merged is not None
 
-    def _with_prefix(self, key: str) -> str:
-        prefix = f"{self.model.base_model_prefix}."
+    def _with_prefix(self, key: str, model: PreTrainedModel) -> str:
+        prefix = f"{model.base_model_prefix}."
         for name in (key, prefix + key, key.removeprefix(prefix)):
             if name in self._keys:
                 return name
         return key
 
 
-def _class_of(config: dict) -> tuple[type | None, str | None]:
+def _multiplies(module: nn.Module) -> bool:
+    """Whether it has a matrix for a weight, as routers of experts have, and is no embedding."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+
+
+def _class_of(config: dict) -> tuple[type[PreTrainedModel] | None, str | None]:
     """The class, or why there is none."""
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):

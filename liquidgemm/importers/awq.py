@@ -26,8 +26,10 @@ from .source import SourceWeight
 MARKS = frozenset({"qweight", "qzeros", "scales"})
 
 # Kernels for this arrangement of the tensors; others are for others.
-_BACKENDS = ("auto", "autoawq", "auto_trainable", "machete", "marlin", "exllama_v1", "exllama_v2")
-_BACKENDS += ("gemm", "gemm_triton", "torch_awq", "torch_fused_awq")
+_BACKENDS = (
+    *("auto", "autoawq", "auto_trainable", "machete", "marlin", "exllama_v1", "exllama_v2"),
+    *("gemm", "gemm_triton", "torch_awq", "torch_fused_awq"),
+)
 
 _CHANNEL_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -81,7 +83,7 @@ def scheme(settings: Settings) -> LayerScheme:
 
 
 def read(tensors: dict[str, Tensor], layer: LayerSettings) -> SourceWeight:
-    words, zeros, scales = (tensors.get(name) for name in ("qweight", "qzeros", "scales"))
+    words, zeros, scales = tensors["qweight"], tensors.get("qzeros"), tensors["scales"]
     expect_matrix("qweight", words)
     expect_matrix("scales", scales)
     k, n, groups = words.shape[0], 8 * words.shape[1], scales.shape[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..weights.liquidquant import ceil_div
+from ..formats.liquidquant import ceil_div
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WORDS = (torch.int32,)

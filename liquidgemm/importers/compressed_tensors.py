@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..weights.liquidquant import ceil_div
+from ..formats.liquidquant import ceil_div
 from .bits import WORDS, expect, expect_matrix, expect_scales, in_order, span_of, unpack_words
 from .settings import LayerScheme, LayerSettings, Settings, harmless, matched, not_quantized
 from .source import ByteWeight, SourceWeight
@@ -98,17 +98,17 @@ def _of_layer(
 def _group(group: Settings, layout: str | None) -> LayerSettings | str:
     """The settings of a group's layers, or why they are not quantized."""
     own = group.choice("format", (*_LAYOUTS, "dense"))
-    weights, inputs = group.take("weights"), group.take("input_activations")
+    arguments, inputs = group.take("weights"), group.take("input_activations")
     group.close()  # output_activations would change the results
     note = ""
     if inputs is not None:
         note = _inputs(Settings(inputs, f"{group.path}input_activations."))
-    if weights is None:
+    if arguments is None:
         return f"{group.path}weights = null"
     layout = own or layout
     if layout in (None, "mixed-precision", "dense"):
         raise ValueError(f"{group.path}format: expected one of {_LAYOUTS}, got {own!r}")
-    weights = Settings(weights, f"{group.path}weights.")
+    weights = Settings(arguments, f"{group.path}weights.")
     bits = weights.choice("num_bits", (4, 8), 8)
     weights.choice("type", ("int",), "int")
     weights.choice("dynamic", (False,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from .._files import parse_json, write_tensors
 
 # Files that say how the source was stored.
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf", ".onnx", ".h5")
-_WEIGHTS += (".msgpack", ".ot")
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf", ".onnx", ".h5"),
+    *(".msgpack", ".ot"),
+)
 # The same model in the names of another library, and adapters, which are not of the model.
 _NOT_OF_THE_MODEL = ("consolidated", "adapter_model")
 
@@ -53,7 +55,7 @@ class Source:
         for file in files:
             for name, where in read(file).items():
                 self._add(name, where, file, weight_map)
-        if weight_map is not None:
+        if index is not None and weight_map is not None:
             self._check_complete(index, weight_map)
         left = sorted(
             file.name
@@ -100,12 +102,13 @@ class Source:
 
 def _weights(
     directory: Path,
-) -> tuple[list[Path], Path | None, Callable[[Path], dict[str, Path | Tensor]]]:
+) -> tuple[list[Path], Path | None, Callable[[Path], Mapping[str, Path | Tensor]]]:
     """The files with weights, their index if there is one, and what reads such a file."""
-    for pattern, read in (
+    readers: tuple[tuple[str, Callable[[Path], Mapping[str, Path | Tensor]]], ...] = (
         ("*.safetensors", _names_of_safetensors),
         ("pytorch_model*.bin", _load_pickle),
-    ):
+    )
+    for pattern, read in readers:
         files, indices = (
             sorted(f for f in directory.glob(p) if not f.name.startswith(_NOT_OF_THE_MODEL))
             for p in (pattern, f"{pattern}.index.json")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..weights.liquidquant import ceil_div
+from ..formats.liquidquant import ceil_div
 from .bits import WORDS, expect, expect_matrix, expect_scales, in_order, span_of, unpack_words
 from .settings import LayerScheme, LayerSettings, Settings, harmless, not_quantized, part_of, starts
 from .source import SourceWeight

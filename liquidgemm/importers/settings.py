@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-_EMPTY = (None, False, "", [], {})
+_EMPTY: tuple[object, ...] = (None, False, "", [], {})
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,16 @@ class Settings:
                 f"got {type(values).__name__}"
             )
         self.path = path
-        self._values: dict[str, object] = values
+        self._values: dict[str, Any] = values
         self._left = set(values)
 
-    def take(self, key: str, default: object = None) -> object:
+    def take(self, key: str, default: object = None) -> Any:
         """The value of a key, or the default where it is null or missing."""
         self._left.discard(key)
         value = self._values.get(key)
         return default if value is None else value
 
-    def choice(self, key: str, allowed: Iterable[object], default: object = None) -> object:
+    def choice(self, key: str, allowed: Iterable[object], default: object = None) -> Any:
         """As `take`; any case of a string. Raises a ValueError for what is not allowed."""
         value = _plain(self.take(key, default))
         allowed = tuple(allowed)
@@ -94,9 +95,9 @@ class Settings:
     def names(self, key: str) -> list[str]:
         """A list of names, or of lists of them."""
         value = self.take(key, [])
-        flat = []
-        for item in [value] if isinstance(value, str) else value if _is_list(value) else [None]:
-            flat += item if _is_list(item) else [item]
+        flat: list[Any] = []
+        for item in value if isinstance(value, list | tuple) else [value]:
+            flat += item if isinstance(item, list | tuple) else [item]
         if not all(isinstance(name, str) for name in flat):
             raise ValueError(f"{self.path}{key}: expected a list of names, got {value!r}")
         return flat
@@ -124,10 +125,6 @@ class Settings:
                     f"{self.path}{key}: expected no such setting, got {_short(self._values[key])}: "
                     "what it means is not known here, and a weight may depend on it"
                 )
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list | tuple)
 
 
 def _plain(value: object) -> object:

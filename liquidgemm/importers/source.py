@@ -1,4 +1,4 @@
-"""A 4-bit weight as another project stores it, and its way to our grid (`weights.liquidquant`)."""
+"""A 4-bit weight as another project stores it, and its way to our grid (`formats.liquidquant`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..formats.liquidquant import GROUP, Q_MAX, ceil_div, pack_nibbles, padded
 from ..ops import FLOATS
-from ..weights.liquidquant import GROUP, Q_MAX, ceil_div, pack_nibbles, padded
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
 
@@ -80,7 +80,8 @@ class SourceWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return tuple(self.codes.shape)
+        n, k = self.codes.shape
+        return n, k
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as the source's own arithmetic has it, ``[N, K]``."""
@@ -149,7 +150,8 @@ class ByteWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return tuple(self.codes.shape)
+        n, k = self.codes.shape
+        return n, k
 
     @property
     def span(self) -> int:
@@ -220,11 +222,11 @@ def fit(source: SourceWeight | ByteWeight) -> tuple[QuantizedWeight, float]:
         reference = chunk.dequantize(torch.float64)
         error += float((_values(part) - reference).square().sum())
         norm += float(reference.square().sum())
-    tensors = (
-        torch.cat([getattr(part, name) for part in parts])
+    tensors = {
+        name: torch.cat([getattr(part, name) for part in parts])
         for name in ("qweight", "qscale", "qoffset", "scale")
-    )
-    weight = QuantizedWeight(*tensors, in_features=source.codes.shape[1])
+    }
+    weight = QuantizedWeight(**tensors, in_features=source.codes.shape[1])
     return weight, (error / norm) ** 0.5 if norm > 0 else error**0.5
 
 
@@ -242,7 +244,7 @@ def _select(rows: Tensor, one: QuantizedWeight, other: QuantizedWeight) -> Quant
         return torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b)
 
     names = ("qweight", "qscale", "qoffset", "scale")
-    return QuantizedWeight(*map(pick, names), in_features=one.in_features)
+    return QuantizedWeight(**{name: pick(name) for name in names}, in_features=one.in_features)
 
 
 # Below, codes lie as float64 [R, G, 64] with each group's smallest at 0, so that an offset is the

@@ -16,6 +16,7 @@ from types import ModuleType
 # By the module after which each is imported.
 _WAITING = {
     "transformers.quantizers.auto": "transformers",
+    "transformers.modeling_utils": "transformers_cache",
     "peft.tuners.lora.layer": "peft",
     "torchao.quantization.quant_api": "torchao",
 }
@@ -26,7 +27,7 @@ def _register(integration: str) -> None:
         importlib.import_module(f"{__name__}.{integration}")
     except Exception as error:  # the other library itself must stay importable
         warnings.warn(
-            f"liquidgemm does not work with this version of {integration}: "
+            f"liquidgemm does not work with this version of {integration.partition('_')[0]}: "
             f"{type(error).__name__}: {error}",
             stacklevel=2,
         )
@@ -55,7 +56,7 @@ class _AfterImport(MetaPathFinder):
             if module.__name__ == name and _WAITING.pop(name, None) is not None:
                 _register(integration)
 
-        spec.loader.exec_module = run_and_register
+        vars(spec.loader)["exec_module"] = run_and_register
         return spec
 
 

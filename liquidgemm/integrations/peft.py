@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear
@@ -73,6 +74,7 @@ def left_for_training(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 def adopt(model: nn.Module) -> None:
     """Adapters whose base has been quantized refuse to be merged, as new ones on it do."""
+    module: Any  # of any class
     for module in model.modules():
         if type(module) is Linear and isinstance(module.get_base_layer(), LiquidLinear):
             module.__class__ = LiquidLora

@@ -68,4 +68,4 @@ def _count(model: nn.Module) -> int:
 # Packages that are still being imported will take the new one from quant_api.
 for _name in ("torchao.quantization.quant_api", "torchao.quantization", "torchao"):
     if getattr(sys.modules[_name], "quantize_", None) is _torchao_quantize:
-        sys.modules[_name].quantize_ = _quantize_and_count
+        vars(sys.modules[_name])["quantize_"] = _quantize_and_count

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import MethodType
+from typing import cast
 
 import torch
 import transformers
@@ -28,14 +29,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints._pretrained import check_one_checkpoint, finishing_save_pretrained
-from ..nn._modules import as_linear, paths_of_modules, replace_module
+from ..formats.liquidquant import GROUP, ceil_div
+from ..nn._modules import as_linear, paths_of_modules, replace_module, weight_of
 from ..nn.experts import LiquidExperts
 from ..nn.float_experts import Layout, layout_of
 from ..nn.linear import LiquidLinear
 from ..nn.stack import ExpertStack
 from ..quantization.config import LiquidConfig
 from ..quantization.model import dequantize_, quantize_
-from ..weights.liquidquant import GROUP, ceil_div
 from ..weights.weight import QuantizedWeight
 
 METHOD = "liquidgemm"
@@ -118,13 +119,19 @@ class LiquidGemmQuantizer(HfQuantizer):
     quantization_config: LiquidGemmConfig
 
     def validate_environment(self, *args, **kwargs) -> None:
+        config = self.quantization_config.config
         if self.pre_quantized:
             if self.quantization_config.layers is None:
                 raise ValueError("quantization_config: expected the quantized layers, got none")
-        elif self.quantization_config.config.needs_calibration:
+        elif config is None:
+            raise ValueError(
+                "quantization_config: expected how to quantize a float model, got the layers of a "
+                "quantized one"
+            )
+        elif config.needs_calibration:
             raise ValueError(
                 f"quantization_config: expected a method that needs no calibration, got "
-                f"{self.quantization_config.config}: load the float model and call "
+                f"{config}: load the float model and call "
                 "liquidgemm.quantize_ with the text to calibrate on"
             )
 
@@ -140,7 +147,7 @@ class LiquidGemmQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(
         self,
-        model: nn.Module,
+        model: transformers.PreTrainedModel,
         checkpoint_files: list[str] | None = None,
         device_map: Mapping | None = None,
         **kwargs,
@@ -161,7 +168,9 @@ class LiquidGemmQuantizer(HfQuantizer):
             for path in paths[module]:
                 replace_module(model, path, _UnpackedExperts(module, sizes))
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
+    def _process_model_after_weight_loading(
+        self, model: transformers.PreTrainedModel, **kwargs
+    ) -> None:
         config = self.quantization_config.config
         if not self.pre_quantized:
             hooked = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
@@ -187,24 +196,24 @@ class LiquidGemmQuantizer(HfQuantizer):
             model.liquid_config = config
         model.save_pretrained = MethodType(save_pretrained, model)
 
-    def _layers_of(self, model: nn.Module) -> dict[str, int]:
+    def _layers_of(self, model: transformers.PreTrainedModel) -> dict[str, int]:
         """The layers by their names in this model, which may be a part or the whole of the one
         that was saved: a base model for one with a head, or the other way round."""
         modules = dict(model.named_modules(remove_duplicate=False))
         prefix = f"{model.base_model_prefix}."
-        found = {}
-        for saved, augment in self.quantization_config.layers.items():
+        found: dict[str, int] = {}
+        for saved, augment in self._layers.items():
             names = (saved, saved.removeprefix(prefix), prefix + saved)
             name = next((name for name in names if name in modules), None)
             if name is None and model.base_model is model and not saved.startswith(prefix):
                 continue  # of the head, which a base model does not have
-            if as_linear(modules.get(name)) is None:
+            if name is None or as_linear(modules[name]) is None:
                 kind = "nothing" if name is None else type(modules[name]).__name__
                 raise ValueError(f"{saved}: expected a linear layer in the model, got {kind}")
             found[name] = augment
         return found
 
-    def _experts_of(self, model: nn.Module) -> dict[str, dict]:
+    def _experts_of(self, model: transformers.PreTrainedModel) -> dict[str, dict]:
         """As `_layers_of`, for experts."""
         modules = dict(model.named_modules(remove_duplicate=False))
         prefix = f"{model.base_model_prefix}."
@@ -221,6 +230,10 @@ class LiquidGemmQuantizer(HfQuantizer):
             found[name] = sizes
         return found
 
+    @property
+    def _layers(self) -> dict[str, int]:
+        return self.quantization_config.layers or {}
+
     def _check_files(self, files: list[str]) -> None:
         """Raises a ValueError if a layer is not complete: transformers would make it up."""
         if not files or not all(str(file).endswith(".safetensors") for file in files):
@@ -232,7 +245,7 @@ class LiquidGemmQuantizer(HfQuantizer):
                 keys.update(handle.keys())
         expected = [
             f"{name}.{tensor}"
-            for name, augment in self.quantization_config.layers.items()
+            for name, augment in self._layers.items()
             for tensor in _tensors(augment)
         ]
         for name, sizes in self.quantization_config.experts.items():
@@ -284,20 +297,26 @@ def _tensors(augment: int) -> tuple[str, ...]:
 class _Unpacked(nn.Module):
     """Where transformers puts the tensors of a quantized layer while it loads."""
 
-    def __init__(self, linear: nn.Linear, augment: int) -> None:
+    qweight: torch.Tensor
+    qscale: torch.Tensor
+    qoffset: torch.Tensor
+    scale: torch.Tensor
+    columns: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def __init__(self, layer: nn.Module, augment: int) -> None:
         super().__init__()
-        self.replaces = type(linear)
-        self._shape = linear.weight.shape
-        linear = as_linear(linear)
+        self.replaces = type(layer)
+        self._shape = weight_of(layer).shape
+        linear = cast(nn.Linear, as_linear(layer))
         n, self.in_features = linear.out_features, linear.in_features
         groups = ceil_div(self.in_features, GROUP) + augment // GROUP
-        byte = {"dtype": torch.uint8, "device": "meta"}
-        self.register_buffer("qweight", torch.empty(n, groups * GROUP // 2, **byte))
-        self.register_buffer("qscale", torch.empty(n, groups, **byte))
-        self.register_buffer("qoffset", torch.empty(n, groups, **byte))
+        for name, columns in (("qweight", GROUP // 2), ("qscale", 1), ("qoffset", 1)):
+            data = torch.empty(n, groups * columns, dtype=torch.uint8, device="meta")
+            self.register_buffer(name, data)
         self.register_buffer("scale", torch.empty(n, dtype=torch.float32, device="meta"))
-        columns = torch.empty(augment, dtype=torch.int32, device="meta") if augment else None
-        self.register_buffer("columns", columns)
+        repeated = torch.empty(augment, dtype=torch.int32, device="meta") if augment else None
+        self.register_buffer("columns", repeated)
         self.dtype, bias = linear.weight.dtype, linear.bias
         self.register_buffer(
             "bias", None if bias is None else torch.empty_like(bias, device="meta")

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from types import ModuleType
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 # The second is a mark of transformers on every module that it has made.
 _LINEAR_STATE = frozenset((*vars(nn.Linear(1, 1, device="meta")), "_is_hf_initialized"))
@@ -33,6 +34,16 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def linear_at(model: nn.Module, path: str) -> nn.Linear:
+    """The module of a path that is known to lead to a linear layer."""
+    return cast(nn.Linear, model.get_submodule(path))
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a module that is known to have one, such as a norm."""
+    return cast(Tensor, module.weight)
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether a shell-style pattern fits a dotted name or the end of it."""
     return fnmatchcase("." + name, "*." + pattern)
@@ -43,18 +54,17 @@ def imported(name: str) -> ModuleType | None:
     return sys.modules.get(name)
 
 
-def is_linear(module: nn.Module | None) -> bool:
+def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Whether it is ``nn.Linear``, or a subclass that shows by trial that it computes the same.
 
     Falcon has one. A subclass of torch's own is none: attention reads the weight of its one.
     """
     if type(module) is nn.Linear:
         return True
-    return (
-        isinstance(module, nn.Linear)
-        and vars(module).keys() <= _LINEAR_STATE
-        and _computes_linear(type(module))
-    )
+    if not isinstance(module, nn.Linear) or vars(module).keys() - _LINEAR_STATE:
+        return False
+    kind: type = type(module)
+    return _computes_linear(kind)
 
 
 @functools.lru_cache(maxsize=256)
@@ -101,17 +111,22 @@ def as_linear(module: nn.Module | None) -> nn.Linear | None:
         return module
     if module is None or not is_conv1d(module):
         return None
-    linear = nn.Linear(module.nx, module.nf, device="meta")
-    linear.weight = nn.Parameter(module.weight.detach().T, module.weight.requires_grad)
-    linear.bias = module.bias
-    return linear.train(module.training)
+    conv: Any = module
+    linear = nn.Linear(conv.nx, conv.nf, device="meta")
+    linear.weight = nn.Parameter(conv.weight.detach().T, conv.weight.requires_grad)
+    linear.bias = conv.bias
+    return linear.train(conv.training)
 
 
 @contextmanager
 def conv1d_as_linear(model: nn.Module) -> Iterator[None]:
     """Each Conv1D is an ``nn.Linear`` in here; those that are still there turn back afterwards."""
     paths = paths_of_modules(model)
-    views = {module: as_linear(module) for module in paths if is_conv1d(module)}
+    views = {
+        module: view
+        for module in paths
+        if is_conv1d(module) and (view := as_linear(module)) is not None
+    }
 
     def replace(old: nn.Module, new: nn.Module) -> None:
         for path in paths[old]:
@@ -123,7 +138,7 @@ def conv1d_as_linear(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for conv, view in views.items():
-            now = model.get_submodule(paths[conv][0])
+            now: Any = model.get_submodule(paths[conv][0])
             if now is view:
                 replace(conv, conv)
             else:
@@ -145,6 +160,7 @@ def ties_besides(model: nn.Module, head: nn.Module) -> bool:
 
 def untie(model: nn.Module, head: nn.Module) -> None:
     """Models of transformers are told that the weight of this head is its own."""
+    module: Any
     for module in model.modules():
         names = [name for name, child in module.named_modules() if child is head]
         if names and is_from_transformers(module):

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..formats.liquidquant import GROUP
 from ..ops import QuantizedTokens
-from ..weights.liquidquant import GROUP
 
 
 def product(
@@ -30,7 +30,7 @@ def product(
                 f"were quantized, got {x.dtype}"
             )
         x8 = x.x8 if columns is None else _with_columns(x.x8, columns)
-        return ops.gemm(x8, x.scale, packed, scale, bias, x.dtype, follows_producer=columns is None)
+        return ops.gemm(x8, x.scale, packed, scale, bias, x.dtype)
     if columns is not None:
         # Before they are rounded: the scale of a token does not change by it, nor do the bits, and
         # gradients find their way.
@@ -39,5 +39,6 @@ def product(
 
 
 def _with_columns(x: Tensor, columns: Tensor) -> Tensor:
-    whole = F.pad(x, (0, -x.shape[-1] % GROUP))
+    missing = -x.shape[-1] % GROUP
+    whole = F.pad(x, (0, missing)) if missing else x  # torch copies also where nothing is missing
     return torch.cat((whole, x.index_select(-1, columns)), dim=-1)

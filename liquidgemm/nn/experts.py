@@ -330,7 +330,7 @@ class LiquidExperts(nn.Module):
             parts = [weight.narrow_rows(at + start, length) for at in (0, inner)]
             if bias is not None:
                 bias = torch.cat([bias.narrow(0, at + start, length) for at in (0, inner)])
-            return _joined(*parts), bias
+            return joined(*parts), bias
 
         def second(weight: QuantizedWeight, bias: Tensor | None):
             kept = None if bias is None else bias * (start == 0)
@@ -366,7 +366,7 @@ def in_order(
     return replace(weight, **rows), None if bias is None else bias[order]
 
 
-def _joined(*parts: QuantizedWeight) -> QuantizedWeight:
+def joined(*parts: QuantizedWeight) -> QuantizedWeight:
     """Weights of the same columns, one below the other."""
     names = [f.name for f in fields(QuantizedWeight) if f.name not in ("in_features", "columns")]
     rows = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}

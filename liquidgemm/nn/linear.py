@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..weights.liquidquant import GROUP, ceil_div
+from ..formats.liquidquant import GROUP, ceil_div
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
 from ._modules import as_linear, is_linear
@@ -112,7 +113,8 @@ class LiquidLinear(nn.Module):
         self.out_features = weight.out_features
         self.register_buffer("scale", weight.scale.clone())
         self.register_buffer("bias", bias)
-        self.register_buffer("columns", weight.columns.clone() if weight.augment else None)
+        columns = weight.columns if weight.augment else None
+        self.register_buffer("columns", None if columns is None else columns.clone())
         logical = [getattr(weight, name) for name in _LOGICAL]
         if weight.qweight.is_meta:
             self._hold(None, logical)
@@ -183,7 +185,9 @@ class LiquidLinear(nn.Module):
                 f"got shape {list(shape)}"
             )
         # Not as attributes: that look-up is Python's last resort, and costs as much as the checks.
-        held = self._buffers
+        held: dict[str, Any] = self._buffers
+        if self.out_dtype is not None:
+            x = x.to(self.out_dtype)
         packed = held["packed"] if self._is_packed() else ops.pack_weight(*self._logical())
         return product(x, held["columns"], packed, held["scale"], held["bias"])
 
@@ -196,19 +200,21 @@ class LiquidLinear(nn.Module):
 
     def _logical(self) -> list[Tensor]:
         """The logical tensors that the layer computes with."""
-        given = dict.fromkeys(_LOGICAL) if self._is_packed() else self._buffers
-        if any(given[name] is None for name in _LOGICAL):
-            if self.packed is None:
-                raise RuntimeError(f"{', '.join(_LOGICAL)}: expected tensors, got None")
-            own = ops.unpack_weight(self.packed, self.out_features)
-            own = dict(zip(_LOGICAL, own, strict=True))
-            given = {name: own[name] if given[name] is None else given[name] for name in _LOGICAL}
-        return [given[name] for name in _LOGICAL]
+        packed = self._is_packed()
+        given = [None if packed else self._buffers[name] for name in _LOGICAL]
+        tensors = [tensor for tensor in given if tensor is not None]
+        if len(tensors) == len(given):
+            return tensors
+        if self.packed is None:
+            raise RuntimeError(f"{', '.join(_LOGICAL)}: expected tensors, got None")
+        own = ops.unpack_weight(self.packed, self.out_features)
+        return [b if a is None else a for a, b in zip(given, own, strict=True)]
 
     def _pack_for_good(self) -> None:
         """Hold the weight once, packed, or as logical tensors where it has no values."""
-        if self._is_packed() and not self.packed.is_meta:
-            self._hold(self.packed)
+        packed = self.packed
+        if self._is_packed() and packed is not None and not packed.is_meta:
+            self._hold(packed)
             return
         tensors = self._logical()
         if any(tensor.is_meta for tensor in tensors):
@@ -239,7 +245,8 @@ class LiquidLinear(nn.Module):
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight in the logical layout (unpacked anew on each call)."""
-        return QuantizedWeight(*self._logical(), self.scale, self.in_features, self.columns)
+        qweight, qscale, qoffset = self._logical()
+        return QuantizedWeight(qweight, qscale, qoffset, self.scale, self.in_features, self.columns)
 
     @property
     def weight(self) -> WeightStandIn:
@@ -354,7 +361,12 @@ class LiquidLinear(nn.Module):
     def _checked(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """The buffers for a state, or an error that names the tensor, what was expected and got."""
         weight = QuantizedWeight(
-            *(found[name] for name in _STATE), self.in_features, found.get("columns")
+            found["qweight"],
+            found["qscale"],
+            found["qoffset"],
+            found["scale"],
+            self.in_features,
+            found.get("columns"),
         )
         if weight.out_features != self.out_features:
             raise ValueError(
@@ -365,7 +377,7 @@ class LiquidLinear(nn.Module):
                 f"columns: expected shape [{len(self.columns)}], got [{weight.augment}]"
             )
         buffers = {"packed": _pack(weight), "scale": weight.scale}
-        if weight.augment:
+        if weight.columns is not None and weight.augment:
             buffers["columns"] = weight.columns
         if "bias" in found:
             bias = found["bias"]

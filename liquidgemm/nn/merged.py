@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..weights.liquidquant import PANEL
+from ..formats.liquidquant import PANEL
 from ._product import product
 from .linear import LiquidLinear
 
@@ -25,6 +25,8 @@ def why_not_merged(parts: Sequence[nn.Module]) -> str | None:
     for part in parts:
         if type(part) is not LiquidLinear:
             return f"expected LiquidLinears, got a {type(part).__name__}"
+        if part.out_dtype is not None:
+            return f"one has an out_dtype, {part.out_dtype}"
     if len(set(parts)) < len(parts):
         return "a layer is there twice"
     return _why_apart(parts)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..formats.liquidquant import BLOCK_BYTES, GROUP, PANEL, ceil_div
 from ..ops import INTERLEAVE
-from ..weights.liquidquant import BLOCK_BYTES, GROUP, PANEL, ceil_div
 from ..weights.weight import QuantizedWeight, dequantize_weight
 
 _LOGICAL = ("qweight", "qscale", "qoffset")

@@ -7,6 +7,9 @@ answers in forward mode, be it by an error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
@@ -23,6 +26,7 @@ class Rules(_SingleLevelFunction):
     """
 
     op: torch._ops.OpOverload
+    apply: ClassVar[Callable[..., Any]]  # torch's metaclass gives it
 
     @classmethod
     def forward(cls, keys, *args):

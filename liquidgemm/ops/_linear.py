@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import register_vmap
 
-from ..weights.liquidquant import decode
+from ..formats.liquidquant import decode
 from . import _autograd, _registry
 from ._checks import FLOATS, check_product, check_rows
 from ._pack import unpack_weight
@@ -45,7 +45,8 @@ class _LinearRules(_autograd.Rules):
         if ctx.needs_input_grad[3]:
             raise RuntimeError(_ONLY_X_AND_BIAS)
         if grad is not None and ctx.needs_input_grad[1]:
-            w = dequantized(*ctx.saved_tensors, ctx.in_features)
+            packed, scale = ctx.saved_tensors
+            w = dequantized(packed, scale, ctx.in_features)
             grad_x = grad @ w.to(grad.dtype)
         if grad is not None and ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
@@ -58,7 +59,8 @@ class _LinearRules(_autograd.Rules):
             raise RuntimeError(_ONLY_X_AND_BIAS)
         tangent = None
         if x is not None:
-            w = dequantized(*ctx.saved_tensors, ctx.in_features)
+            packed, scale = ctx.saved_tensors
+            w = dequantized(packed, scale, ctx.in_features)
             tangent = x @ w.to(ctx.dtype).T
         if bias is not None:
             bias = bias.to(ctx.dtype).expand(ctx.shape)

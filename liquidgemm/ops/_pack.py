@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..weights.liquidquant import BLOCK_BYTES, GROUP, MAX_IN_FEATURES, PANEL, ceil_div, padded
+from ..formats.liquidquant import BLOCK_BYTES, GROUP, MAX_IN_FEATURES, PANEL, ceil_div, padded
 from . import _registry
 from ._checks import require, require_device, require_dtype, require_k, require_shape
 
@@ -51,7 +51,7 @@ _registry.define(
 
 
 def pack_weight(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tensor:
-    """Bring a weight from the logical layout (`weights.liquidquant`) to the one the kernel reads.
+    """Bring a weight from the logical layout (`formats.liquidquant`) to the one the kernel reads.
 
     Args:
         qweight: uint8 ``[N, K / 2]``, two 4-bit values per byte, K a multiple of 64.

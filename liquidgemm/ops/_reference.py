@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from ..weights.liquidquant import PANEL, ceil_div, decode
+from ..formats.liquidquant import PANEL, ceil_div, decode
 
 NAME = "reference"
 

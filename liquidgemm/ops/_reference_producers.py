@@ -45,7 +45,7 @@ def rms_norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k = x.shape[-1]
     h = x if residual is None else (x.float() + residual.float()).to(x.dtype).contiguous()
-    y = []
+    normed = []
     weight = weight.float()
     if mode == "gemma":
         weight = weight + torch.tensor(offset, dtype=torch.float32)
@@ -58,8 +58,8 @@ def rms_norm_quantize(
         values = values * factor.unsqueeze(-1)
         if mode == "llama":
             values = values.to(x.dtype).float()
-        y.append((values * weight).to(x.dtype))
-    y = torch.cat(y).view(x.shape)
+        normed.append((values * weight).to(x.dtype))
+    y = torch.cat(normed).view(x.shape)
     empty = x.new_empty(0)
     return (
         *_reference.quantize_activation(y),

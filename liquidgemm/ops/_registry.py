@@ -14,7 +14,10 @@ _cuda_library_problem = _library.load_libraries()
 
 
 def define(
-    schema: str, fake: Callable[..., object], rules: type[_autograd.Rules] | None = None
+    schema: str,
+    fake: Callable[..., object],
+    rules: type[_autograd.Rules] | None = None,
+    cuda: Callable[..., object] | None = None,
 ) -> torch._ops.OpOverload:
     """Define an op.
 
@@ -26,6 +29,7 @@ def define(
         fake: the shape function, which checks all arguments: what torch.compile, torch.export and
             meta tensors see.
         rules: its derivatives; None for an op whose outputs are integers alone.
+        cuda: its implementation for CUDA, of an op that the compiled libraries do not have.
 
     Returns:
         the op.
@@ -33,7 +37,9 @@ def define(
     name = schema.partition("(")[0]
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     register_fake(f"liquidgemm::{name}", fake, lib=LIB)
-    if _cuda_library_problem is not None:
+    if cuda is not None:
+        LIB.impl(name, cuda, "CUDA")
+    elif _cuda_library_problem is not None:
         LIB.impl(name, _without_cuda_library(name), "CUDA")
     if rules is not None:
         _autograd.register(name, rules, LIB)

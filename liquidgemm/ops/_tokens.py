@@ -29,6 +29,10 @@ class QuantizedTokens(NamedTuple):
         """That of the activations, ``[..., K]``."""
         return self.x8.shape
 
+    def to(self, dtype: torch.dtype) -> QuantizedTokens:
+        """The same tokens, of which a layer makes another dtype."""
+        return self._replace(dtype=dtype)
+
     @property
     def device(self) -> torch.device:
         return self.x8.device

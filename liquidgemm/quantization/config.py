@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from .._files import parse_json
-from ..weights.liquidquant import GROUP
+from ..formats.liquidquant import GROUP
 from ..weights.quantize import GROUP_SIZES
 
 METHODS = ("search", "rtn", "hessian", "gptq")
@@ -38,6 +38,9 @@ class LiquidConfig:
         augment: columns per layer, a multiple of 64, that are stored a second time with what
             rounding has left of them, those with the most error at the output; or such a number
             per pattern (the first that matches counts). Each costs 1 / K of the layer's time.
+        share_columns: whether layers that calibration sees to have the same input (q, k and v; gate
+            and up) repeat the same columns, where they have as many: only then are they one product
+            without more columns.
         smooth: move the outliers of activations into the weights, folding the factors into the
             norm or linear layer before (arXiv 2211.10438, 2405.04532). True finds the pairs in
             blocks of known architectures; a mapping names them for others, within a block:
@@ -76,6 +79,7 @@ class LiquidConfig:
     seed: int = 0
     gate: str = "raise"
     head: str = "float"
+    share_columns: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -102,7 +106,7 @@ class LiquidConfig:
                 f"smooth: expected True, False or names of linear layers by the name of what "
                 f"comes before them, got {self.smooth!r}"
             )
-        for name in ("rotate", "rotate_heads"):
+        for name in ("share_columns", "rotate", "rotate_heads"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if not (type(self.damping) in (int, float) and 0 <= self.damping < float("inf")):
@@ -146,7 +150,8 @@ class LiquidConfig:
 
 
 def _patterns(name: str, patterns: object) -> tuple[str, ...]:
-    sequence = isinstance(patterns, Sequence) and not isinstance(patterns, str)
-    if not (sequence and all(isinstance(p, str) for p in patterns)):
-        raise ValueError(f"{name}: expected a sequence of patterns, got {patterns!r}")
-    return tuple(patterns)
+    if isinstance(patterns, Sequence) and not isinstance(patterns, str):
+        found = tuple(patterns)
+        if all(isinstance(pattern, str) for pattern in found):
+            return found
+    raise ValueError(f"{name}: expected a sequence of patterns, got {patterns!r}")

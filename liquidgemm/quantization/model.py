@@ -8,26 +8,28 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .._files import path_of
+from ..formats.liquidquant import GROUP, Q_MAX
 from ..nn._modules import (
     as_linear,
     attach,
     conv1d_as_linear,
     detach,
+    linear_at,
     matches,
     paths_of_modules,
     replace_module,
     untie,
 )
 from ..nn.experts import LiquidExperts
+from ..nn.fused_layer import unfuse_
 from ..nn.linear import LiquidLinear
-from ..weights.liquidquant import GROUP, Q_MAX
 from ..weights.quantize import check_finite
 from ..weights.weight import QuantizedWeight
 from .calibration.data import as_batches
@@ -164,7 +166,7 @@ def quantize_(
                 layers, coarse_rows, sizes = _quantize_without_data(
                     model, names, places, config, progress, probe, experts
                 )
-                losses, measure = {}, ""
+                losses, measure = dict[str, float](), ""
             else:
                 folder = None if resume is None else path_of(resume)
                 found = calibrate(model, names, config, batches, unseen, device, folder, progress)
@@ -173,7 +175,7 @@ def quantize_(
                 coarse_rows, sizes = _install(model, names, places, found, config, probe, experts)
             for name in selection.heads:
                 untie(model, model.get_submodule(name))
-        model.liquid_config = recorded
+        vars(model)["liquid_config"] = recorded
         attach(model)
         if probe is not None:
             errors = {r.name: r.output_error**0.5 for r in layers if r.output_error is not None}
@@ -183,7 +185,8 @@ def quantize_(
         return QuantizationReport(
             tuple(experts.fold(names)),
             selection.skipped,
-            *map(sum, zip(*sizes, strict=True)),
+            sum(before for before, _ in sizes),
+            sum(after for _, after in sizes),
             coarse_rows,
             tuple(layers),
             losses,
@@ -200,7 +203,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     for, in place.
 
     The floats are those of the quantized weights: what rounding has taken does not come back. They
-    are parameters that can be trained, in an ``nn.Linear`` or, where there was one, a Conv1D.
+    are parameters that can be trained, in an ``nn.Linear`` or, where there was one, a Conv1D. Fused
+    layers are those of the model again.
 
     Args:
         dtype: of weights and biases; None for what each layer had before.
@@ -215,6 +219,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     layers = [m for m in paths if isinstance(m, LiquidLinear | LiquidExperts)]
     if not layers or model in layers:
         raise ValueError("model: expected a module that contains quantized layers, got none")
+    unfuse_(model)
     for layer in layers:
         linear = (
             _float_layer(layer, dtype)
@@ -230,7 +235,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 def _float_layer(layer: LiquidLinear, dtype: torch.dtype | None) -> nn.Module:
     dtype = dtype or layer.weight.dtype
     weight = layer.dequantize(dtype)
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
+    linear: Any = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
     if not issubclass(layer.replaces, nn.Linear):
         linear = layer.replaces(layer.out_features, layer.in_features)
         weight = weight.T.contiguous()
@@ -249,10 +254,11 @@ def _quantize_without_data(
     probe: Probe | None,
     experts: Experts,
 ) -> tuple[list[LayerReport], dict[str, int], list[tuple[int, int]]]:
-    layers, coarse_rows, sizes = [], {}, []
+    coarse_rows: dict[str, int] = {}
+    layers, sizes = [], []
     # By name, so that each float weight is freed as soon as it is replaced.
     for name in tqdm(names, desc="quantizing", unit="layer", disable=not progress):
-        linear = model.get_submodule(name)
+        linear = linear_at(model, name)
         start = time.perf_counter()
         weight, method = quantize_layer(linear.weight, experts.config_of(name, config), name)
         report = LayerReport.of(name, method, linear.weight, weight)
@@ -276,10 +282,11 @@ def _install(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, value in found.tensors.items():
         parameters[key].copy_(value)
-    coarse_rows, sizes = {}, []
+    coarse_rows: dict[str, int] = {}
+    sizes = []
     changed = bool(config.smooth or config.rotate or config.rotate_heads or config.tune)
     for name in names:
-        linear = model.get_submodule(name)
+        linear = linear_at(model, name)
         bias = found.biases.get(name)
         if bias is not None:
             bias = bias.to(linear.bias.dtype)
@@ -299,7 +306,7 @@ def _replace(
     changed: bool = False,
 ) -> tuple[int, int]:
     """Put a quantized layer into its places; the bytes before and after."""
-    linear = model.get_submodule(paths[0])
+    linear = linear_at(model, paths[0])
     layer = LiquidLinear.from_quantized(weight, bias, linear.weight.dtype)
     layer.train(linear.training)
     if coarse := _count_coarse_rows(linear.weight, layer.scale):
@@ -308,7 +315,11 @@ def _replace(
         probe.check_layer(paths[0], linear, layer, weight, bias, changed)
     for path in paths:
         replace_module(model, path, layer)
-    return linear.weight.nbytes, layer.packed.nbytes + layer.scale.nbytes
+    return linear.weight.nbytes, _nbytes(layer.packed) + _nbytes(layer.scale)
+
+
+def _nbytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.nbytes
 
 
 def _fuse(model: nn.Module, layer: str, experts: Experts, probe: Probe | None) -> None:
@@ -352,11 +363,11 @@ def _check_patterns(model: nn.Module, names: list[str], config: LiquidConfig) ->
 
 def _check_weights(model: nn.Module, names: list[str]) -> None:
     for name in names:
-        weight = model.get_submodule(name).weight
+        weight = cast(nn.Linear, as_linear(model.get_submodule(name))).weight
         if weight.is_meta:
             raise ValueError(f"{name}: expected a weight with data, got one on the meta device")
         try:
-            check_finite(as_linear(model.get_submodule(name)).weight)
+            check_finite(weight)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 

@@ -24,8 +24,11 @@ METADATA |= {"is_meta", "requires_grad", "is_floating_point", "element_size", "i
 _ASKS = {"isinstance", "hasattr", "type", "id"}
 
 # Methods that are over when a model is complete, or that only adapters and training code call.
-_BEFORE = ("init", "_init", "__init", "reset_", "tie_", "_tie", "resize", "_resize", "_get_resized")
-_BEFORE += ("from_", "_load", "load_", "post_init", "extra_repr", "__repr__", "merge", "unmerge")
+_BEFORE = (
+    *("init", "_init", "__init", "post_init", "reset_", "from_", "_load", "load_"),
+    *("tie_", "_tie", "resize", "_resize", "_get_resized", "merge", "unmerge"),
+    *("extra_repr", "__repr__"),
+)
 
 
 def weight_readers(model: nn.Module) -> dict[nn.Module, str]:
@@ -35,7 +38,8 @@ def weight_readers(model: nn.Module) -> dict[nn.Module, str]:
     """
     found: dict[nn.Module, str] = {}
     for owner in model.modules():
-        uses = _uses(type(owner))
+        kind: type = type(owner)
+        uses = _uses(kind)
         if not uses:
             continue
         # The base of an adapter goes by the adapter's name, which hands its weight on.

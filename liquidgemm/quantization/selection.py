@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..formats.liquidquant import MAX_IN_FEATURES
 from ..nn._modules import (
     imported,
     is_conv1d,
@@ -21,7 +23,6 @@ from ..nn._modules import (
 from ..nn.experts import LiquidExperts
 from ..nn.linear import LiquidLinear
 from ..ops import FLOATS
-from ..weights.liquidquant import MAX_IN_FEATURES
 from .config import LiquidConfig
 from .experts import Experts
 from .readers import weight_readers
@@ -257,6 +258,7 @@ def _overlapping(paths: dict[nn.Module, list[str]]) -> Iterator[int]:
             # Subclasses may have no memory of their own, and are not quantized.
             if tensor is None or type(tensor) not in (nn.Parameter, Tensor) or not tensor.numel():
                 continue
+            key: tuple
             if tensor.is_meta:
                 key, start, size = ("meta", id(tensor)), 0, 1
             elif tensor.layout != torch.strided:
@@ -268,17 +270,18 @@ def _overlapping(paths: dict[nn.Module, list[str]]) -> Iterator[int]:
             spans.setdefault(key, []).append((start, start + size, id(tensor)))
     for group in spans.values():
         group.sort()
-        end, last = -1, None
-        for start, stop, tensor in group:
+        end = last = -1
+        for start, stop, identity in group:
             if start < end:
-                yield tensor
+                yield identity
                 yield last
             if stop > end:
-                end, last = stop, tensor
+                end, last = stop, identity
 
 
 def _heads(paths: dict[nn.Module, list[str]]) -> Iterator[tuple[nn.Module, str]]:
     """The layers that give what a model of transformers is asked for, whatever their names."""
+    module: Any  # of transformers
     for module in paths:
         if not is_from_transformers(module):
             continue
@@ -301,6 +304,7 @@ def _heads(paths: dict[nn.Module, list[str]]) -> Iterator[tuple[nn.Module, str]]
 def _outputs(paths: dict[nn.Module, list[str]]) -> Iterator[nn.Module]:
     """Output embeddings: as models of transformers say, in others what is named lm_head."""
     seen = False
+    module: Any
     for module in paths:
         if is_from_transformers(module):
             with suppress(NotImplementedError):

@@ -1,4 +1,4 @@
-"""LiquidQuant weight quantization (arXiv 2509.01229): float weights to the tensors of `format`.
+"""LiquidQuant weight quantization (arXiv 2509.01229): float weights to the tensors of `formats`.
 
 Two methods give the same format:
 
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..formats.liquidquant import GROUP, MAX_IN_FEATURES, Q_MAX, ceil_div, pack_nibbles, padded
 from ..ops import _cpu
-from .liquidquant import GROUP, MAX_IN_FEATURES, Q_MAX, ceil_div, pack_nibbles, padded
 from .weight import QuantizedWeight
 
 METHODS = ("search", "rtn")

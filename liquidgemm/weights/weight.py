@@ -1,18 +1,19 @@
-"""A weight in the logical layout of `weights.liquidquant`, checked, sliced and expanded."""
+"""A weight in the logical layout of `formats.liquidquant`, checked, sliced and expanded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .liquidquant import GROUP, MAX_IN_FEATURES, ceil_div, decode, first_infeasible, padded
+from ..formats.liquidquant import GROUP, MAX_IN_FEATURES, ceil_div, decode, first_infeasible, padded
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A quantized weight ``[N, in_features]`` in the logical layout (see `weights.liquidquant`).
+    """A quantized weight ``[N, in_features]`` in the logical layout (see `formats.liquidquant`).
 
     K below is in_features rounded up to a multiple of 64, plus R if there are columns.
 
@@ -50,7 +51,7 @@ class QuantizedWeight:
         if self.scale.dim() != 1 or len(self.scale) < 1:
             raise ValueError(f"scale: expected shape [N] with N >= 1, got {list(self.scale.shape)}")
         if self.columns is not None:
-            self._check_columns()
+            self._check_columns(self.columns)
         n, groups = self.out_features, ceil_div(self.in_features, GROUP) + self.augment // GROUP
         for name, dtype, shape in (
             ("qweight", torch.uint8, [n, groups * GROUP // 2]),
@@ -87,8 +88,7 @@ class QuantizedWeight:
                 f"(s = {int(self.qscale[row, group])}, a = {int(self.qoffset[row, group])})"
             )
 
-    def _check_columns(self) -> None:
-        columns = self.columns
+    def _check_columns(self, columns: Tensor) -> None:
         if columns.dtype != torch.int32 or columns.dim() != 1 or len(columns) % GROUP:
             raise ValueError(
                 f"columns: expected int32 [R] with R a multiple of {GROUP}, "
@@ -118,7 +118,7 @@ class QuantizedWeight:
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight with its tensors on device."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
@@ -180,7 +180,7 @@ def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.float3
     """``sigma * w8``, multiplied in float32 and rounded once to dtype: ``[N, in_features]``."""
     decoded = decode(weight.qweight, weight.qscale, weight.qoffset)
     w8 = decoded[:, : weight.in_features]
-    if weight.augment:
+    if weight.columns is not None:
         residual = decoded[:, padded(weight.in_features) :].int()
         w8 = w8.int().index_add(1, weight.columns, residual)
     return (w8.float() * weight.scale.unsqueeze(-1)).to(dtype)

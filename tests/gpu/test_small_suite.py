@@ -1,6 +1,7 @@
 """Every kernel on small problems: what `make sanitize` runs under compute-sanitizer."""
 
 import torch
+from grouped import GROUPED_PLANS, grouped_problem, run_grouped
 from problems import (
     DEVICE,
     QUANTIZING,
@@ -55,18 +56,30 @@ def test_quantize_and_pack_small() -> None:
     assert_equal(liquidgemm.pack_weight(*logical), problem.weight, "packed again")
 
 
-def test_producers_small() -> None:
-    """CHECKLIST 15: norm and gated activation, vector and scalar paths, rows beyond registers."""
-    wide = torch.float32
-    for k, dtype in ((64, torch.bfloat16), (100, torch.float16), (8200, wide), (40008, wide)):
-        x, weight = torch.randn(3, 2 * k).to(dtype), torch.rand(k)
-        half = x[:, :k].contiguous()
-        arguments = (half, weight.to(dtype), 1e-6, half, "llama", 0.0, True)
-        for op, values in (
-            (torch.ops.liquidgemm.rms_norm_quantize, arguments),
-            (torch.ops.liquidgemm.glu_quantize, (x, "silu_mul", True)),
-        ):
-            expected = op(*values)
-            got = op(*(v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in values))
-            for i, (actual, wanted) in enumerate(zip(got, expected, strict=True)):
-                assert_equal(actual.cpu(), wanted, f"{op} {k=} output {i}")
+def test_grouped_gemm_small() -> None:
+    """CHECKLIST 15: experts without rows, with one, and with several tiles; activations too."""
+    problem = grouped_problem([0, 3, 40, 1, 0], 200, 320)
+    expected = problem.accumulator()
+    for plan, name in GROUPED_PLANS:
+        assert_equal(run_grouped(problem, plan=plan, num_sms=4), expected, name)
+    problem = grouped_problem([0, 3, 40, 1, 0], 208, 320)
+    arguments = (problem.x, problem.x_scale, problem.weight, problem.weight_scale)
+    for dtype in (torch.bfloat16, torch.float32):
+        expected = torch.ops.liquidgemm.grouped_gemm(
+            *(t.cpu() for t in (*arguments, problem.offsets)), None, dtype, "silu_mul"
+        )
+        for plan, name in GROUPED_PLANS:
+            actual = run_grouped(problem, dtype, plan=plan, num_sms=4, activation="silu_mul")
+            assert_equal(actual.cpu(), expected, f"{name} {dtype}")
+
+
+def test_moe_small() -> None:
+    """CHECKLIST 15: the whole layer, with ids of elsewhere."""
+    first, second = grouped_problem([0] * 5, 144, 136), grouped_problem([0] * 5, 136, 72)
+    x = torch.randn(9, 136, device=DEVICE).bfloat16()
+    ids = torch.randint(0, 6, (9, 3), device=DEVICE)
+    weights = torch.rand(9, 3, device=DEVICE)
+    tensors = [x, ids, weights, first.weight, first.weight_scale / 1000]
+    tensors += [second.weight, second.weight_scale / 1000]
+    expected = torch.ops.liquidgemm.moe(*(t.cpu() for t in tensors))
+    assert_equal(torch.ops.liquidgemm.moe(*tensors).cpu(), expected, "moe")

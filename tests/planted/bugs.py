@@ -22,8 +22,10 @@ OVERTAKING = "tests/gpu/test_overtaking.py"
 CANARIES = "tests/gpu/test_canaries.py"
 SMALL = "tests/gpu/test_small_suite.py"
 QUANTIZING = "tests/gpu/test_quantizing_gemm.py"
-FUSED = "tests/gpu/test_producers.py"
-NORM, GLU = (f"liquidgemm/producers/{name}.cu" for name in ("rms_norm", "glu"))
+GROUPED = "tests/gpu/test_grouped_gemm.py"
+MOE = "tests/gpu/test_moe.py"
+PRODUCERS = "liquidgemm/producers"  # below csrc
+OF_GROUPED = ("instantiations/grouped/t32_p1_k3_s2.cu",)
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,6 @@ class Bug:
 
 def bug(name: str, file: str, old: str, new: str, *caught_by: str, **more) -> Bug:
     return Bug(name, (Patch(f"{KERNEL}/{file}", old, new),), caught_by, **more)
-
-
-def producer_bug(name: str, unit: str, old: str, new: str, *caught_by: str, **more) -> Bug:
-    return Bug(name, (Patch(f"csrc/{unit}", old, new),), caught_by, units=(unit,), **more)
 
 
 # No bug: what `make sanitize` gives to racecheck, see csrc/liquidgemm/kernel/protocol.hpp.
@@ -202,66 +200,6 @@ BUGS = (
         ),
         (OVERTAKING,),
         units=("liquidgemm/producers/quantize_activation.cu",),
-    ),
-    # Norm and gated activation.
-    producer_bug(
-        "a norm does not wait for its x",
-        NORM,
-        "cutlass::arch::wait_on_dependent_grids();",
-        "",
-        OVERTAKING,
-    ),
-    producer_bug(
-        "a gated activation does not wait for its gates",
-        GLU,
-        "cutlass::arch::wait_on_dependent_grids();",
-        "",
-        OVERTAKING,
-    ),
-    producer_bug(
-        "a norm does not wait for the sums of other warps",
-        NORM,
-        "  __syncthreads();\n  const float factor",
-        "  const float factor",
-        FUSED,
-        SMALL,
-    ),
-    producer_bug(
-        "a norm sums the lanes in another order",
-        NORM,
-        "for (int half = 16; half > 0; half /= 2)",
-        "for (int half = 1; half < 32; half *= 2)",
-        FUSED,
-    ),
-    producer_bug(
-        "a norm's sum depends on the number of threads",
-        NORM,
-        "sum_of_group[at / (kSumLanes * kSumVector)] = sum;",
-        "sum_of_group[threadIdx.x / 32] = at < blockDim.x * kVector\n"
-        "          ? sum : rounded::add(sum_of_group[threadIdx.x / 32], sum);",
-        FUSED,
-    ),
-    producer_bug(
-        "the quantizer sees h instead of y beyond the registers",
-        NORM,
-        "norm(vector, weight, factor, at);",
-        "",
-        FUSED,
-    ),
-    producer_bug(
-        "up is read one row too early",
-        GLU,
-        "up.load(row + rows_.k,",
-        "up.load(row,",
-        FUSED,
-    ),
-    producer_bug(
-        "a gated activation writes past the end of an odd row",
-        GLU,
-        "store(rows_.out + token_ * rows_.k + at, bytes, rows_.k - at, rows_.aligned);",
-        "store(rows_.out + token_ * rows_.k + at, bytes, kVector, rows_.aligned);",
-        FUSED,
-        tool="memcheck",
     ),
     # GEMMs that quantize.
     Bug(
@@ -432,6 +370,116 @@ BUGS = (
         "0",
         EXACT,
         units=(f"{INSTANTIATIONS}/t128_p2_k1_s2.cu",),
+    ),
+    # Tiles that the device resolves, and the layer of experts around them.
+    bug(
+        "a resolved tile is replaced while roles still need it",
+        "schedule/grouped.hpp",
+        "Barrier::wait(&shared().taken[slot], item / kEntries % 2 ^ 1);",
+        "",
+        f"{GROUPED} -k every_plan",
+        units=OF_GROUPED,
+    ),
+    bug(
+        "roles do not wait until a tile is resolved",
+        "schedule/grouped.hpp",
+        "Barrier::wait(&shared().resolved[item % kEntries], item / kEntries % 2);",
+        "",
+        f"{GROUPED} -k every_plan",
+        units=OF_GROUPED,
+    ),
+    bug(
+        "the last tile of an expert goes on into the next one's rows",
+        "schedule/grouped.hpp",
+        "min(params.tile_tokens, rows.end - first)",
+        "min(params.tile_tokens, 1 << 30)",
+        f"{GROUPED} -k every_plan",
+        units=OF_GROUPED,
+    ),
+    bug(
+        "every expert has the scales of the first",
+        "schedule/grouped.hpp",
+        "place.scale_offset = entry.expert * sizes_.n;",
+        "place.scale_offset = 0;",
+        f"{GROUPED} -k epilogue",
+        units=OF_GROUPED,
+    ),
+    bug(
+        "tiles of the second band are those of the first",
+        "schedule/grouped.hpp",
+        "first_of_band + in_band - n_tile * height",
+        "in_band - n_tile * height",
+        f"{GROUPED} -k every_plan",
+        units=OF_GROUPED,
+    ),
+    bug(
+        "offsets are read before the kernel that writes them has finished",
+        "schedule/grouped.hpp",
+        "if (!params.offsets_are_visible)",
+        "if (params.experts < 0)",
+        f"{GROUPED} -k waits",
+        units=OF_GROUPED,
+    ),
+    bug(
+        "offsets are believed",
+        "schedule/grouped.hpp",
+        "min(max(__ldcg(&params.offsets[expert]), 0), sizes.m)",
+        "__ldcg(&params.offsets[expert])",
+        f"{GROUPED} -k garbage",
+        units=OF_GROUPED,
+    ),
+    Bug(
+        "gate and up are not rounded before the activation",
+        (
+            Patch(
+                f"{KERNEL}/store/gated.hpp",
+                "const float2 gates = to_floats(words[0], Pair{}), "
+                "ups = to_floats(words[1], Pair{});",
+                "const float2 token_scale = this->token_scales(octet);\n"
+                "    const float2 ups = to_floats(words[1], Pair{});\n"
+                "    const float2 gates = {\n"
+                "        scaled(sum.x, token_scale.x, channels.scale[0], channels.bias[0]),\n"
+                "        scaled(sum.y, token_scale.y, channels.scale[0], channels.bias[0])};",
+            ),
+        ),
+        (f"{MOE} -k activation_in_the_product",),
+        units=OF_GROUPED,
+    ),
+    Bug(
+        "the schedule does not wait for the router",
+        (
+            Patch(
+                f"csrc/{PRODUCERS}/moe_schedule.cu",
+                "cutlass::arch::wait_on_dependent_grids();",
+                "",
+            ),
+        ),
+        (f"{MOE} -k waits",),
+        units=(f"{PRODUCERS}/moe_schedule.cu",),
+    ),
+    Bug(
+        "the first product starts before the schedule is complete",
+        (
+            Patch(
+                f"csrc/{PRODUCERS}/quantize_rows.cu",
+                "if constexpr (kOrder == RowOrder::kInPlace)",
+                "if constexpr (true)",
+            ),
+        ),
+        (f"{MOE} -k waits",),
+        units=(f"{PRODUCERS}/quantize_rows.cu",),
+    ),
+    Bug(
+        "rows are combined before the product has finished",
+        (
+            Patch(
+                f"csrc/{PRODUCERS}/moe_combine.cu",
+                "cutlass::arch::wait_on_dependent_grids();",
+                "",
+            ),
+        ),
+        (f"{MOE} -k back_to_back", f"{MOE} -k equals_its_parts"),
+        units=(f"{PRODUCERS}/moe_combine.cu",),
     ),
 )
 

@@ -33,7 +33,14 @@ TILES = (
     *("t128_p2_k1_s2", "t256_p2_k1_s2"),
 )
 
-TILE_HEADER = "csrc/liquidgemm/plan/tiles.hpp"
+# Of grouped products: decode with several k groups, and prefill.
+GROUPED_TILES = ("t8_p1_k4_s4", "t32_p1_k3_s2", "t128_p2_k1_s2")
+
+# Per folder of instantiations: where its tiles are listed, in which array, and which are kept.
+LISTS = {
+    "liquidquant": ("csrc/liquidgemm/plan/tiles.hpp", "kTileShapes", TILES),
+    "grouped": ("csrc/liquidgemm/plan/grouped.hpp", "kGroupedTileShapes", GROUPED_TILES),
+}
 
 
 def slug(bug: Bug) -> str:
@@ -54,21 +61,23 @@ def tile_name(row: str) -> str:
     return "t{}_p{}_k{}_s{}".format(*numbers) + ("_half" if numbers[4:5] == ["2"] else "")
 
 
-def reduced_sources(root: Path, tiles: tuple[str, ...] = TILES) -> dict[str, str]:
-    """Text of every source by path, with the list of tiles cut down to the given ones."""
+def reduced_sources(root: Path, lists: dict[str, tuple] = LISTS) -> dict[str, str]:
+    """Text of every source by path, with the lists of tiles cut down to the given ones."""
     paths = [path for path in sorted((root / "csrc").rglob("*")) if path.is_file()]
     sources = {str(path.relative_to(root)): path.read_text() for path in paths}
-    text = sources[TILE_HEADER]
-    begin, end, rows = rows_of(text, "kTileShapes")
-    if missing := set(tiles) - set(map(tile_name, rows)):
-        raise LookupError(f"{TILE_HEADER} has no tile {', '.join(sorted(missing))}: choose others")
-    kept = [row for row in rows if tile_name(row) in tiles]
-    sources[TILE_HEADER] = text[:begin] + "".join(kept) + text[end:]
-    return {
-        file: text
-        for file, text in sources.items()
-        if not file.startswith("csrc/instantiations/") or Path(file).stem in tiles
-    }
+    for header, array, tiles in lists.values():
+        text = sources[header]
+        begin, end, rows = rows_of(text, array)
+        if missing := set(tiles) - set(map(tile_name, rows)):
+            raise LookupError(f"{header} has no tile {', '.join(sorted(missing))}: choose others")
+        kept = [row for row in rows if tile_name(row) in tiles]
+        sources[header] = text[:begin] + "".join(kept) + text[end:]
+
+    def is_kept(file: str) -> bool:
+        path = Path(file)
+        return path.parts[1] != "instantiations" or path.stem in lists[path.parent.name][2]
+
+    return {file: text for file, text in sources.items() if is_kept(file)}
 
 
 def patched_sources(root: Path, bug: Bug) -> dict[str, str]:

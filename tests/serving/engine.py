@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-serve")
 
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_vocab
+from vllm.platforms import current_platform
 
 from liquidgemm.integrations.vllm import register
 from liquidgemm.integrations.vllm.config import LiquidGemmConfig
@@ -28,7 +29,10 @@ SHARDS = {"qkv_proj": ["q", "k", "v"], "gate_up_proj": [0, 1]}
 def as_rank(rank: int, size: int):
     """As if this were one process of several."""
     with ExitStack() as stack:
-        stack.enter_context(set_current_vllm_config(VllmConfig()))
+        config = VllmConfig(device_config=DeviceConfig("cpu"))
+        stack.enter_context(set_current_vllm_config(config))
+        if current_platform.is_unspecified():  # a CUDA build of vLLM on a machine without a GPU
+            stack.enter_context(patch("liquidgemm.integrations.vllm.config.check_device"))
         for module in ("layers.linear", "layers.vocab_parallel_embedding", "parameter"):
             for name, value in (("rank", rank), ("world_size", size)):
                 target = f"vllm.model_executor.{module}.get_tensor_model_parallel_{name}"

@@ -12,6 +12,7 @@ import foreign_models
 import pytest
 import torch
 from engine import write_config
+from safetensors.torch import save_file
 
 import liquidgemm
 from liquidgemm import LiquidConfig, import_checkpoint, load_quantized, quantize_, save_quantized
@@ -97,6 +98,7 @@ RECIPES = {
     "head": {"skip": (), "augment": 64},
     "float": {"skip": ("lm_head", "layers.0.*", "down_proj")},
     "tied": {"tied": True},
+    "int8 head": {"tied": True, "head": "int8"},
 }
 
 
@@ -118,11 +120,15 @@ def test_what_save_pretrained_writes_is_served(tmp_path):
     assert_near(logits(engine(tmp_path)), expected(model))
 
 
+HEAD = {"head": "int8"}
 FIELDS = {"skip": ["lm_head"], "augment": {"down_proj": 64}, "keep": ["o_proj"], "group_size": 128}
 
 
-@pytest.mark.parametrize("fields", [None, FIELDS, {"skip": []}], ids=["default", "fields", "head"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "tied"),
+    [(None, False), (FIELDS, False), ({"skip": []}, False), (HEAD, False), ({"skip": []}, True)],
+    ids=["default", "fields", "head", "int8 head", "tied"],
+)
 def test_a_float_checkpoint_is_quantized_as_it_is_loaded(fields, tied, tmp_path):
     float_model(tied).save_pretrained(tmp_path)
     options = {}
@@ -139,7 +145,7 @@ def test_what_needs_data_is_refused(tmp_path):
     float_model().save_pretrained(tmp_path)
     for fields, name in (({"method": "gptq"}, "method"), ({"rotate": True}, "rotate")):
         settings = {"quant_method": "liquidgemm", "config": fields}
-        with pytest.raises(Exception, match=f"{name}: expected .* liquidgemm quantize"):
+        with pytest.raises(Exception, match=f"{name}: expected .*liquidgemm quantize"):
             engine(
                 tmp_path,
                 quantization="liquidgemm",
@@ -198,6 +204,57 @@ def test_prefix_cache_and_chunks_change_little(tmp_path):
     llm = engine(folder, enable_prefix_caching=True)
     for _ in range(2):
         assert_near(logits(llm), wanted)
+
+
+def adapter(folder: Path, model: torch.nn.Module, rank: int = 4) -> Path:
+    """An adapter of PEFT's form for some layers, and a float model's outputs with it by hooks."""
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none"}
+    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    (folder / "adapter_config.json").write_text(
+        json.dumps(settings | {"target_modules": targets, "task_type": "CAUSAL_LM"})
+    )
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for name, layer in model.named_modules():
+        if name.rpartition(".")[2] in targets:
+            a = torch.randn(rank, layer.in_features, generator=generator) / 20
+            b = torch.randn(layer.out_features, rank, generator=generator) / 20
+            key = f"base_model.model.{name}.lora_"
+            tensors |= {f"{key}A.weight": a, f"{key}B.weight": b}
+            layer.register_forward_hook(
+                lambda _, inputs, y, a=a, b=b: y + 2 * inputs[0] @ a.T @ b.T
+            )
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_adapters_are_swapped(tmp_path):
+    """CHECKLIST 33: LoRA on quantized layers, with and without, one after the other."""
+    from vllm.lora.request import LoRARequest
+
+    folder = quantized(tmp_path / "model", augment={"down_proj": 64})
+    model = load_quantized(folder)
+    plain = expected(model)
+    request = LoRARequest("one", 1, str(adapter(tmp_path / "lora", model)))
+    adapted = expected(model)
+    assert (adapted - plain).norm() / plain.norm() > 10 * BOUND
+    llm = engine(folder, enable_lora=True, max_lora_rank=8, enable_prefix_caching=False)
+    for one, wanted in ((None, plain), (request, adapted), (None, plain)):
+        assert_near(logits(llm, lora_request=one), wanted)
+
+
+def test_speculative_decoding_gives_the_tokens_of_one_at_a_time(tmp_path):
+    folder = quantized(tmp_path)
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=24, detokenize=False)
+    prompt = {"prompt_token_ids": [1, 2, 3, 4] * 8}
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    tokens = []
+    for how in (None, ngram):
+        llm = engine(folder, speculative_config=how)
+        (result,) = llm.generate([prompt], sampling, use_tqdm=False)
+        tokens.append(list(result.outputs[0].token_ids))
+    assert tokens[0] == tokens[1]
 
 
 TP2 = """

@@ -1,16 +1,18 @@
 """vLLM's linear layers with our weights, for any rank and size of tensor parallelism."""
 
 import pickle
+import re
 
 import foreign
 import pytest
 import torch
 from engine import as_rank, config_of, down, finish, gate_up, head, load, output, qkv
 
-from liquidgemm import LiquidConfig, LiquidLinear, QuantizedWeight, linear
+from liquidgemm import LiquidConfig, LiquidLinear, QuantizedWeight, linear, quantize_activation
 from liquidgemm.integrations.serving.foreign import convert, foreign_layers
 from liquidgemm.integrations.serving.layout import Slice, as_packed, pack
 from liquidgemm.integrations.serving.names import Names
+from liquidgemm.integrations.vllm import fusion
 from liquidgemm.quantization.layer import quantize_layer
 
 K = 256
@@ -189,7 +191,7 @@ def test_config_travels_between_processes():
 
 def test_settings_that_are_not_understood_are_refused():
     with pytest.raises(ValueError, match="newer liquidgemm"):
-        config_of({}, format_version=2)
+        config_of({}, format_version=99)
     with pytest.raises(ValueError, match=r"got \['surprise'\]"):
         config_of({}, surprise=1)
     with pytest.raises(ValueError, match="multiple of 64"):
@@ -260,3 +262,39 @@ def test_foreign_layers_are_loaded_once_and_whole():
         load(layer, {"qzeros": held["qzeros"], "scales": held["scales"]})
         with pytest.raises(RuntimeError, match="liquidgemm import"):
             collect(None, held["scales"])
+
+
+def test_activations_that_are_quantized_already():
+    """What a fused producer hands over gives the bits of the product with the floats."""
+    activation = fusion.QuantizedActivation
+    if activation is None:
+        pytest.skip(fusion.state())
+    w, x = weight(96, K, 64), tokens(K)
+    with as_rank(0, 1):
+        layer = down(config_of({"a.down_proj": 64}), K, 96)
+        load(layer, tensors(w))
+        finish(layer)
+    x8, scale = quantize_activation(x)
+    given = activation(x8, scale, x.dtype, x.shape, fusion.kInt8DynamicTokenSym)
+    assert torch.equal(output(layer, given), output(layer, x))
+    with pytest.raises(RuntimeError, match="INT8 with a scale per token"):
+        output(layer, activation(x8, scale, x.dtype, x.shape, None))
+
+
+def test_the_mlp_of_vllm_is_fused_or_says_why_not():
+    if (state := fusion.state()) != "yes":
+        assert re.match(r"no: this (vLLM|liquidgemm) ", state)
+        pytest.skip(state)
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.fusion.fused_act_quant import maybe_fused_act_quant
+
+    w, x = weight(96, K), tokens(2 * K)
+    with as_rank(0, 1):
+        layer = down(config_of({"a.down_proj": 0}), K, 96)
+        load(layer, tensors(w))
+        finish(layer)
+        given = maybe_fused_act_quant(SiluAndMul(), x, layer)
+    assert isinstance(given, fusion.QuantizedActivation)
+    gate, up = x.chunk(2, -1)
+    wanted = alone(w, torch.nn.functional.silu(gate.float()).to(x.dtype) * up)
+    assert (output(layer, given) - wanted).norm() < 0.01 * wanted.norm()

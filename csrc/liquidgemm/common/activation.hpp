@@ -79,11 +79,14 @@ CUTE_HOST_DEVICE float silu(float x) {
 }
 
 // x / 2 * (1 + tanh(u)) with u = sqrt(2 / pi) * (x + 0.044715 x^3), as x / (1 + exp(-2 u)).
-CUTE_HOST_DEVICE float gelu_tanh(float x) {
+CUTE_HOST_DEVICE float gelu_exponent(float x) {  // -2 u
   using namespace rounded;
   constexpr float kMinusTwoRoot = -0x1.988454p0f;  // -2 sqrt(2 / pi)
   const float cubic = multiply(0.044715f, multiply(multiply(x, x), x));
-  return divide(x, one_plus_exp(multiply(kMinusTwoRoot, add(x, cubic))));
+  return multiply(kMinusTwoRoot, add(x, cubic));
+}
+CUTE_HOST_DEVICE float gelu_tanh(float x) {
+  return rounded::divide(x, one_plus_exp(gelu_exponent(x)));
 }
 
 // The two factors of a clamped SwiGLU: min(x, 7) * sigmoid(1.702 min(x, 7)), and

@@ -9,7 +9,7 @@ namespace liquidgemm {
 template <TileShape shape, class Format, class Input, class Work>
 cudaError_t launch(KernelParams<Work> const& params, int clusters, cudaStream_t stream) {
   using TileT = Tile<shape, Format, Input>;
-  constexpr int kSharedBytes = sizeof(SharedStorage<TileT>);
+  constexpr int kSharedBytes = sizeof(SharedStorage<TileT>) + Work::kScheduleBytes;
   static_assert(kSharedBytes <= TileT::kSharedBytes);
   auto* const kernel = gemm_kernel<TileT, Work>;
   // Cheap, idempotent and per device: no state to keep, nothing lazy that a first call under

@@ -1,7 +1,9 @@
 #include "liquidgemm/plan.hpp"
 
+#include "liquidgemm/grouped_gemm.hpp"
 #include "liquidgemm/plan/cache.hpp"
 #include "liquidgemm/plan/explain.hpp"
+#include "liquidgemm/plan/grouped.hpp"
 
 namespace liquidgemm {
 namespace {
@@ -12,20 +14,22 @@ PlanCache& plan_cache() {
   return cache;
 }
 
-enum Kind : int { kGemm, kGemmBehindProducer, kLinear, kReadableLinear };
+enum Kind : int { kGemm, kLinear, kReadableLinear };
 
 }  // namespace
 
-LaunchPlan plan_gemm(Problem const& problem, bool follows_producer) {
-  const Activations activations =
-      follows_producer ? Activations::kJustQuantized : Activations::kReady;
-  return plan_cache().get(problem, follows_producer ? kGemmBehindProducer : kGemm,
-                          [&](Problem const& p) { return select_gemm(p, activations); });
+LaunchPlan plan_gemm(Problem const& problem) {
+  return plan_cache().get(problem, kGemm, select_gemm);
 }
 
 LaunchPlan plan_linear(Problem const& problem, bool x_is_readable) {
   return plan_cache().get(problem, x_is_readable ? kReadableLinear : kLinear,
                           [&](Problem const& p) { return select_linear(p, x_is_readable); });
+}
+
+GroupedPlan plan_grouped_gemm(GroupedProblem const& problem) {
+  static thread_local GroupedPlanCache cache;
+  return cache.get(problem, kGemm, select_grouped);
 }
 
 bool kernel_can_read(Element x_type, void const* x) {

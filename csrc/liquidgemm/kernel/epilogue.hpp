@@ -33,6 +33,7 @@ namespace liquidgemm {
 
 template <class Tile>
 class Epilogue {
+ protected:
   using Sums = PartialSums<Tile>;
   static constexpr int kThreads = Sums::kThreads;
   static constexpr int kScalesPerThread = (Tile::kTokens + kThreads - 1) / kThreads;
@@ -81,15 +82,7 @@ class Epilogue {
 
   template <class Scheduler, class Accumulator>
   CUTE_DEVICE void store(Scheduler const& scheduler, Accumulator& acc, int k_group) {
-    const WorkItem work = scheduler.work();  // again, rather than hold registers in the main loop
-    locate(work, scheduler.place(work));
-    // Scales and staging are in use until everybody, TMA too, is done with the tile before this
-    // one.
-    if (Tile::kStoresByTma && thread() == 0)
-      cute::tma_store_wait<0>();
-    if (Tile::kPairs || scheduler.item() > 0)  // groups that take turns end one after the other
-      panel_barrier();
-    stage_scales();
+    begin_store(scheduler);
     // How y is stored is asked where it is branched upon: kept in a variable across the barriers,
     // it made ptxas take the whole role for divergent, down to the descriptors of the main loop.
     if constexpr (!Tile::kPairs) {
@@ -116,7 +109,20 @@ class Epilogue {
     }
   }
 
- private:
+ protected:
+  template <class Scheduler>
+  CUTE_DEVICE void begin_store(Scheduler const& scheduler) {
+    const WorkItem work = scheduler.work();  // again, rather than hold registers in the main loop
+    locate(work, scheduler.place(work));
+    // Scales and staging are in use until everybody, TMA too, is done with the tile before this
+    // one.
+    if (Tile::kStoresByTma && thread() == 0)
+      cute::tma_store_wait<0>();
+    if (Tile::kPairs || scheduler.item() > 0)  // groups that take turns end one after the other
+      panel_barrier();
+    stage_scales();
+  }
+
   // -----------------------------------------------------------------------------------------------
   // Where this thread's values are, and what they become.
 

@@ -63,10 +63,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
   const bool pairs = Tile::kPairs && params.work.cluster.pairs;
   const bool cluster = params.work.cluster.log2_split > 0 || pairs;
 
+  using Scheduler = typename Work::template Scheduler<Tile>;
   if (producer_warp == 0 && cute::elect_one_sync()) {
     Tokens<Tile>::prefetch_descriptor(params.maps.tokens);
     if (Tile::kStoresByTma)
       cute::prefetch_tma_descriptor(&params.maps.output);
+    if constexpr (Work::kScheduleBytes > 0)
+      Scheduler::init();
     shared.barriers.init(params.work.cluster, pairs);
   }
   __syncwarp();
@@ -79,17 +82,26 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
   if (cluster && producer_warp != 0)
     cute::cluster_wait();
 
-  using Scheduler = typename Work::template Scheduler<Tile>;
   if (producer_warp >= 0) {
     cutlass::arch::warpgroup_reg_dealloc<Tile::kProducerRegisters>();
-    if (producer_warp == 0 && cute::elect_one_sync()) {
+    // Recomputed if one more role follows: kept through the loaders, the index is spilled.
+    const auto is_warp = [=](int index) {
+      return Work::kScheduleBytes > 0
+                 ? static_cast<int>(threadIdx.x / 32) == 4 * Tile::kConsumerGroups + index
+                 : producer_warp == index;
+    };
+    if constexpr (Work::kScheduleBytes > 0) {
+      if (is_warp(2))
+        Scheduler::resolve(params.sizes, params.work);
+    }
+    if (is_warp(0) && cute::elect_one_sync()) {
       const WeightLoader<Tile> weights(params.sizes, params.weights, params.prefetch, shared);
       weights.load(params.work);
     }
-    if (producer_warp == 1 && cute::elect_one_sync())
+    if (is_warp(1) && cute::elect_one_sync())
       Tokens<Tile>::load(params.maps.tokens, params.sizes, params.work, shared);
     __syncwarp();
-    if (cluster && producer_warp == 0)
+    if (cluster && is_warp(0))
       cute::cluster_wait();
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tile::kConsumerRegisters>();
@@ -98,8 +110,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     const int panel = group / Tile::kKGroups;
     const int k_group = group % Tile::kKGroups;
     const Consumer<Tile> consumer(params.sizes, shared, panel, k_group);
-    Epilogue<Tile> epilogue(params.sizes, params.output, params.maps.output, params.work.cluster,
-                            shared, panel);
+    typename Work::template Epilogue<Tile> epilogue(params.sizes, params.output, params.maps.output,
+                                                    params.work.cluster, shared, panel);
     const Ahead<Tile> ahead(params.prefetch, shared, k_group);
     auto operands_ahead = Ahead<Tile>::make_operands();
     if constexpr (Tile::kStagesAhead > 0)

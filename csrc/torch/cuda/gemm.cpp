@@ -5,32 +5,6 @@
 #include "products.hpp"
 
 namespace liquidgemm::binding {
-namespace {
-
-// int8 rows as TMA wants them: a 16-byte aligned base and row stride.
-struct Rows {
-  Tensor storage;
-  int64_t stride;
-};
-
-Rows aligned_rows(Tensor const& x, int64_t m, int64_t k, cudaStream_t stream) {
-  if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= k && x.stride(0) % 16 == 0 &&
-      aligned_to_16(x)) {
-    return {x, x.stride(0)};
-  }
-  const Tensor rows = dense(x);
-  if (k % 16 == 0 && aligned_to_16(rows))
-    return {rows, k};
-  const int64_t stride = ceil_div(k, 16) * 16;
-  Tensor padded = allocate(x, {m, stride}, ScalarType::Char);
-  check_cuda(cudaMemcpy2DAsync(padded.mutable_data_ptr(), stride, rows.const_data_ptr(), k, k, m,
-                               cudaMemcpyDeviceToDevice, stream),
-             "x");
-  return {padded, stride};
-}
-
-}  // namespace
-
 Tensor gemm_with(char const* op,
                  Tensor const& x,
                  Tensor const& x_scale,
@@ -38,7 +12,6 @@ Tensor gemm_with(char const* op,
                  Tensor const& weight_scale,
                  OptionalTensor const& bias,
                  OptionalType const& out_dtype,
-                 bool follows_producer,
                  std::optional<Forced> const& forced) {
   check_quantized_rows(x, x_scale);
   const Weight w = aligned_weight(x, weight, weight_scale, bias);
@@ -54,8 +27,8 @@ Tensor gemm_with(char const* op,
     return y;
   const Rows rows = aligned_rows(x, m, k, stream);
   const Tensor scale = dense(x_scale);
-  const LaunchPlan plan = forced ? complete(problem, forced->plan, Activations::kReady)
-                                 : plan_gemm(problem, follows_producer);
+  const LaunchPlan plan =
+      forced ? complete(problem, forced->plan, Activations::kReady) : plan_gemm(problem);
   const cudaError_t error =
       gemm({.x = rows.storage.const_data_ptr(),
             .x_type = Element::kInt8,
@@ -79,9 +52,8 @@ Tensor gemm_op(Tensor const& x,
                Tensor const& weight,
                Tensor const& weight_scale,
                OptionalTensor const& bias,
-               OptionalType const& out_dtype,
-               bool follows_producer) {
-  return gemm_with("gemm", x, x_scale, weight, weight_scale, bias, out_dtype, follows_producer);
+               OptionalType const& out_dtype) {
+  return gemm_with("gemm", x, x_scale, weight, weight_scale, bias, out_dtype);
 }
 
 }  // namespace liquidgemm::binding

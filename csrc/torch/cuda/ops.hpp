@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "../product.hpp"
@@ -10,29 +11,45 @@ namespace liquidgemm::binding {
 
 std::tuple<Tensor, Tensor> quantize_activation_op(Tensor const& x);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_quantize_op(Tensor const& x,
-                                                                Tensor const& weight,
-                                                                double eps,
-                                                                OptionalTensor const& residual,
-                                                                std::string mode,
-                                                                double offset,
-                                                                bool return_y);
-std::tuple<Tensor, Tensor, Tensor> glu_quantize_op(Tensor const& gate_up,
-                                                   std::string activation,
-                                                   bool return_y);
-
 Tensor gemm_op(Tensor const& x,
                Tensor const& x_scale,
                Tensor const& weight,
                Tensor const& weight_scale,
                OptionalTensor const& bias,
-               OptionalType const& out_dtype,
-               bool follows_producer);
+               OptionalType const& out_dtype);
 
 Tensor linear_op(Tensor const& x,
                  Tensor const& weight,
                  Tensor const& weight_scale,
                  OptionalTensor const& bias);
+
+Tensor grouped_gemm_op(Tensor const& x,
+                       Tensor const& x_scale,
+                       Tensor const& weight,
+                       Tensor const& weight_scale,
+                       Tensor const& offsets,
+                       OptionalTensor const& bias,
+                       OptionalType const& out_dtype,
+                       std::string const& activation);
+
+std::tuple<Tensor, Tensor, Tensor> moe_schedule_op(Tensor const& topk_ids, int64_t num_experts);
+std::tuple<Tensor, Tensor> quantize_activation_rows_op(Tensor const& x,
+                                                       Tensor const& slot_of_row,
+                                                       int64_t top_k);
+Tensor moe_combine_op(Tensor const& y,
+                      Tensor const& row_of_slot,
+                      Tensor const& topk_weights,
+                      OptionalTensor const& residual);
+Tensor moe_op(Tensor const& x,
+              Tensor const& topk_ids,
+              Tensor const& topk_weights,
+              Tensor const& w1,
+              Tensor const& w1_scale,
+              Tensor const& w2,
+              Tensor const& w2_scale,
+              OptionalTensor const& b1,
+              OptionalTensor const& b2,
+              std::string const& activation);
 
 Tensor pack_weight_op(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset);
 std::tuple<Tensor, Tensor, Tensor> unpack_weight_op(Tensor const& packed, int64_t n);
@@ -46,6 +63,17 @@ Tensor gemm_with_plan_op(Tensor const& x,
                          OptionalType const& out_dtype,
                          int64_t plan,
                          int64_t num_sms);
+// The same of all_grouped_plans().
+Tensor grouped_gemm_with_plan_op(Tensor const& x,
+                                 Tensor const& x_scale,
+                                 Tensor const& weight,
+                                 Tensor const& weight_scale,
+                                 Tensor const& offsets,
+                                 OptionalTensor const& bias,
+                                 OptionalType const& out_dtype,
+                                 std::string const& activation,
+                                 int64_t plan,
+                                 int64_t num_sms);
 // In one launch, whether that pays or not.
 Tensor linear_with_plan_op(Tensor const& x,
                            Tensor const& weight,

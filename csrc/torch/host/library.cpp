@@ -37,12 +37,16 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm_cpu, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY(liquidgemm_plan, m) {
   m.def("names() -> str[]");
   m.def("plausible(int m) -> int[]");
-  m.def("explain(int m, int n, int k, str op, int num_sms, float memory_tbps) -> str");
+  m.def("grouped_names() -> str[]");
+  m.def("grouped(int rows, int experts, int n, int k, int num_sms, float memory_tbps) -> str");
+  m.def("explain(int m, int n, int k, bool quantizes, int num_sms, float memory_tbps) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm_plan, CompositeExplicitAutograd, m) {
   using namespace liquidgemm::binding;
   m.impl("names", TORCH_BOX(&plan_names));
+  m.impl("grouped_names", TORCH_BOX(&grouped_plan_names));
+  m.impl("grouped", TORCH_BOX(&grouped_plan));
   m.impl("plausible", TORCH_BOX(&plausible_plans));
   m.impl("explain", TORCH_BOX(&explain_plan));
 }
@@ -51,6 +55,10 @@ STABLE_TORCH_LIBRARY(liquidgemm_testing, m) {
   m.def(
       "gemm_with_plan(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
       "ScalarType? out_dtype, int plan, int num_sms) -> Tensor");
+  m.def(
+      "grouped_gemm_with_plan(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, "
+      "Tensor offsets, Tensor? bias, ScalarType? out_dtype, str activation, int plan, int num_sms) "
+      "-> Tensor");
   m.def(
       "linear_with_plan(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, int plan, "
       "int num_sms) -> Tensor");

@@ -1,6 +1,7 @@
 // What liquidgemm/ops/plans.py asks: which plans there are, and why one is selected.
 #include "../check.hpp"
 #include "liquidgemm/plan/explain.hpp"
+#include "liquidgemm/plan/grouped.hpp"
 #include "ops.hpp"
 
 namespace liquidgemm::binding {
@@ -21,14 +22,26 @@ std::vector<int64_t> plausible_plans(int64_t m) {
   return plans;
 }
 
+std::vector<std::string> grouped_plan_names() {
+  std::vector<std::string> names;
+  for (Plan const& plan : all_grouped_plans())
+    names.push_back(name(plan));
+  return names;
+}
+
+std::string grouped_plan(
+    int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t num_sms, double memory_tbps) {
+  return describe(
+      select_grouped({rows, experts, n, k, static_cast<int>(num_sms), memory_tbps * 1e6}));
+}
+
 std::string explain_plan(
-    int64_t m, int64_t n, int64_t k, std::string op, int64_t num_sms, double memory_tbps) {
+    int64_t m, int64_t n, int64_t k, bool quantizes, int64_t num_sms, double memory_tbps) {
   for (auto const& [name, value] : {std::pair{"m", m}, {"n", n}, {"k", k}, {"num_sms", num_sms}})
     check(value >= 1 && value <= INT32_MAX, name, ": expected 1 to 2^31 - 1, got ", value);
   check(memory_tbps > 0, "memory_tbps: expected a positive number, got ", memory_tbps);
   const Problem problem{m, n, k, static_cast<int>(num_sms), memory_tbps * 1e6};
-  return to_json(op == "linear" ? explain_linear(problem)
-                                : explain_gemm(problem, op == "gemm_behind_producer"));
+  return to_json(quantizes ? explain_linear(problem) : explain_gemm(problem));
 }
 
 }  // namespace liquidgemm::binding

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...formats.liquidquant import GROUP, padded
 from ...ops import pack_weight
-from ...weights.liquidquant import GROUP, padded
 
 _ZERO = 128  # the offset of a group whose codes of 0 are weights of 0
 

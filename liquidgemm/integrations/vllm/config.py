@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -55,6 +55,12 @@ class LiquidGemmConfig(QuantizationConfig):
         self.foreign = foreign
         if self.settings is not None and self.settings.layers is None:
             check_online(self.settings.config)
+        if self.settings is not None and self.settings.experts:
+            raise ValueError(
+                f"experts: expected none, as W4A8 of experts cannot be served with vLLM yet, got "
+                f"{', '.join(self.settings.experts)}: serve the model with transformers, or "
+                "quantize with a pattern of skip that matches them"
+            )
         layers = None if self.settings is None else self.settings.layers
         self.names = Names(layers or {})
         self.online = foreign is None and layers is None
@@ -127,6 +133,15 @@ class LiquidGemmConfig(QuantizationConfig):
 
     def _online(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | str:
         config = self.settings.config
+        if isinstance(layer, ParallelLMHead) and config.head == "int8":
+            if self.tied:
+                raise ValueError(
+                    "head: expected 'float' for one that is tied to the embeddings, as vLLM loads "
+                    "no weight of its own for it, got 'int8': run `liquidgemm quantize --head int8`"
+                    " and serve its output"
+                )
+            config = replace(config, keep=(*config.keep, prefix))
+            return OnlineLiquidLinearMethod((prefix,), config, self.summary)
         if isinstance(layer, ParallelLMHead) and self.tied:
             return "tied to the embeddings"
         if layer.output_size < _FEW_ROWS:
@@ -153,8 +168,7 @@ class LiquidGemmConfig(QuantizationConfig):
 
     def _experts(self, prefix: str) -> None:
         """The place of a method for experts; None leaves them in floats."""
-        inside: Sequence[str] = [n for n in self.names.layers if n.startswith(f"{prefix}.")]
-        if inside:
+        if inside := [name for name in self.names.layers if name.startswith(f"{prefix}.")]:
             raise ValueError(
                 f"{inside[0]}: experts in W4A8 cannot be served with vLLM yet: serve the model "
                 "with transformers, or quantize with a pattern of skip that matches the experts"

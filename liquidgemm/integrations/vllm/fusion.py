@@ -11,6 +11,7 @@ import functools
 
 import torch
 from torch import Tensor, nn
+from vllm.platforms import current_platform
 
 try:
     from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
@@ -18,16 +19,15 @@ try:
 except ImportError:
     QuantizedActivation = kInt8DynamicTokenSym = None
 
-_OP = "silu_mul_quantize"
-
 
 @functools.cache
 def state() -> str:
     """Whether SiLU-and-multiply quantizes for the layer after it; tells vLLM, once."""
     if QuantizedActivation is None:
         return "no: this vLLM has no QuantizedActivation"
-    if not hasattr(torch.ops.liquidgemm, _OP):
-        return f"no: this liquidgemm has no {_OP}"
+    key = "CUDA" if current_platform.is_cuda() else "CPU"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("liquidgemm::glu_quantize", key):
+        return f"no: this liquidgemm has no glu_quantize for {key}"
     try:
         from vllm.model_executor.layers.activation import SiluAndMul
         from vllm.model_executor.layers.fusion.fused_act_quant import _FUSED_ACT_QUANT
@@ -38,12 +38,12 @@ def state() -> str:
     probe._input_quant_key = kInt8DynamicTokenSym
     if get_input_quant_key(probe) != kInt8DynamicTokenSym:
         return "no: this vLLM asks for the key of a layer in another way"
-    _FUSED_ACT_QUANT[(SiluAndMul, kInt8DynamicTokenSym)] = _silu_mul_quantize
+    _FUSED_ACT_QUANT[(SiluAndMul, kInt8DynamicTokenSym)] = _silu_mul_quantized
     return "yes"
 
 
-def _silu_mul_quantize(x: Tensor, linear: nn.Module):
-    data, scale = getattr(torch.ops.liquidgemm, _OP)(x)
+def _silu_mul_quantized(x: Tensor, linear: nn.Module):
+    data, scale, _ = torch.ops.liquidgemm.glu_quantize(x, "silu_mul", False)
     return QuantizedActivation(data, scale, x.dtype, data.shape, kInt8DynamicTokenSym)
 
 

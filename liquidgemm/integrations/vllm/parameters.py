@@ -16,7 +16,7 @@ from vllm.model_executor.parameter import (
     ModelWeightParameter,
 )
 
-from ...weights.liquidquant import GROUP, padded
+from ...formats.liquidquant import GROUP, padded
 from ..serving.layout import Slice
 
 CODES = {"qweight": 2, "qscale": GROUP, "qoffset": GROUP}

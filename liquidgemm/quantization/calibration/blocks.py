@@ -49,10 +49,10 @@ class Call:
     def with_hidden(self, hidden: Tensor) -> Call:
         args, kwargs = self.args, self.kwargs
         slot = hidden_slot(args, kwargs)
-        if slot == 0:
-            args = (hidden, *args[1:])
-        else:
+        if isinstance(slot, str):
             kwargs = {**kwargs, slot: hidden}
+        elif slot == 0:
+            args = (hidden, *args[1:])
         return replace(self, args=args, kwargs=kwargs)
 
     def cloned(self) -> Call:

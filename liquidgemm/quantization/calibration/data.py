@@ -46,7 +46,7 @@ def as_batches(
     tokenizer: Any = None,
     argument: str = "calibration",
     model: nn.Module | None = None,
-) -> list[Tensor | dict[str, Any]]:
+) -> list[Tensor | Mapping[str, Any]]:
     """Batches as they are, and texts as windows of tokens.
 
     Args:
@@ -65,7 +65,7 @@ def as_batches(
             f"{argument}: expected an iterable of token batches or texts, "
             f"got one {type(data).__name__}: put it in a list"
         )
-    batches: list[Tensor | dict[str, Any]] = []
+    batches: list[Tensor | Mapping[str, Any]] = []
     texts: list[str] = []
     for item in data:
         if isinstance(item, str):
@@ -79,7 +79,7 @@ def as_batches(
                 f"{argument}: expected tensors, mappings of tensors or texts, got {_kinds(item)}"
             )
     main_input = getattr(model, "main_input_name", None)
-    if texts and main_input not in (None, "input_ids"):
+    if model is not None and texts and main_input not in (None, "input_ids"):
         raise ValueError(
             f"{argument}: expected mappings with {main_input!r}, as {_call(model)} takes, got texts"
         )
@@ -136,8 +136,8 @@ def check_batches(
     for number, batch in enumerate(batches):
         where = f"{argument}: batch {number}"
         items = batch.items() if isinstance(batch, Mapping) else [("", batch)]
-        tokens = isinstance(batch, Tensor) and not batch.is_floating_point()
-        if tokens and wanted not in (None, "input_ids"):
+        named = wanted not in (None, "input_ids")
+        if named and isinstance(batch, Tensor) and not batch.is_floating_point():
             raise ValueError(
                 f"{where}: expected a mapping with {wanted!r}, as {_call(model)} takes, got a "
                 f"tensor of {batch.dtype}, as texts give"

@@ -14,17 +14,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...nn._modules import replace_module
+from ...nn._modules import linear_at, replace_module
 from ...weights.weight import QuantizedWeight
 from ..config import LiquidConfig
 from ..experts import PARTS, SeparateExperts
-from ..layer import quantize_layer
+from ..layer import quantize_layers
 from ..report import LayerReport
 from .blocks import Call, find_stages, main_tensor, stage_inputs
 from .data import running
@@ -135,7 +135,7 @@ class _Run:
         original = self.model.get_submodule(unit.name)
         block = unit.copy(self.model, self.device, self.done)
         layers = {
-            name: block.get_submodule(unit.inner(name))
+            name: linear_at(block, unit.inner(name))
             for name in unit.layers
             if self.model.get_submodule(name) not in self.done
         }
@@ -177,7 +177,7 @@ class _Run:
         device = next(self.model.parameters()).device
         result = self.result
         for name in names:
-            layer = block.get_submodule(unit.inner(name))
+            layer = cast(SimulatedLinear, block.get_submodule(unit.inner(name)))
             result.weights[name] = layer.quantized.to(device)
             self.done[self.model.get_submodule(name)] = result.weights[name]
             if layer.bias is not None:
@@ -243,9 +243,10 @@ def _quantize_unit(
             inputs, alpha = smooth_site(block, site, inputs, config)
         moments = Moments.of(map(round_activation, inputs))
         sample = sample_rows(inputs) if inputs else None
-        for name in stage:
+        weights = {name: layers[name].weight for name in stage}
+        found = quantize_layers(weights, config, moments)
+        for name, (quantized, method) in zip(stage, found, strict=True):
             linear = layers[name]
-            quantized, method = quantize_layer(linear.weight, config, name, moments)
             simulated = SimulatedLinear(quantized, linear.bias)
             report = LayerReport.of(name, method, linear.weight, quantized, sample, alpha)
             report.tokens = moments.tokens if moments is not None else 0

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ class Flow:
             self._look_ahead()
             index = 0
         call = self._ahead[index]
-        return call if index == 0 else call.with_hidden(self._hidden)
+        return call if index == 0 else call.with_hidden(cast(Tensor, self._hidden))
 
     def run(self, block: nn.Module) -> tuple[Any, Left, Attributes]:
         """The call whose turn it is, by what stands for the unit; for `push`."""
@@ -104,8 +104,13 @@ class Flow:
 
         self._given.append(map_tensors((out, left), as_seen))
         kinds = self._calls[position].attributes
+
+        def as_recorded(where: tuple[str, str], value: Tensor) -> Tensor:
+            dtype, device = kinds[where]
+            return value.to(device, dtype)
+
         self._attributes.append(
-            {where: value.to(*reversed(kinds[where])) for where, value in attributes.items()}
+            {where: as_recorded(where, value) for where, value in attributes.items()}
         )
 
     def later_calls(self, unit: str) -> list[Call]:

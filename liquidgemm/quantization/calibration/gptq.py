@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...weights.liquidquant import GROUP, Q_MAX, pack_nibbles, padded
+from ...formats.liquidquant import GROUP, Q_MAX, pack_nibbles, padded
 from ...weights.weight import QuantizedWeight, dequantize_weight
 
 _BLOCK = 128
@@ -22,6 +22,7 @@ _BLOCK = 128
 # grid below has cut off.
 _RESIDUAL_STEPS = (1, 2, 4)
 _ZERO = 128  # qoffset - z
+_ROWS = 8192  # of an INT8 weight, such as a head, that are rounded at a time
 
 
 def gptq(
@@ -122,18 +123,20 @@ def int8_weight(weight: Tensor) -> QuantizedWeight:
     n, k = weight.shape
     device = weight.device
     sigma = weight.abs().amax(1) / 127
-    w8 = (weight / _nonzero(sigma).unsqueeze(1)).round_().clamp_(-127, 127).int() + _ZERO
     groups = padded(k) // GROUP
 
     def codes(values: Tensor) -> Tensor:
-        return F.pad(values.to(torch.uint8), (0, -k % GROUP))
+        return F.pad(values, (0, -k % GROUP))
 
-    columns = torch.arange(padded(k), dtype=torch.int32, device=device).clamp_(max=k - 1)
-    high, low = codes(w8 >> 4), codes(w8 & 15)
+    packed = []
+    for rows, unit in zip(weight.split(_ROWS), _nonzero(sigma).split(_ROWS), strict=True):
+        w8 = (rows / unit.unsqueeze(1)).round_().clamp_(-127, 127).add_(_ZERO).to(torch.uint8)
+        packed.append(pack_nibbles(torch.cat((codes(w8 >> 4), codes(w8 & 15)), 1)))
     # The residual columns past K repeat the last one, and hold zeros.
+    columns = torch.arange(padded(k), dtype=torch.int32, device=device).clamp_(max=k - 1)
     step = torch.ones(n, groups, dtype=torch.uint8, device=device)
     return QuantizedWeight(
-        pack_nibbles(torch.cat((high, low), 1)),
+        torch.cat(packed),
         torch.cat((16 * step, step), 1),
         torch.cat((0 * step, _ZERO * step), 1),
         sigma,
@@ -157,13 +160,14 @@ def refit_scale(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> 
     return replace(quantized, scale=torch.where(keep, quantized.scale, ratio))
 
 
-def worst_columns(
-    weight: Tensor, approximation: Tensor, importance: Tensor | None, count: int
-) -> Tensor:
-    """int32 ``[count]``: the columns with the largest ``H_kk · ‖W_k - Ŵ_k‖²``, in their order."""
+def column_error(weight: Tensor, approximation: Tensor, importance: Tensor | None) -> Tensor:
+    """``H_kk · ‖W_k - Ŵ_k‖²`` of each column, ``[K]``."""
     error = (weight - approximation).square_().sum(0)
-    if importance is not None:
-        error = error * importance
+    return error if importance is None else error * importance
+
+
+def worst_columns(error: Tensor, count: int) -> Tensor:
+    """int32 ``[count]``: the columns with the largest error ``[K]``, in their order."""
     return error.topk(count).indices.sort().values.int()
 
 
@@ -173,10 +177,11 @@ def _nonzero(sigma: Tensor) -> Tensor:
 
 def _grid(base: QuantizedWeight, k: int) -> tuple[Tensor, Tensor]:
     """s and z of each weight as floats ``[N, K]``."""
-    return tuple(
-        parameter.repeat_interleave(GROUP, dim=1)[:, :k].float() - offset
-        for parameter, offset in ((base.qscale, 0), (base.qoffset, _ZERO))
-    )
+
+    def expanded(parameter: Tensor) -> Tensor:
+        return parameter.repeat_interleave(GROUP, dim=1)[:, :k].float()
+
+    return expanded(base.qscale), expanded(base.qoffset) - _ZERO
 
 
 def _with_codes(base: QuantizedWeight, codes: Tensor) -> QuantizedWeight:

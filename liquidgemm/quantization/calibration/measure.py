@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +38,12 @@ def choose_measure(
         output = recording.output
         measure = _measure(model, recording.batch, output)
         if measure == LABELS:
-            labels = batch["labels"]
+            labels = _labels(batch)
             if not labels.is_floating_point() and not (labels != -100).any():
                 raise ValueError(f"{where}: expected a label other than -100, got none")
         elif measure == NEXT_TOKEN:
             if not _counted(model, batch).any():
-                shape = list(_ids(batch).shape)
+                shape = list(_known_ids(batch).shape)
                 raise ValueError(f"{where}: expected at least 2 tokens in a row, got ids {shape}")
         elif not _outputs(output):
             raise ValueError(
@@ -59,12 +59,12 @@ def loss(
 ) -> tuple[float, float]:
     """A sum, and the number that it has to be divided by."""
     if measure == LABELS:
-        labels = batch["labels"]
+        labels = _labels(batch)
         count = labels.numel() if labels.is_floating_point() else int((labels != -100).sum())
         return _field(output, "loss").float().mean().item() * count, count
     if measure == NEXT_TOKEN:
         logits, counted = _field(output, "logits"), _counted(model, batch)
-        target = _ids(batch)[:, 1:][counted].to(logits.device)
+        target = _known_ids(batch)[:, 1:][counted].to(logits.device)
         flat = logits[:, :-1][counted.to(logits.device)].float()
         return F.cross_entropy(flat, target, reduction="sum").item(), target.numel()
     padding = Padding(batch, is_encoder_decoder(model, batch))
@@ -106,9 +106,19 @@ def _ids(batch: Tensor | Mapping[str, Any]) -> Tensor | None:
     return ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
 
 
+def _known_ids(batch: Tensor | Mapping[str, Any]) -> Tensor:
+    """As `_ids`, of a batch that has them."""
+    return cast(Tensor, _ids(batch))
+
+
+def _labels(batch: Tensor | Mapping[str, Any]) -> Tensor:
+    """Of a batch that has them."""
+    return cast(Mapping[str, Tensor], batch)["labels"]
+
+
 def _counted(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> Tensor:
     """bool ``[B, T - 1]``: the tokens to predict that are no padding."""
-    ids = _ids(batch)
+    ids = _known_ids(batch)
     padding = Padding(batch, is_encoder_decoder(model, batch))
     in_decoder = isinstance(batch, Mapping) and "decoder_input_ids" in batch
     for mask in padding.decoder if in_decoder else padding.main:

@@ -36,12 +36,13 @@ class Moments:
     @classmethod
     def of(cls, inputs: Iterable[Tensor]) -> Moments | None:
         """From rounded inputs ``[T, K]``; None if there is not one token."""
-        total, tokens = None, 0
+        total: Tensor | None = None
+        tokens = 0
         for x in inputs:
             product = x.float().T @ x.float()
             total = product if total is None else total.add_(product)
             tokens += len(x)
-        return cls(total / tokens, tokens) if tokens else None
+        return None if total is None or not tokens else cls(total / tokens, tokens)
 
     def importance(self, shrinkage: float) -> Tensor:
         """diag(H), shrunk towards its mean: ``[K]``."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...weights.liquidquant import padded
+from ...formats.liquidquant import padded
+from ...nn._modules import linear_at
 from ..config import LiquidConfig
 from ..experts import Experts
 from ..layer import layer_method, residual_columns
@@ -36,14 +37,14 @@ def plan(
     units = find_units(model, names)
     check_pairs(model, units, config)
     reached = set(names) if batches is None else _reached(model, names, batches)
-    smoothed = {}
+    smoothed: dict[str, str] = {}
     for unit in units if config.smooth else []:
         prefix = f"{unit.name}." if unit.name else ""
         for site in find_sites(model.get_submodule(unit.name), config):
             smoothed |= {prefix + linear: site.source for linear in site.linears}
     lines = {}
     for name in names:
-        linear = model.get_submodule(name)
+        linear = linear_at(model, name)
         method = layer_method(config, name, has_data=name in reached)
         columns = padded(linear.in_features)
         own = config if experts is None else experts.config_of(name, config)

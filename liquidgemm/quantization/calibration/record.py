@@ -111,7 +111,7 @@ def hidden_state(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
     slot = hidden_slot(args, kwargs)
     if slot is None:
         return next(tensors((args, dict(kwargs))), None)
-    return args[slot] if slot == 0 else kwargs[slot]
+    return kwargs[slot] if isinstance(slot, str) else args[slot]
 
 
 @contextmanager
@@ -162,9 +162,11 @@ class _Recorder(TorchDispatchMode):
 
     def _read(self, tensor: Tensor) -> int:
         """The call whose attribute a tensor was left in, and takes note of it; -1 if none was."""
-        _, call, where = self._attributes.get(id(tensor), (None, -1, None))
-        if call >= 0:
-            self.calls[call].attributes[where] = tensor.dtype, tensor.device
+        found = self._attributes.get(id(tensor))
+        if found is None:
+            return -1
+        _, call, where = found
+        self.calls[call].attributes[where] = tensor.dtype, tensor.device
         return call
 
     def owners(self, tensor: Tensor) -> list[tuple[int, int]]:
@@ -187,7 +189,7 @@ class _Recorder(TorchDispatchMode):
         others = [source for t in given if t is not hidden for source, _ in self.owners(t)]
         others += [self._read(t) for t in tensors((args, kwargs))]
         call.needs = max([call.needs, *others])
-        if len(chained) == 1 and hidden_slot(args, kwargs) is not None:
+        if hidden is not None and len(chained) == 1 and hidden_slot(args, kwargs) is not None:
             sources = [source for source, _ in self.owners(hidden)]
             call.chained = sources == [index - 1] and self.calls[index - 1].template is not None
         return index, hidden

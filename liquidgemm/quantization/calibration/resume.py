@@ -66,8 +66,9 @@ class Resume:
                     "expected the same one, or an empty folder"
                 )
 
-    def _path(self, index: int) -> Path:
-        return self._folder / f"block-{index:04}.safetensors"
+    @staticmethod
+    def _path(folder: Path, index: int) -> Path:
+        return folder / f"block-{index:04}.safetensors"
 
     def save(
         self,
@@ -95,7 +96,8 @@ class Resume:
             "features": json.dumps(features),
             "reports": json.dumps([asdict(report) for report in reports]),
         }
-        write_atomically(self._path(index), lambda file: write_tensors(tensors, file, metadata))
+        path = self._path(self._folder, index)
+        write_atomically(path, lambda file: write_tensors(tensors, file, metadata))
 
     def load(self, index: int, original: nn.Module, block: nn.Module) -> list[LayerReport] | None:
         """Bring a float block to what was saved for it; None if nothing was.
@@ -103,22 +105,23 @@ class Resume:
         Raises:
             ValueError: what was saved came from other weights, or is damaged.
         """
-        if self._folder is None or not self._path(index).exists():
+        if self._folder is None:
+            return None
+        path = self._path(self._folder, index)
+        if not path.exists():
             return None
         device = next(block.parameters()).device
         try:
-            with safe_open(self._path(index), "pt") as file:
+            with safe_open(path, "pt") as file:
                 metadata = file.metadata()
                 tensors = {k: file.get_tensor(k).to(device) for k in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(
-                f"resume: {self._path(index)}: truncated or damaged ({error})"
-            ) from None
+            raise ValueError(f"resume: {path}: truncated or damaged ({error})") from None
         if metadata["original"] != _digest(original):
-            raise ValueError(f"resume: {self._path(index)} was made from other weights")
+            raise ValueError(f"resume: {path} was made from other weights")
         for name, in_features in json.loads(metadata["features"]).items():
-            parts = [tensors.pop(f"{name}.{key}", None) for key in _LOGICAL]
-            weight = QuantizedWeight(*parts[:4], in_features, parts[4])
+            parts = {key: tensors.pop(f"{name}.{key}", None) for key in _LOGICAL}
+            weight = QuantizedWeight(**parts, in_features=in_features)
             bias = tensors.pop(f"{name}.bias", None)
             replace_module(block, name, SimulatedLinear(weight, bias))
         parameters = dict(block.named_parameters())

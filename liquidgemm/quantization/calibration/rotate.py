@@ -7,11 +7,17 @@ reads from it by Qᵀ, and the model computes what it did, on a stream without o
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NoReturn, cast
+
 import torch
 from torch import Tensor, nn
 
+from ...nn._modules import linear_at
 from ..config import LiquidConfig
 from .units import find_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -28,16 +34,16 @@ def random_hadamard(size: int, seed: int, device: torch.device | None = None) ->
     """
     generator = torch.Generator().manual_seed(seed)
     two = size & -size
-    cpu = {"device": "cpu"}  # like the generator, whatever the default device is
-    h = torch.ones(1, 1, dtype=torch.float64, **cpu)
+    cpu = torch.device("cpu")  # like the generator, whatever the default device is
+    h = torch.ones(1, 1, dtype=torch.float64, device=cpu)
     while len(h) < two:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
     rest = size // two
     if rest > 1:
-        factor = torch.randn(rest, rest, generator=generator, dtype=torch.float64, **cpu)
+        factor = torch.randn(rest, rest, generator=generator, dtype=torch.float64, device=cpu)
         h = torch.kron(torch.linalg.qr(factor).Q.contiguous(), h)
     left, right = (
-        torch.randint(0, 2, (size,), generator=generator, **cpu) * 2.0 - 1 for _ in range(2)
+        torch.randint(0, 2, (size,), generator=generator, device=cpu) * 2.0 - 1 for _ in range(2)
     )
     return (h / two**0.5 * left.unsqueeze(1) * right).to(device)
 
@@ -59,11 +65,11 @@ def rotate_(model: nn.Module, config: LiquidConfig) -> None:
         _rotate_stream(model, blocks, config.seed)
     if config.rotate_heads:
         for block in blocks:
-            _rotate_heads(block.self_attn, config.seed)
+            _rotate_heads(block.get_submodule("self_attn"), config.seed)
 
 
-def _llama_blocks(model: nn.Module) -> list[str]:
-    def refuse(why: str):
+def _llama_blocks(model: PreTrainedModel) -> list[str]:
+    def refuse(why: str) -> NoReturn:
         raise ValueError(f"rotate: expected a model of the Llama family, got one {why}")
 
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
@@ -82,42 +88,42 @@ def _llama_blocks(model: nn.Module) -> list[str]:
                 refuse(f"whose {norm} is a {type(modules[norm]).__name__}")
             if "Gemma" in type(modules[norm]).__name__:
                 refuse("whose embeddings are scaled")
-    if _final_norm(model) is None or not hasattr(model, "get_output_embeddings"):
+    if _final_gain(model) is None or not hasattr(model, "get_output_embeddings"):
         refuse("without a final norm and lm_head")
     if type(model.get_output_embeddings()) is not nn.Linear:
         refuse("without an lm_head")
     return names
 
 
-def _final_norm(model: nn.Module) -> nn.Module | None:
-    return getattr(getattr(model, "model", None), "norm", None)
+def _final_gain(model: PreTrainedModel) -> Tensor | None:
+    return getattr(getattr(getattr(model, "model", None), "norm", None), "weight", None)
 
 
-def _rotate_stream(model: nn.Module, blocks: list[nn.Module], seed: int) -> None:
+def _rotate_stream(model: PreTrainedModel, blocks: list[nn.Module], seed: int) -> None:
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    norm = _final_norm(model)
+    last = model.get_parameter("model.norm.weight")
     q = random_hadamard(embed.weight.shape[1], seed)
     if head.weight is embed.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
         model.config.tie_word_embeddings = False
-    _read(head, q, norm)
-    norm.weight.fill_(1)
+    _read(head, q, last)
+    last.fill_(1)
     embed.weight.copy_(_product(embed.weight.double(), q))
     for block in blocks:
         for name, readers in _READERS.items():
-            gain = block.get_submodule(name)
+            gain = block.get_parameter(f"{name}.weight")
             for reader in readers:
-                _read(block.get_submodule(reader), q, gain)
-            gain.weight.fill_(1)
+                _read(linear_at(block, reader), q, gain)
+            gain.fill_(1)
         for name in _WRITERS:
-            linear = block.get_submodule(name)
+            linear = linear_at(block, name)
             linear.weight.copy_(_product(q.T, linear.weight.double()))
             if linear.bias is not None:
                 linear.bias.copy_(_product(linear.bias.double(), q))
 
 
-def _read(linear: nn.Linear, q: Tensor, norm: nn.Module) -> None:
-    linear.weight.copy_(_product(linear.weight.double() * norm.weight.double(), q))
+def _read(linear: nn.Linear, q: Tensor, gain: Tensor) -> None:
+    linear.weight.copy_(_product(linear.weight.double() * gain.double(), q))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -126,9 +132,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _rotate_heads(attention: nn.Module, seed: int) -> None:
-    size = attention.head_dim
+    size = cast(int, attention.head_dim)
     q = random_hadamard(size, seed + 1)
-    v, o = attention.v_proj, attention.o_proj
+    v, o = linear_at(attention, "v_proj"), linear_at(attention, "o_proj")
     weight = v.weight.double().unflatten(0, (-1, size))
     v.weight.copy_(torch.einsum("hdk,de->hek", weight, q.to(weight.device)).flatten(0, 1))
     if v.bias is not None:

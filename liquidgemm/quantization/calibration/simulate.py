@@ -21,6 +21,9 @@ class SimulatedLinear(nn.Module):
     faster, on a CPU with kernels of its own, and no gradient is asked for, it is that.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.quantized = weight

@@ -11,12 +11,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
 
-from ...nn._modules import is_linear
+from ...nn._modules import is_linear, linear_at, weight_of
 from ...weights.quantize import quantize_weight
 from ...weights.weight import dequantize_weight
 from ..config import LiquidConfig
@@ -73,8 +73,8 @@ def find_sites(block: nn.Module, config: LiquidConfig) -> list[Site]:
     if not config.smooth:
         return []
     if isinstance(config.smooth, dict):
-        sites = [Site(source, tuple(names)) for source, names in config.smooth.items()]
-        return [s for s in sites if all(name in modules for name in (s.source, *s.linears))]
+        named = [Site(source, tuple(names)) for source, names in config.smooth.items()]
+        return [s for s in named if all(name in modules for name in (s.source, *s.linears))]
     sites: list[Site] = []
     for site in _KNOWN:
         taken = {name for other in sites for name in other.linears}
@@ -108,10 +108,13 @@ def check_pairs(model: nn.Module, units: list[Unit], config: LiquidConfig) -> No
 
 
 def _check_pair(site: Site, modules: dict[str, nn.Module]) -> None:
+    sizes: dict[str, int] = {}
     for name in site.linears:
-        if not isinstance(modules[name], nn.Linear):
-            kind = type(modules[name]).__name__
+        linear = modules[name]
+        if not isinstance(linear, nn.Linear):
+            kind = type(linear).__name__
             raise ValueError(f"smooth: {name}: expected an nn.Linear, got {kind}: {_words(site)}")
+        sizes[name] = linear.in_features
     source = modules[site.source]
     weight = getattr(source, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() > 2 or isinstance(source, nn.Embedding):
@@ -124,12 +127,11 @@ def _check_pair(site: Site, modules: dict[str, nn.Module]) -> None:
         raise ValueError(
             f"smooth: {site.source}: expected an nn.Linear, got {kind}: {_words(site)}"
         )
-    sizes = {name: modules[name].in_features for name in site.linears}
     if len({*sizes.values()}) > 1:
         raise ValueError(f"smooth: expected linears of one input size, got {sizes}: {_words(site)}")
     parent = modules[site.source.rpartition(".")[0]]
     try:
-        _groups(source, modules[site.linears[0]], getattr(parent, "head_dim", None))
+        _groups(weight, sizes[site.linears[0]], getattr(parent, "head_dim", None))
     except ValueError as error:
         raise ValueError(f"smooth: {_words(site)}: {error}") from None
 
@@ -174,7 +176,7 @@ class Sites:
             usable, refused = usable_sites(
                 block,
                 find_sites(block, self._config),
-                lambda b, call=call: _floats(run_call(b, call, attributes_of(b))),
+                partial(_run, call),
                 unit.shared_parameters(self._model),
             )
             if refused and isinstance(self._config.smooth, dict):
@@ -187,17 +189,23 @@ class Sites:
         return self._sites.get(unit.name, [])
 
 
-def _floats(value: Any) -> list[Tensor]:
-    return [t for t in tensors(value) if t.is_floating_point()]
+def _run(call: Call, block: nn.Module) -> list[Tensor]:
+    given = run_call(block, call, attributes_of(block))
+    return [t for t in tensors(given) if t.is_floating_point()]
 
 
-def _groups(source: nn.Module, linear: nn.Linear, head_size: int | None) -> tuple[int, int, int]:
-    """``(heads, repeats, size)``: how outputs of the source become inputs of the linear."""
-    wide = linear.in_features
-    own = source.weight.shape[0]
+def _groups(source: Tensor, wide: int, head_size: int | None) -> tuple[int, int, int]:
+    """``(heads, repeats, size)``: how outputs of the source become the inputs of a linear.
+
+    Args:
+        source: the weight of the source.
+        wide: in_features of the linear.
+        head_size: features of a head, if there are heads.
+    """
+    own = source.shape[0]
     if own == wide:
         return 1, 1, wide
-    if source.weight.dim() < 2 or not head_size or own % head_size or wide % own:
+    if source.dim() < 2 or not head_size or own % head_size or wide % own:
         raise ValueError(f"expected a source of {wide} features, or of fewer heads, got {own}")
     return own // head_size, wide // own, head_size
 
@@ -223,10 +231,10 @@ def choose_factors(
     wmax = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
 
     def error(m: Tensor | None) -> float:
-        scaled, inputs, importance = rows, x, mean_square
+        scaled, inputs, squares = rows, x, mean_square
         if m is not None:
-            scaled, inputs, importance = rows * m, x / m, mean_square / m.square()
-        importance = importance if importance.any() else None
+            scaled, inputs, squares = rows * m, x / m, mean_square / m.square()
+        importance = squares if squares.any() else None
         quantized = dequantize_weight(
             quantize_weight(scaled, config.group_size, "search", importance)
         )
@@ -264,30 +272,32 @@ def fold_into_source(source: nn.Module, m: Tensor, layout: tuple[int, int, int])
     if isinstance(source, SimulatedLinear):
         source.divide_outputs(m)
         return
+    weight = weight_of(source)
     if isinstance(source, nn.Linear):
-        source.weight.div_(m.unsqueeze(1))
+        weight.div_(m.unsqueeze(1))
     elif _gain_is_one_plus(source):
-        source.weight.copy_((1 + source.weight) / m - 1)
+        weight.copy_((1 + weight) / m - 1)
     else:
-        source.weight.div_(m)
-    if getattr(source, "bias", None) is not None:
-        source.bias.div_(m)
+        weight.div_(m)
+    if (bias := getattr(source, "bias", None)) is not None:
+        bias.div_(m)
 
 
 def _gain_is_one_plus(norm: nn.Module) -> bool:
     """Whether a norm multiplies by ``1 + weight``, as Gemma's do: asked of the norm itself."""
     probe = copy.deepcopy(norm)
-    probe.weight.zero_()
-    if getattr(probe, "bias", None) is not None:
-        probe.bias.zero_()
-    ramp = torch.arange(probe.weight.numel(), dtype=probe.weight.dtype, device=probe.weight.device)
+    weight = weight_of(probe).zero_()
+    if (bias := getattr(probe, "bias", None)) is not None:
+        bias.zero_()
+    ramp = torch.arange(weight.numel(), dtype=weight.dtype, device=weight.device)
     return bool(probe(ramp.unsqueeze(0)).any())
 
 
 def site_layout(block: nn.Module, site: Site) -> tuple[int, int, int]:
-    source, linear = block.get_submodule(site.source), block.get_submodule(site.linears[0])
+    source = weight_of(block.get_submodule(site.source))
+    wide = linear_at(block, site.linears[0]).in_features
     parent = block.get_submodule(site.source.rpartition(".")[0])
-    return _groups(source, linear, getattr(parent, "head_dim", None))
+    return _groups(source, wide, getattr(parent, "head_dim", None))
 
 
 def sample_rows(inputs: list[Tensor], count: int = _SAMPLE_TOKENS) -> Tensor:
@@ -302,10 +312,10 @@ def smooth_site(
 ) -> tuple[list[Tensor], float | None]:
     """Choose the factors of a site and fold them in; the inputs as they are now, and alpha."""
     layout = site_layout(block, site)
-    linears = [block.get_submodule(name) for name in site.linears]
+    linears = [linear_at(block, name) for name in site.linears]
     amax = torch.stack([x.abs().amax(0) for x in inputs]).amax(0).float()
     tokens = sum(len(x) for x in inputs)
-    mean_square = sum(x.float().square().sum(0) for x in inputs) / tokens
+    mean_square = reduce(torch.add, (x.float().square().sum(0) for x in inputs)) / tokens
     weights = [linear.weight.float() for linear in linears]
     m, alpha = choose_factors(sample_rows(inputs), amax, mean_square, weights, layout, config)
     if m is None:
@@ -346,10 +356,10 @@ def usable_sites(
         generator = torch.Generator().manual_seed(0)
         m = torch.rand(heads, 1, size, generator=generator, device="cpu").add_(0.5)
         source = trial.get_submodule(site.source)
-        m = m.expand(heads, repeats, size).reshape(-1).to(source.weight.device)
+        m = m.expand(heads, repeats, size).reshape(-1).to(weight_of(source).device)
         fold_into_source(source, m, layout)
         for name in site.linears:
-            trial.get_submodule(name).weight.mul_(m)
+            linear_at(trial, name).weight.mul_(m)
         off = max(map(_off, run(trial), expected))
         if off < _SAME:
             usable.append(site)

@@ -36,12 +36,13 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
         items = {key: map_tensors(item, change) for key, item in value.items()}
         if type(value) is dict:
             return items
-        changed = copy.copy(value)
+        changed: Any = copy.copy(value)
         changed.update(items)
         return changed
     if isinstance(value, tuple | list):
-        items = [map_tensors(item, change) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        kind: Any = type(value)
+        changed = [map_tensors(item, change) for item in value]
+        return kind(*changed) if hasattr(value, "_fields") else kind(changed)
     return value
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from ...nn._modules import paths_of_modules, replace_module
+from ...nn._modules import linear_at, paths_of_modules, replace_module
 from ...weights.weight import QuantizedWeight
 from ..routing import is_routed
 from .simulate import SimulatedLinear
@@ -71,7 +71,7 @@ class Unit:
             block.to(device)
         for path, module in original.named_modules(remove_duplicate=False):
             if module in done and path:
-                linear = block.get_submodule(path)
+                linear = linear_at(block, path)
                 weight = done[module].to(linear.weight.device)
                 replace_module(block, path, SimulatedLinear(weight, linear.bias))
         return block

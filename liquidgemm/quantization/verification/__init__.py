@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
+from ...nn._modules import linear_at
 from ...nn.experts import LiquidExperts
 from ...nn.linear import LiquidLinear
 from ...ops import quantize_activation
@@ -81,10 +82,10 @@ class Verification:
             return "; ".join(f"FAULT: {name}: {what}" for name, what in self.faults.items())
         if self.reason:
             return f"not verified as a whole: {self.reason}"
-        worst = max(self.outputs.values())
+        worst, bound = max(self.outputs.values()), 1 if self.bound is None else self.bound
         text = f"verified on {self.input}: outputs off by {100 * worst:.1f} %"
         more = f", {len(self.unreached)} layers not reached" if self.unreached else ""
-        return f"{text} (rounding explains up to {100 * self.bound:.0f} %){more}"
+        return f"{text} (rounding explains up to {100 * bound:.0f} %){more}"
 
 
 class Probe:
@@ -95,7 +96,7 @@ class Probe:
     ) -> None:
         self.result = Verification()
         self._model = model
-        layers = {name: model.get_submodule(name) for name in names}
+        layers = {name: linear_at(model, name) for name in names}
         width = sum(layer.in_features * layer.weight.itemsize for layer in layers.values())
         self._rows = max(1, min(_ROWS, _BUDGET // max(1, width)))
         self._generator = torch.Generator().manual_seed(_SEED)
@@ -281,7 +282,8 @@ class Probe:
                     if key in self._given and value.shape == self._given[key].shape:
                         self._before[key] = _distance(value, self._given[key])
 
-        output = Observer(self._model, seen=seen).run(*self._arguments)
+        args, kwargs = cast(tuple[tuple, dict], self._arguments)
+        output = Observer(self._model, seen=seen).run(args, kwargs)
         return blocks, dict(_values(output, finite=False))
 
     def warn(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ def small_inputs(
         yield "the first of the calibration data", _placed(model, _cut(batch))
         return
     adapters = imported("peft")
-    inner = model
+    inner: Any = model
     if adapters is not None and isinstance(model, adapters.PeftModel):
-        inner = model.get_base_model()
+        inner = inner.get_base_model()
     if is_from_transformers(inner):
         made = _made_up(inner)
         if made:
@@ -70,9 +70,10 @@ def _placed(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> Arguments:
         return (batch.to(device),), _no_cache(model)
     moved = map_tensors(dict(batch), lambda t: t.to(device))
     if is_from_transformers(model):
+        dtype = cast(torch.dtype, model.dtype)
         for key, value in moved.items():
             if isinstance(value, Tensor) and value.is_floating_point():
-                moved[key] = value.to(model.dtype)
+                moved[key] = value.to(dtype)
     return (), moved | _no_cache(model)
 
 

@@ -53,7 +53,7 @@ class _Watch(TorchDispatchMode):
         writes = isinstance(func, OpOverload) and func._schema.is_mutable
         for value in tree_iter((args, kwargs)):
             key = _storage(value) if isinstance(value, Tensor) else None
-            for tensor in self._by_storage.get(key, ()):
+            for tensor in () if key is None else self._by_storage.get(key, ()):
                 # A file that is mapped into memory is one storage with many weights in it.
                 first = value.data_ptr() - tensor.data_ptr()
                 if not 0 <= first < max(1, tensor.nbytes):

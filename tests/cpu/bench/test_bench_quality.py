@@ -83,7 +83,7 @@ def test_results_and_tables(data, monkeypatch, capsys):
     assert capsys.readouterr().out == ""  # nothing was left to do
 
     document = data / "quality.md"
-    document.write_text(f"before\n{quality_tables.BEGIN}\nold\n{quality_tables.END}\nafter\n")
+    document.write_text(f"before\n{quality_tables.begin(out)}\nold\n{quality_tables.END}\nafter\n")
     monkeypatch.setattr(quality_tables, "DOCUMENT", document)
     run(monkeypatch, "--render", out)
     text = document.read_text()

@@ -14,7 +14,7 @@ from bench.decoder.elementwise import Elementwise
 from bench.decoder.formats import Format, Int8, Linear, make, parse_formats
 from bench.decoder.sizes import MODELS, parse_models
 from bench.report import step as report
-from bench.suites import step
+from bench.suites import generate, step
 
 CPU = torch.device("cpu")
 TINY = MODELS["tiny"]
@@ -124,8 +124,19 @@ def test_a_wrong_composite_is_noticed(monkeypatch):
     assert step.main([*words, "--formats", "w4a8", "--no-breakdown"]) == 1
 
 
+def test_generate_of_transformers(tmp_path, capsys):
+    path = tmp_path / "generate.json"
+    words = ["--models", "tiny", "--device", "cpu", "--context", "4", "--new", "3", "--batch", "2"]
+    assert generate.main([*words, "--json", str(path), "--commit", "c0ffee"]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["format"] for row in rows] == list(generate.FORMATS)
+    assert all(row["tokens_per_s"] == pytest.approx(2e3 / row["ms"]) for row in rows)
+    assert rows[2]["fused"].startswith("2 layers fused")
+    assert "tiny w4a8" in capsys.readouterr().out
+
+
 def test_sizes_are_those_of_the_models():
-    assert TINY.linears["qkv"] == (256, 128)
+    assert TINY.linears["qkv"] == (512, 128)
     billions = {name: round(sizes.weights / 1e9, 2) for name, sizes in MODELS.items()}
     assert billions["llama3-8b"] == 6.98
     assert billions["llama2-70b"] == 68.45

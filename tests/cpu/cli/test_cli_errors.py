@@ -23,6 +23,13 @@ from liquidgemm import quantize_, save_quantized
 from liquidgemm.checkpoints import sources
 from liquidgemm.cli import models as cli_models
 from liquidgemm.ops import _library
+from liquidgemm.quantization.config import GATES, HEADS, METHODS
+
+
+def test_choices_are_those_of_the_config() -> None:
+    assert [method.value for method in cli_models.Method] == list(METHODS)
+    assert [gate.value for gate in cli_models.Gate] == list(GATES)
+    assert [head.value for head in cli_models.Head] == list(HEADS)
 
 
 def config(**changes):

@@ -17,7 +17,7 @@ from foreign_models import (
 )
 from safetensors.torch import load_file, save_file
 
-from liquidgemm import LiquidLinear, import_checkpoint, load_quantized
+from liquidgemm import LiquidExperts, LiquidLinear, import_checkpoint, load_quantized
 from liquidgemm.importers import architecture
 
 OLD = int(transformers.__version__.partition(".")[0]) < 5
@@ -121,18 +121,95 @@ def _path_in_model(key, modules):
     return key if key.rpartition(".")[0] in modules else f"model.{key}"
 
 
+@pytest.mark.parametrize("name", ["pack-quantized", "awq", "gptq"])
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_experts_in_one_parameter_are_refused(tmp_path, kind):
-    """As those of transformers 5 are; those of older ones are layers like others."""
+def test_experts(tmp_path, monkeypatch, kind, name):
+    """Layers of single experts become one layer; of older transformers they stay what they are."""
+    old = foreign_models.is_linear
+    if name != "pack-quantized":  # their words are eight rows, more than this router has
+        monkeypatch.setattr(
+            foreign_models, "is_linear", lambda key, value: ".gate." not in key and old(key, value)
+        )
     model = make(kind)
-    weights = write(model, tmp_path / "source")
+    weights = write(model, tmp_path / "source", name)
+    report = import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
+    assert all(layer.error == 0 for layer in report.layers)
     if OLD:
-        import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
         assert_same_model(tmp_path / "source", tmp_path / "out", type(model), weights)
         return
-    with pytest.raises(ValueError, match=r"experts\.0\.\w+: expected a linear layer in .*experts"):
+    of_experts = {key: weights.pop(key) for key in list(weights) if ".experts." in key}
+    for key in [key for key in weights if key.endswith(".gate")]:
+        weights.pop(key)
+        assert f"{key}: in float, since MixtralTopKRouter.forward reads its weight" in report.notes
+    assert len(report.layers) == len(weights) + len(of_experts)
+    assert_same_model(tmp_path / "source", tmp_path / "out", type(model), weights)
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    experts = [m for m in loaded.modules() if isinstance(m, LiquidExperts)]
+    assert len(of_experts) == 12 * len(experts) == 24
+    for number, layer in enumerate(experts):
+        for e in range(4):
+            parts = [
+                of_experts[key].float()
+                for part in ("gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
+                for key in of_experts
+                if f"layers.{number}." in key and key.endswith(f"experts.{e}.{part}")
+            ]
+            assert torch.equal(layer.gate_up.dequantize(e), torch.cat(parts[:2]))
+            assert torch.equal(layer.down.dequantize(e), parts[2])
+
+
+@pytest.mark.skipif(OLD, reason="experts are layers like others")
+@pytest.mark.parametrize(
+    ("rename", "error"),
+    [
+        ({}, None),
+        ({"experts.3.down_proj": "else.down_proj"}, r"experts\.3: expected all experts .* down"),
+        ({"experts.3.": "experts.9."}, r"experts\.3: expected all experts to be quantized"),
+        ({"experts.3.up_proj": "experts.3.more_proj"}, r"experts\.3\.more_proj: expected a linear"),
+    ],
+)
+def test_experts_are_imported_as_a_whole(tmp_path, rename, error):
+    model = make("one parameter")
+    write(model, tmp_path / "source")
+
+    def change(state):
+        for key in list(state):
+            for old, new in rename.items():
+                if "layers.1." in key and old in key:
+                    tensor = state.pop(key)
+                    if "else" not in new:
+                        state[key.replace(old, new)] = tensor
+
+    rewrite(tmp_path / "source", change)
+    if error is None:
+        import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
+        return
+    with pytest.raises(ValueError, match=error):
         import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(OLD, reason="experts are layers like others")
+def test_fused_experts(tmp_path):
+    """Gate and up of an expert as one layer; the result is the same."""
+    model = make("one parameter")
+    write(model, tmp_path / "apart")
+    write(model, tmp_path / "fused")
+
+    def fuse(state):
+        for key in list(state):
+            if ".gate_proj." in key and ".experts." in key:
+                both = state.pop(key), state.pop(key.replace("gate_proj", "up_proj"))
+                if key.endswith("weight_shape"):
+                    both = (both[0] * torch.tensor([2, 1]),)
+                state[key.replace("gate_proj", "gate_up_proj")] = torch.cat(both)
+
+    rewrite(tmp_path / "fused", fuse)
+    for name in ("apart", "fused"):
+        import_checkpoint(tmp_path / name, tmp_path / f"{name} out", progress=False)
+    states = [load_file(tmp_path / f"{name} out/model.safetensors") for name in ("apart", "fused")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 def test_experts_in_float_are_kept(tmp_path, monkeypatch):

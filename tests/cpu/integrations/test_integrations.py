@@ -254,6 +254,11 @@ def test_calibration_is_not_for_loading(tmp_path):
         quantized(float_model(tmp_path), method="gptq")
 
 
+def test_layers_of_a_checkpoint_quantize_no_float_model(tmp_path):
+    with pytest.raises(ValueError, match="how to quantize a float model, got the layers of a"):
+        quantized(float_model(tmp_path), layers={"lm_head": 0})
+
+
 def test_casts_leave_the_scales_alone(tmp_path):
     model = quantized(float_model(tmp_path, torch.float32))
     layer = model.model.layers[0].mlp.up_proj

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from liquidgemm import LiquidConfig, LiquidLinear, QuantizedWeight, gemm, quantize_activation
+from liquidgemm.formats.liquidquant import GROUP, padded
 from liquidgemm.integrations.serving.layout import Packed, Slice, as_packed, pack
 from liquidgemm.integrations.serving.names import Names
 from liquidgemm.quantization.layer import quantize_layer
-from liquidgemm.weights.liquidquant import GROUP, padded
 
 KEEP = -1  # of residual columns: all, in their order
 

@@ -178,6 +178,12 @@ def other_columns():
     return made
 
 
+def head():
+    made = layer()
+    made.out_dtype = torch.float32
+    return made
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -189,6 +195,7 @@ def other_columns():
         (lambda: [layer(), layer().half()], "their biases are torch.float16 and torch.float32"),
         (lambda: [layer(), layer(augment=64)], "their residual columns differ"),
         (lambda: [layer(augment=64), other_columns()], "their residual columns differ"),
+        (lambda: [layer(), head()], "one has an out_dtype, torch.float32"),
         (lambda: [layer(n=40), layer()], "out_features are 40, no multiple of 64"),
     ],
 )

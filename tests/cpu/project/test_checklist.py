@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from repository import ROOT, TESTS
 
 LINES = {
@@ -42,6 +43,8 @@ LINES = {
     27: "generic walkers, wrappers and derivatives: right or refused",
     28: "exceptions: documented types in Python, one line in the command",
     29: "every instruction set of the CPU kernels equals the reference to the bit",
+    30: "grouped: no rows, one, all in one, elsewhere; other routings under graph replay",
+    31: "fused producers equal their composite to the bit",
     33: "serving engines: reload, prefix cache, chunks, LoRA: the outputs of the offline model",
     34: "tensor parallel: of any size, slices bit for bit",
 }
@@ -98,15 +101,21 @@ def test_plans_are_those_that_the_library_dispatches_from() -> None:
     from bench.plan.fit import tile_of
     from liquidgemm.ops.plans import plan_names
 
-    names = plan_names()
-    compiled = {file.stem for file in (ROOT / "csrc/instantiations").glob("*/*.cu")}
-    header = (ROOT / variants.TILE_HEADER).read_text()
-    rows = variants.rows_of(header, "kTileShapes")[2]
-    tiles = [variants.tile_name(row) for row in rows]
-    assert list(dict.fromkeys(map(tile_of, names))) == tiles
-    assert compiled == set(tiles)
+    names = {
+        "liquidquant": plan_names(),
+        "grouped": list(torch.ops.liquidgemm_plan.grouped_names()),
+    }
+    assert {file.name for file in (ROOT / "csrc/instantiations").iterdir()} == set(names)
+    for folder, (file, array, _) in variants.LISTS.items():
+        compiled = {path.stem for path in (ROOT / "csrc/instantiations" / folder).glob("*.cu")}
+        rows = variants.rows_of((ROOT / file).read_text(), array)[2]
+        tiles = [variants.tile_name(row) for row in rows]
+        assert list(dict.fromkeys(map(tile_of, names[folder]))) == tiles
+        assert compiled == set(tiles)
     for file in ("test_gemm.py", "test_canaries.py", "test_overtaking.py", "test_few_sms.py"):
         assert "plan_names()" in (TESTS / "gpu" / file).read_text()
+    for file in ("test_grouped_gemm.py", "test_moe.py"):
+        assert "GROUPED_PLANS" in (TESTS / "gpu" / file).read_text()
 
 
 def test_guarantees_name_tests_that_exist() -> None:

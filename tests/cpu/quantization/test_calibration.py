@@ -24,7 +24,7 @@ from liquidgemm.quantization.calibration.moments import Moments, inverse_factor,
 from liquidgemm.quantization.calibration.plan import plan
 from liquidgemm.quantization.calibration.rotate import random_hadamard
 from liquidgemm.quantization.calibration.simulate import SimulatedLinear
-from liquidgemm.quantization.layer import quantize_layer, residual_columns
+from liquidgemm.quantization.layer import quantize_layer, quantize_layers, residual_columns
 
 
 def problem(n=48, k=192, tokens=2048, seed=0):
@@ -331,3 +331,33 @@ def test_random_hadamard_is_orthogonal(size):
         assert not torch.equal(q, random_hadamard(size, seed=1))
     if size & (size - 1) == 0:  # a Hadamard matrix spreads an outlier evenly
         assert torch.allclose(q.abs(), torch.full_like(q, size**-0.5))
+
+
+@pytest.mark.parametrize("method", ["search", "gptq"])
+def test_layers_of_one_input_can_share_residual_columns(method):
+    """Those that have as many; each column then costs all of them the least together."""
+    weights = {name: problem(seed=seed)[0] for seed, name in enumerate("qkvo")}
+    moments = Moments.of([problem()[1]])
+    fields = {"augment": {"o": 128, "*": 64}, "keep": ()}
+    results = {
+        share: dict(
+            zip(
+                weights,
+                quantize_layers(
+                    weights, LiquidConfig(method, share_columns=share, **fields), moments
+                ),
+                strict=True,
+            )
+        )
+        for share in (False, True)
+    }
+    apart, shared = ({n: w.columns for n, (w, _) in r.items()} for r in results.values())
+    assert torch.equal(shared["q"], shared["k"])
+    assert torch.equal(shared["q"], shared["v"])
+    assert not torch.equal(apart["q"], apart["k"])
+    assert torch.equal(apart["o"], shared["o"])  # the only one of 128
+    for name, (alone, _) in results[False].items():
+        config = LiquidConfig(method, **fields)
+        assert torch.equal(
+            alone.qweight, quantize_layer(weights[name], config, name, moments)[0].qweight
+        )

@@ -12,9 +12,11 @@ from torch import nn
 from liquidgemm import (
     LiquidConfig,
     LiquidLinear,
+    QuantizedTokens,
     dequantize_,
     load_quantized,
     quantize_,
+    quantize_activation,
     save_quantized,
 )
 from liquidgemm.quantization.calibration.gptq import int8_weight
@@ -91,6 +93,9 @@ def test_logits_in_float32(models):
     assert logits.dtype == torch.float32
     assert rounded.dtype == torch.bfloat16
     assert_same(logits.bfloat16(), rounded)
+    x = torch.randn(3, 96).bfloat16()
+    tokens = QuantizedTokens(*quantize_activation(x), x.dtype)
+    assert_same(quantized.lm_head(tokens), quantized.lm_head(x))
 
 
 def test_dequantized_heads_have_a_weight_of_their_own(models):

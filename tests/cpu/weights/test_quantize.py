@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import liquidgemm
 from liquidgemm import dequantize_weight, pack_weight, quantize_weight, unpack_weight
-from liquidgemm.weights.liquidquant import decode, pack_nibbles, unpack_nibbles
+from liquidgemm.formats.liquidquant import decode, pack_nibbles, unpack_nibbles
 from liquidgemm.weights.quantize import QuantizedWeight
 
 METHODS = ["search", "rtn"]

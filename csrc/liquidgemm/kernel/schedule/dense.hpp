@@ -22,6 +22,7 @@
 #include <cute/arch/cluster_sm90.hpp>
 
 #include "liquidgemm/common/cluster_ptx.hpp"
+#include "liquidgemm/kernel/epilogue.hpp"
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/schedule/work_item.hpp"
 
@@ -35,6 +36,9 @@ class DenseScheduler;
 struct DenseWork {
   template <class Tile>
   using Scheduler = DenseScheduler<Tile>;
+  template <class Tile>
+  using Epilogue = liquidgemm::Epilogue<Tile>;
+  static constexpr int kScheduleBytes = 0;
 
   int m_tiles, n_tiles;  // in pairs, n_tiles counts pairs of tiles
   // Bands of m tiles: tiles of a band, its height, the height of the last band.

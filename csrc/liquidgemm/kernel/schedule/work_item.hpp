@@ -1,8 +1,8 @@
 // What a CTA computes at a time. Every role walks the same items in the same order.
 //
 // Work is what the host says of it, such as DenseWork: tile_tokens, the height of the boxes of
-// tokens, cluster, reads_weights_once(), and Scheduler<Tile>, the source of items, with these
-// members:
+// tokens, cluster, reads_weights_once(), kScheduleBytes, Epilogue<Tile>, what becomes of the sums,
+// and Scheduler<Tile>, the source of items, with these members:
 //
 //   valid()       whether there is an item
 //   work()        the item
@@ -10,6 +10,10 @@
 //   advance()     to the next item
 //   is_last()     whether no item follows
 //   item()        items done: the one counter that a role carries from item to item
+//
+// If items are not known before the launch, a warp finds them out, and leaves them in
+// kScheduleBytes of shared memory behind SharedStorage: init() and resolve(), see
+// schedule/grouped.hpp.
 //
 // No role computes from the number of a tile where anything lies: a second scheduler changes none.
 #pragma once

@@ -1,0 +1,253 @@
+// An epilogue that can end in a gated activation: h = act(gate) * up, of half as many channels.
+//
+// The rows of the weight are interleaved by eights. A thread, which has the channels g and g + 8 of
+// 16 (octets.hpp), then has the gate and the up of one output; a warp has 8 channels of h, and a
+// panel 32. Both are rounded to the type of y first, as if they had been stored.
+#pragma once
+
+#include <cute/arch/copy_sm90.hpp>
+
+#include "liquidgemm/common/activation.hpp"
+#include "liquidgemm/kernel/epilogue.hpp"
+
+namespace liquidgemm {
+
+// `gated` of common/activation.hpp, to the bit, with an activation that is known at run time: they
+// differ in what they make of their operands, and the long part is there once.
+template <class Round>
+CUTE_DEVICE float gated_at_run_time(GatedActivation activation, float gate, float up, Round round) {
+  float exponent = -gate;
+  if (activation == GatedActivation::kSwigluClamped) {
+    gate = gate > kSwigluLimit ? kSwigluLimit : gate;
+    exponent = rounded::multiply(-kSwigluAlpha, gate);
+    up = round(swiglu_up(up));
+  } else if (activation == GatedActivation::kGeluTanhMul) {
+    exponent = gelu_exponent(gate);
+  }
+  return round(rounded::multiply(round(rounded::divide(gate, one_plus_exp(exponent))), up));
+}
+
+template <class Tile>
+class GatedEpilogue : public Epilogue<Tile> {
+  using Base = Epilogue<Tile>;
+  using typename Base::ChannelValues;
+  using typename Base::Sums;
+  static constexpr int kRowBytes = kBlockRows;  // of a panel: 32 channels of 16 bits
+  static constexpr int kVectors = kRowBytes / 16;
+
+ public:
+  using Base::Base;
+
+  template <class Scheduler, class Accumulator>
+  CUTE_DEVICE void store(Scheduler const& scheduler, Accumulator& acc, int k_group) {
+    if (!scheduler.gated())
+      return Base::store(scheduler, acc, k_group);
+    this->begin_store(scheduler);
+    const GatedActivation gate = scheduler.gate();
+    if constexpr (!Tile::kPairs) {
+      const auto sums_of_group = this->sums().complete(scheduler.item(), acc, k_group);
+      if (this->params_.y_type == Element::kBFloat16) {
+        store_columns<__nv_bfloat162>(gate, sums_of_group, k_group);
+      } else if (this->params_.y_type == Element::kFloat16) {
+        store_columns<__half2>(gate, sums_of_group, k_group);
+      } else {
+        store_turns(gate, sums_of_group, k_group);
+      }
+      this->sums().release(scheduler.is_last());
+    } else {
+      this->panel_barrier();  // the scales
+      if (this->params_.y_type == Element::kBFloat16) {
+        store_rows<__nv_bfloat162>(gate, acc);
+      } else if (this->params_.y_type == Element::kFloat16) {
+        store_rows<__half2>(gate, acc);
+      } else {
+        store_octets(gate, acc);
+      }
+    }
+  }
+
+ private:
+  CUTE_DEVICE static int warp() { return threadIdx.x % kWarpGroupThreads / 32; }
+  CUTE_DEVICE int first_output() const { return this->first_channel_ / 2; }
+  CUTE_DEVICE int outputs() const { return this->sizes_.n / 2; }
+
+  CUTE_DEVICE static float2 to_floats(uint32_t word, __nv_bfloat162) {
+    return __bfloat1622float2(reinterpret_cast<__nv_bfloat162 const&>(word));
+  }
+  CUTE_DEVICE static float2 to_floats(uint32_t word, __half2) {
+    return __half22float2(reinterpret_cast<__half2 const&>(word));
+  }
+
+  // Two tokens of a channel of h.
+  template <class Pair>
+  CUTE_DEVICE uint32_t
+  activate(GatedActivation gate, int octet, int4 const& sum, ChannelValues const& channels) const {
+    const auto words = this->template round_octet<Pair>(octet, sum, channels);
+    const float2 gates = to_floats(words[0], Pair{}), ups = to_floats(words[1], Pair{});
+    const auto round = [](float value) {
+      return to_floats(round_pair(value, value, Pair{}), Pair{}).x;
+    };
+    return round_pair(gated_at_run_time(gate, gates.x, ups.x, round),
+                      gated_at_run_time(gate, gates.y, ups.y, round), Pair{});
+  }
+
+  // As Epilogue::store_rows, with rows of half the length.
+  template <class Pair, class Accumulator>
+  CUTE_DEVICE void store_rows(GatedActivation gate, Accumulator const& acc) {
+    constexpr int kChunk = Tile::kChunkTokens;
+    constexpr int kOctets = kChunk / 8;
+    static_assert(kOctets == 2 || kOctets == 4);
+    const ChannelValues channels = this->channel_values();
+    // Every eight lanes address the rows of an octet.
+    const int lane = threadIdx.x % 32;
+    const int stage_at = lane * kRowBytes + swizzled(warp(), lane);
+    const RowStore rows(*this);
+    CUTE_UNROLL
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+      if (chunk * kChunk >= this->tokens_)
+        break;
+      uint8_t* const buffer =
+          this->shared_.staging[this->panel_] + chunk % Tile::kChunkBuffers * Tile::kChunkBytes;
+      cute::array<uint32_t, kOctets> words;
+      CUTE_UNROLL
+      for (int i = 0; i < kOctets; ++i) {
+        const int octet = chunk * kOctets + i;
+        words[i] = activate<Pair>(gate, octet, octet_of(acc, octet), channels);
+      }
+      auto& to = *reinterpret_cast<cute::uint128_t*>(&buffer[stage_at]);
+      if constexpr (kOctets == 4) {
+        cute::SM90_U16x8_STSM_T::copy(words[0], words[1], words[2], words[3], to);
+      } else {
+        cute::SM90_U16x4_STSM_T::copy(words[0], words[1], to);
+      }
+      if constexpr (Tile::kStoresByTma) {
+        cute::tma_store_fence();
+        if (this->thread() == 0)  // the buffer of the next chunk has been read
+          cute::tma_store_wait<Tile::kChunkBuffers - 2>();
+      }
+      this->panel_barrier();
+      const bool clipped = (chunk + 1) * kChunk <= this->tokens_ ||
+                           this->first_token_ + this->tokens_ == this->sizes_.m;
+      if (Tile::kStoresByTma && clipped) {
+        if (this->thread() == 0) {
+          cute::SM90_TMA_STORE_2D::copy(&this->map_, buffer, first_output(),
+                                        this->first_token_ + chunk * kChunk);
+          cute::tma_store_arrive();
+        }
+      } else {
+        rows.store(buffer, chunk * kChunk);
+      }
+    }
+  }
+
+  // TMA's swizzle of rows of 64 bytes.
+  CUTE_DEVICE static int swizzled(int vector, int row) { return (vector ^ row / 2 % 4) * 16; }
+
+  // Without TMA: four threads write the 32 channels of a token, 32 tokens at a time.
+  class RowStore {
+    static constexpr int kRows = kWarpGroupThreads / kVectors;
+
+   public:
+    CUTE_DEVICE explicit RowStore(GatedEpilogue const& e) : row_bytes_(e.params_.y_stride * 2) {
+      const int row = e.thread() / kVectors, vector = e.thread() % kVectors;
+      const int channel = e.first_output() + vector * 8;
+      const bool stores = channel < e.outputs() && row < Tile::kChunkTokens;
+      rows_ = stores ? e.tokens_ - row : 0;
+      staged_at_ = row * kRowBytes + swizzled(vector, row);
+      y_ = static_cast<uint8_t*>(e.params_.y) + (e.first_token_ + row) * row_bytes_ + channel * 2;
+    }
+
+    CUTE_DEVICE void store(uint8_t const* buffer, int first_token) const {
+      static_assert(Tile::kChunkTokens <= kRows);
+      if (first_token < rows_) {
+        *reinterpret_cast<uint4*>(y_ + first_token * row_bytes_) =
+            *reinterpret_cast<uint4 const*>(&buffer[staged_at_]);
+      }
+    }
+
+   private:
+    uint8_t* y_;
+    int64_t row_bytes_;
+    int rows_, staged_at_;
+  };
+
+  // As Epilogue::store_columns: four threads write eight channels of a token.
+  template <class Pair>
+  CUTE_DEVICE void store_columns(GatedActivation gate,
+                                 typename Sums::Octets const& sums_of_group,
+                                 int k_group) const {
+    const ChannelValues channels = this->channel_values();
+    const int lane = threadIdx.x % 32;
+    const int channel = first_output() + warp() * 8;
+    CUTE_UNROLL
+    for (int turn = 0; turn < Sums::kTurns; ++turn) {
+      if (!this->sums().owns(turn, k_group))
+        continue;
+      const int octet = Sums::octet_of_turn(turn, k_group);
+      uint32_t transposed;
+      cute::SM75_U32x1_MOVM_T::copy(activate<Pair>(gate, octet, sums_of_group[turn], channels),
+                                    transposed);
+      const int token = 8 * octet + lane / 4;
+      if (token < this->tokens_ && channel < outputs()) {
+        uint16_t* const row = static_cast<uint16_t*>(this->params_.y) +
+                              (this->first_token_ + token) * this->params_.y_stride + channel;
+        *reinterpret_cast<uint32_t*>(row + lane % 4 * 2) = transposed;
+      }
+    }
+  }
+
+  // -----------------------------------------------------------------------------------------------
+  // fp32, element by element: as Epilogue's.
+
+  CUTE_DEVICE void store_turns(GatedActivation gate,
+                               typename Sums::Octets const& sums_of_group,
+                               int k_group) const {
+    CUTE_UNROLL
+    for (int turn = 0; turn < Sums::kTurns; ++turn) {
+      if (this->sums().owns(turn, k_group))
+        store_octet(gate, Sums::octet_of_turn(turn, k_group), sums_of_group[turn]);
+    }
+  }
+
+  template <class Accumulator>
+  CUTE_DEVICE void store_octets(GatedActivation gate, Accumulator const& acc) const {
+    constexpr int kOctets = Tile::kChunkTokens / 8;
+    CUTE_NO_UNROLL
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+      CUTE_UNROLL
+      for (int c = 0; c < Tile::kChunks; ++c) {
+        if (c == chunk) {
+          CUTE_UNROLL
+          for (int i = 0; i < kOctets; ++i)
+            *this->sums().staged(i) = octet_of(acc, c * kOctets + i);
+        }
+      }
+      CUTE_NO_UNROLL
+      for (int i = 0; i < kOctets; ++i)
+        store_octet(gate, chunk * kOctets + i, *this->sums().staged(i));
+    }
+  }
+
+  CUTE_DEVICE void store_octet(GatedActivation gate, int octet, int4 const& sum) const {
+    const ChannelValues channels = this->channel_values();
+    const float2 scales = this->token_scales(octet);
+    const auto value = [&](int32_t part, float token_scale, int half) {
+      return scaled(part, token_scale, channels.scale[half], channels.bias[half]);
+    };
+    const auto exact = [](float h) { return h; };
+    const float h[2] = {
+        gated_at_run_time(gate, value(sum.x, scales.x, 0), value(sum.z, scales.x, 1), exact),
+        gated_at_run_time(gate, value(sum.y, scales.y, 0), value(sum.w, scales.y, 1), exact)};
+    const int channel = first_output() + warp() * 8 + threadIdx.x % 32 / 4;
+    const int token = this->first_token(octet);
+    float* const y = static_cast<float*>(this->params_.y) +
+                     (this->first_token_ + token) * this->params_.y_stride + channel;
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if (token + i < this->tokens_ && channel < outputs())
+        y[i * this->params_.y_stride] = h[i];
+    }
+  }
+};
+
+}  // namespace liquidgemm

@@ -1,0 +1,184 @@
+// Activation quantization of rows in another order, or of some rows: one CTA per row of the output,
+// or per token that becomes several rows. The formula is that of producers/quantizer.hpp.
+#include <cutlass/arch/grid_dependency_control.h>
+
+#include <algorithm>
+
+#include "liquidgemm/common/math.hpp"
+#include "liquidgemm/moe.hpp"
+#include "liquidgemm/producers/launch.hpp"
+#include "liquidgemm/producers/quantizer.hpp"
+
+namespace liquidgemm {
+namespace {
+
+constexpr int kMostThreads = 512;
+constexpr int kMostHeld = 4;  // vectors of a thread that stay in registers
+
+template <class T>
+struct Arguments {
+  T const* x;
+  int32_t const* index;
+  int8_t* out;
+  float* scale;
+  int64_t tokens, rows, k, out_stride;
+  int top_k;
+  bool aligned;
+};
+
+__device__ void store(int8_t* to, uint2 bytes, int64_t count, bool aligned) {
+  if (aligned && count >= kVector) {
+    *reinterpret_cast<uint2*>(to) = bytes;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i < count)
+        to[i] = static_cast<int8_t>((i < 4 ? bytes.x : bytes.y) >> i % 4 * 8);
+    }
+  }
+}
+
+__device__ uint32_t max_of_cta(uint32_t value) {
+  __shared__ uint32_t of_warp[kMostThreads / 32];
+  value = __reduce_max_sync(0xffffffffu, value);
+  if (threadIdx.x % 32 == 0)
+    of_warp[threadIdx.x / 32] = value;
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  return __reduce_max_sync(0xffffffffu, lane < blockDim.x / 32 ? of_warp[lane] : 0u);
+}
+
+// The token of a row in the order of the output, or -1.
+template <RowOrder kOrder, class T>
+__device__ int64_t token_of_row(Arguments<T> const& a, int64_t row) {
+  const int32_t entry = a.index[row];
+  const int64_t token = entry < 0 ? -1 : kOrder == RowOrder::kInPlace ? row : entry / a.top_k;
+  return token < a.tokens ? token : -1;
+}
+
+template <RowOrder kOrder, bool kCommon, class T>
+__device__ void write(Arguments<T> const& a,
+                      int64_t source,
+                      Quantizer const& quantizer,
+                      Vector<T> const& vector,
+                      int64_t at) {
+  const uint2 bytes = quantizer.quantize<kCommon>(vector);
+  if constexpr (kOrder == RowOrder::kScatter) {
+#pragma unroll 4
+    for (int j = 0; j < a.top_k; ++j) {
+      const int64_t row = a.index[source * a.top_k + j];
+      if (row >= 0 && row < a.rows)
+        store(a.out + row * a.out_stride + at, bytes, a.k - at, a.aligned);
+    }
+  } else {
+    store(a.out + source * a.out_stride + at, bytes, a.k - at, a.aligned);
+  }
+}
+
+template <RowOrder kOrder, class T>
+__global__ void __launch_bounds__(kMostThreads) quantize_rows_kernel(const Arguments<T> a) {
+  // In a layer of experts the first quantizer follows the schedule, and before it the first product
+  // reads offsets: it must not start before they are complete. The second quantizer starts itself
+  // only after all CTAs of the first product have seen that they are.
+  if constexpr (kOrder == RowOrder::kInPlace)
+    cutlass::arch::launch_dependent_grids();
+  cutlass::arch::wait_on_dependent_grids();
+  if constexpr (kOrder != RowOrder::kInPlace)
+    cutlass::arch::launch_dependent_grids();
+
+  const int64_t source = blockIdx.x;  // a token if rows are scattered, else a row
+  const int64_t token = kOrder == RowOrder::kScatter ? source : token_of_row<kOrder>(a, source);
+  if (token < 0)
+    return;
+  T const* const x = a.x + token * a.k;
+  const int64_t first = int64_t(threadIdx.x) * kVector, step = int64_t(blockDim.x) * kVector;
+  Vector<T> held[kMostHeld];
+  Largest<T> of_thread;
+#pragma unroll
+  for (int i = 0; i < kMostHeld; ++i)
+    held[i].load(x + first + i * step, a.k - first - i * step, a.aligned);
+#pragma unroll
+  for (int i = 0; i < kMostHeld; ++i)
+    of_thread.add(held[i]);
+#pragma unroll 1
+  for (int64_t at = first + kMostHeld * step; at < a.k; at += step) {
+    Vector<T> vector;
+    vector.load(x + at, a.k - at, a.aligned);
+    of_thread.add(vector);
+  }
+  const float scale = activation_scale(max_of_cta(of_thread.float_bits()));
+  if constexpr (kOrder == RowOrder::kScatter) {
+    for (int j = threadIdx.x; j < a.top_k; j += blockDim.x) {
+      const int64_t row = a.index[source * a.top_k + j];
+      if (row >= 0 && row < a.rows)
+        a.scale[row] = scale;
+    }
+  } else if (threadIdx.x == 0) {
+    a.scale[source] = scale;
+  }
+  const Quantizer quantizer(scale);
+  const auto write_all = [&](auto common) {
+    constexpr bool kCommon = decltype(common)::value;
+#pragma unroll
+    for (int i = 0; i < kMostHeld; ++i) {
+      if (first + i * step < a.k)
+        write<kOrder, kCommon>(a, source, quantizer, held[i], first + i * step);
+    }
+#pragma unroll 1
+    for (int64_t at = first + kMostHeld * step; at < a.k; at += step) {
+      Vector<T> vector;
+      vector.load(x + at, a.k - at, a.aligned);
+      write<kOrder, kCommon>(a, source, quantizer, vector, at);
+    }
+  };
+  if (Quantizer::is_common(scale)) {
+    write_all(std::true_type{});
+  } else {
+    write_all(std::false_type{});
+  }
+}
+
+template <class T>
+cudaError_t launch(QuantizeRowsArguments const& a, cudaStream_t stream) {
+  const int64_t vectors = ceil_div(a.k, kVector);
+  // Two vectors per thread where there are several CTAs to an SM; few rows want all threads.
+  const int64_t wanted = a.rows >= 512 ? ceil_div(vectors, 2) : vectors;
+  const int threads = static_cast<int>(
+      std::min<int64_t>(kMostThreads, ceil_div(std::max<int64_t>(wanted, 1), 32) * 32));
+  const Arguments<T> arguments{
+      .x = static_cast<T const*>(a.x),
+      .index = a.index,
+      .out = a.out,
+      .scale = a.scale,
+      .tokens = a.tokens,
+      .rows = a.rows,
+      .k = a.k,
+      .out_stride = a.out_stride,
+      .top_k = a.top_k,
+      .aligned = reinterpret_cast<uintptr_t>(a.x) % 16 == 0 && a.k * sizeof(T) % 16 == 0 &&
+                 reinterpret_cast<uintptr_t>(a.out) % kVector == 0 && a.out_stride % kVector == 0};
+  const int64_t ctas = a.order == RowOrder::kScatter ? a.tokens : a.rows;
+  auto* const kernel = a.order == RowOrder::kScatter  ? quantize_rows_kernel<RowOrder::kScatter, T>
+                       : a.order == RowOrder::kGather ? quantize_rows_kernel<RowOrder::kGather, T>
+                                                      : quantize_rows_kernel<RowOrder::kInPlace, T>;
+  return launch_early(kernel, dim3(static_cast<unsigned>(ctas)), threads, 0, stream, arguments);
+}
+
+}  // namespace
+
+cudaError_t quantize_rows(QuantizeRowsArguments const& a, cudaStream_t stream) {
+  if (a.rows == 0 || a.tokens == 0)
+    return cudaSuccess;
+  switch (a.x_type) {
+    case Element::kBFloat16:
+      return launch<__nv_bfloat16>(a, stream);
+    case Element::kFloat16:
+      return launch<__half>(a, stream);
+    case Element::kFloat32:
+      return launch<float>(a, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace liquidgemm

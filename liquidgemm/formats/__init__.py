@@ -1,0 +1,1 @@
+"""What the numbers of a weight format mean, and how they are stored: one module per format."""

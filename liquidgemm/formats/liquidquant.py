@@ -1,0 +1,81 @@
+"""The LiquidQuant number format in its logical layout (arXiv 2509.01229).
+
+A weight ``W`` of shape ``[N, K]`` (``[out_features, in_features]``) is kept as four tensors, in
+groups of 64 columns. K is a multiple of 64 here: a shorter last group is padded, and the columns
+past ``in_features`` only ever meet zero activations.
+
+========  =======  ============  ==============================================================
+tensor    dtype    shape         meaning
+========  =======  ============  ==============================================================
+qweight   uint8    [N, K / 2]    q in 0..15; byte j of a row holds column 2j in its low nibble
+                                 and column 2j + 1 in its high nibble
+qscale    uint8    [N, K / 64]   integer step s of a group
+qoffset   uint8    [N, K / 64]   a = lo + 128, the offset of a group
+scale     float32  [N]           sigma, the size of one INT8 step of a row
+========  =======  ============  ==============================================================
+
+A group decodes to INT8 as ``w8 = int8((q * s + a) XOR 0x80)``, which is ``q * s + a - 128``, in
+unsigned byte arithmetic. The group is *feasible* if ``q * s + a`` stays within a byte for every
+q that occurs in it. The weight is ``W = sigma * w8``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROUP = 64
+"""Columns that share one (s, a) pair."""
+
+PANEL = 64
+"""Rows of one block of the packed layout."""
+
+BLOCK_BYTES = PANEL * GROUP // 2 + 2 * PANEL
+"""Bytes of one packed block: 64 x 64 nibbles and one (s, a) pair for each row."""
+
+Q_MAX = 15
+"""Largest value of a nibble."""
+
+MAX_IN_FEATURES = (2**31 - 1) // (127 * 128)
+"""Largest K whose INT32 accumulator cannot overflow: 132 104."""
+
+
+def ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def padded(in_features: int) -> int:
+    """K rounded up to whole groups."""
+    return ceil_div(in_features, GROUP) * GROUP
+
+
+def pack_nibbles(q: Tensor) -> Tensor:
+    """uint8 ``[..., K]`` with values 0..15 (K even) to uint8 ``[..., K / 2]``."""
+    return q[..., 0::2] | (q[..., 1::2] << 4)
+
+
+def unpack_nibbles(qweight: Tensor) -> Tensor:
+    """Inverse of `pack_nibbles`: uint8 ``[..., K / 2]`` to uint8 ``[..., K]``."""
+    return torch.stack((qweight & 0xF, qweight >> 4), dim=-1).flatten(-2)
+
+
+def decode(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tensor:
+    """INT8 weights ``[N, K]`` of the logical tensors (feasible, or the bytes wrap)."""
+    q = unpack_nibbles(qweight).unflatten(-1, (-1, GROUP))
+    byte = q * qscale.unsqueeze(-1) + qoffset.unsqueeze(-1)
+    return (byte ^ 0x80).view(torch.int8).flatten(-2)
+
+
+def first_infeasible(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> tuple[int, int] | None:
+    """``(row, group)`` of the first group in which some ``q * s + a`` exceeds 255, or None."""
+    overflow = Q_MAX * qscale.int() + qoffset.int() > 255
+    if not overflow.any():  # as in almost every weight: whatever the codes are
+        return None
+    suspects = overflow.nonzero()
+    row, group = suspects.unbind(1)
+    largest = unpack_nibbles(qweight.unflatten(1, (-1, GROUP // 2))[row, group]).amax(1)
+    overflow = largest.int() * qscale[row, group].int() + qoffset[row, group].int() > 255
+    if not overflow.any():
+        return None
+    first = overflow.nonzero()[0, 0]
+    return tuple(suspects[first].tolist())

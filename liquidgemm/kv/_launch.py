@@ -1,0 +1,232 @@
+"""Launches Triton's kernels for the ops on CUDA tensors: which configuration, which grid."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _kernels
+from ._ops import capacity_of
+from .format import BY_CODES, head_dim_of
+
+_CONSTANTS = {
+    "bfloat16": _kernels.FLOAT,
+    "float16": _kernels.FLOAT,
+    "fp8": _kernels.FP8,
+    "int8": _kernels.INT8,
+    "int4": _kernels.INT4,
+}
+MAX_CHUNKS = 64
+CTAS_PER_SM = 16  # more chunks than that are shared out among as many CTAs
+COMBINE_TILE = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    """How decode attention is worked on: by format, head_dim and rows, never by batch or length.
+
+    Attributes:
+        block: tokens per step.
+        chunk: tokens whose partial result one CTA computes (`_kernels._chunk_tokens`).
+        warps, stages: Triton's.
+        prefetch: whether a CTA asks for all of its first chunk before it looks at the queries.
+    """
+
+    block: int
+    chunk: int
+    warps: int
+    stages: int
+    prefetch: bool = True
+
+    def __post_init__(self) -> None:
+        if self.chunk % self.block:
+            raise ValueError(f"chunk: expected a multiple of {self.block}, got {self.chunk}")
+
+
+def config_of(name: str, head_dim: int, rows: int) -> Config:
+    if head_dim == 256 or rows > 32:
+        return Config(32, 256, 4, 3)
+    return Config(64, 256, 4, 3)
+
+
+# What `config_of` is chosen from (`python -m bench kv --tune`).
+CANDIDATES = (
+    Config(64, 256, 4, 3),
+    Config(64, 256, 4, 4),
+    Config(64, 256, 4, 5),
+    Config(64, 512, 4, 3),
+    Config(64, 512, 4, 4),
+    Config(64, 128, 4, 3),
+    Config(64, 256, 2, 3),
+    Config(64, 1024, 4, 4),
+    Config(32, 256, 2, 4),
+    Config(32, 256, 4, 4),
+    Config(128, 256, 4, 3),
+    Config(128, 512, 4, 3),
+    Config(128, 256, 8, 3),
+    Config(128, 512, 8, 3),
+    Config(64, 256, 4, 3, prefetch=False),
+    Config(64, 512, 4, 4, prefetch=False),
+    Config(128, 256, 8, 3, prefetch=False),
+)
+
+
+@functools.cache
+def _sms(device: int) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) < (9, 0):
+        raise RuntimeError(
+            f"k_cache: expected on a GPU of compute capability 9.0 or later, got cuda:{device} "
+            f"({properties.name}, {properties.major}.{properties.minor})"
+        )
+    return properties.multi_processor_count
+
+
+def _as_words(params: Tensor | None) -> Tensor | None:
+    """Scales of two tokens at a time, where they are bfloat16."""
+    if params is not None and params.dtype == torch.bfloat16:
+        return params.view(torch.int32)
+    return params
+
+
+def write(k, v, k_cache, v_cache, k_params, v_params, lengths, block_table=None) -> None:
+    fmt = BY_CODES[k_cache.dtype]
+    batch, new, heads, head_dim = k.shape
+    if k.numel() == 0:
+        return
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    tile = 1 if new < 16 else 8
+    with _on(k_cache):
+        _kernels.write_kernel[(-(-new // tile), heads, batch)](
+            k,
+            v,
+            k_cache,
+            v_cache,
+            k_params,
+            v_params,
+            lengths,
+            block_table,
+            new,
+            heads,
+            capacity_of(k_cache, block_table),
+            *k.stride()[:3],
+            *v.stride()[:3],
+            0 if block_table is None else block_table.shape[1],
+            FORMAT=_CONSTANTS[fmt.name],
+            D=head_dim,
+            PAGE=k_cache.shape[2],
+            PAGED=block_table is not None,
+            TILE=tile,
+            num_warps=1 if tile == 1 else 4,
+            # A product and a sum are two operations: so they are defined.
+            enable_fp_fusion=False,
+        )
+
+
+def attention(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_params: Tensor | None,
+    v_params: Tensor | None,
+    lengths: Tensor,
+    scale: float,
+    block_table: Tensor | None = None,
+    starts: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    config: Config | None = None,
+    pdl: bool = True,
+    interpreted: bool = False,
+) -> Tensor:
+    """Writes ``out``, and returns it. With `interpreted`, by Triton's interpreter on a CPU."""
+    if out.numel() == 0:
+        return out
+    fmt = BY_CODES[k_cache.dtype]
+    batch, queries, q_heads, _ = q.shape
+    head_dim, heads = head_dim_of(k_cache), k_cache.shape[1]
+    group = q_heads // heads
+    used = queries * group
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        q = q.to(torch.bfloat16)
+    if fmt.params is None and fmt.name != "fp8":
+        q = q.to(k_cache.dtype)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    config = config or config_of(fmt.name, head_dim, used)
+    capacity = capacity_of(k_cache, block_table)
+    max_chunks = max(1, min(MAX_CHUNKS, -(-capacity // config.chunk)))
+    sms = 132 if interpreted else _sms(k_cache.device.index)
+    ctas = min(max_chunks, max(8, -(-CTAS_PER_SM * sms // (batch * heads))))
+    space = (batch, heads, max_chunks)
+    partial = q.new_empty((*space, used, head_dim), dtype=torch.float32)
+    stats = q.new_empty((*space, 2, used), dtype=torch.float32)
+    pdl = pdl and not interpreted
+    masks = {"HAS_STARTS": starts is not None, "HAS_WINDOW": window > 0}
+    shape = {"QUERIES": queries, "GROUP": group, "BLOCK": config.block, "CHUNK": config.chunk}
+    with _on(k_cache):
+        _kernels.decode_kernel[(ctas, heads, batch)](
+            q,
+            k_cache,
+            v_cache.view(torch.int16).squeeze(-1) if fmt.paired else v_cache,
+            _as_words(k_params),
+            _as_words(v_params),
+            lengths,
+            block_table,
+            starts,
+            partial,
+            stats,
+            scale * math.log2(math.e),
+            softcap * math.log2(math.e),
+            window,
+            heads,
+            capacity,
+            max_chunks,
+            *q.stride()[:3],
+            0 if block_table is None else block_table.shape[1],
+            FORMAT=_CONSTANTS[fmt.name],
+            D=head_dim,
+            PAGE=k_cache.shape[2],
+            PAGED=block_table is not None,
+            HAS_SOFTCAP=softcap > 0,
+            ROWS=max(16, 1 << (used - 1).bit_length()),
+            MAX_CHUNKS=MAX_CHUNKS,
+            # Pages are looked up one stage ahead.
+            STAGES=config.stages + (block_table is not None),
+            PREFETCH=config.prefetch and not interpreted,
+            PTX=not interpreted,
+            PDL=pdl,
+            **masks,
+            **shape,
+            num_warps=config.warps,
+        )
+        _kernels.combine_kernel[(used, heads, batch)](
+            partial,
+            stats,
+            out,
+            lengths,
+            starts,
+            window,
+            heads,
+            capacity,
+            max_chunks,
+            D=head_dim,
+            ROTATED=fmt.rotates_v,
+            MAX_CHUNKS=MAX_CHUNKS,
+            TILE=COMBINE_TILE,
+            PDL=pdl,
+            **masks,
+            **shape,
+            num_warps=1,
+            **({"launch_pdl": True} if pdl else {}),
+        )
+    return out
+
+
+def _on(tensor: Tensor):
+    """Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.device("cpu")
