@@ -45,6 +45,12 @@ class _Written:
     values: Tensor
     first: bool
 
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"{name}: past_key_values is a LiquidCache, which needs "
+            f"model.set_attn_implementation('{NAME}')"
+        )
+
 
 class LiquidLayer(CacheLayerMixin):
     """Keys and values of one layer: a `KVCache` of constant size, and its sequences' lengths."""
