@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from liquidgemm.ops.plans import grouped_plan, grouped_plan_names
+
 from ..core import machine, timing
 from ..core.experts import (
     LAYERS,
@@ -161,9 +163,8 @@ class Suite:
         }
 
     def plans(self, layer: Layer, rows: int) -> list[str]:
-        ask = torch.ops.liquidgemm_plan.grouped
-        experts = layer.local_experts
-        return [ask(rows, experts, n, k, self.num_sms, self.memory_tbps) for n, k in layer.products]
+        gpu = {"num_sms": self.num_sms, "memory_tbps": self.memory_tbps}
+        return [grouped_plan(rows, layer.local_experts, n, k, **gpu) for n, k in layer.products]
 
     def case(self, layer: Layer, candidates: list[Candidate], tokens: int, kind: str) -> None:
         routings = self.routings(layer, tokens, kind)
@@ -222,7 +223,7 @@ class Suite:
         routings = self.routings(layer, tokens, kind)
         ours.grow(len(routings))
         inputs = [ours.inputs(layer, r, i) for i, r in enumerate(routings)]
-        names = list(torch.ops.liquidgemm_plan.grouped_names())
+        names = grouped_plan_names()
         mean = sum(r.rows for r in routings) / sum(r.active for r in routings)
         for at, (n, k) in enumerate(layer.products):
             peer = ours.peers[at]

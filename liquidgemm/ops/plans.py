@@ -131,6 +131,39 @@ def plan_names() -> list[str]:
     return list(torch.ops.liquidgemm_plan.names())
 
 
+def grouped_plan_names() -> list[str]:
+    """The names of all compiled plans of `grouped_gemm`."""
+    return list(torch.ops.liquidgemm_plan.grouped_names())
+
+
+def grouped_plan(
+    rows: int,
+    experts: int,
+    n: int,
+    k: int,
+    *,
+    num_sms: int = H100_SMS,
+    memory_tbps: float = H100_MEMORY_TBPS,
+) -> str:
+    """Say in one line which plan runs a `grouped_gemm` on a GPU.
+
+    Needs no GPU. The plan is that of rows which are given to experts at random: how they are
+    distributed, the device alone knows.
+
+    Args:
+        rows: of all experts.
+        experts: E; each is ``[n, k]``.
+        n: output channels.
+        k: input channels.
+        num_sms: of the GPU.
+        memory_tbps: peak of its memory, in 1e12 bytes per second.
+
+    Raises:
+        RuntimeError: a size below 1 or from 2^31 on, or no positive bandwidth.
+    """
+    return torch.ops.liquidgemm_plan.grouped(rows, experts, n, k, num_sms, memory_tbps)
+
+
 def explain_plan(
     m: int,
     n: int,

@@ -6,8 +6,9 @@ import torch
 from problems import DEVICE, poison, random_weight, testing
 
 import liquidgemm
+from liquidgemm.ops.plans import grouped_plan_names
 
-GROUPED_PLANS = list(enumerate(torch.ops.liquidgemm_plan.grouped_names()))
+GROUPED_PLANS = list(enumerate(grouped_plan_names()))
 
 
 @dataclass

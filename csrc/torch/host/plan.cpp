@@ -31,6 +31,10 @@ std::vector<std::string> grouped_plan_names() {
 
 std::string grouped_plan(
     int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t num_sms, double memory_tbps) {
+  for (auto const& [name, value] :
+       {std::pair{"rows", rows}, {"experts", experts}, {"n", n}, {"k", k}, {"num_sms", num_sms}})
+    check(value >= 1 && value <= INT32_MAX, name, ": expected 1 to 2^31 - 1, got ", value);
+  check(memory_tbps > 0, "memory_tbps: expected a positive number, got ", memory_tbps);
   return describe(
       select_grouped({rows, experts, n, k, static_cast<int>(num_sms), memory_tbps * 1e6}));
 }
