@@ -40,8 +40,6 @@ CONFIG = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 128,
     "norm_topk_prob": True,
-    "router_aux_loss_coef": 0.01,
-    "output_router_logits": True,
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
@@ -76,11 +74,16 @@ def tokens_of(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
-def train(training: list[bytes], steps: int, seed: int = 0) -> nn.Module:
+def new_model(**fields) -> nn.Module:
     import transformers
 
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**CONFIG, **fields))
+
+
+def train(training: list[bytes], steps: int, seed: int = 0) -> dict[str, Tensor]:
+    """The state of a trained model."""
     torch.manual_seed(seed)
-    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**CONFIG))
+    model = new_model(router_aux_loss_coef=0.01, output_router_logits=True)
     data = tokens_of(b"\n\n".join(training))
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
@@ -97,8 +100,7 @@ def train(training: list[bytes], steps: int, seed: int = 0) -> nn.Module:
         if step % max(1, steps // 20) == 0:
             seconds = time.perf_counter() - start
             print(f"step {step} of {steps}: loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
-    model.config.output_router_logits = False
-    return model.eval()
+    return model.state_dict()
 
 
 def windows(text: bytes, count: int) -> list[tuple[Tensor, int]]:
@@ -170,7 +172,7 @@ def render(folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--out", type=Path, default=Path("quality-moe"), help="for the results")
-    parser.add_argument("--steps", type=int, default=500, help="of training")
+    parser.add_argument("--steps", type=int, default=350, help="of training")
     parser.add_argument("--model", type=Path, help="a file to keep the trained model in")
     parser.add_argument("--eval-tokens", type=int, default=16384, help="of each kind of text")
     parser.add_argument("--render", type=Path, help="write the table of such a folder")
@@ -186,11 +188,13 @@ def main(arguments: list[str] | None = None) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     kept = arguments.model
     if kept is not None and kept.exists():
-        model = torch.load(kept, weights_only=False)
+        state = torch.load(kept)
     else:
-        model = train(training, arguments.steps)
+        state = train(training, arguments.steps)
         if kept is not None:
-            torch.save(model, kept)
+            torch.save(state, kept)
+    model = new_model().eval()
+    model.load_state_dict(state)
     rows = measure(model, training, judged)
     if not math.isfinite(rows[0]["perplexity"]["other topics"]):
         raise SystemExit("training has diverged")
