@@ -393,11 +393,11 @@ def _check_experts(
     if not isinstance(module, LiquidExperts) and not isinstance(layout, Layout):
         kind = layout or (type(module).__name__ if module is not None else "nothing")
         raise ValueError(f"{name}: expected experts in the model, got {kind}")
-    got = module.sizes if isinstance(module, LiquidExperts) else layout.sizes
+    got = (module if isinstance(module, LiquidExperts) else cast(Layout, layout)).sizes
     if got != sizes:
         raise ValueError(f"{name}: expected {sizes} as in {directory}, got {got}")
-    like = LiquidExperts(**sizes, device="meta")
-    for part, stack in like.named_children():
+    like = LiquidExperts(**got, device="meta")
+    for part, stack in (("gate_up", like.gate_up), ("down", like.down)):
         for key, tensor in stack.state_dict().items():
             full = f"{name}.{part}.{key}"
             if full not in state:
@@ -410,8 +410,10 @@ def _check_experts(
                 )
         for e in range(stack.num_experts):
             try:
-                tensors = (state[f"{name}.{part}.{key}"][e] for key in STATE)
-                QuantizedWeight(*tensors, in_features=stack.in_features)
+                qweight, qscale, qoffset, scale = (
+                    state[f"{name}.{part}.{key}"][e] for key in STATE
+                )
+                QuantizedWeight(qweight, qscale, qoffset, scale, stack.in_features)
             except ValueError as error:
                 raise ValueError(f"{name}.{part}.{error}: expert {e}") from None
     known = {f"{name}.{key}" for key in like.state_dict()}

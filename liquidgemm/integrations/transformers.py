@@ -98,6 +98,11 @@ class LiquidGemmConfig(QuantizationConfigMixin):
         ):
             raise ValueError(f"experts: expected arguments by name of a layer, got {experts!r}")
         self.experts = {name: dict(sizes) for name, sizes in (experts or {}).items()}
+        for name, sizes in self.experts.items():
+            try:
+                LiquidExperts(**sizes, device="meta")
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"experts: {name}: {error}") from None
         self.quant_method = METHOD
         self.config, self.verify = config, verify
         self.layers = None if layers is None else dict(layers)
@@ -222,7 +227,7 @@ class LiquidGemmQuantizer(HfQuantizer):
             names = (saved, saved.removeprefix(prefix), prefix + saved)
             name = next((name for name in names if name in modules), None)
             layout = None if name is None else layout_of(modules[name])
-            if not isinstance(layout, Layout):
+            if name is None or not isinstance(layout, Layout):
                 kind = "nothing" if name is None else layout or type(modules[name]).__name__
                 raise ValueError(f"{saved}: expected experts in the model, got {kind}")
             if layout.sizes != sizes:
@@ -372,23 +377,27 @@ class _UnpackedExperts(nn.Module):
         self._held = (experts, dict(sizes))  # the module as a whole is on the meta device
         self.dtype = next(experts.parameters()).dtype
         self.num_experts = sizes["num_experts"]
-        for name, stack in LiquidExperts(**sizes, device="meta").named_children():
-            self.add_module(name, _UnpackedStack(stack, self.dtype))
+        like = LiquidExperts(**sizes, device="meta")
+        self.gate_up = _UnpackedStack(like.gate_up, self.dtype)
+        self.down = _UnpackedStack(like.down, self.dtype)
 
     def without_data(self) -> LiquidExperts:
         experts, sizes = self._held
         layer = LiquidExperts(**sizes, device="meta", dtype=self.dtype)
-        layer.stands_for(experts, layout_of(experts))
+        layer.stands_for(experts, cast(Layout, layout_of(experts)))
         return layer.train(self.training)
 
     def pack(self, name: str) -> LiquidExperts:
         layer = self.without_data()
-        for part, stack in self.named_children():
-            if stack.qweight.is_meta:
+        for part, stack, into in (
+            ("gate_up", self.gate_up, layer.gate_up),
+            ("down", self.down, layer.down),
+        ):
+            tensors = dict(stack.named_buffers())
+            if tensors["qweight"].is_meta:
                 raise ValueError(f"{name}: expected a device_map of CPU or GPUs, got it offloaded")
             try:
-                tensors = dict(stack.named_buffers())
-                layer.get_submodule(part).load_logical(tensors, stack.scale.device)
+                into.load_logical(tensors, tensors["scale"].device)
             except ValueError as error:
                 raise ValueError(f"{name}.{part}: {error}") from None
         return layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight
 from ._modules import as_linear
 from .float_experts import Layout, layout_of
-from .stack import ExpertStack, _check_range, stack_of
+from .stack import STATE, ExpertStack, _check_range, stack_of
 
 
 class LiquidExperts(nn.Module):
@@ -63,10 +64,12 @@ class LiquidExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        options = {"bias": bias, "device": device, "dtype": dtype}
-        gate_up = ExpertStack(num_experts, hidden_size, 2 * intermediate_size, True, **options)
-        down = ExpertStack(num_experts, intermediate_size, hidden_size, **options)
-        self._set(gate_up, down, activation)
+        inner, hidden = intermediate_size, hidden_size
+        self._set(
+            ExpertStack(num_experts, hidden, 2 * inner, True, bias, device, dtype),
+            ExpertStack(num_experts, inner, hidden, False, bias, device, dtype),
+            activation,
+        )
 
     def _set(self, gate_up: ExpertStack, down: ExpertStack, activation: str) -> None:
         if activation not in ops.GATED:
@@ -125,7 +128,7 @@ class LiquidExperts(nn.Module):
             biases = [None] * len(weights) if bias is None else bias
             pairs = zip(weights, biases, strict=True)
             stacks.append(stack_of(pairs, len(weights), gated, dtype))
-        return cls.from_stacks(*stacks, activation)
+        return cls.from_stacks(stacks[0], stacks[1], activation)
 
     @classmethod
     def from_experts(
@@ -183,10 +186,13 @@ class LiquidExperts(nn.Module):
         names = ("gate_proj", "up_proj", "down_proj")
         if experts and not hasattr(experts[0], "gate_proj"):
             names = ("w1", "w3", "w2")
-        layers = [[as_linear(getattr(expert, name, None)) for name in names] for expert in experts]
-        for e, three in enumerate(layers):
-            if None in three:
+        layers = []
+        for e, expert in enumerate(experts):
+            found = [as_linear(getattr(expert, name, None)) for name in names]
+            three = [layer for layer in found if layer is not None]
+            if len(three) < len(names):
                 raise TypeError(f"experts: expected linear layers {', '.join(names)} in expert {e}")
+            layers.append(three)
         if not layers:
             raise ValueError("experts: expected at least one, got none")
 
@@ -282,7 +288,7 @@ class LiquidExperts(nn.Module):
         return ids, torch.ones_like(ids, dtype=torch.float32)
 
     @property
-    def sizes(self) -> dict[str, int | str | bool]:
+    def sizes(self) -> dict[str, Any]:
         """The arguments that a layer of this kind is made with."""
         return {
             "num_experts": self.num_experts,
@@ -360,22 +366,22 @@ def in_order(
     if order is None:
         return weight, bias
     order = order.to(weight.scale.device)
-    rows = {
-        name: getattr(weight, name)[order] for name in ("qweight", "qscale", "qoffset", "scale")
-    }
+    rows: dict[str, Any] = {name: getattr(weight, name)[order] for name in STATE}
     return replace(weight, **rows), None if bias is None else bias[order]
 
 
 def joined(*parts: QuantizedWeight) -> QuantizedWeight:
     """Weights of the same columns, one below the other."""
     names = [f.name for f in fields(QuantizedWeight) if f.name not in ("in_features", "columns")]
-    rows = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    rows: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in names
+    }
     return replace(parts[0], **rows)
 
 
 def without_values(experts: nn.Module) -> LiquidExperts:
     """A layer of zeros in the place of float experts whose layout is known, on their device."""
-    layout = layout_of(experts)
+    layout = cast(Layout, layout_of(experts))
     parameter = experts.get_parameter(layout.parameters[0])
     layer = LiquidExperts(**layout.sizes, device=parameter.device, dtype=parameter.dtype)
     layer.stands_for(experts, layout)
@@ -396,5 +402,5 @@ def _mapped(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Modul
             new = nn.Parameter(function(parameter.detach()), parameter.requires_grad)
             result._parameters[key] = new
     for key, child in result._modules.items():
-        result._modules[key] = _mapped(child, function)
+        result._modules[key] = None if child is None else _mapped(child, function)
     return result

@@ -8,7 +8,8 @@ that gives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class Layout:
         return (*names, *(f"{name}_bias" for name in names)) if self.bias else names
 
     @property
-    def sizes(self) -> dict[str, int | str | bool]:
+    def sizes(self) -> dict[str, Any]:
         """The arguments of the `LiquidExperts` in their place."""
         return {
             "num_experts": self.num_experts,
@@ -65,7 +66,7 @@ class Layout:
             "bias": self.bias,
         }
 
-    def gate_up(self, module: nn.Module, expert: int) -> Tensor:
+    def gate_up(self, module: Any, expert: int) -> Tensor:
         """An expert's first matrix ``[2 I, H]``, in the order in which it lies; mostly a view."""
         if self.flat:
             rows = slice(expert * self.inner, (expert + 1) * self.inner)
@@ -73,14 +74,14 @@ class Layout:
         weight = module.gate_up_proj.detach()[expert]
         return weight.T if self.transposed else weight
 
-    def down(self, module: nn.Module, expert: int) -> Tensor:
+    def down(self, module: Any, expert: int) -> Tensor:
         """An expert's second matrix ``[H, I]``, a view."""
         if self.flat:
             return module.mlp.w2.detach()[expert * self.inner : (expert + 1) * self.inner].T
         weight = module.down_proj.detach()[expert]
         return weight.T if self.transposed else weight
 
-    def biases(self, module: nn.Module, expert: int) -> tuple[Tensor | None, Tensor | None]:
+    def biases(self, module: Any, expert: int) -> tuple[Tensor | None, Tensor | None]:
         if not self.bias:
             return None, None
         return module.gate_up_proj_bias.detach()[expert], module.down_proj_bias.detach()[expert]
@@ -91,7 +92,7 @@ class Layout:
             return None
         return torch.arange(2 * self.inner).view(-1, 2).T.flatten()
 
-    def gate(self, module: nn.Module, gate_up: Tensor) -> Tensor:
+    def gate(self, module: Any, gate_up: Tensor) -> Tensor:
         """``[T, 2 I]`` to ``[T, I]`` by the module's own code."""
         if hasattr(module, "_apply_gate"):
             return module._apply_gate(gate_up)
@@ -99,9 +100,7 @@ class Layout:
         gate, up = gate_up.chunk(2, dim=-1)
         return act(gate) * up
 
-    def write(
-        self, module: nn.Module, expert: int, gate_up: Tensor, down: Tensor, biases: tuple
-    ) -> None:
+    def write(self, module: Any, expert: int, gate_up: Tensor, down: Tensor, biases: tuple) -> None:
         """Put float weights, gate before up, and biases into a module's parameters."""
         if (order := self.order()) is not None:
             gate_up = torch.empty_like(gate_up).index_copy_(0, order.to(gate_up.device), gate_up)
@@ -126,7 +125,7 @@ class Layout:
                 module.down_proj_bias[expert] = biases[1]
 
 
-def layout_of(module: nn.Module) -> Layout | str | None:
+def layout_of(module: Any) -> Layout | str | None:
     """How a module keeps its experts; why it cannot be quantized; None if it keeps none."""
     kind = type(module).__name__
     if kind == "DbrxExperts" and hasattr(module, "mlp"):
@@ -169,7 +168,7 @@ def _stacked(
     )
 
 
-def _flat(module: nn.Module) -> Layout | str:
+def _flat(module: Any) -> Layout | str:
     experts = module.num_experts
     rows, hidden = module.mlp.w1.shape
     return Layout(experts, hidden, rows // experts, "", flat=True)
@@ -183,7 +182,7 @@ def _judged(module: nn.Module, layout: Layout | str) -> Layout | str:
         found = _activation(module, layout)
     if found is None:
         return f"experts whose activation is none of {', '.join(GATED)}"
-    return Layout(**{**vars(layout), "activation": found})
+    return replace(layout, activation=found)
 
 
 @torch.no_grad()

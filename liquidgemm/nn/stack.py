@@ -131,7 +131,7 @@ class ExpertStack(nn.Module):
         weight = weight.to(self.packed.device)
         self.packed[expert] = self._pack(*(getattr(weight, name) for name in _LOGICAL))
         self.row_scale[expert] = self._to_rows(weight.scale)
-        if bias is not None:
+        if bias is not None and self.row_bias is not None:
             self.row_bias[expert] = self._to_rows(bias.to(self.row_bias))
 
     def _pack(self, *logical: Tensor) -> Tensor:
@@ -140,11 +140,9 @@ class ExpertStack(nn.Module):
     def quantized_weight(self, expert: int) -> QuantizedWeight:
         """An expert's weight in the logical layout (unpacked anew on each call)."""
         logical = ops.unpack_weight(self.packed[expert], self._rows())
-        return QuantizedWeight(
-            *map(self._from_rows, logical),
-            self._from_rows(self.row_scale[expert]),
-            self.in_features,
-        )
+        qweight, qscale, qoffset = map(self._from_rows, logical)
+        scale = self._from_rows(self.row_scale[expert])
+        return QuantizedWeight(qweight, qscale, qoffset, scale, self.in_features)
 
     def dequantize(self, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An expert's weight as floats ``[N, K]``."""
@@ -246,13 +244,14 @@ class ExpertStack(nn.Module):
         packed = torch.empty(e, panels, groups, BLOCK_BYTES, dtype=torch.uint8, device=device)
         for expert in range(e):
             try:
-                weight = QuantizedWeight(*(found[name][expert] for name in STATE), self.in_features)
+                qweight, qscale, qoffset, scale = (found[name][expert] for name in STATE)
+                weight = QuantizedWeight(qweight, qscale, qoffset, scale, self.in_features)
             except ValueError as error:
                 raise ValueError(f"expert {expert}: {error}") from None
             packed[expert] = self._pack(*(getattr(weight, name).to(device) for name in _LOGICAL))
         self.packed = packed
         self.row_scale = self._to_rows(found["scale"].T).T.contiguous().to(device)
-        if "bias" in found:
+        if "bias" in found and self.row_bias is not None:
             dtype = found["bias"].dtype if self.row_bias.is_meta else self.row_bias.dtype
             self.row_bias = self._to_rows(found["bias"].T).T.contiguous().to(device, dtype)
 

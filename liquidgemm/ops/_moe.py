@@ -27,8 +27,11 @@ def _moe_schedule_fake(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tens
     _check_ids(topk_ids)
     require(num_experts >= 1, "num_experts", "at least 1", num_experts)
     slots = topk_ids.shape[0] * topk_ids.shape[1]
-    sizes = (num_experts + 1, slots, slots)
-    return tuple(topk_ids.new_empty(size, dtype=torch.int32) for size in sizes)
+
+    def empty(size: int) -> Tensor:
+        return topk_ids.new_empty(size, dtype=torch.int32)
+
+    return empty(num_experts + 1), empty(slots), empty(slots)
 
 
 _registry.define(
@@ -201,8 +204,8 @@ class _MoeRules(_autograd.Rules):
         if any(ctx.needs_input_grad[4:]):
             raise RuntimeError(_ONLY_X_AND_WEIGHTS)
         saved = iter(ctx.saved_tensors)
-        tensors = [next(saved) if there else None for there in ctx.there]
-        grad_x, grad_weights = _moe_backward(grad, *tensors, ctx.activation)
+        tensors: list = [next(saved) if there else None for there in ctx.there]
+        grad_x, grad_weights = _moe_backward(grad, *tensors, activation=ctx.activation)
         return None, grad_x, None, grad_weights, *(None,) * 7
 
     @staticmethod

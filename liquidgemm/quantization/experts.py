@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class SeparateExperts(nn.Module):
         shell: that module, without its weights.
     """
 
+    shell: nn.Module
+
     def __init__(self, module: nn.Module, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
@@ -58,7 +61,7 @@ class SeparateExperts(nn.Module):
             self.add_module(str(e), expert.train(module.training))
 
     def experts(self) -> list[SeparateExpert]:
-        return list(self.children())
+        return [cast(SeparateExpert, child) for child in self.children()]
 
     def gate(self, gate_up: Tensor) -> Tensor:
         """``[T, 2 I]`` to ``[T, I]`` by the float module's own code."""
@@ -73,7 +76,7 @@ class SeparateExperts(nn.Module):
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for e, rows, weights in self.routed(x, top_k_index, top_k_weights):
-            expert = self.get_submodule(str(e))
+            expert = cast(SeparateExpert, self.get_submodule(str(e)))
             y = expert.down(self.gate(expert.gate_up(x[rows])))
             total.index_add_(0, rows, y.float() * weights.float().unsqueeze(1))
         return total.to(x.dtype).view(hidden_states.shape)
@@ -123,8 +126,10 @@ class Experts:
             layout = layout_of(module)
             if layout is None:
                 continue
-            reason = layout if isinstance(layout, str) else _why_not(module, parents.get(module))
-            if reason:
+            if isinstance(layout, str):
+                self.refused[module] = layout
+                continue
+            if reason := _why_not(module, parents.get(module)):
                 self.refused[module] = reason
                 continue
             self._originals[names[0]], self.paths[names[0]] = module, names
@@ -161,7 +166,7 @@ class Experts:
         self._left[name] -= 1
         if self._left[name]:
             return False
-        self._put(name, _fused(self._model.get_submodule(name)))
+        self._put(name, _fused(cast(SeparateExperts, self._model.get_submodule(name))))
         del self._originals[name]  # so that its floats are freed
         return True
 
@@ -182,7 +187,7 @@ class Experts:
             if name is None:
                 folded[layer] = line
                 continue
-            count = self._model.get_submodule(name).layout.num_experts
+            count = cast(SeparateExperts, self._model.get_submodule(name)).layout.num_experts
             part = layer.rpartition(".")[2]
             folded.setdefault(f"{name}.{part}", f"{count} experts of {line}")
         return folded
@@ -244,7 +249,7 @@ def _fused(separate: SeparateExperts) -> LiquidExperts:
         pairs = (in_order(layer.quantized_weight(), layer.bias, rows) for layer in layers)
         dtype = layers[0].weight.dtype
         stacks.append(stack_of(pairs, len(layers), part == "gate_up", dtype))
-    result = LiquidExperts.from_stacks(*stacks, layout.activation)
+    result = LiquidExperts.from_stacks(stacks[0], stacks[1], layout.activation)
     result.stands_for(separate.shell, layout)
     return result.train(separate.training)
 
@@ -252,18 +257,15 @@ def _fused(separate: SeparateExperts) -> LiquidExperts:
 def _mean_report(name: str, layers: list[LayerReport]) -> LayerReport:
     """One report for a stack: errors are means over its experts, tokens and seconds sums."""
 
-    def mean(values: list[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known else None
-
+    known = [layer.output_error for layer in layers if layer.output_error is not None]
     method = Counter(layer.method for layer in layers).most_common(1)[0][0]
     notes = {layer.note for layer in layers}
     return replace(
         layers[0],
         name=name,
         method=method,
-        weight_error=mean([layer.weight_error for layer in layers]),
-        output_error=mean([layer.output_error for layer in layers]),
+        weight_error=sum(layer.weight_error for layer in layers) / len(layers),
+        output_error=sum(known) / len(known) if known else None,
         outlier=max((v for layer in layers if (v := layer.outlier) is not None), default=None),
         tokens=sum(layer.tokens for layer in layers),
         seconds=sum(layer.seconds for layer in layers),

@@ -325,9 +325,11 @@ def _nbytes(tensor: Tensor | None) -> int:
 def _fuse(model: nn.Module, layer: str, experts: Experts, probe: Probe | None) -> None:
     """Make one layer of experts if this was the last of theirs, and see that it does the same."""
     name = experts.of(layer)
-    separate = None if name is None else model.get_submodule(name)
+    if name is None:
+        return
+    separate = model.get_submodule(name)
     if experts.is_fused(layer) and probe is not None:
-        probe.check_experts(name, separate, model.get_submodule(name))
+        probe.check_experts(name, separate, cast(LiquidExperts, model.get_submodule(name)))
 
 
 def _check_unused(**arguments: object) -> None:

@@ -24,15 +24,18 @@ def count_experts(module: nn.Module) -> int:
     return len(module) if len(kinds) == 1 and linear else 0
 
 
-def routers(parent: nn.Module, experts: nn.Module) -> Iterator[nn.Module]:
+def routers(parent: nn.Module, experts: nn.Module) -> Iterator[nn.Linear]:
     """Linear layers beside experts, with a row for each of them, or one for a shared expert."""
     count = count_experts(experts)
     inside = set(experts.modules())
     for child in parent.modules():
-        if count and is_linear(child) and child not in inside and child.out_features in (1, count):
+        if not count or child in inside or not is_linear(child):
+            continue
+        if child.out_features in (1, count):
             yield child
 
 
 def is_routed(parent: nn.Module, child: nn.Module) -> bool:
     """Whether a list is one of experts among which a router chooses by the data."""
-    return any(r.out_features == len(child) for r in routers(parent, child))
+    count = count_experts(child)
+    return any(router.out_features == count for router in routers(parent, child))

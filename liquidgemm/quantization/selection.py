@@ -58,9 +58,10 @@ class Selection:
 
     def leave(self, name: str, reason: str) -> None:
         """Take back a layer, and with one of an expert all of its experts."""
-        owner = None if self.experts is None else self.experts.of(name)
-        if owner is not None:
-            self.names[:] = [n for n in self.names if self.experts.of(n) != owner]
+        experts = self.experts
+        owner = None if experts is None else experts.of(name)
+        if experts is not None and owner is not None:
+            self.names[:] = [n for n in self.names if experts.of(n) != owner]
             name = owner
         elif name in self.names:
             self.names.remove(name)
@@ -90,9 +91,9 @@ def select(
         name = names[0]
         if isinstance(module, LiquidExperts):
             result.skipped[name] = DONE
-            for key, stack in module.named_children():
-                shape = (stack.num_experts, stack.out_features, stack.in_features)
-                result.parameters[f"{name}.{key}"] = ParameterReport(shape, DONE, True)
+            for key, stack in (("gate_up", module.gate_up), ("down", module.down)):
+                sizes = (stack.num_experts, stack.out_features, stack.in_features)
+                result.parameters[f"{name}.{key}"] = ParameterReport(sizes, DONE, True)
             continue
         if isinstance(module, LiquidLinear):
             result.skipped[name] = DONE
@@ -195,7 +196,7 @@ class _Rules:
             return role
         is_head = module in self.int8_heads
         owner = None if self._experts is None else self._experts.of(names[0])
-        if owner is not None:
+        if self._experts is not None and owner is not None:
             names = [*names, *self._experts.paths[owner]]
         for pattern in self._config.skip:
             if is_head and pattern == "lm_head":

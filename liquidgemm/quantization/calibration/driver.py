@@ -222,7 +222,8 @@ def _quantize_unit(
     of_experts = {f"{e}.{i}.{part}" for e, m in experts.items() for i, part in _parts(m)}
     layers = {name: layer for name, layer in layers.items() if unit.inner(name) not in of_experts}
     owners = {unit.outer(name): module for name, module in experts.items()}
-    stages, repeated = find_stages(block, layers | owners, calls[0]) if calls else ([], set())
+    called_ones: dict[str, nn.Module] = {**layers, **owners}
+    stages, repeated = find_stages(block, called_ones, calls[0]) if calls else ([], set())
     # The router has the same input, and whatever else the block computes from it.
     stages = [part for stage in stages for part in _without(stage, owners)]
     called = {name for stage in stages for name in stage}

@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ...nn._modules import replace_module
 from ..config import LiquidConfig
-from ..experts import SeparateExperts
+from ..experts import PARTS, SeparateExperts
 from ..layer import quantize_layer
 from ..report import LayerReport
 from .blocks import Call, Stop
@@ -113,28 +114,33 @@ def quantize_experts(
         inner: name of the `SeparateExperts` within the block.
         outer: its name in the model.
     """
-    experts = block.get_submodule(inner)
+    experts = cast(SeparateExperts, block.get_submodule(inner))
     routed = capture(block, experts, calls)
     config = replace(config, augment=0)  # experts have no residual columns
+    places = [(f"{inner}.{e}", f"{outer}.{e}") for e in range(experts.layout.num_experts)]
     reports = []
-    rounded = layer = None
-    if routed is not None:
-        rounded = round_activation(routed.x)
-        layer = Moments.of([rounded])
-    for e, expert in enumerate(experts.experts()):
-        rows = None if routed is None else routed.of(e)
-        moments = sample = None
-        if routed is not None:
-            moments = _mixed(rounded[rows], layer)
-            sample = routed.x[rows if len(rows) else routed.others(e, len(routed.x))]
-        names = (f"{inner}.{e}", f"{outer}.{e}")
-        reports.append(_quantize(block, names, "gate_up", moments, sample, config, rows))
-        if routed is not None:
-            wanted = int(_ENOUGH * expert.down.in_features)
-            more = routed.others(e, max(0, wanted - len(rows)))
-            h = experts.gate(expert.gate_up(routed.x[torch.cat((rows, more))]))
-            moments, sample = Moments.of([round_activation(h)]), h[: len(rows) or None]
-        reports.append(_quantize(block, names, "down", moments, sample, config, rows))
+    if routed is None:
+        for place in places:
+            for part in PARTS:
+                reports.append(_quantize(block, place, part, None, None, config))
+                reports[-1].note = "no token of the calibration data reaches it"
+        return reports
+    rounded = round_activation(routed.x)
+    layer = Moments(rounded.T @ rounded / len(rounded), len(rounded))
+    for e, (place, expert) in enumerate(zip(places, experts.experts(), strict=True)):
+        rows = routed.of(e)
+        sample = routed.x[rows if len(rows) else routed.others(e, len(routed.x))]
+        moments = _mixed(rounded[rows], layer)
+        reports.append(_quantize(block, place, "gate_up", moments, sample, config))
+        more = routed.others(e, max(0, int(_ENOUGH * expert.down.in_features) - len(rows)))
+        h = experts.gate(expert.gate_up(routed.x[torch.cat((rows, more))]))
+        sample = h[: len(rows) or None]
+        reports.append(
+            _quantize(block, place, "down", Moments.of([round_activation(h)]), sample, config)
+        )
+        for report in reports[-2:]:
+            report.tokens = len(rows)
+            report.note = "" if len(rows) else _NONE
     return reports
 
 
@@ -148,24 +154,19 @@ def _mixed(own: Tensor, layer: Moments) -> Moments:
 
 def _quantize(
     block: nn.Module,
-    names: tuple[str, str],
+    place: tuple[str, str],
     part: str,
     moments: Moments | None,
     sample: Tensor | None,
     config: LiquidConfig,
-    rows: Tensor | None,
 ) -> LayerReport:
+    """One matrix, of the expert whose names in the block and in the model are the place."""
     start = time.perf_counter()
-    inner, name = (f"{prefix}.{part}" for prefix in names)
-    linear = block.get_submodule(inner)
+    inner, name = (f"{prefix}.{part}" for prefix in place)
+    linear = cast(nn.Linear, block.get_submodule(inner))
     weight, method = quantize_layer(linear.weight, config, name, moments)
     sample = None if sample is None or not len(sample) else sample_rows([sample])
     report = LayerReport.of(name, method, linear.weight, weight, sample)
-    report.tokens = 0 if rows is None else len(rows)
-    if rows is None:
-        report.note = "no token of the calibration data reaches it"
-    elif not len(rows):
-        report.note = _NONE
     replace_module(block, inner, SimulatedLinear(weight, linear.bias))
     report.seconds = time.perf_counter() - start
     return report
