@@ -89,6 +89,8 @@ def build(sizes: Sizes, name: str, device: torch.device) -> tuple[nn.Module, str
 def measure(model: Any, batch: int, options: argparse.Namespace) -> dict:
     import transformers
 
+    from liquidgemm.integrations.transformers_cache import LiquidCache
+
     on_gpu = options.device == "cuda"
     generator = torch.Generator(model.device).manual_seed(1)
     shape = batch, options.context
@@ -99,13 +101,20 @@ def measure(model: Any, batch: int, options: argparse.Namespace) -> dict:
         )
     }
     ticks = Ticks(on_gpu)
+    cache: dict = {"cache_implementation": "static"}
+    model.set_attn_implementation("sdpa" if options.cache == "static" else "liquidgemm")
+    if options.cache != "static":
+        length = options.context + options.new + WARM
+        cache = {
+            "past_key_values": LiquidCache(model.config, max_cache_len=length, format=options.cache)
+        }
     torch._dynamo.reset()
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=options.new + WARM,
         do_sample=False,
-        cache_implementation="static",
+        **cache,
         logits_processor=transformers.LogitsProcessorList([ticks]),
         **(compiled if on_gpu else {"disable_compile": True}),
     )
@@ -128,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=argument(parse_tokens), default="1,16")
     parser.add_argument("--context", type=int, default=1024, help="tokens of the prompts")
     parser.add_argument("--new", type=int, default=64, help="tokens that are timed")
+    parser.add_argument("--cache", default="static", choices=("static", "int8", "int4", "fp8"))
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: for tests")
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the results")
@@ -148,7 +158,11 @@ def main(arguments: list[str] | None = None) -> int:
             model, said = build(sizes, name, device)
             for batch in options.batch:
                 row = {"model": sizes.name, "layers": sizes.layers, "format": name, "batch": batch}
-                row |= {"context": options.context, "fused": said} | measure(model, batch, options)
+                row |= {
+                    "context": options.context,
+                    "cache": options.cache,
+                    "fused": said,
+                } | measure(model, batch, options)
                 record["rows"].append(row)
                 print(
                     f"{sizes.name} {name:12} batch {batch:4} {row['ms']:8.3f} ms per token "

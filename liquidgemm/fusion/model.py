@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..nn._modules import paths_of_modules
+from ..nn._modules import is_from_transformers, paths_of_modules
 from ..nn.fused_layer import PROJECTIONS, FusedLayer, fuse_layer, unfuse_layer
 from ..quantization.verification.inputs import small_inputs
 from .structure import Parts, Unfit, examine, is_decoder_layer
@@ -20,6 +20,7 @@ from .structure import Parts, Unfit, examine, is_decoder_layer
 # INT8 codes by one, which is a tenth of it at most; another norm or activation is off by more.
 TOLERANCE = 0.05
 _STEP = 2.0**-8
+_ATTENTION = "liquidgemm"  # as integrations.transformers_cache registers it
 
 Call = tuple[tuple, dict[str, Any], object]
 
@@ -105,15 +106,16 @@ def fuse_(model: nn.Module, example: Tensor | Mapping[str, Any] | None = None) -
     errors: dict[str, float] = {}
     model.eval()
     try:
-        calls, problem = _calls(model, {name: layers[name] for name in found}, example)
-        for name, parts in found.items():
-            if name not in calls:
-                left[name] = problem or "the small run of the model did not call it once"
-                continue
-            try:
-                errors[name] = _fuse_checked(layers[name], parts, calls.pop(name))
-            except Unfit as unfit:
-                left[name] = str(unfit)
+        with _attention_without_cache(model):
+            calls, problem = _calls(model, {name: layers[name] for name in found}, example)
+            for name, parts in found.items():
+                if name not in calls:
+                    left[name] = problem or "the small run of the model did not call it once"
+                    continue
+                try:
+                    errors[name] = _fuse_checked(layers[name], parts, calls.pop(name))
+                except Unfit as unfit:
+                    left[name] = str(unfit)
     finally:
         for module in training:
             module.training = True
@@ -126,6 +128,27 @@ def fuse_(model: nn.Module, example: Tensor | Mapping[str, Any] | None = None) -
     }
     left = {name: left[name] for name in layers if name in left}
     return FusionReport(tuple(fused), left, apart, errors)
+
+
+@contextmanager
+def _attention_without_cache(model: nn.Module) -> Iterator[None]:
+    """Attention over a `LiquidCache` is transformers' own meanwhile, as the small run has no cache.
+
+    Attention is no part of what is fused.
+    """
+    ours = [
+        module
+        for module in model.modules()
+        if is_from_transformers(module)
+        and getattr(module.config, "_attn_implementation", None) == _ATTENTION
+    ]
+    for module in ours:
+        cast(Any, module).set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        for module in reversed(ours):
+            cast(Any, module).set_attn_implementation(_ATTENTION)
 
 
 def _calls(

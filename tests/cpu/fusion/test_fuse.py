@@ -21,6 +21,7 @@ from liquidgemm import (
     save_quantized,
     unfuse_,
 )
+from liquidgemm.integrations.transformers_cache import LiquidCache
 from liquidgemm.nn.fused_layer import FusedLayer
 
 FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma", "Gemma2", "Gemma3Text"]
@@ -200,6 +201,31 @@ def test_generate_with_a_static_cache(llama):
         TOKENS, attention_mask=mask, cache_implementation="static", **options
     )
     assert_same(static, expected)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["then set", "set before"])
+def test_generate_with_a_quantized_cache(before):
+    model = quantized(num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    fused = copy.deepcopy(model)
+    answers = []
+    for one in (model, fused):
+        if before:
+            one.set_attn_implementation("liquidgemm")
+        if one is fused:
+            assert len(fuse_(fused).fused) == 2
+        one.set_attn_implementation("liquidgemm")
+        answers.append(
+            one.generate(
+                TOKENS,
+                attention_mask=torch.ones_like(TOKENS),
+                past_key_values=LiquidCache(one.config, max_cache_len=32, format="int8"),
+                max_new_tokens=6,
+                do_sample=False,
+                disable_compile=True,
+            )
+        )
+    assert fused.config._attn_implementation == "liquidgemm"
+    assert_same(*answers)
 
 
 def test_compiles_in_one_graph(llama):
