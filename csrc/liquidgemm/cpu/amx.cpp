@@ -1,17 +1,17 @@
-// AMX: tiles of 16 rows of 64 bytes. Weights are decoded to bytes, 16 rows (a band) x 64 k to a
-// tile; activations are arranged so that a tile holds 64 k of 16 tokens. One instruction multiplies
-// the two into a tile of 16 x 16 sums.
-#include "liquidgemm/cpu/decode512.hpp"
+// AMX: tiles of 16 rows of 64 bytes. A tile of x is 16 tokens x 64 k, one of weights is a decoded
+// band: words of 16 rows, for each of 16 quads of k. One instruction multiplies the two into a tile
+// of 16 x 16 sums.
+#include "liquidgemm/cpu/avx512_vnni.hpp"
 #include "liquidgemm/cpu/sets.hpp"
-#include "liquidgemm/cpu/transpose512.hpp"
 
 namespace liquidgemm::cpu {
 namespace {
 
-inline constexpr int kFewestTokens = 9;  // a tile pays from here on, though a part of it is unused
-inline constexpr int kTile = 16;         // rows of weights, or tokens
-inline constexpr int kTileBytes = 16 * 64;  // of weights or tokens
-inline constexpr int kAhead = 4;            // groups that are prefetched ahead
+// What has been written is in memory, and what is read comes from there. GCC's tile loads and
+// stores are assembly that does not say which memory it touches.
+inline void fence() {
+  __asm__ volatile("" ::: "memory");
+}
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -26,205 +26,172 @@ struct alignas(64) TileConfig {
   }
 };
 
-// The first k of word i of a decoded row: words of the low and the high nibbles alternate.
-constexpr int first_k_of_decoded(int i) {
-  return first_k(i / 2 * 2) + 32 * (i % 2);
-}
+inline constexpr int kSumStride = kPanel * int(sizeof(int32_t));
 
-// Layout: [tokens / 16][groups][16 words][16 tokens][4 k].
-void arrange_tile(int8_t const* rows, int64_t first, Activations const& to) {
-  alignas(64) int32_t words[kTile], totals[kTile];
-  for (int i = 0; i < kTile; ++i)
-    words[i] = first_k_of_decoded(i) / 4;
-  const __m512i order = _mm512_load_si512(words), ones = _mm512_set1_epi8(1);
-  __m512i sums[kTile];
-  for (__m512i& sum : sums)
-    sum = _mm512_setzero_si512();
-  int8_t* tile = to.x + first * to.groups * kGroup;
-  for (int64_t g = 0; g < to.groups; ++g) {
-    __m512i x[kTile];
-    for (int t = 0; t < kTile; ++t) {
-      const __m512i row = _mm512_loadu_si512(rows + (t * to.groups + g) * kGroup);
-      sums[t] = _mm512_dpbusd_epi32(sums[t], ones, row);
-      x[t] = _mm512_permutexvar_epi32(order, row);
+// What is read ahead with every band that is decoded. One pass over a panel waits for memory, and
+// reads the next block into the first cache. Several passes have time for the whole next panel, and
+// read it into the second one.
+struct Ahead {
+  uint8_t const* panel = nullptr;  // the rest of the next panel, or null
+  int lines = 0;                   // of it
+
+  void step(uint8_t const* chunks) {
+    if (panel == nullptr) {
+      for (int i = 0; i < kBandChunks; ++i)
+        __builtin_prefetch(chunks + kBlock + kChunk * i);
+      return;
     }
-    transpose(x);
-    for (int i = 0; i < kTile; ++i)
-      _mm512_store_si512(tile + 64 * i, x[i]);
-    tile += kTileBytes;
+    for (int i = 0; i < lines; ++i)
+      __builtin_prefetch(panel + kChunk * i, 0, 2);
+    panel += kChunk * lines;
   }
-  transpose(sums);
-  __m512i total = sums[0];
-  for (int i = 1; i < kTile; ++i)
-    total = _mm512_add_epi32(total, sums[i]);
-  _mm512_store_si512(totals, total);
-  memcpy(to.totals + first, totals, sizeof totals);
-}
+};
 
-// One band of one block to a tile: row by row, words in the order of first_k_of_decoded.
-inline void decode_band(uint8_t const* block, int band, uint8_t* tile) {
-  const BandParams params(block + kParams + 4 * kBandChunks * band);
-  for (int g = 0; g < kBandChunks; ++g) {
-    uint8_t const* const chunk = block + kChunk * (kBandChunks * band + g);
-    _mm_prefetch(reinterpret_cast<char const*>(chunk + kAhead * kBlock), _MM_HINT_T0);
-    const Avx512Vnni::Codes codes = Avx512Vnni::codes(chunk);
-    const __m512i row = _mm512_mask_shuffle_epi32(codes.low, 0xaaaa, codes.high, _MM_PERM_CCAA);
-    const __m512i row8 = _mm512_mask_shuffle_epi32(codes.high, 0x5555, codes.low, _MM_PERM_DDBB);
-    _mm512_store_si512(tile + 64 * g, decode(row, params.steps[0][g], params.offsets[0][g]));
-    _mm512_store_si512(tile + 64 * (g + 8), decode(row8, params.steps[1][g], params.offsets[1][g]));
+// One group after the other of some bands, decoded while the tiles of the group before it are
+// multiplied, which another unit of the core does.
+struct Decoder {
+  Place const& at;
+  Ahead& ahead;
+  int64_t groups, group = 0;
+  alignas(64) uint8_t bytes[2][kDecodedGroup];
+
+  uint8_t const* decoded(int64_t g) const { return bytes[g % 2]; }
+
+  template <int Bands>
+  void step() {
+    if (group == groups)
+      return;
+    for (int b = 0; b < Bands; ++b) {
+      ahead.step(at.block(group) + kChunk * kBandChunks * (at.begin + b));
+      decode_band_at<Avx512Vnni>(at, group, b, bytes[group % 2] + b * kTileBytes);
+    }
+    ++group;
   }
-}
+};
 
-inline constexpr int kStride = kPanelBands * kTileBytes;  // of a group's decoded bands
-
-// Tile registers: sums 0-3, weights 4 and 5, tokens 6 and 7.
-inline void zero_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-using TileSums = int32_t[kTile][kTile];  // [row of the weight][token]
-
-inline void store_sums(TileSums* sums) {
-  _tile_stored(0, sums[0], 64);
-  _tile_stored(1, sums[1], 64);
-  _tile_stored(2, sums[2], 64);
-  _tile_stored(3, sums[3], 64);
+// One tile of tokens times up to 4 bands. Tile registers: sums 0-3, weights 4 and 5, tokens 6
+// and 7.
+template <int Bands>
+void multiply_tile(Place const& at, Activations const& x, PanelSums& sums, Ahead& ahead) {
+  Decoder decoder{at, ahead, x.groups};
+  decoder.step<Bands>();
+  int8_t const* tokens = x.x + at.token * x.groups * kGroup;
+  int32_t* const to = sums[0];
   fence();
-}
-
-// 16 tokens of some bands, whose sums are `stride` tiles apart.
-template <int Bands>
-void store_tile(TileSums const* sums,
-                int stride,
-                int64_t n,
-                Activations const& x,
-                int64_t token,
-                Output const& out) {
-  alignas(64) int32_t rows[kTile][kBand * Bands];  // of tokens
-  for (int b = 0; b < Bands; ++b) {
-    __m512i of_tokens[kTile];
-    for (int i = 0; i < kTile; ++i)
-      of_tokens[i] = _mm512_load_si512(sums[stride * b][i]);
-    transpose(of_tokens);
-    for (int t = 0; t < kTile; ++t) {
-      const __m512i total = _mm512_set1_epi32(x.totals[token + t]);
-      _mm512_store_si512(rows[t] + kBand * b,
-                         _mm512_sub_epi32(of_tokens[t], _mm512_slli_epi32(total, 7)));
-    }
-  }
-  const int64_t last = smaller(token + kTile, out.tokens);
-  for (int64_t t = token; t < last; ++t)
-    store_row(out, t, n, kBand * Bands, rows[t - token]);
-}
-
-// The first 16 tokens times bands [0, Bands) of what `panel` points at. Decodes them, one group
-// ahead of the product, into decoded [groups][kPanelBands][kTileBytes], and so reads whole blocks,
-// one after the other: memory is the bottleneck here.
-template <int Bands>
-void multiply_and_decode(uint8_t const* panel,
-                         int band,
-                         int64_t n,
-                         Activations const& x,
-                         Output const& out,
-                         uint8_t* decoded) {
-  const auto decode_group = [&](int64_t g) {
-    for (int b = 0; b < Bands; ++b)
-      decode_band(panel + g * kBlock, band + b, decoded + g * kStride + b * kTileBytes);
-  };
-  zero_sums();
-  decode_group(0);
+  _tile_loadd(0, to, kSumStride);
+  if constexpr (Bands > 1)
+    _tile_loadd(1, to + kBand, kSumStride);
+  if constexpr (Bands > 2)
+    _tile_loadd(2, to + 2 * kBand, kSumStride);
+  if constexpr (Bands > 3)
+    _tile_loadd(3, to + 3 * kBand, kSumStride);
   for (int64_t g = 0; g < x.groups; ++g) {
-    if (g + 1 < x.groups)
-      decode_group(g + 1);
+    uint8_t const* const weights = decoder.decoded(g);
+    decoder.step<Bands>();
     fence();
-    uint8_t const* const weights = decoded + g * kStride;
-    _tile_loadd(6, x.x + g * kTileBytes, 64);
+    _tile_loadd(6, tokens, 64);
     _tile_loadd(4, weights, 64);
-    _tile_dpbusd(0, 4, 6);
+    _tile_dpbsud(0, 6, 4);
     if constexpr (Bands > 1) {
       _tile_loadd(5, weights + kTileBytes, 64);
-      _tile_dpbusd(1, 5, 6);
+      _tile_dpbsud(1, 6, 5);
     }
     if constexpr (Bands > 2) {
       _tile_loadd(4, weights + 2 * kTileBytes, 64);
-      _tile_dpbusd(2, 4, 6);
+      _tile_dpbsud(2, 6, 4);
     }
     if constexpr (Bands > 3) {
       _tile_loadd(5, weights + 3 * kTileBytes, 64);
-      _tile_dpbusd(3, 5, 6);
+      _tile_dpbsud(3, 6, 5);
     }
     fence();
+    tokens += kTileBytes;
   }
-  alignas(64) TileSums sums[4];
-  store_sums(sums);
-  store_tile<Bands>(sums, 1, n, x, 0, out);
+  _tile_stored(0, to, kSumStride);
+  if constexpr (Bands > 1)
+    _tile_stored(1, to + kBand, kSumStride);
+  if constexpr (Bands > 2)
+    _tile_stored(2, to + 2 * kBand, kSumStride);
+  if constexpr (Bands > 3)
+    _tile_stored(3, to + 3 * kBand, kSumStride);
+  fence();
 }
 
-// Tokens from `token` on, `Tiles` times 16 of them, times `Bands` decoded bands.
-template <int Bands, int Tiles>
-void multiply_decoded(
-    uint8_t const* decoded, int64_t n, Activations const& x, int64_t token, Output const& out) {
-  zero_sums();
-  int8_t const* const x0 = x.x + token * x.groups * kGroup;
-  int8_t const* const x1 = x0 + kTile * x.groups * kGroup;
+// Two tiles of tokens times up to 2 bands. To decode a band again for the next two tiles is faster
+// than to keep it: stores to the second cache take 4 clocks per line, and tile loads from there 25.
+template <int Bands>
+void multiply_tiles(Place const& at, Activations const& x, PanelSums& sums, Ahead& ahead) {
+  Decoder decoder{at, ahead, x.groups};
+  decoder.step<Bands>();
+  int8_t const* tokens = x.x + at.token * x.groups * kGroup;
+  int8_t const* later = tokens + x.groups * kTileBytes;
+  int32_t *const to = sums[0], *const to_later = sums[kTile];
   fence();
+  _tile_loadd(0, to, kSumStride);
+  _tile_loadd(1, to_later, kSumStride);
+  if constexpr (Bands > 1) {
+    _tile_loadd(2, to + kBand, kSumStride);
+    _tile_loadd(3, to_later + kBand, kSumStride);
+  }
   for (int64_t g = 0; g < x.groups; ++g) {
-    uint8_t const* const weights = decoded + g * kStride;
-    _tile_loadd(6, x0 + g * kTileBytes, 64);
+    uint8_t const* const weights = decoder.decoded(g);
+    decoder.step<Bands>();
+    fence();
+    _tile_loadd(6, tokens, 64);
     _tile_loadd(4, weights, 64);
-    _tile_dpbusd(0, 4, 6);
-    if constexpr (Tiles > 1) {
-      _tile_loadd(7, x1 + g * kTileBytes, 64);
-      _tile_dpbusd(1, 4, 7);
-    }
+    _tile_dpbsud(0, 6, 4);
+    _tile_loadd(7, later, 64);
+    _tile_dpbsud(1, 7, 4);
     if constexpr (Bands > 1) {
       _tile_loadd(5, weights + kTileBytes, 64);
-      _tile_dpbusd(2, 5, 6);
-      if constexpr (Tiles > 1)
-        _tile_dpbusd(3, 5, 7);
+      _tile_dpbsud(2, 6, 5);
+      _tile_dpbsud(3, 7, 5);
     }
+    fence();
+    tokens += kTileBytes;
+    later += kTileBytes;
   }
-  alignas(64) TileSums sums[4];
-  store_sums(sums);
-  for (int tile = 0; tile < Tiles; ++tile)
-    store_tile<Bands>(sums + tile, 2, n, x, token + kTile * tile, out);
+  _tile_stored(0, to, kSumStride);
+  _tile_stored(1, to_later, kSumStride);
+  if constexpr (Bands > 1) {
+    _tile_stored(2, to + kBand, kSumStride);
+    _tile_stored(3, to_later + kBand, kSumStride);
+  }
+  fence();
 }
 
-template <int Bands>
-void multiply_all_decoded(
-    uint8_t const* decoded, int64_t n, Activations const& x, int64_t token, Output const& out) {
-  for (; token + 2 * kTile <= x.tokens; token += 2 * kTile)
-    multiply_decoded<Bands, 2>(decoded, n, x, token, out);
-  if (token < x.tokens)
-    multiply_decoded<Bands, 1>(decoded, n, x, token, out);
-}
+using Multiply = void(Place const&, Activations const&, PanelSums&, Ahead&);
+constexpr Multiply* kOneTile[] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
+                                  multiply_tile<4>};
+constexpr Multiply* kTwoTiles[] = {multiply_tiles<1>, multiply_tiles<2>};
 
-void multiply_by_tiles(uint8_t const* weight,
-                       int64_t first,
-                       int64_t last,
-                       Activations const& x,
-                       Output const& out,
-                       uint8_t* decoded) {
-  constexpr void (*kFirst[])(uint8_t const*, int, int64_t, Activations const&, Output const&,
-                             uint8_t*) = {multiply_and_decode<1>, multiply_and_decode<2>,
-                                          multiply_and_decode<3>, multiply_and_decode<4>};
+void multiply_by_tiles(
+    uint8_t const* weight, int64_t first, int64_t last, Activations const& x, Output const& out) {
   const TileConfig config;
   fence();
   _tile_loadconfig(&config);
+  alignas(64) PanelSums sums;
+  const int64_t panel_bytes = x.groups * kBlock;
   for (int64_t band = first; band < last;) {
     const int64_t panel = band / kPanelBands;
     const int begin = int(band % kPanelBands);
     const int bands = int(smaller(kPanelBands - begin, last - band));
-    const int64_t n = kBand * band;
-    kFirst[bands - 1](weight + panel * x.groups * kBlock, begin, n, x, out, decoded);
-    int b = 0;
-    for (; b + 2 <= bands; b += 2)
-      multiply_all_decoded<2>(decoded + b * kTileBytes, n + kBand * b, x, kTile, out);
-    if (b < bands)
-      multiply_all_decoded<1>(decoded + b * kTileBytes, n + kBand * b, x, kTile, out);
+    uint8_t const* const blocks = weight + panel * panel_bytes;
+    Ahead ahead;
+    if (out.tokens > kTile && band + bands < last) {
+      const int64_t steps = x.groups * bands * ((out.tokens + 2 * kTile - 1) / (2 * kTile));
+      ahead = {blocks + panel_bytes, int((panel_bytes / kChunk + steps - 1) / steps)};
+    }
+    for (int64_t token = 0; token < out.tokens; token += 2 * kTile) {
+      const int tokens = int(smaller(2 * kTile, out.tokens - token));
+      const int at_once = tokens > kTile ? 2 : kPanelBands;
+      for (int b = 0; b < bands; b += at_once) {
+        const Place at{blocks, begin + b, int(smaller(at_once, bands - b)), token, tokens};
+        start_sums(at, x, sums);
+        (tokens > kTile ? kTwoTiles : kOneTile)[at.bands - 1](at, x, sums, ahead);
+        store_sums(at, kBand * (band + b), sums, out);
+      }
+    }
     band += bands;
   }
   _tile_release();
@@ -233,9 +200,10 @@ void multiply_by_tiles(uint8_t const* weight,
 }  // namespace
 
 Kernels const* amx_kernels() {
+  static constexpr int64_t kFewestTokens = 5;
   static constexpr Kernels kernels{"amx",
                                    product_by_codes<Avx512Vnni>(),
-                                   {kTile, kGroup, kStride, arrange_tile, multiply_by_tiles},
+                                   {kTile, kGroup, arrange_tile<Avx512Vnni>, multiply_by_tiles},
                                    kFewestTokens,
                                    quantize,
                                    rms_norm,

@@ -6,10 +6,11 @@
 namespace liquidgemm::cpu {
 
 Kernels const* avx512_vnni_kernels() {
+  static constexpr int64_t kFewestTokens = 5;
   static constexpr Kernels kernels{"avx512_vnni",
                                    product_by_codes<Avx512Vnni>(),
                                    product_by_bytes<Avx512Vnni>(),
-                                   Avx512Vnni::kFewestTokens,
+                                   kFewestTokens,
                                    quantize,
                                    rms_norm,
                                    glu,

@@ -2,6 +2,7 @@
 // chunk.
 #pragma once
 
+#include "liquidgemm/cpu/decode512.hpp"
 #include "liquidgemm/cpu/x86.hpp"
 
 namespace liquidgemm::cpu {
@@ -37,26 +38,6 @@ struct Avx512Vnni {
     return _mm512_dpwssd_epi32(sums, products, steps);
   }
 
-  static constexpr int kFewestTokens = 24;
-  static constexpr int kChunksAtOnce = 2;
-
-  // A code times s fits a byte, so that a 16-bit product of two codes does not carry.
-  static void decode(uint8_t const* chunk, uint8_t const* params, uint8_t* bytes) {
-    const __m512i words = _mm512_set1_epi32(load_word(params));
-    const __m128i step_order =
-        _mm_setr_epi8(0, -1, 0, -1, 2, -1, 2, -1, 0, -1, 0, -1, 2, -1, 2, -1);
-    const __m128i offset_order = _mm_setr_epi8(1, 1, 1, 1, 3, 3, 3, 3, 1, 1, 1, 1, 3, 3, 3, 3);
-    const __m512i s = _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(step_order));
-    const __m512i a = _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(offset_order));
-    const Codes from = codes(chunk);
-    _mm512_storeu_si512(bytes, _mm512_add_epi8(_mm512_mullo_epi16(from.low, s), a));
-    _mm512_storeu_si512(bytes + kChunk, _mm512_add_epi8(_mm512_mullo_epi16(from.high, s), a));
-  }
-
-  static Sums load(void const* bytes) { return _mm512_loadu_si512(bytes); }
-
-  static Sums dot(Sums sums, Sums weights, Sums x) { return _mm512_dpbusd_epi32(sums, weights, x); }
-
   static void add_offsets(uint8_t const* params, int32_t sum, int32_t* rows) {
     add_offsets256(params, sum, rows);
   }
@@ -70,6 +51,86 @@ struct Avx512Vnni {
         },
         rows);
   }
+
+  static void decode_band(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
+    decode_band512(chunks, params, to);
+  }
+
+  static int32_t sum(int8_t const* row, int64_t count) { return sum512(row, count); }
+
+  // T tokens times B bands: T * B sums, B weights and one word of x are registers.
+  template <int B, int T>
+  [[gnu::noinline]] static void multiply_part(
+      uint8_t const* weights, int8_t const* x, int depth, int32_t* sums, Lines& ahead) {
+    __m512i part[T][B];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
+      for (int b = 0; b < B; ++b)
+        part[t][b] = _mm512_load_si512(sums + kPanel * t + kBand * b);
+    }
+    for (int d = 0; d < depth; ++d) {
+      ahead.step();
+#pragma GCC unroll 1
+      for (int k = 0; k < kGroup; k += 4) {
+        __m512i w[B];
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b)
+          w[b] = _mm512_load_si512(weights + b * kTileBytes + kBand * k);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+          const __m512i word = _mm512_set1_epi32(load_word(x + kGroup * t + k));
+#pragma GCC unroll 8
+          for (int b = 0; b < B; ++b)
+            add_products(part[t][b], w[b], word);
+        }
+      }
+      weights += kDecodedGroup;
+      x += kTileBytes;
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
+      for (int b = 0; b < B; ++b)
+        _mm512_store_si512(sums + kPanel * t + kBand * b, part[t][b]);
+    }
+  }
+
+  static constexpr int kMostOfPart = 6;
+
+  // Calls of multiply_part for some tokens.
+  static int steps_of(int /*bands*/, int tokens) {
+    const int parts = tokens / kTile * 3 + (tokens % kTile + kMostOfPart - 1) / kMostOfPart;
+    return parts;
+  }
+
+  static void multiply(int bands,
+                       uint8_t const* weights,
+                       int8_t const* x,
+                       int tokens,
+                       int depth,
+                       int32_t* sums,
+                       Lines& ahead) {
+    switch (bands) {
+      case 1:
+        return multiply_parts<Part<1>, 6>(weights, x, tokens, depth, sums, ahead);
+      case 2:
+        return multiply_parts<Part<2>, 6>(weights, x, tokens, depth, sums, ahead);
+      case 3:
+        return multiply_parts<Part<3>, 6>(weights, x, tokens, depth, sums, ahead);
+      default:
+        return multiply_parts<Part<4>, 6>(weights, x, tokens, depth, sums, ahead);
+    }
+  }
+
+  template <int B>
+  struct Part {
+    template <int T>
+    static void multiply(
+        uint8_t const* weights, int8_t const* x, int depth, int32_t* sums, Lines& ahead) {
+      multiply_part<B, T>(weights, x, depth, sums, ahead);
+    }
+  };
 };
 
 }  // namespace

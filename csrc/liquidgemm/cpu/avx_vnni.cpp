@@ -6,6 +6,12 @@
 namespace liquidgemm::cpu {
 namespace {
 
+// sums + products of unsigned and signed bytes. The intrinsic would do, but GCC 12 copies its sums
+// from one register to another.
+inline void add_products(__m256i& sums, __m256i weights, __m256i x) {
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(weights), "x"(x));
+}
+
 struct AvxVnni : X86With32Bytes {
   // A lane has four products of each of the chunk's four registers of codes. Its upper 16 bits,
   // which are its sign, are multiplied by 0.
@@ -19,38 +25,112 @@ struct AvxVnni : X86With32Bytes {
     return _mm256_dpwssd_avx_epi32(sums, products, steps);
   }
 
-  static constexpr int kFewestTokens = 32;
-  static constexpr int kChunksAtOnce = 1;
-
   // A code times s fits a byte, so that a 16-bit product of two codes does not carry.
-  static void decode(uint8_t const* chunk, uint8_t const* params, uint8_t* bytes) {
-    const __m256i words = _mm256_set1_epi32(load_word(params));
-    const __m128i step_order =
-        _mm_setr_epi8(0, -1, 0, -1, 2, -1, 2, -1, 0, -1, 0, -1, 2, -1, 2, -1);
-    const __m128i offset_order = _mm_setr_epi8(1, 1, 1, 1, 3, 3, 3, 3, 1, 1, 1, 1, 3, 3, 3, 3);
-    const __m256i s = _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(step_order));
-    const __m256i a = _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(offset_order));
-    const Codes from = codes(chunk);
-    for (int i = 0; i < 2; ++i) {
-      store256(bytes + 32 * i, _mm256_add_epi8(_mm256_mullo_epi16(from.low[i], s), a));
-      store256(bytes + kChunk + 32 * i, _mm256_add_epi8(_mm256_mullo_epi16(from.high[i], s), a));
+  static void decode_band(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
+    const __m256i step_order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1));
+    const __m256i offset_order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(1, 1, 1, 1, 5, 5, 5, 5, 9, 9, 9, 9, 13, 13, 13, 13));
+    const __m256i nibble = _mm256_set1_epi8(15);
+    for (int g = 0; g < kBandChunks; g += 4) {  // rows g ... g + 3 and 8 later: half a band
+      const __m256i words =
+          _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<__m128i const*>(params + 4 * g)));
+      const __m256i s = _mm256_shuffle_epi8(words, step_order);
+      const __m256i a = _mm256_shuffle_epi8(words, offset_order);
+      for (int half = 0; half < 2; ++half) {  // of a chunk: four pairs of words
+        __m256i rows[4], of[4];
+        for (int i = 0; i < 4; ++i)
+          rows[i] = load256(chunks + kChunk * (g + i) + 32 * half);
+        for (int i = 0; i < 4; i += 2) {
+          of[i] = _mm256_unpacklo_epi64(rows[i], rows[i + 1]);
+          of[i + 1] = _mm256_unpackhi_epi64(rows[i], rows[i + 1]);
+        }
+        for (int i = 0; i < 4; ++i) {
+          const int odd = i % 2;
+          const __m256i pair = i / 2 == 0 ? _mm256_permute2x128_si256(of[odd], of[2 + odd], 0x20)
+                                          : _mm256_permute2x128_si256(of[odd], of[2 + odd], 0x31);
+          const __m256i low = _mm256_and_si256(pair, nibble);
+          const __m256i high = _mm256_and_si256(_mm256_srli_epi16(pair, 4), nibble);
+          uint8_t* const quad = to + 4 * kBand * quad_of_pair(4 * half + i) + 8 * g;
+          store256(quad, _mm256_add_epi8(_mm256_mullo_epi16(low, s), a));
+          store256(quad + kTileBytes / 2, _mm256_add_epi8(_mm256_mullo_epi16(high, s), a));
+        }
+      }
     }
   }
 
-  static Sums load(void const* bytes) { return load256(bytes); }
+  static int32_t sum(int8_t const* row, int64_t count) {
+    const __m256i ones = _mm256_set1_epi8(1);
+    __m256i sum = zero();
+    for (int64_t i = 0; i < count; i += 32)
+      sum = _mm256_dpbusd_avx_epi32(sum, ones, load256(row + i));
+    return sum_of(sum);
+  }
 
-  static Sums dot(Sums sums, Sums weights, Sums x) {
-    return _mm256_dpbusd_avx_epi32(sums, weights, x);
+  // T tokens times a band: 2 T sums, two weights and one word of x are registers.
+  template <int T>
+  [[gnu::noinline]] static void multiply(
+      uint8_t const* weights, int8_t const* x, int depth, int32_t* sums, Lines& ahead) {
+    __m256i part[T][2];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
+      for (int half = 0; half < 2; ++half)
+        part[t][half] = load256(sums + kPanel * t + 8 * half);
+    }
+    for (int d = 0; d < depth; ++d) {
+      ahead.step();
+#pragma GCC unroll 1
+      for (int k = 0; k < kGroup; k += 4) {
+        const __m256i w[2] = {load256(weights + kBand * k), load256(weights + kBand * k + 32)};
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+          const __m256i word = _mm256_set1_epi32(load_word(x + kGroup * t + k));
+#pragma GCC unroll 8
+          for (int half = 0; half < 2; ++half)
+            add_products(part[t][half], w[half], word);
+        }
+      }
+      weights += kDecodedGroup;
+      x += kTileBytes;
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
+      for (int half = 0; half < 2; ++half)
+        store256(sums + kPanel * t + 8 * half, part[t][half]);
+    }
+  }
+
+  static constexpr int kMostOfPart = 6;
+
+  // Calls of multiply_part for some tokens.
+  static int steps_of(int bands, int tokens) {
+    const int parts = tokens / kTile * 3 + (tokens % kTile + kMostOfPart - 1) / kMostOfPart;
+    return bands * parts;
+  }
+
+  static void multiply(int bands,
+                       uint8_t const* weights,
+                       int8_t const* x,
+                       int tokens,
+                       int depth,
+                       int32_t* sums,
+                       Lines& ahead) {
+    for (int b = 0; b < bands; ++b)
+      multiply_parts<AvxVnni, 6>(weights + b * kTileBytes, x, tokens, depth, sums + kBand * b,
+                                 ahead);
   }
 };
 
 }  // namespace
 
 Kernels const* avx_vnni_kernels() {
+  static constexpr int64_t kFewestTokens = 5;
   static constexpr Kernels kernels{"avx_vnni",
                                    product_by_codes<AvxVnni>(),
                                    product_by_bytes<AvxVnni>(),
-                                   AvxVnni::kFewestTokens,
+                                   kFewestTokens,
                                    quantize,
                                    rms_norm,
                                    glu,

@@ -1,13 +1,17 @@
 // The product by bytes, for many tokens and instruction sets with a product of four unsigned and
-// four signed bytes per 32-bit lane. A band's weights are decoded once, to bytes q * s + a, which
-// are 128 too large: 128 times the sum of x is subtracted at the end. Then a product takes one
-// instruction where codes take one and a half. Besides what simd.hpp lists, Simd has
+// four signed bytes per 32-bit lane. Weights are decoded once for up to 64 tokens, to bytes
+// q * s + a, which are 128 too large: 128 times the sum of x is subtracted at the end.
 //
-//   kFewestTokens                     from which on decoding pays
-//   kChunksAtOnce                     chunks whose sums are in registers at a time
-//   decode(chunk, params, bytes)      to kArranged bytes, in the order of the arranged x
-//   load(bytes)                       one register of bytes
-//   dot(sums, weights, x)             sums + products of bytes
+// A chunk's words become lanes that belong to one row each (a band: 16 rows), so that a word of x
+// is broadcast to all of them and no sum has to be folded. What a product reads lies in the first
+// cache: a few groups of decoded weights, as many of x, and the sums.
+//
+// Besides what simd.hpp lists, Simd has
+//
+//   decode_band(chunks, params, to)           of one group: [k / 4][16 lanes][4 k] bytes
+//   multiply(bands, weights, x, tokens, depth, sums)
+//                                             sums[token][lane] += products of `depth` groups
+//   sum(row, count)                           of int8, a multiple of 64
 #pragma once
 
 #include "liquidgemm/cpu/codes.hpp"
@@ -15,99 +19,146 @@
 namespace liquidgemm::cpu {
 namespace {
 
-inline constexpr int kDepth = 16;  // groups whose weights and x stay in the first cache
-inline constexpr int kDecodedBand = kBandChunks * kArranged;  // bytes of a group
+inline constexpr int kTile = 16;                   // tokens that lie next to each other
+inline constexpr int kTileBytes = kTile * kGroup;  // of a group: of a tile of tokens, or of a band
+inline constexpr int kDepth = 4;                   // groups that are decoded at a time
+inline constexpr int kMostTokens = 64;             // at a time
+inline constexpr int kDecodedGroup = kPanelBands * kTileBytes;
 
-// T tokens from `token` on, of one tile, times a decoded band [groups][8 chunks][128].
-template <class Simd, int T>
-void multiply_bytes(
-    uint8_t const* decoded, int64_t n, Activations const& x, int64_t token, Output const& out) {
-  constexpr int C = Simd::kChunksAtOnce, kWidth = sizeof(typename Simd::Sums);
-  typename Simd::Sums sums[kBandChunks][T];
-  for (int chunk = 0; chunk < kBandChunks; ++chunk) {
-    for (int t = 0; t < T; ++t)
-      sums[chunk][t] = Simd::zero();
-  }
-  const TokenTile tile(x, token);
-  for (int64_t begin = 0; begin < x.groups; begin += kDepth) {
-    const int64_t end = smaller(begin + kDepth, x.groups);
-    for (int chunk = 0; chunk < kBandChunks; chunk += C) {
-      typename Simd::Sums run[C][T];
-      for (int c = 0; c < C; ++c) {
-        for (int t = 0; t < T; ++t)
-          run[c][t] = sums[chunk + c][t];
-      }
-      for (int64_t g = begin; g < end; ++g) {
-        uint8_t const* const weights = decoded + g * kDecodedBand + chunk * kArranged;
-        int8_t const* const x_group = tile.x + g * tile.width * kArranged;
-        for (int at = 0; at < kArranged; at += kWidth) {
-          typename Simd::Sums w[C];
-          for (int c = 0; c < C; ++c)
-            w[c] = Simd::load(weights + c * kArranged + at);
-          for (int t = 0; t < T; ++t) {
-            const typename Simd::Sums x_part = Simd::load(x_group + t * kArranged + at);
-            for (int c = 0; c < C; ++c)
-              run[c][t] = Simd::dot(run[c][t], w[c], x_part);
-          }
-        }
-      }
-      for (int c = 0; c < C; ++c) {
-        for (int t = 0; t < T; ++t)
-          sums[chunk + c][t] = run[c][t];
-      }
-    }
-  }
-  for (int t = 0; t < T; ++t) {
-    alignas(64) int32_t rows[kBand];
-    for (int32_t& row : rows)
-      row = minus_128_times(x.totals[token + t]);
-    Simd::fold(&sums[0][t], T, rows);
-    store_row(out, token + t, n, kBand, rows);
-  }
+// The row of a band that lane i belongs to, as in a chunk: g and g + 8 alternate.
+constexpr int row_of_lane(int i) {
+  return i / 2 + 8 * (i % 2);
 }
 
-template <class Simd, int T>
-void multiply_bytes_of_all(
-    uint8_t const* decoded, int64_t n, Activations const& x, int64_t token, Output const& out) {
-  for (; token + T <= out.tokens; token += T)
-    multiply_bytes<Simd, T>(decoded, n, x, token, out);
-  if constexpr (T > 1)
-    multiply_bytes_of_all<Simd, T / 2>(decoded, n, x, token, out);
+// Where the register with word pair `pair` of all chunks goes, by its k: of the low nibbles.
+constexpr int quad_of_pair(int pair) {
+  return first_k(2 * pair) / 4;
 }
 
-// Whole blocks are decoded one after the other: that is how memory is read fastest.
+// Layout: [tokens / 16][groups][16 tokens][64 k].
 template <class Simd>
-void multiply_by_bytes(uint8_t const* weight,
-                       int64_t first,
-                       int64_t last,
-                       Activations const& x,
-                       Output const& out,
-                       uint8_t* decoded) {
+void arrange_tile(int8_t const* rows, int64_t first, Activations const& to) {
+  const int64_t columns = to.groups * kGroup;
+  int8_t* const tile = to.x + first * columns;
+  for (int t = 0; t < kTile; ++t) {
+    int8_t const* const row = rows + t * columns;
+    for (int64_t g = 0; g < to.groups; ++g)
+      memcpy(tile + g * kTileBytes + t * kGroup, row + g * kGroup, kGroup);
+    to.totals[first + t] = Simd::sum(row, columns);
+  }
+}
+
+// Some tokens of a panel, and where their sums are: [token][lane].
+struct Place {
+  uint8_t const* panel;
+  int begin, bands;  // of the panel
+  int64_t token;
+  int tokens;
+
+  uint8_t const* block(int64_t group) const { return panel + group * kBlock; }
+};
+
+using PanelSums = int32_t[kMostTokens][kPanel];
+
+inline void start_sums(Place const& at, Activations const& x, PanelSums& sums) {
+  for (int t = 0; t < (at.tokens + kTile - 1) / kTile * kTile; ++t) {
+    const int32_t bias = minus_128_times(x.totals[at.token + t]);
+    for (int lane = 0; lane < kBand * at.bands; ++lane)
+      sums[t][lane] = bias;
+  }
+}
+
+inline void store_sums(Place const& at, int64_t n, PanelSums const& sums, Output const& out) {
+  for (int t = 0; t < at.tokens; ++t) {
+    alignas(64) int32_t rows[kPanel];
+    for (int b = 0; b < at.bands; ++b) {
+      for (int i = 0; i < kBand; ++i)
+        rows[kBand * b + row_of_lane(i)] = sums[t][kBand * b + i];
+    }
+    store_row(out, at.token + t, n, kBand * at.bands, rows);
+  }
+}
+
+// Band b of those at a place, of one group.
+template <class Simd>
+void decode_band_at(Place const& at, int64_t group, int b, uint8_t* to) {
+  uint8_t const* const block = at.block(group);
+  const int chunk = kBandChunks * (at.begin + b);
+  Simd::decode_band(block + kChunk * chunk, block + kParams + 4 * chunk, to);
+}
+
+// Memory that is asked for in equal steps while something else is done.
+struct Lines {
+  uint8_t const* next;
+  int count;  // in a step
+
+  void step() {
+    for (int i = 0; i < count; ++i)
+      __builtin_prefetch(next + kChunk * i);
+    next += kChunk * count;
+  }
+};
+
+// Some tokens of a tile, in parts that are as equal as can be, of at most T tokens.
+template <class Part, int T>
+void multiply_parts(uint8_t const* weights,
+                    int8_t const* x,
+                    int tokens,
+                    int depth,
+                    int32_t* sums,
+                    Lines& ahead,
+                    int parts = 0) {
+  if (parts == 0)
+    parts = (tokens + T - 1) / T;
+  if constexpr (T > 1) {
+    if ((tokens + parts - 1) / parts < T)
+      return multiply_parts<Part, T - 1>(weights, x, tokens, depth, sums, ahead, parts);
+  }
+  Part::template multiply<T>(weights, x, depth, sums, ahead);
+  if (tokens > T)
+    multiply_parts<Part, T>(weights, x + kGroup * T, tokens - T, depth, sums + kPanel * T, ahead,
+                            parts - 1);
+}
+
+template <class Simd>
+void multiply_bytes(Place const& at, int64_t n, Activations const& x, Output const& out) {
+  alignas(64) uint8_t decoded[kDepth * kDecodedGroup];
+  alignas(64) PanelSums sums;
+  start_sums(at, x, sums);
+  int8_t const* const tokens_x = x.x + at.token * x.groups * kGroup;
+  const int steps = kDepth * Simd::steps_of(at.bands, at.tokens);
+  for (int64_t g = 0; g < x.groups; g += kDepth) {
+    const int depth = int(smaller(kDepth, x.groups - g));
+    for (int d = 0; d < depth; ++d) {
+      for (int b = 0; b < at.bands; ++b)
+        decode_band_at<Simd>(at, g + d, b, decoded + d * kDecodedGroup + b * kTileBytes);
+    }
+    Lines ahead{at.block(g + kDepth), (kDepth * kBlock / kChunk + steps - 1) / steps};
+    for (int t = 0; t < at.tokens; t += kTile)
+      Simd::multiply(at.bands, decoded, tokens_x + t * x.groups * kGroup + g * kTileBytes,
+                     int(smaller(kTile, at.tokens - t)), depth, sums[t], ahead);
+  }
+  store_sums(at, n, sums, out);
+}
+
+template <class Simd>
+void multiply_by_bytes(
+    uint8_t const* weight, int64_t first, int64_t last, Activations const& x, Output const& out) {
   for (int64_t band = first; band < last;) {
     const int64_t panel = band / kPanelBands;
     const int begin = int(band % kPanelBands);
     const int bands = int(smaller(kPanelBands - begin, last - band));
-    uint8_t const* block = weight + panel * x.groups * kBlock;
-    for (int64_t g = 0; g < x.groups; ++g, block += kBlock) {
-      for (int b = 0; b < bands; ++b) {
-        uint8_t* const to = decoded + (b * x.groups + g) * kDecodedBand;
-        for (int i = 0; i < kBandChunks; ++i) {
-          const int chunk = (begin + b) * kBandChunks + i;
-          __builtin_prefetch(block + 4 * kBlock + kChunk * chunk);
-          Simd::decode(block + kChunk * chunk, block + kParams + 4 * chunk, to + i * kArranged);
-        }
-      }
-    }
-    for (int b = 0; b < bands; ++b)
-      multiply_bytes_of_all<Simd, kTokenTile>(decoded + b * x.groups * kDecodedBand,
-                                              kBand * (band + b), x, 0, out);
+    for (int64_t token = 0; token < out.tokens; token += kMostTokens)
+      multiply_bytes<Simd>({weight + panel * x.groups * kBlock, begin, bands, token,
+                            int(smaller(kMostTokens, out.tokens - token))},
+                           kBand * band, x, out);
     band += bands;
   }
 }
 
 template <class Simd>
 constexpr Product product_by_bytes() {
-  return {1, kArranged, kPanelBands * kDecodedBand, arrange_for_codes, multiply_by_bytes<Simd>};
+  return {kTile, kGroup, arrange_tile<Simd>, multiply_by_bytes<Simd>};
 }
 
 }  // namespace

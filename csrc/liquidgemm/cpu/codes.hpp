@@ -134,12 +134,8 @@ void multiply_codes_of_all(uint8_t const* panel,
 }
 
 template <class Simd>
-void multiply_by_codes(uint8_t const* weight,
-                       int64_t first,
-                       int64_t last,
-                       Activations const& x,
-                       Output const& out,
-                       uint8_t* /*scratch*/) {
+void multiply_by_codes(
+    uint8_t const* weight, int64_t first, int64_t last, Activations const& x, Output const& out) {
   for (int64_t band = first; band < last;) {
     const int64_t panel = band / kPanelBands;
     const int begin = int(band % kPanelBands);
@@ -152,7 +148,7 @@ void multiply_by_codes(uint8_t const* weight,
 
 template <class Simd>
 constexpr Product product_by_codes() {
-  return {1, kArranged, 0, arrange_for_codes, multiply_by_codes<Simd>};
+  return {1, kArranged, arrange_for_codes, multiply_by_codes<Simd>};
 }
 
 }  // namespace

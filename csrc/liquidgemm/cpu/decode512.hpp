@@ -1,46 +1,67 @@
-// Weights decoded to bytes q * s + a, for many tokens: what a byte costs is then shared by all of
-// them, and a product takes one instruction instead of two. Bytes are unsigned, 128 too large; the
-// sum of x times 128 is subtracted at the end.
+// A band of one group to bytes, with AVX-512: words of 16 rows side by side.
 #pragma once
 
-#include "liquidgemm/cpu/avx512_vnni.hpp"
+#include "liquidgemm/cpu/bytes.hpp"
+#include "liquidgemm/cpu/x86.hpp"
 
 namespace liquidgemm::cpu {
 namespace {
 
-// What has been written is in memory, and what is read comes from there. GCC's tile loads and
-// stores are assembly that does not say which memory it touches.
-inline void fence() {
-  __asm__ volatile("" ::: "memory");
+// sums + products of unsigned and signed bytes. The intrinsic would do, but GCC 12 copies its sums
+// from one register to another.
+inline void add_products(__m512i& sums, __m512i weights, __m512i x) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(x));
 }
 
-// s and a of the 16 rows of a band: s in both halves of a word, a in all bytes of it.
-struct BandParams {
-  alignas(32) int32_t steps[2][kBandChunks], offsets[2][kBandChunks];  // of rows g, of rows g + 8
-
-  explicit BandParams(uint8_t const* params) {
-    const __m256i words = load256(params);
-    for (int half = 0; half < 2; ++half) {
-      const char s = char(2 * half), a = char(2 * half + 1);
-      const auto shuffled = [&](char b0, char b1, char b2, char b3) {
-        const auto of = [](char byte, int word) { return char(byte < 0 ? byte : byte + 4 * word); };
-        const __m128i order = _mm_setr_epi8(
-            of(b0, 0), of(b1, 0), of(b2, 0), of(b3, 0), of(b0, 1), of(b1, 1), of(b2, 1), of(b3, 1),
-            of(b0, 2), of(b1, 2), of(b2, 2), of(b3, 2), of(b0, 3), of(b1, 3), of(b2, 3), of(b3, 3));
-        return _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(order));
-      };
-      store256(steps[half], shuffled(s, -1, s, -1));
-      store256(offsets[half], shuffled(a, a, a, a));
-    }
-    fence();  // a word that is loaded is broadcast for nothing, one in a register is not
+// Eight chunks of eight pairs of words (rows g and g + 8) become eight registers of eight pairs:
+// pairs within lanes of 16 bytes first, then those lanes.
+inline void transpose_pairs(__m512i (&rows)[kBandChunks]) {
+  __m512i of[kBandChunks];
+  for (int i = 0; i < kBandChunks; i += 2) {
+    of[i] = _mm512_unpacklo_epi64(rows[i], rows[i + 1]);
+    of[i + 1] = _mm512_unpackhi_epi64(rows[i], rows[i + 1]);
   }
-};
+  for (int odd = 0; odd < 2; ++odd) {
+    const __m512i low01 = _mm512_shuffle_i32x4(of[odd], of[2 + odd], 0x44);
+    const __m512i high01 = _mm512_shuffle_i32x4(of[odd], of[2 + odd], 0xee);
+    const __m512i low23 = _mm512_shuffle_i32x4(of[4 + odd], of[6 + odd], 0x44);
+    const __m512i high23 = _mm512_shuffle_i32x4(of[4 + odd], of[6 + odd], 0xee);
+    rows[odd] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+    rows[2 + odd] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+    rows[4 + odd] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+    rows[6 + odd] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+  }
+}
 
 // A code times s fits a byte, so that a 16-bit product of two codes does not carry from one into
 // the other.
-inline __m512i decode(__m512i codes, int32_t steps, int32_t offsets) {
-  return _mm512_add_epi8(_mm512_mullo_epi16(codes, _mm512_set1_epi32(steps)),
-                         _mm512_set1_epi32(offsets));
+inline void decode_band512(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
+  const __m128i step_order =
+      _mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1);
+  const __m128i offset_order = _mm_setr_epi8(1, 1, 1, 1, 5, 5, 5, 5, 9, 9, 9, 9, 13, 13, 13, 13);
+  const __m512i words = _mm512_cvtepu16_epi32(load256(params));  // (s, a, 0, 0) of each lane's row
+  const __m512i s = _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(step_order));
+  const __m512i a = _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(offset_order));
+  const __m512i nibble = _mm512_set1_epi8(15);
+  __m512i pairs[kBandChunks];
+  for (int i = 0; i < kBandChunks; ++i)
+    pairs[i] = _mm512_loadu_si512(chunks + kChunk * i);
+  transpose_pairs(pairs);
+  for (int i = 0; i < kBandChunks; ++i) {
+    const __m512i low = _mm512_and_si512(pairs[i], nibble);
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(pairs[i], 4), nibble);
+    uint8_t* const quad = to + 4 * kBand * quad_of_pair(i);
+    _mm512_store_si512(quad, _mm512_add_epi8(_mm512_mullo_epi16(low, s), a));
+    _mm512_store_si512(quad + kTileBytes / 2, _mm512_add_epi8(_mm512_mullo_epi16(high, s), a));
+  }
+}
+
+inline int32_t sum512(int8_t const* row, int64_t count) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 64)
+    sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(row + i));
+  return _mm512_reduce_add_epi32(sum);
 }
 
 }  // namespace

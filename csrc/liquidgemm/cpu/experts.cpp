@@ -87,7 +87,7 @@ void add_weighted(void const* row, float weight, int64_t columns, float* sums) {
 
 template <class T>
 void combine_tokens(CombineArguments const& a, int64_t begin, int64_t end) {
-  const Memory<float> sums = allocate<float>(a.columns);
+  const Memory<float> sums(a.columns);
   for (int64_t token = begin; token < end; ++token) {
     T const* const residual = static_cast<T const*>(a.residual) + token * a.columns;
     for (int64_t i = 0; i < a.columns; ++i)
@@ -162,7 +162,7 @@ void grouped_gemm(Kernels const& kernels, GroupedArguments const& a, ParallelFor
       gemm(kernels, one, parallel_for);
       continue;
     }
-    const Memory<char> product = allocate<char>(rows * all.n * size);
+    const Memory<char> product(rows * all.n * size);
     void* const y = one.y;
     one.y = product.get();
     gemm(kernels, one, parallel_for);

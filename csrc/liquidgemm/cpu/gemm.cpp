@@ -31,7 +31,7 @@ void arrange(Kernels const& kernels,
   const int64_t columns = to.groups * kGroup;
   const int64_t row_bytes = a.k * size_of(a.x_type);
   auto tiles = [&](int64_t begin, int64_t end) {
-    const Memory<int8_t> rows = allocate<int8_t>(product.tile * columns);
+    const Memory<int8_t> rows(product.tile * columns);
     for (int64_t tile = begin; tile < end; ++tile) {
       for (int64_t t = 0; t < product.tile; ++t) {
         int8_t* const row = rows.get() + t * columns;
@@ -65,9 +65,9 @@ void gemm(Kernels const& kernels, GemmArguments const& a, ParallelFor parallel_f
       std::max<int64_t>(64, kRoundBytes / (groups * product.bytes_per_group) / 64 * 64);
   const int64_t round = std::min(in_a_round, ceil_div(a.m, product.tile) * product.tile);
 
-  const Memory<int8_t> x = allocate<int8_t>(round * groups * product.bytes_per_group);
-  const Memory<int32_t> sums = allocate<int32_t>(round * (groups + 1));
-  const Memory<float> scales = allocate<float>(round);
+  const Memory<int8_t> x(round * groups * product.bytes_per_group);
+  const Memory<int32_t> sums(round * (groups + 1));
+  const Memory<float> scales(round);
   for (int64_t first = 0; first < a.m; first += round) {
     const int64_t count = std::min(round, a.m - first);
     const Activations arranged{x.get(), sums.get() + round, sums.get(),
@@ -81,8 +81,7 @@ void gemm(Kernels const& kernels, GemmArguments const& a, ParallelFor parallel_f
                      a.weight_scale,
                      a.bias};
     auto multiply = [&](int64_t begin, int64_t end) {
-      const Memory<uint8_t> scratch = allocate<uint8_t>(product.scratch_per_group * groups);
-      product.multiply(a.weight, begin, end, arranged, out, scratch.get());
+      product.multiply(a.weight, begin, end, arranged, out);
     };
     const int64_t work = count * groups * kGroup * kBand;
     run(parallel_for, bands, std::max<int64_t>(1, kGrainWeights / work), multiply);

@@ -31,20 +31,15 @@ struct Output {
 
 // A way to multiply: how it wants the activations, and the product itself.
 struct Product {
-  int64_t tile;               // tokens that are arranged together
-  int64_t bytes_per_group;    // of an arranged token
-  int64_t scratch_per_group;  // bytes of a thread
+  int64_t tile;             // tokens that are arranged together
+  int64_t bytes_per_group;  // of an arranged token
 
   // Arranges tokens [first, first + tile) from rows of int8 [groups * 64].
   void (*arrange)(int8_t const* rows, int64_t first, Activations const& to);
 
   // Bands [first, last) of the weight, which are counted through all panels, for all tokens.
-  void (*multiply)(uint8_t const* weight,
-                   int64_t first,
-                   int64_t last,
-                   Activations const& x,
-                   Output const& out,
-                   uint8_t* scratch);
+  void (*multiply)(
+      uint8_t const* weight, int64_t first, int64_t last, Activations const& x, Output const& out);
 };
 
 // The quantizer's search for the grid of least squared error, of some rows (search.hpp). A matrix

@@ -112,12 +112,8 @@ void multiply_pairs(uint8_t const* panel,
     store_row(out, token + t, n + kBand * first, kBand * (last - first), rows[t] + kBand * first);
 }
 
-void multiply_by_pairs(uint8_t const* weight,
-                       int64_t first,
-                       int64_t last,
-                       Activations const& x,
-                       Output const& out,
-                       uint8_t* /*scratch*/) {
+void multiply_by_pairs(
+    uint8_t const* weight, int64_t first, int64_t last, Activations const& x, Output const& out) {
   for (int64_t band = first; band < last;) {
     const int64_t panel = band / kPanelBands;
     const int begin = int(band % kPanelBands);
@@ -138,7 +134,7 @@ Kernels const* neon_i8mm_kernels() {
   static constexpr int64_t kFewestTokens = 2;
   static constexpr Kernels kernels{"neon_i8mm",
                                    product_by_codes<NeonDotprod>(),
-                                   {2, kGroup, 0, arrange_pair, multiply_by_pairs},
+                                   {2, kGroup, arrange_pair, multiply_by_pairs},
                                    kFewestTokens,
                                    quantize,
                                    rms_norm,

@@ -19,7 +19,7 @@ template <class RowOf, class Quantize, class Arguments>
 void for_rows(Arguments const& a, RowOf row_of, Quantize quantize, ParallelFor parallel_for) {
   auto rows = [&](int64_t begin, int64_t end) {
     const int64_t bytes = a.row.k * size_of(a.row.type);
-    const Memory<char> y = allocate<char>(a.row.y == nullptr ? bytes : 0);
+    const Memory<char> y(a.row.y == nullptr ? bytes : 0);
     for (int64_t i = begin; i < end; ++i) {
       auto row = row_of(i, bytes);
       row.y = a.row.y == nullptr ? y.get() : at(a.row.y, i * bytes);

@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <new>
 
 #include "liquidgemm/cpu/gemm.hpp"
 
@@ -14,17 +13,24 @@ namespace liquidgemm::cpu {
 // microseconds.
 inline constexpr int64_t kGrainActivations = 1 << 15;
 
-struct FreeAligned {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
-};
+// Uninitialized, aligned to a cache line. Not by the aligned operator new: glibc maps such memory
+// anew for every call, and each page of it is a fault.
 template <class T>
-using Memory = std::unique_ptr<T[], FreeAligned>;
+class Memory {
+ public:
+  explicit Memory(int64_t count) : bytes_(new unsigned char[size_t(count) * sizeof(T) + kLine]) {}
 
-template <class T>
-Memory<T> allocate(int64_t count) {
-  return Memory<T>(
-      static_cast<T*>(::operator new(size_t(count) * sizeof(T), std::align_val_t{64})));
-}
+  T* get() const {
+    const auto address = reinterpret_cast<uintptr_t>(bytes_.get());
+    return reinterpret_cast<T*>((address + kLine - 1) / kLine * kLine);
+  }
+
+  T& operator[](int64_t i) const { return get()[i]; }
+
+ private:
+  static constexpr size_t kLine = 64;
+  std::unique_ptr<unsigned char[]> bytes_;
+};
 
 inline int64_t size_of(Element type) {
   switch (type) {

@@ -63,6 +63,12 @@ inline __m128i quad_of(__m256i sums) {
   return _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
 }
 
+inline int32_t sum_of(__m256i sums) {
+  const __m128i quad = quad_of(sums);
+  const __m128i pair = _mm_add_epi32(quad, _mm_unpackhi_epi64(quad, quad));
+  return _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 1)));
+}
+
 // What sets with registers of 32 bytes share: a chunk is two registers, low and high nibbles each.
 struct X86With32Bytes {
   static constexpr int kTokens = 8;
