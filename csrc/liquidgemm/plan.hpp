@@ -9,8 +9,9 @@
 
 namespace liquidgemm {
 
-// For gemm(). m, n and k must be positive, k at most kMaxK.
-LaunchPlan plan_gemm(Problem const& problem);
+// For gemm(). m, n and k must be positive, k at most kMaxK. `follows_producer`: whether the kernel
+// that writes the activations is launched right before.
+LaunchPlan plan_gemm(Problem const& problem, bool follows_producer = false);
 
 // For linear(). `x_is_readable`: see kernel_can_read.
 LaunchPlan plan_linear(Problem const& problem, bool x_is_readable);

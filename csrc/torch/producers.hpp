@@ -24,6 +24,7 @@ inline Norm checked_norm(Tensor const& x,
                          std::string const& mode,
                          double offset) {
   check_rows(x, kFloats);
+  check_k("x", x.size(-1), kMaxK);
   check_dtype("weight", weight, kFloats);
   check_shape("weight", weight, {x.size(-1)}, " like the last dimension of x");
   check_same_device("weight", weight, "x", x);
@@ -61,6 +62,7 @@ inline int64_t check_gate_up(Tensor const& gate_up) {
   check(columns >= 2, "gate_up: expected at least 2 columns, got shape ", shape_of(gate_up));
   check(columns % 2 == 0, "gate_up: expected an even number of columns, gates first, got shape ",
         shape_of(gate_up));
+  check_k("gate_up", columns / 2, kMaxK);
   return columns / 2;
 }
 

@@ -30,7 +30,7 @@ def product(
                 f"were quantized, got {x.dtype}"
             )
         x8 = x.x8 if columns is None else _with_columns(x.x8, columns)
-        return ops.gemm(x8, x.scale, packed, scale, bias, x.dtype)
+        return ops.gemm(x8, x.scale, packed, scale, bias, x.dtype, follows_producer=columns is None)
     if columns is not None:
         # Before they are rounded: the scale of a token does not change by it, nor do the bits, and
         # gradients find their way.

@@ -41,14 +41,16 @@ def _check_gemm(
     return out_dtype
 
 
-def _gemm_fake(x, x_scale, weight, weight_scale, bias=None, out_dtype=None) -> Tensor:
+def _gemm_fake(
+    x, x_scale, weight, weight_scale, bias=None, out_dtype=None, follows_producer=False
+) -> Tensor:
     out_dtype = _check_gemm(x, x_scale, weight, weight_scale, bias, out_dtype)
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]), dtype=out_dtype)
 
 
 _registry.define(
     "gemm(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias=None, "
-    "ScalarType? out_dtype=None) -> Tensor",
+    "ScalarType? out_dtype=None, bool follows_producer=False) -> Tensor",
     _gemm_fake,
     _autograd.not_differentiable("gemm"),
 )
@@ -61,6 +63,7 @@ def gemm(
     weight_scale: Tensor,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    follows_producer: bool = False,
 ) -> Tensor:
     """``y[m, n] = float32(sum_k x[m, k] * w8[n, k]) * x_scale[m] * weight_scale[n] + bias[n]``.
 
@@ -78,6 +81,8 @@ def gemm(
         bias: float32, bfloat16 or float16 ``[N]``.
         out_dtype: bfloat16 (default), float16 or float32; int32 returns the sum itself, without
             scales (bias must be None).
+        follows_producer: whether the kernel that writes x is launched right before, on the same
+            stream: then another plan may be faster. The result is the same.
 
     Returns:
         ``[..., N]`` of out_dtype, contiguous.
@@ -85,4 +90,6 @@ def gemm(
     Raises:
         RuntimeError: a wrong dtype, shape or device, or on a CUDA tensor no usable kernel.
     """
-    return torch.ops.liquidgemm.gemm(x, x_scale, weight, weight_scale, bias, out_dtype)
+    return torch.ops.liquidgemm.gemm(
+        x, x_scale, weight, weight_scale, bias, out_dtype, follows_producer
+    )

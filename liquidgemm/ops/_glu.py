@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..weights.liquidquant import MAX_IN_FEATURES
 from . import _autograd, _registry
-from ._checks import FLOATS, require, require_dtype
+from ._checks import FLOATS, require, require_dtype, require_k
 from ._grouped import GATED
 from ._tokens import QuantizedTokens
 
@@ -20,6 +21,7 @@ def _glu_quantize_fake(
     columns = gate_up.shape[-1]
     require(columns >= 2, "gate_up", "at least 2 columns", got)
     require(columns % 2 == 0, "gate_up", "an even number of columns, gates first", got)
+    require_k("gate_up", columns // 2, MAX_IN_FEATURES)
     require(activation in GATED, "activation", " or ".join(GATED), activation)
     shape = (*gate_up.shape[:-1], columns // 2)
     return (
@@ -53,8 +55,8 @@ def glu_quantize(
     approximate: to about 2 ulp of float32, and to the same bits on every device.
 
     Args:
-        gate_up: float32, bfloat16 or float16 ``[..., 2 K]``: the gates of all channels, then the
-            other factors.
+        gate_up: float32, bfloat16 or float16 ``[..., 2 K]``, K up to 132 104: the gates of all
+            channels, then the other factors.
         activation: which.
         return_y: whether y is wanted as well.
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..weights.liquidquant import MAX_IN_FEATURES
 from . import _autograd, _registry
-from ._checks import FLOATS, check_rows, require, require_device, require_dtype, require_shape
+from ._checks import (
+    FLOATS,
+    check_rows,
+    require,
+    require_device,
+    require_dtype,
+    require_k,
+    require_shape,
+)
 from ._tokens import QuantizedTokens
 
 NORM_MODES = ("llama", "gemma")
@@ -16,6 +25,7 @@ def _rms_norm_quantize_fake(
     x, weight, eps, residual=None, mode="llama", offset=0.0, return_y=False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_rows(x, *FLOATS)
+    require_k("x", x.shape[-1], MAX_IN_FEATURES)
     require_dtype("weight", weight, *FLOATS)
     require_shape("weight", weight, [x.shape[-1]], " like the last dimension of x")
     require_device("weight", weight, "x", x.device)
@@ -68,7 +78,7 @@ def rms_norm_quantize(
     result depends neither on the number of tokens nor on the device.
 
     Args:
-        x: float32, bfloat16 or float16 ``[..., K]``.
+        x: float32, bfloat16 or float16 ``[..., K]``, K up to 132 104.
         weight: float32, bfloat16 or float16 ``[K]``. On a GPU it may be read before the kernel
             launched right before is complete, so that one must not write it.
         eps: a number >= 0, rounded to float32.

@@ -19,6 +19,8 @@ _library.load_libraries()
 H100_SMS = 132
 H100_MEMORY_TBPS = 3.35
 
+_OPS = ("gemm", "gemm_behind_producer", "linear")
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -51,7 +53,7 @@ class PlanExplanation:
 
     Attributes:
         m, n, k: tokens, output channels and input channels.
-        op: "gemm" or "linear".
+        op: "gemm", "gemm_behind_producer" or "linear".
         num_sms, memory_tbps: of the GPU.
         plan: name of the selected plan.
         launches: 1, or 2 if a quantizer runs before.
@@ -181,7 +183,8 @@ def explain_plan(
         m: tokens.
         n: output channels.
         k: input channels.
-        op: "gemm" for int8 activations, "linear" for 16-bit ones that are quantized first.
+        op: "gemm" for int8 activations, "gemm_behind_producer" for those that the kernel right
+            before writes, "linear" for 16-bit ones that are quantized first.
         num_sms: of the GPU; 132 on an H100 or H200 SXM.
         memory_tbps: peak of its memory, in 1e12 bytes per second: 3.35 on an H100 SXM, 4.8 on an
             H200.
@@ -189,16 +192,14 @@ def explain_plan(
     Raises:
         ValueError: an unknown op, a size below 1 or from 2^31 on, or no positive bandwidth.
     """
-    if op not in ("gemm", "linear"):
-        raise ValueError(f'op: expected "gemm" or "linear", got {op!r}')
+    if op not in _OPS:
+        raise ValueError(f"op: expected one of {', '.join(_OPS)}, got {op!r}")
     for name, value in (("m", m), ("n", n), ("k", k), ("num_sms", num_sms)):
         if not 1 <= value < 2**31:
             raise ValueError(f"{name}: expected 1 to 2^31 - 1, got {value}")
     if not memory_tbps > 0:
         raise ValueError(f"memory_tbps: expected a positive number, got {memory_tbps}")
-    found = json.loads(
-        torch.ops.liquidgemm_plan.explain(m, n, k, op == "linear", num_sms, memory_tbps)
-    )
+    found = json.loads(torch.ops.liquidgemm_plan.explain(m, n, k, op, num_sms, memory_tbps))
     unknown = dict.fromkeys(Candidate.__annotations__)
     candidates = tuple(Candidate(**{**unknown, **c}) for c in found.pop("candidates"))
     return PlanExplanation(m, n, k, op, num_sms, memory_tbps, **found, candidates=candidates)

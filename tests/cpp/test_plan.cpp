@@ -168,8 +168,8 @@ int main() {
       for (int64_t k : {1, 64, 576, 4096, 14336, 132104}) {
         for (int64_t m : {1, 2, 8, 9, 16, 17, 64, 100, 128, 256, 257, 4096, 65537}) {
           const Problem p{m, n, k, sms, 3.35e6};
-          for (LaunchPlan const& l :
-               {select_gemm(p), select_linear(p, true), select_linear(p, false)})
+          for (LaunchPlan const& l : {select_gemm(p), select_gemm(p, Activations::kJustQuantized),
+                                      select_linear(p, true), select_linear(p, false)})
             expect_good(l);
           expect(select_gemm(p).launches() == 1, "a GEMM is one launch", select_gemm(p));
           expect(select_linear(p, false).launches() == 2, "unreadable x takes two launches",
@@ -183,6 +183,7 @@ int main() {
         }
         const Problem p{16, n, k, sms, 3.35e6};
         expect_explained(explain_gemm(p));
+        expect_explained(explain_gemm(p, true));
         expect_explained(explain_linear(p));
       }
     }

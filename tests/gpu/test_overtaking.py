@@ -117,6 +117,41 @@ def test_quantization_waits_for_its_input(slow_copy, m: int, dtype: torch.dtype)
                 assert_equal(scale, expected_scale, f"scale {m=} {dtype} run {i}")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("m", "k"),  # one CTA per row; clusters, and rows beyond registers
+    [(1, 1088), (40, 1088), (600, 1088), (1, 40000), (20, 40000)],
+)
+def test_producers_wait_for_their_inputs(slow_copy, m: int, k: int, dtype: torch.dtype) -> None:
+    """CHECKLIST 13: x, the residual, gates."""
+    weight = torch.rand(k, device=DEVICE).to(dtype)
+    fresh = torch.randn(m, 2 * k, device=DEVICE).to(dtype)
+    halves = fresh.view(2 * m, k)[:m], fresh.view(2 * m, k)[m:]
+
+    def norm(x: torch.Tensor, residual: torch.Tensor) -> list[torch.Tensor]:
+        tokens, h, _ = liquidgemm.rms_norm_quantize(x, weight, 1e-6, residual)
+        return [tokens.x8, tokens.scale, h]
+
+    def glu(gate_up: torch.Tensor) -> list[torch.Tensor]:
+        return list(liquidgemm.glu_quantize(gate_up)[0][:2])
+
+    stale = torch.zeros_like(fresh)
+    late = stale.view(2 * m, k)[:m]
+    for what, call, source, target in (
+        ("x", lambda: norm(late, halves[1]), halves[0], late),
+        ("residual", lambda: norm(halves[0], late), halves[1], late),
+        ("gate_up", lambda: glu(stale), fresh, stale),
+    ):
+        target.copy_(source)
+        expected = [part.clone() for part in call()]
+        for i in range(5):
+            target.zero_()
+            torch.cuda.synchronize()
+            slow_copy(source, target)
+            for part, whole in zip(call(), expected, strict=True):
+                assert_equal(part, whole, f"late {what} {m=} {k=} {dtype} run {i}")
+
+
 def test_the_producer_can_be_overtaken(slow_copy) -> None:
     """CHECKLIST 13: a kernel that does not wait reads stale data, so the tests above can fail."""
     hasty = torch.cuda._compile_kernel(

@@ -83,3 +83,20 @@ def test_moe_small() -> None:
     tensors += [second.weight, second.weight_scale / 1000]
     expected = torch.ops.liquidgemm.moe(*(t.cpu() for t in tensors))
     assert_equal(torch.ops.liquidgemm.moe(*tensors).cpu(), expected, "moe")
+
+
+def test_producers_small() -> None:
+    """CHECKLIST 15: norm and gated activation, vector and scalar paths, rows beyond registers."""
+    wide = torch.float32
+    for k, dtype in ((64, torch.bfloat16), (100, torch.float16), (8200, wide), (40008, wide)):
+        x, weight = torch.randn(3, 2 * k).to(dtype), torch.rand(k)
+        half = x[:, :k].contiguous()
+        arguments = (half, weight.to(dtype), 1e-6, half, "llama", 0.0, True)
+        for op, values in (
+            (torch.ops.liquidgemm.rms_norm_quantize, arguments),
+            (torch.ops.liquidgemm.glu_quantize, (x, "silu_mul", True)),
+        ):
+            expected = op(*values)
+            got = op(*(v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in values))
+            for i, (actual, wanted) in enumerate(zip(got, expected, strict=True)):
+                assert_equal(actual.cpu(), wanted, f"{op} {k=} output {i}")

@@ -26,6 +26,8 @@ GROUPED = "tests/gpu/test_grouped_gemm.py"
 MOE = "tests/gpu/test_moe.py"
 PRODUCERS = "liquidgemm/producers"  # below csrc
 OF_GROUPED = ("instantiations/grouped/t32_p1_k3_s2.cu",)
+FUSED = "tests/gpu/test_producers.py"
+NORM, GLU = (f"{PRODUCERS}/{name}.cu" for name in ("rms_norm", "glu"))
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ class Bug:
 
 def bug(name: str, file: str, old: str, new: str, *caught_by: str, **more) -> Bug:
     return Bug(name, (Patch(f"{KERNEL}/{file}", old, new),), caught_by, **more)
+
+
+def producer_bug(name: str, unit: str, old: str, new: str, *caught_by: str, **more) -> Bug:
+    return Bug(name, (Patch(f"csrc/{unit}", old, new),), caught_by, units=(unit,), **more)
 
 
 # No bug: what `make sanitize` gives to racecheck, see csrc/liquidgemm/kernel/protocol.hpp.
@@ -200,6 +206,66 @@ BUGS = (
         ),
         (OVERTAKING,),
         units=("liquidgemm/producers/quantize_activation.cu",),
+    ),
+    # Norm and gated activation.
+    producer_bug(
+        "a norm does not wait for its x",
+        NORM,
+        "cutlass::arch::wait_on_dependent_grids();",
+        "",
+        OVERTAKING,
+    ),
+    producer_bug(
+        "a gated activation does not wait for its gates",
+        GLU,
+        "cutlass::arch::wait_on_dependent_grids();",
+        "",
+        OVERTAKING,
+    ),
+    producer_bug(
+        "a norm does not wait for the sums of other warps",
+        NORM,
+        "  __syncthreads();\n  const float factor",
+        "  const float factor",
+        FUSED,
+        SMALL,
+    ),
+    producer_bug(
+        "a norm sums the lanes in another order",
+        NORM,
+        "for (int half = 16; half > 0; half /= 2)",
+        "for (int half = 1; half < 32; half *= 2)",
+        FUSED,
+    ),
+    producer_bug(
+        "a norm's sum depends on the number of threads",
+        NORM,
+        "sum_of_group[at / (kSumLanes * kSumVector)] = sum;",
+        "sum_of_group[threadIdx.x / 32] = at < blockDim.x * kVector\n"
+        "          ? sum : rounded::add(sum_of_group[threadIdx.x / 32], sum);",
+        FUSED,
+    ),
+    producer_bug(
+        "the quantizer sees h instead of y beyond the registers",
+        NORM,
+        "norm(vector, weight, factor, at);",
+        "",
+        FUSED,
+    ),
+    producer_bug(
+        "up is read one row too early",
+        GLU,
+        "up.load(row + rows_.k,",
+        "up.load(row,",
+        FUSED,
+    ),
+    producer_bug(
+        "a gated activation writes past the end of an odd row",
+        GLU,
+        "store(rows_.out + token_ * rows_.k + at, bytes, rows_.k - at, rows_.aligned);",
+        "store(rows_.out + token_ * rows_.k + at, bytes, kVector, rows_.aligned);",
+        FUSED,
+        tool="memcheck",
     ),
     # GEMMs that quantize.
     Bug(

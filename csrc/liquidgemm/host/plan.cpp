@@ -14,12 +14,15 @@ PlanCache& plan_cache() {
   return cache;
 }
 
-enum Kind : int { kGemm, kLinear, kReadableLinear };
+enum Kind : int { kGemm, kGemmBehindProducer, kLinear, kReadableLinear };
 
 }  // namespace
 
-LaunchPlan plan_gemm(Problem const& problem) {
-  return plan_cache().get(problem, kGemm, select_gemm);
+LaunchPlan plan_gemm(Problem const& problem, bool follows_producer) {
+  const Activations activations =
+      follows_producer ? Activations::kJustQuantized : Activations::kReady;
+  return plan_cache().get(problem, follows_producer ? kGemmBehindProducer : kGemm,
+                          [&](Problem const& p) { return select_gemm(p, activations); });
 }
 
 LaunchPlan plan_linear(Problem const& problem, bool x_is_readable) {

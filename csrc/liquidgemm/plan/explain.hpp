@@ -35,7 +35,7 @@ inline char const* in_words(Activations activations) {
     case Activations::kReady:
       return "activations ready";
     case Activations::kJustQuantized:
-      return "two launches, the first quantizes";
+      return "behind a quantizer";
     case Activations::kQuantizeInKernel:
       return "one launch, which quantizes";
   }
@@ -90,12 +90,18 @@ inline std::string why_not(Candidate const& c, Candidate const& winner) {
 // What `explain_gemm` and `explain_linear` tell of a selection.
 struct Explanation {
   LaunchPlan launch;
+  int launches;              // of the op
   std::string why_launches;  // why one launch, or two
   std::vector<Candidate> ranking;
 };
 
-inline Explanation explain_gemm(Problem const& p) {
-  return {select_gemm(p), "the activations are there", ranking(p, Activations::kReady)};
+inline Explanation explain_gemm(Problem const& p, bool follows_producer = false) {
+  const Activations activations =
+      follows_producer ? Activations::kJustQuantized : Activations::kReady;
+  return {
+      select_gemm(p, activations), 1,
+      follows_producer ? "the kernel before writes the activations" : "the activations are there",
+      ranking(p, activations)};
 }
 
 // Of a linear layer whose activations a kernel can read.
@@ -103,14 +109,14 @@ inline Explanation explain_linear(Problem const& p) {
   const LaunchPlan launch = select_linear(p, true);
   if (launch.activations == Activations::kQuantizeInKernel) {
     return {
-        launch,
+        launch, 1,
         launch.plan.tile.ctas_per_sm > 1
             ? "the kernel quantizes: there is little to read, and CTAs of half an SM start early"
             : "the kernel quantizes: with several tiles per CTA, reading x is hidden",
         ranking(p, Activations::kReady)};
   }
   const Plan alone = select_plan(p, Activations::kReady);
-  return {launch,
+  return {launch, 2,
           p.m > kMostQuantizedTokens ? "no kernel quantizes so many tokens"
           : !can_quantize_in_kernel(p.m, p.k, alone)
               ? "the kernel cannot hold the activations, or K is no multiple of 8"
@@ -140,9 +146,9 @@ inline std::string to_json(Explanation const& explanation) {
       "{\"plan\": \"%s\", \"launches\": %d, \"why_launches\": \"%s\", \"tile_tokens\": %d, "
       "\"m_tiles\": %d, \"n_tiles\": %d, \"workers\": %d, \"cluster\": %d, \"whole_rounds\": %d, "
       "\"split_tiles\": %d, \"eighths_ahead\": %d, \"stages_ahead\": %d, \"candidates\": [",
-      name(launch.plan).c_str(), launch.launches(), explanation.why_launches.c_str(), d.tile_tokens,
-      d.m_tiles, d.n_tiles, d.workers, launch.plan.cluster(), d.whole_rounds, d.split_tiles,
-      launch.eighths_ahead, launch.stages_ahead);
+      name(launch.plan).c_str(), explanation.launches, explanation.why_launches.c_str(),
+      d.tile_tokens, d.m_tiles, d.n_tiles, d.workers, launch.plan.cluster(), d.whole_rounds,
+      d.split_tiles, launch.eighths_ahead, launch.stages_ahead);
   Candidate const& winner = explanation.ranking.front();
   for (Candidate const& c : explanation.ranking) {
     const std::string why = c.plan == winner.plan ? "" : why_not(c, winner);

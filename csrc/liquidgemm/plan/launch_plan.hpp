@@ -48,7 +48,7 @@ struct LaunchPlan {
   int eighths_ahead;  // of the ring, filled with weights before the first activations arrive
   int stages_ahead;   // of each k group, dequantized before the first activations arrive
 
-  // Of a linear layer, whose activations are quantized either by a kernel before or by this one.
+  // Of a linear layer alone, whose activations are quantized by a kernel before or by this one.
   int launches() const { return activations == Activations::kJustQuantized ? 2 : 1; }
 };
 

@@ -16,7 +16,7 @@ struct Problem {
 // How the GEMM gets its int8 activations.
 enum class Activations {
   kReady,             // an earlier kernel wrote them
-  kJustQuantized,     // the quantizer writes them in the launch right before this one
+  kJustQuantized,     // a quantizer or another producer writes them in the launch right before
   kQuantizeInKernel,  // the kernel reads 16-bit activations and quantizes them itself
 };
 

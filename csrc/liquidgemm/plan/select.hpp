@@ -86,9 +86,10 @@ inline LaunchPlan complete(Problem const& p, Plan const& plan, Activations activ
           .stages_ahead = stages_ahead(plan, d, p.num_sms, activations)};
 }
 
-// For a GEMM of int8 activations that an earlier kernel wrote.
-inline LaunchPlan select_gemm(Problem const& p) {
-  return complete(p, select_plan(p, Activations::kReady), Activations::kReady);
+// For a GEMM of int8 activations that an earlier kernel wrote, or with kJustQuantized the one that
+// is launched right before.
+inline LaunchPlan select_gemm(Problem const& p, Activations activations = Activations::kReady) {
+  return complete(p, select_plan(p, activations), activations);
 }
 
 // For a linear layer. `x_is_readable`: whether a kernel could read the activations as they are, to

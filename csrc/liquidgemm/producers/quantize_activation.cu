@@ -4,100 +4,16 @@
 // A thread keeps its part of the row in registers between the maximum and the division. For few
 // tokens this kernel is latency and nothing else, much of it that of fetching instructions: each
 // thread has one vector then, and the code is short. For many it runs at the speed of memory.
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/grid_dependency_control.h>
-
-#include <algorithm>
-
-#include "liquidgemm/common/cluster_ptx.hpp"
-#include "liquidgemm/common/math.hpp"
-#include "liquidgemm/producers/quantizer.hpp"
+#include "liquidgemm/producers/rows.hpp"
 #include "liquidgemm/quantize.hpp"
 
 namespace liquidgemm {
 namespace {
 
-constexpr int kMaxCluster = 4;
-constexpr int64_t kManyVectors = 1 << 19;     // some two for every thread that an H100 can hold
-constexpr int64_t kFewCtas = 128;             // leave the GEMM room to start beside them
-constexpr int64_t kStreamedBytes = 12 << 20;  // with what is written, about half of the L2 cache
-
-// Vectors that a thread can hold, and how many threads then have the registers for it.
-constexpr int kMaxHeld = 8;
+// Threads that have the registers for so many vectors.
 constexpr int max_threads(int held) {
   return held == kMaxHeld ? kMaxQuantizerThreads / 2 : kMaxQuantizerThreads;
 }
-
-// The threads of a cluster share a row, a vector at a time.
-__device__ int64_t first_element() {
-  return (int64_t(cute::block_rank_in_cluster()) * blockDim.x + threadIdx.x) * kVector;
-}
-__device__ int64_t step() {
-  return int64_t(cute::cluster_shape().x) * blockDim.x * kVector;
-}
-
-__device__ void store(int8_t* to, uint2 bytes, int64_t count, bool aligned) {
-  if (aligned && count >= kVector) {
-    *reinterpret_cast<uint2*>(to) = bytes;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (i < count)
-        to[i] = static_cast<int8_t>((i < 4 ? bytes.x : bytes.y) >> i % 4 * 8);
-    }
-  }
-}
-
-// The largest value of any thread of the cluster, for all of them.
-class ClusterMax {
-  using Barrier = cutlass::arch::ClusterTransactionBarrier;
-
- public:
-  // Before anything else: peers must not be written to until they are set up.
-  __device__ ClusterMax() : size_(cute::cluster_shape().x) {
-    if (size_ > 1) {
-      if (threadIdx.x == 0) {
-        Barrier::init(&shared().arrived, 1);
-        cutlass::arch::fence_barrier_init();
-        Barrier::arrive_and_expect_tx(&shared().arrived, size_ * sizeof(int4));
-      }
-      cute::cluster_arrive_relaxed();
-      cute::cluster_wait();
-    }
-  }
-
-  __device__ uint32_t operator()(uint32_t value) const {
-    value = __reduce_max_sync(0xffffffffu, value);
-    if (threadIdx.x % 32 == 0)
-      shared().of_warp[threadIdx.x / 32] = value;
-    __syncthreads();
-    const int lane = threadIdx.x % 32;
-    const int warps = blockDim.x / 32;
-    value = __reduce_max_sync(0xffffffffu, lane < warps ? shared().of_warp[lane] : 0u);
-    if (size_ == 1)
-      return value;
-    if (threadIdx.x < size_) {
-      int4* const place = &shared().of_cta[cute::block_rank_in_cluster()];
-      store_at_cluster(peer_address(place, threadIdx.x), make_int4(value, 0, 0, 0),
-                       peer_address(&shared().arrived, threadIdx.x));
-    }
-    Barrier::wait(&shared().arrived, 0);
-    return __reduce_max_sync(0xffffffffu, lane < size_ ? shared().of_cta[lane].x : 0u);
-  }
-
- private:
-  struct Shared {
-    int4 of_cta[kMaxCluster];
-    uint64_t arrived;
-    uint32_t of_warp[kMaxQuantizerThreads / 32];
-  };
-  __device__ static Shared& shared() {
-    __shared__ Shared shared;
-    return shared;
-  }
-
-  uint32_t size_;
-};
 
 template <class T>
 struct Row {
@@ -186,38 +102,12 @@ auto kernel_holding(int held) {
 
 template <class T>
 cudaError_t launch(QuantizeArguments const& a, cudaStream_t stream) {
-  const int64_t vectors = ceil_div(a.k, kVector);
-  // Few: a thread for each vector, and for long rows up to four CTAs where the GPU has room for
-  // them. Many: at least two per thread, and several CTAs to an SM, so that some load while others
-  // wait.
-  const bool few = a.m * vectors < kManyVectors;
-  int cluster = 1;
-  while (few && vectors > kMaxQuantizerThreads && cluster < kMaxCluster &&
-         2 * cluster * a.m <= kFewCtas)
-    cluster *= 2;
-  int held = few ? 1 : 2;
-  const auto most_threads = [&] { return few ? max_threads(held) : kMaxQuantizerThreads / 2; };
-  while (held < kMaxHeld && int64_t(cluster) * held * most_threads() < vectors)
-    held *= 2;
-  const int64_t threads =
-      std::min<int64_t>(most_threads(), ceil_div(ceil_div(vectors, cluster * held), 32) * 32);
-  const bool aligned = reinterpret_cast<uintptr_t>(a.x) % 16 == 0 && a.k * sizeof(T) % 16 == 0 &&
-                       reinterpret_cast<uintptr_t>(a.out) % kVector == 0 &&
-                       a.out_stride % kVector == 0;
-  const bool streamed = a.m * a.k * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(a.m * cluster));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel_holding<T>(held), static_cast<T const*>(a.x), a.out,
-                            a.scale, a.k, a.out_stride, aligned, streamed);
+  const RowDivision division = divide_rows(a.m, a.k, true, max_threads);
+  const bool aligned =
+      has_aligned_rows(a.x, a.k * sizeof(T), 16) && has_aligned_rows(a.out, a.out_stride, kVector);
+  return launch_rows(kernel_holding<T>(division.held), division, a.m, stream,
+                     static_cast<T const*>(a.x), a.out, a.scale, a.k, a.out_stride, aligned,
+                     is_streamed(a.m * a.k * static_cast<int64_t>(sizeof(T))));
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ Tensor gemm_with(char const* op,
                  Tensor const& weight_scale,
                  OptionalTensor const& bias,
                  OptionalType const& out_dtype,
+                 bool follows_producer,
                  std::optional<Forced> const& forced) {
   check_quantized_rows(x, x_scale);
   const Weight w = aligned_weight(x, weight, weight_scale, bias);
@@ -27,8 +28,8 @@ Tensor gemm_with(char const* op,
     return y;
   const Rows rows = aligned_rows(x, m, k, stream);
   const Tensor scale = dense(x_scale);
-  const LaunchPlan plan =
-      forced ? complete(problem, forced->plan, Activations::kReady) : plan_gemm(problem);
+  const LaunchPlan plan = forced ? complete(problem, forced->plan, Activations::kReady)
+                                 : plan_gemm(problem, follows_producer);
   const cudaError_t error =
       gemm({.x = rows.storage.const_data_ptr(),
             .x_type = Element::kInt8,
@@ -52,8 +53,9 @@ Tensor gemm_op(Tensor const& x,
                Tensor const& weight,
                Tensor const& weight_scale,
                OptionalTensor const& bias,
-               OptionalType const& out_dtype) {
-  return gemm_with("gemm", x, x_scale, weight, weight_scale, bias, out_dtype);
+               OptionalType const& out_dtype,
+               bool follows_producer) {
+  return gemm_with("gemm", x, x_scale, weight, weight_scale, bias, out_dtype, follows_producer);
 }
 
 }  // namespace liquidgemm::binding

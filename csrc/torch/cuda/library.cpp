@@ -5,6 +5,8 @@
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CUDA, m) {
   using namespace liquidgemm::binding;
   m.impl("quantize_activation", TORCH_BOX(&quantize_activation_op));
+  m.impl("rms_norm_quantize", TORCH_BOX(&rms_norm_quantize_op));
+  m.impl("glu_quantize", TORCH_BOX(&glu_quantize_op));
   m.impl("gemm", TORCH_BOX(&gemm_op));
   m.impl("linear", TORCH_BOX(&linear_op));
   m.impl("grouped_gemm", TORCH_BOX(&grouped_gemm_op));

@@ -11,12 +11,24 @@ namespace liquidgemm::binding {
 
 std::tuple<Tensor, Tensor> quantize_activation_op(Tensor const& x);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_quantize_op(Tensor const& x,
+                                                                Tensor const& weight,
+                                                                double eps,
+                                                                OptionalTensor const& residual,
+                                                                std::string mode,
+                                                                double offset,
+                                                                bool return_y);
+std::tuple<Tensor, Tensor, Tensor> glu_quantize_op(Tensor const& gate_up,
+                                                   std::string activation,
+                                                   bool return_y);
+
 Tensor gemm_op(Tensor const& x,
                Tensor const& x_scale,
                Tensor const& weight,
                Tensor const& weight_scale,
                OptionalTensor const& bias,
-               OptionalType const& out_dtype);
+               OptionalType const& out_dtype,
+               bool follows_producer);
 
 Tensor linear_op(Tensor const& x,
                  Tensor const& weight,

@@ -23,6 +23,7 @@ Tensor gemm_with(char const* op,
                  Tensor const& weight_scale,
                  OptionalTensor const& bias,
                  OptionalType const& out_dtype,
+                 bool follows_producer = false,
                  std::optional<Forced> const& forced = std::nullopt);
 
 // A given plan runs in one launch, which quantizes.

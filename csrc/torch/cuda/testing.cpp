@@ -23,7 +23,7 @@ Tensor gemm_with_plan_op(Tensor const& x,
                          OptionalType const& out_dtype,
                          int64_t plan,
                          int64_t num_sms) {
-  return gemm_with("gemm_with_plan", x, x_scale, weight, weight_scale, bias, out_dtype,
+  return gemm_with("gemm_with_plan", x, x_scale, weight, weight_scale, bias, out_dtype, false,
                    checked_forced(plan, num_sms));
 }
 

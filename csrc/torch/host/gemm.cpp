@@ -12,7 +12,8 @@ Tensor gemm_cpu(Tensor const& x,
                 Tensor const& weight,
                 Tensor const& weight_scale,
                 OptionalTensor const& bias,
-                OptionalType const& out_dtype) {
+                OptionalType const& out_dtype,
+                bool) {  // a matter of GPUs
   check_quantized_rows(x, x_scale);
   const Weight checked = checked_weight(x, weight, weight_scale, bias);
   const ScalarType out_type = checked_out_type(out_dtype, bias);

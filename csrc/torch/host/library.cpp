@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(liquidgemm_plan, m) {
   m.def("plausible(int m) -> int[]");
   m.def("grouped_names() -> str[]");
   m.def("grouped(int rows, int experts, int n, int k, int num_sms, float memory_tbps) -> str");
-  m.def("explain(int m, int n, int k, bool quantizes, int num_sms, float memory_tbps) -> str");
+  m.def("explain(int m, int n, int k, str op, int num_sms, float memory_tbps) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm_plan, CompositeExplicitAutograd, m) {

@@ -26,7 +26,8 @@ Tensor gemm_cpu(Tensor const& x,
                 Tensor const& weight,
                 Tensor const& weight_scale,
                 OptionalTensor const& bias,
-                OptionalType const& out_dtype);
+                OptionalType const& out_dtype,
+                bool follows_producer);
 
 Tensor linear_cpu(Tensor const& x,
                   Tensor const& weight,
@@ -83,8 +84,9 @@ std::vector<std::string> grouped_plan_names();
 // One line in words: the plan of a grouped GEMM.
 std::string grouped_plan(
     int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t num_sms, double memory_tbps);
-// JSON, see plan/explain.hpp. `quantizes`: of a linear layer with 16-bit activations.
+// JSON, see plan/explain.hpp. `op`: "gemm", "gemm_behind_producer", or "linear" with 16-bit
+// activations.
 std::string explain_plan(
-    int64_t m, int64_t n, int64_t k, bool quantizes, int64_t num_sms, double memory_tbps);
+    int64_t m, int64_t n, int64_t k, std::string op, int64_t num_sms, double memory_tbps);
 
 }  // namespace liquidgemm::binding

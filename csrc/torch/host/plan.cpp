@@ -40,12 +40,13 @@ std::string grouped_plan(
 }
 
 std::string explain_plan(
-    int64_t m, int64_t n, int64_t k, bool quantizes, int64_t num_sms, double memory_tbps) {
+    int64_t m, int64_t n, int64_t k, std::string op, int64_t num_sms, double memory_tbps) {
   for (auto const& [name, value] : {std::pair{"m", m}, {"n", n}, {"k", k}, {"num_sms", num_sms}})
     check(value >= 1 && value <= INT32_MAX, name, ": expected 1 to 2^31 - 1, got ", value);
   check(memory_tbps > 0, "memory_tbps: expected a positive number, got ", memory_tbps);
   const Problem problem{m, n, k, static_cast<int>(num_sms), memory_tbps * 1e6};
-  return to_json(quantizes ? explain_linear(problem) : explain_gemm(problem));
+  return to_json(op == "linear" ? explain_linear(problem)
+                                : explain_gemm(problem, op == "gemm_behind_producer"));
 }
 
 }  // namespace liquidgemm::binding

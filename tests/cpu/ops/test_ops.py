@@ -504,7 +504,7 @@ def op_samples():
     yield "unpack_weight", (case.weight, 72)
     yield "gemm", quantized
     yield "gemm", (*quantized, case.bias, torch.float16)
-    yield "gemm", (*quantized, None, torch.int32)
+    yield "gemm", (*quantized, None, torch.int32, True)
     yield "linear", (x, *weight)
     yield "linear", (x.half().transpose(0, 1), *weight, case.bias.half())
     yield "linear", (x.clone().requires_grad_(), *weight, case.bias)

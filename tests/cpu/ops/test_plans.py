@@ -69,6 +69,17 @@ def test_one_launch_or_two() -> None:
     assert "faster" in explain_plan(1, 6144, 4096, op="linear").why_launches
 
 
+def test_behind_a_producer() -> None:
+    """Another plan where its CTAs would find no room."""
+    alone = explain_plan(64, 28672, 4096)
+    behind = explain_plan(64, 28672, 4096, op="gemm_behind_producer")
+    assert (alone.launches, behind.launches) == (1, 1)
+    assert alone.selected.behind_quantizer_us == 0
+    assert "before writes" in behind.why_launches
+    linear = explain_plan(64, 28672, 4096, op="linear")
+    assert (behind.plan, behind.eighths_ahead) == (linear.plan, linear.eighths_ahead)
+
+
 def test_the_gpu_matters() -> None:
     full, few = explain_plan(64, 8192, 8192), explain_plan(64, 8192, 8192, num_sms=16)
     assert few.workers <= 16 < full.workers
