@@ -60,8 +60,8 @@ TURNS = 3
 def parse_formats(text: str) -> list[str]:
     """Names of FORMATS. Raises a ValueError for others."""
     names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names or (unknown := [name for name in names if name not in FORMATS]):
-        raise ValueError(f"expected formats among {', '.join(FORMATS)}, got {unknown or text!r}")
+    if not names or any(name not in FORMATS for name in names):
+        raise ValueError(f"expected formats among {', '.join(FORMATS)}, got {text!r}")
     return names
 
 

@@ -221,6 +221,7 @@ def requests(check: Check, folder: Path) -> None:
         wishes[str(i)] = numbers.randint(1, 48)
         pending.append(str(i))
     sampling = {"temperature": 0, "ignore_eos": True, "detokenize": False}
+    check.served(llm)  # so that what is allocated once is there
     engine.reset_prefix_cache()
     before = pool.get_num_free_blocks(), _allocated()
     running: set[str] = set()

@@ -81,9 +81,9 @@ def logits(llm, vocabulary: int = VOCABULARY, **request) -> torch.Tensor:
     return torch.tensor([found[i].logprob for i in range(vocabulary)])
 
 
-def assert_near(actual: torch.Tensor, wanted: torch.Tensor) -> None:
+def assert_near(actual: torch.Tensor, wanted: torch.Tensor, bound: float = BOUND) -> None:
     error = (actual - wanted).norm() / wanted.norm()
-    assert error < BOUND, f"expected a relative difference below {BOUND}, got {error:.2e}"
+    assert error < bound, f"expected a relative difference below {bound}, got {error:.2e}"
 
 
 @pytest.fixture(autouse=True)
