@@ -632,8 +632,8 @@ def combine_kernel(
     for start in range(begin // TILE * TILE, end, TILE):
         chunks = start + tl.arange(0, TILE)
         mask = (chunks >= begin) & (chunks < end)
-        m = tl.load(stats + 2 * (base + chunks) * USED + row, mask, other=float("-inf"))
-        weight = tl.exp2(m - most)
+        largest = tl.load(stats + 2 * (base + chunks) * USED + row, mask, other=float("-inf"))
+        weight = tl.exp2(largest - most)
         values = tl.load(
             partial + ((base + chunks) * USED + row)[:, None] * D + d[None, :],
             mask[:, None],
