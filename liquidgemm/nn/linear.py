@@ -187,7 +187,10 @@ class LiquidLinear(nn.Module):
         # Not as attributes: that look-up is Python's last resort, and costs as much as the checks.
         held: dict[str, Any] = self._buffers
         if self.out_dtype is not None:
-            x = x.to(self.out_dtype)
+            if isinstance(x, ops.QuantizedTokens):
+                x = x._replace(dtype=self.out_dtype)
+            else:
+                x = x.to(self.out_dtype)
         packed = held["packed"] if self._is_packed() else ops.pack_weight(*self._logical())
         return product(x, held["columns"], packed, held["scale"], held["bias"])
 

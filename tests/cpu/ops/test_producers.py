@@ -343,6 +343,8 @@ def test_a_layer_takes_tokens(dtype, augment):
     for module in (linear, merged):
         assert not isinstance(module, MergedLinear) or module.is_merged
         reference.assert_same(module(tokens), module(x))
+    linear.out_dtype = torch.float32
+    reference.assert_same(linear(tokens), linear(x))
 
 
 def test_what_a_layer_does_not_take():
