@@ -1,6 +1,6 @@
 """vLLM with our kernel on Hopper GPUs, checked part by part, where no test suite can be installed.
 
-    python tests/serving/serve_check.py saved online requests --json OUT.json
+    python tests/serving/serve_check.py saved online requests sleep --json OUT.json
     python tests/serving/serve_check.py tensor-parallel --json OUT.json      (two GPUs)
 
 Each part has a process and a time limit of its own:
@@ -13,6 +13,7 @@ Each part has a process and a time limit of its own:
   stays below the float weights.
 - requests: thousands of requests of mixed lengths, some aborted. All others end, all KV blocks are
   free again, memory is where it was, and tokens that are no near-ties are those of a run alone.
+- sleep: of both levels, with a reload after the second: the same logits to the bit.
 - tensor-parallel: two GPUs against one.
 
 `--tiny --device cpu` is a rehearsal on a machine without a GPU.

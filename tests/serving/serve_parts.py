@@ -282,6 +282,31 @@ def requests(check: Check, folder: Path) -> None:
     check.require(compared > 0, "some were compared")
 
 
+def sleep(check: Check, folder: Path) -> None:
+    """Graphs that were captured before are replayed after, on weights at the same addresses."""
+    import torch
+
+    import liquidgemm
+
+    model = check.quantized(RECIPE)
+    liquidgemm.save_quantized(model, folder)
+    del model
+    _collect()
+    llm = check.engine(folder, enable_sleep_mode=True, enable_prefix_caching=False)
+    before, _ = check.served(llm)
+    for level in (1, 2):
+        free = torch.cuda.mem_get_info()[0]
+        llm.sleep(level=level)
+        freed = torch.cuda.mem_get_info()[0] - free
+        check.require(freed > 1 << 28, f"sleep of level {level} frees memory: {freed} bytes")
+        llm.wake_up()
+        if level == 2:  # which drops the weights
+            llm.collective_rpc("reload_weights")
+        after, _ = check.served(llm)
+        same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        check.require(same, f"after a sleep of level {level} the same logits to the bit")
+
+
 def tensor_parallel(check: Check, folder: Path) -> None:
     import liquidgemm
 
@@ -316,5 +341,6 @@ PARTS = {
     "saved": saved,
     "online": online,
     "requests": requests,
+    "sleep": sleep,
     "tensor-parallel": tensor_parallel,
 }
