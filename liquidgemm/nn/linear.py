@@ -73,6 +73,7 @@ class LiquidLinear(nn.Module):
     # The class of the float layer in whose place it is: nn.Linear, or one that holds it transposed.
     replaces: type[nn.Module] = nn.Linear
     out_dtype: torch.dtype | None = None
+    _part_of_merged = False
 
     def __init__(
         self,
@@ -356,6 +357,10 @@ class LiquidLinear(nn.Module):
                 error_msgs.append(f"{prefix}{name}: is on the meta device; load with assign=True")
             elif (old := self._buffers[name]) is None:
                 setattr(self, name, tensor.to(self.scale.device))
+            elif name == "columns" and self._part_of_merged:
+                # A merged layer knows them by their tensor, and has to notice other values.
+                if not torch.equal(old, tensor.to(old.device)):
+                    self.columns = tensor.to(old.device, copy=True)
             else:
                 old.copy_(tensor)
         if not self.scale.is_meta:

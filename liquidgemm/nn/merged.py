@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from ._product import product
 from .linear import LiquidLinear
 
 _SHARED = ("packed", "scale", "bias")
+_VIEWED = (*_SHARED, "columns")  # what tells that a layer is as it was merged
 
 
-def why_not_merged(parts: Sequence[nn.Module]) -> str | None:
+def why_not_merged(parts: Sequence[LiquidLinear]) -> str | None:
     """The reason why these layers cannot be one product, in their order; None if they can.
 
     Layers on the meta device are judged by what is known of them.
@@ -87,6 +89,8 @@ class MergedLinear(nn.Module):
     """
 
     parts: tuple[LiquidLinear, ...]
+    _weight: Any  # packed, scale and bias of all; None while they are not merged
+    _views: list[tuple[Tensor | None, ...]]
 
     def __init__(self, parts: Sequence[LiquidLinear]) -> None:
         super().__init__()
@@ -112,53 +116,50 @@ class MergedLinear(nn.Module):
             )
         if not self.is_merged:
             return torch.cat([part(x) for part in self.parts], dim=-1)
-        columns = self.parts[0].columns
-        return product(x, columns, self._packed, self._scale, self._bias)
+        return product(x, self.parts[0].columns, *self._weight)
 
     @property
     def is_merged(self) -> bool:
         """Whether it computes one product: the layers have the weights that were merged."""
-        if self._packed is None:
+        if self._weight is None:
             return False
         for part, views in zip(self.parts, self._views, strict=True):
             if not part._is_packed():
                 return False
-            for name, view in zip(_SHARED, views, strict=True):
+            for name, view in zip(_VIEWED, views, strict=True):
                 if part._buffers[name] is not view:
                     return False
         return True
 
     def merge(self) -> None:
         """Bring the weights of the layers together, if they are not and have values."""
-        if self._packed is not None and self.is_merged:
+        if self.is_merged:
             return
         self._forget()
-        whole = all(part._is_packed() and not part.packed.is_meta for part in self.parts)
-        if not whole or _why_apart(self.parts):
+        if _why_apart(self.parts):
             return
-        joined = {}
-        for name in _SHARED:
-            tensors = [part._buffers[name] for part in self.parts]
-            joined[name] = None if tensors[0] is None else torch.cat(tensors)
-            views = _views(joined[name], [0 if t is None else len(t) for t in tensors])
-            for part, view in zip(self.parts, views, strict=True):
-                part._buffers[name] = view
-        self._packed, self._scale, self._bias = (joined[name] for name in _SHARED)
-        self._views = [tuple(part._buffers[name] for name in _SHARED) for part in self.parts]
+        held = [part._buffers for part in self.parts]
+        packed = [part.packed for part in self.parts if part._is_packed()]
+        if len(packed) < len(held) or any(one is None or one.is_meta for one in packed):
+            return
+        self._weight = tuple(_merged_into(held, name) for name in _SHARED)
+        for part in self.parts:
+            part._part_of_merged = True
+        self._views = [tuple(one[name] for name in _VIEWED) for one in held]
 
     def unmerge(self) -> None:
         """Give each layer memory of its own."""
-        if self._packed is not None and self.is_merged:
-            for part in self.parts:
-                for name in _SHARED:
-                    if part._buffers[name] is not None:
-                        part._buffers[name] = part._buffers[name].clone()
+        if self.is_merged:
+            for held in (part._buffers for part in self.parts):
+                held.update({name: _copy(held[name]) for name in _SHARED})
+        for part in self.parts:
+            vars(part).pop("_part_of_merged", None)
         self._forget()
 
     def _forget(self) -> None:
         # No buffers: they would be counted, moved and offloaded a second time.
-        self._packed = self._scale = self._bias = None
-        self._views: list[tuple[Tensor | None, ...]] = []
+        self._weight = None
+        self._views = []
 
     # Each of these comes to the layers first, which are registered before this.
 
@@ -174,11 +175,7 @@ class MergedLinear(nn.Module):
         self.merge()
 
     def __getstate__(self) -> dict:
-        return {
-            key: value
-            for key, value in vars(self).items()
-            if key not in ("_packed", "_scale", "_bias", "_views")
-        }
+        return {key: value for key, value in vars(self).items() if key not in ("_weight", "_views")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -189,7 +186,17 @@ class MergedLinear(nn.Module):
         return f"in_features={self.in_features}, sizes={self.sizes}, is_merged={self.is_merged}"
 
 
-def _views(whole: Tensor | None, lengths: list[int]) -> Iterator[Tensor | None]:
-    if whole is None:
-        return iter([None] * len(lengths))
-    return iter(whole.split(lengths))
+def _merged_into(held: list[dict], name: str) -> Tensor | None:
+    """The tensors of this name as one, of which each becomes a view; None if there are none."""
+    tensors = [one[name] for one in held]
+    if tensors[0] is None:
+        return None
+    whole = torch.cat(tensors)
+    views = whole.split([len(tensor) for tensor in tensors])
+    for one, view in zip(held, views, strict=True):
+        one[name] = view
+    return whole
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()

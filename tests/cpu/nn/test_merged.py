@@ -46,7 +46,7 @@ def assert_merged(block, expected):
     """One product, of memory that is there once."""
     assert block.qkv.is_merged
     memory = {getattr(block, name).packed.untyped_storage().data_ptr() for name in SIZES}
-    assert memory == {block.qkv._packed.untyped_storage().data_ptr()}
+    assert memory == {block.qkv._weight[0].untyped_storage().data_ptr()}
     assert block.qkv.parts == (block.q, block.k, block.v)
     for x in (X, X[0], X[:0], X.expand(2, 3, 100).bfloat16()):
         assert_same(block(x), block.apart(x))
@@ -106,6 +106,28 @@ def test_state_is_loaded_into_merged_layers(assign):
     assert_merged(other, other.apart(X))
     block.load_state_dict(other.state_dict(), assign=assign)
     assert_merged(block, other(X))
+
+
+def test_loaded_columns_that_differ_are_not_merged():
+    block = nn.ModuleDict({name: layer(n=n, augment=64) for name, n in SIZES.items()})
+    block["qkv"] = MergedLinear((block["q"], block["k"], block["v"]))
+    assert block["qkv"].is_merged
+    state = {key: value.clone() for key, value in block.state_dict().items()}
+    for name in SIZES:
+        state[f"{name}.qscale"].fill_(1)
+        state[f"{name}.qweight"].random_(generator=torch.Generator().manual_seed(0))
+        state[f"{name}.scale"].fill_(0.1)
+    other = {**state, "k.columns": state["k.columns"] + 1}
+    for loaded, merged in ((other, False), (state, True), (other, False)):
+        block.load_state_dict(loaded)
+        assert block["qkv"].is_merged is merged
+        assert_same(block["qkv"](X), torch.cat([block[name](X) for name in SIZES], dim=-1))
+    # Of one layer alone as well.
+    block.load_state_dict(state)
+    k = {key: value for key, value in other.items() if key.startswith("k.")}
+    block["k"].load_state_dict({key.removeprefix("k."): value for key, value in k.items()})
+    assert not block["qkv"].is_merged
+    assert_same(block["qkv"](X), torch.cat([block[name](X) for name in SIZES], dim=-1))
 
 
 def test_from_the_meta_device():
