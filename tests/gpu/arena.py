@@ -50,6 +50,8 @@ class Arena:
         torch.cuda.synchronize()
         changed = self.bytes != CANARY
         for tensor in tensors:
+            if not tensor.numel():  # has no place in memory
+                continue
             begin = tensor.data_ptr() - self.address
             assert GUARD <= begin < self.size - tensor.nbytes - GUARD // 2, f"{what}: outside"
             changed[begin : begin + tensor.nbytes] = False
