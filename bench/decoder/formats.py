@@ -208,7 +208,7 @@ class Fused(Linear):
     def linear(self, tokens, held):
         if isinstance(tokens, Tensor):  # of attention, which nothing of ours precedes
             return liquidgemm.linear(tokens, *held)
-        return liquidgemm.gemm(tokens.x8, tokens.scale, *held)
+        return liquidgemm.gemm(tokens.x8, tokens.scale, *held, follows_producer=True)
 
 
 class Composite(Fused):
