@@ -51,7 +51,7 @@ RECIPES = {
     "hessian": ({"method": "hessian"}, 32768),
     "gptq": ({"method": "gptq"}, 32768),
     "gptq, little text": ({"method": "gptq"}, 2048),
-    "gptq, smooth, tune": ({"method": "gptq", "smooth": True, "tune": 100}, 32768),
+    "gptq, smooth": ({"method": "gptq", "smooth": True}, 32768),
 }
 
 
@@ -132,9 +132,11 @@ def measure(model: nn.Module, training: list[bytes], judged: dict) -> list[dict]
         counts = sorted(n for experts in report.experts.values() for n in experts.tokens)
         row["tokens_per_expert"] = [counts[0], counts[len(counts) // 2], counts[-1]]
         row["fell_back"] = sum(len(experts.fell_back) for experts in report.experts.values())
-        row["perplexity"] = {name: evaluate(quantized, w).perplexity for name, w in judged.items()}
+        found = {name: evaluate(quantized, w, model) for name, w in judged.items()}
+        row["perplexity"] = {name: result.perplexity for name, result in found.items()}
+        row["mean_kl"] = {name: result.mean_kl for name, result in found.items()}
         rows.append(row)
-        print(recipe, row["perplexity"], f"{row['seconds']:.0f} s", flush=True)
+        print(recipe, row["perplexity"], row["mean_kl"], f"{row['seconds']:.0f} s", flush=True)
     return rows
 
 
@@ -144,13 +146,19 @@ def table(results: dict) -> str:
     reference = ", ".join(f"{name} {first['perplexity'][name]:.3f}" for name in names)
     lines = [
         f"{results['machine']}; commit {results['commit'][:12]}; {results['steps']} steps of "
-        f"training. Perplexity of a byte relative to the float model ({reference}).",
+        f"training. Perplexity of a byte relative to the float model ({reference}), and mean KL "
+        "divergence from it; tokens per expert: least, median, most.",
         "",
-        "| recipe | text | " + " | ".join(names) + " | tokens per expert | fell back | time, s |",
-        "|---|" + "---:|" * (4 + len(names)),
+        "| recipe | text | "
+        + " | ".join(f"{name} | KL" for name in names)
+        + " | tokens per expert | fell back | time, s |",
+        "|---|" + "---:|" * (4 + 2 * len(names)),
     ]
     for row in rows:
-        change = [f"{row['perplexity'][n] / first['perplexity'][n] - 1:+.1%}" for n in names]
+        change = []
+        for name in names:
+            relative = row["perplexity"][name] / first["perplexity"][name] - 1
+            change += [f"{relative:+.2%}", f"{row['mean_kl'][name]:.5f}"]
         count = row["calibration_tokens"]
         spread = " / ".join(map(str, row["tokens_per_expert"])) if count else ""
         cells = [row["recipe"], f"{count // 1024}k" if count else "", *change, spread]
