@@ -296,15 +296,15 @@ BUGS = (
     # The epilogue.
     bug(
         "a row past the last is stored",
-        "epilogue.hpp",
-        "token + i % 2 < tokens_",
-        "token + i % 2 <= tokens_",
+        "store/elements.hpp",
+        "token + i % 2 < out.tokens",
+        "token + i % 2 <= out.tokens",
         CANARIES,
         tool="memcheck",
     ),
     bug(
         "a channel past the last is stored",
-        "epilogue.hpp",
+        "store/elements.hpp",
         "i / 2 * 8 < channels",
         "i / 2 * 8 <= channels",
         CANARIES,
@@ -312,22 +312,22 @@ BUGS = (
     ),
     bug(
         "a word of two channels is stored in the row past the last",
-        "epilogue.hpp",
-        "first + turn * 8 * Tile::kKGroups < tokens_",
-        "first + turn * 8 * Tile::kKGroups <= tokens_",
+        "store/columns.hpp",
+        "first + turn * 8 * Tile::kKGroups < out.tokens",
+        "first + turn * 8 * Tile::kKGroups <= out.tokens",
         CANARIES,
     ),
     bug(
         "words are stored past the last channel",
-        "epilogue.hpp",
-        "channel + 8 * i < sizes_.n",
-        "channel + 8 * i <= sizes_.n",
+        "store/columns.hpp",
+        "channel + 8 * i < out.sizes.n",
+        "channel + 8 * i <= out.sizes.n",
         CANARIES,
         EXACT,
     ),
     bug(
         "a whole vector is stored in the row past the last",
-        "epilogue.hpp",
+        "store/rows.hpp",
         "first_token + row < rows_",
         "first_token + row <= rows_",
         CANARIES,
@@ -335,8 +335,8 @@ BUGS = (
     ),
     bug(
         "TMA stores rows of the next tile",
-        "epilogue.hpp",
-        "first_token_ + tokens_ == sizes_.m;",
+        "store/rows.hpp",
+        "out.first_token + out.tokens == out.sizes.m;",
         "true;",
         EPILOGUE,
         EXACT,
@@ -344,7 +344,7 @@ BUGS = (
     ),
     bug(
         "neighbouring channels are exchanged",
-        "epilogue.hpp",
+        "store/output_tile.hpp",
         "/ 32 * 16 + threadIdx.x % 32 / 4;",
         "/ 32 * 16 + (threadIdx.x % 32 / 4 ^ 1);",
         EXACT,
@@ -353,8 +353,8 @@ BUGS = (
         "no barrier between staging and adding the sums",
         (
             Patch(
-                f"{KERNEL}/partial_sums.hpp",
-                "    panel_barrier();  // the parts, and the scales",
+                f"{KERNEL}/reduce/cluster.hpp",
+                "    panel_barrier<Tile>(panel_);  // the parts, and the scales",
                 "",
             ),
             *EVERY_LANE.patches,
@@ -365,9 +365,9 @@ BUGS = (
     Bug(
         "sums are sent while a slow peer still adds up those before",
         (
-            Patch(f"{KERNEL}/partial_sums.hpp", "Barrier::wait(drained, phase(item) ^ 1);", ""),
+            Patch(f"{KERNEL}/reduce/cluster.hpp", "Barrier::wait(drained, phase(item) ^ 1);", ""),
             Patch(
-                f"{KERNEL}/partial_sums.hpp",
+                f"{KERNEL}/reduce/cluster.hpp",
                 "Barrier::wait(received, phase(item));",
                 "Barrier::wait(received, phase(item));\n      __nanosleep(rank * 2000);",
             ),
@@ -605,12 +605,12 @@ DELAY = Bug(
             "  random_delay();\n  cutlass::arch::NamedBarrier::arrive_and_wait(",
         ),
         Patch(
-            f"{KERNEL}/partial_sums.hpp",
+            f"{KERNEL}/reduce/cluster.hpp",
             "Barrier::wait(drained, phase(item) ^ 1);",
             "random_delay();\n      Barrier::wait(drained, phase(item) ^ 1);",
         ),
         Patch(
-            f"{KERNEL}/partial_sums.hpp",
+            f"{KERNEL}/reduce/cluster.hpp",
             "Barrier::wait(received, phase(item));",
             "Barrier::wait(received, phase(item));\n      random_delay();",
         ),
@@ -620,7 +620,7 @@ DELAY = Bug(
                 "arrive_at_cluster_if(",
                 "random_delay();\n    arrive_at_cluster_if(",
             )
-            for file in ("partial_sums.hpp", "reduce/pair.hpp")
+            for file in ("reduce/cluster.hpp", "reduce/pair.hpp")
         ),
     ),
     (),

@@ -30,8 +30,8 @@ CUTE_DEVICE float gated_at_run_time(GatedActivation activation, float gate, floa
 template <class Tile>
 class GatedEpilogue : public Epilogue<Tile> {
   using Base = Epilogue<Tile>;
-  using typename Base::ChannelValues;
-  using typename Base::Sums;
+  using ChannelValues = typename OutputTile<Tile>::ChannelValues;
+  using Sums = ClusterSums<Tile>;
   static constexpr int kRowBytes = kBlockRows;  // of a panel: 32 channels of 16 bits
   static constexpr int kVectors = kRowBytes / 16;
 
@@ -46,19 +46,19 @@ class GatedEpilogue : public Epilogue<Tile> {
     const GatedActivation gate = scheduler.gate();
     if constexpr (!Tile::kPairs) {
       const auto sums_of_group = this->sums().complete(scheduler.item(), acc, k_group);
-      if (this->params_.y_type == Element::kBFloat16) {
+      if (this->out_.params.y_type == Element::kBFloat16) {
         store_columns<__nv_bfloat162>(gate, sums_of_group, k_group);
-      } else if (this->params_.y_type == Element::kFloat16) {
+      } else if (this->out_.params.y_type == Element::kFloat16) {
         store_columns<__half2>(gate, sums_of_group, k_group);
       } else {
         store_turns(gate, sums_of_group, k_group);
       }
       this->sums().release(scheduler.is_last());
     } else {
-      this->panel_barrier();  // the scales
-      if (this->params_.y_type == Element::kBFloat16) {
+      panel_barrier<Tile>(this->out_.panel);  // the scales
+      if (this->out_.params.y_type == Element::kBFloat16) {
         store_rows<__nv_bfloat162>(gate, acc);
-      } else if (this->params_.y_type == Element::kFloat16) {
+      } else if (this->out_.params.y_type == Element::kFloat16) {
         store_rows<__half2>(gate, acc);
       } else {
         store_octets(gate, acc);
@@ -68,8 +68,8 @@ class GatedEpilogue : public Epilogue<Tile> {
 
  private:
   CUTE_DEVICE static int warp() { return threadIdx.x % kWarpGroupThreads / 32; }
-  CUTE_DEVICE int first_output() const { return this->first_channel_ / 2; }
-  CUTE_DEVICE int outputs() const { return this->sizes_.n / 2; }
+  CUTE_DEVICE int first_output() const { return this->out_.first_channel / 2; }
+  CUTE_DEVICE int outputs() const { return this->out_.sizes.n / 2; }
 
   CUTE_DEVICE static float2 to_floats(uint32_t word, __nv_bfloat162) {
     return __bfloat1622float2(reinterpret_cast<__nv_bfloat162 const&>(word));
@@ -82,7 +82,7 @@ class GatedEpilogue : public Epilogue<Tile> {
   template <class Pair>
   CUTE_DEVICE uint32_t
   activate(GatedActivation gate, int octet, int4 const& sum, ChannelValues const& channels) const {
-    const auto words = this->template round_octet<Pair>(octet, sum, channels);
+    const auto words = this->out_.template round_octet<Pair>(octet, sum, channels);
     const float2 gates = to_floats(words[0], Pair{}), ups = to_floats(words[1], Pair{});
     const auto round = [](float value) {
       return to_floats(round_pair(value, value, Pair{}), Pair{}).x;
@@ -91,23 +91,23 @@ class GatedEpilogue : public Epilogue<Tile> {
                       gated_at_run_time(gate, gates.y, ups.y, round), Pair{});
   }
 
-  // As Epilogue::store_rows, with rows of half the length.
+  // As store_rows of rows.hpp, with rows of half the length.
   template <class Pair, class Accumulator>
   CUTE_DEVICE void store_rows(GatedActivation gate, Accumulator const& acc) {
     constexpr int kChunk = Tile::kChunkTokens;
     constexpr int kOctets = kChunk / 8;
     static_assert(kOctets == 2 || kOctets == 4);
-    const ChannelValues channels = this->channel_values();
+    const ChannelValues channels = this->out_.channel_values();
     // Every eight lanes address the rows of an octet.
     const int lane = threadIdx.x % 32;
     const int stage_at = lane * kRowBytes + swizzled(warp(), lane);
     const RowStore rows(*this);
     CUTE_UNROLL
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-      if (chunk * kChunk >= this->tokens_)
+      if (chunk * kChunk >= this->out_.tokens)
         break;
-      uint8_t* const buffer =
-          this->shared_.staging[this->panel_] + chunk % Tile::kChunkBuffers * Tile::kChunkBytes;
+      uint8_t* const buffer = this->out_.shared.staging[this->out_.panel] +
+                              chunk % Tile::kChunkBuffers * Tile::kChunkBytes;
       cute::array<uint32_t, kOctets> words;
       CUTE_UNROLL
       for (int i = 0; i < kOctets; ++i) {
@@ -122,16 +122,16 @@ class GatedEpilogue : public Epilogue<Tile> {
       }
       if constexpr (Tile::kStoresByTma) {
         cute::tma_store_fence();
-        if (this->thread() == 0)  // the buffer of the next chunk has been read
+        if (this->out_.thread() == 0)  // the buffer of the next chunk has been read
           cute::tma_store_wait<Tile::kChunkBuffers - 2>();
       }
-      this->panel_barrier();
-      const bool clipped = (chunk + 1) * kChunk <= this->tokens_ ||
-                           this->first_token_ + this->tokens_ == this->sizes_.m;
+      panel_barrier<Tile>(this->out_.panel);
+      const bool clipped = (chunk + 1) * kChunk <= this->out_.tokens ||
+                           this->out_.first_token + this->out_.tokens == this->out_.sizes.m;
       if (Tile::kStoresByTma && clipped) {
-        if (this->thread() == 0) {
+        if (this->out_.thread() == 0) {
           cute::SM90_TMA_STORE_2D::copy(&this->map_, buffer, first_output(),
-                                        this->first_token_ + chunk * kChunk);
+                                        this->out_.first_token + chunk * kChunk);
           cute::tma_store_arrive();
         }
       } else {
@@ -148,13 +148,14 @@ class GatedEpilogue : public Epilogue<Tile> {
     static constexpr int kRows = kWarpGroupThreads / kVectors;
 
    public:
-    CUTE_DEVICE explicit RowStore(GatedEpilogue const& e) : row_bytes_(e.params_.y_stride * 2) {
-      const int row = e.thread() / kVectors, vector = e.thread() % kVectors;
+    CUTE_DEVICE explicit RowStore(GatedEpilogue const& e) : row_bytes_(e.out_.params.y_stride * 2) {
+      const int row = e.out_.thread() / kVectors, vector = e.out_.thread() % kVectors;
       const int channel = e.first_output() + vector * 8;
       const bool stores = channel < e.outputs() && row < Tile::kChunkTokens;
-      rows_ = stores ? e.tokens_ - row : 0;
+      rows_ = stores ? e.out_.tokens - row : 0;
       staged_at_ = row * kRowBytes + swizzled(vector, row);
-      y_ = static_cast<uint8_t*>(e.params_.y) + (e.first_token_ + row) * row_bytes_ + channel * 2;
+      y_ = static_cast<uint8_t*>(e.out_.params.y) + (e.out_.first_token + row) * row_bytes_ +
+           channel * 2;
     }
 
     CUTE_DEVICE void store(uint8_t const* buffer, int first_token) const {
@@ -171,12 +172,12 @@ class GatedEpilogue : public Epilogue<Tile> {
     int rows_, staged_at_;
   };
 
-  // As Epilogue::store_columns: four threads write eight channels of a token.
+  // As store_columns of columns.hpp: four threads write eight channels of a token.
   template <class Pair>
   CUTE_DEVICE void store_columns(GatedActivation gate,
                                  typename Sums::Octets const& sums_of_group,
                                  int k_group) const {
-    const ChannelValues channels = this->channel_values();
+    const ChannelValues channels = this->out_.channel_values();
     const int lane = threadIdx.x % 32;
     const int channel = first_output() + warp() * 8;
     CUTE_UNROLL
@@ -188,16 +189,17 @@ class GatedEpilogue : public Epilogue<Tile> {
       cute::SM75_U32x1_MOVM_T::copy(activate<Pair>(gate, octet, sums_of_group[turn], channels),
                                     transposed);
       const int token = 8 * octet + lane / 4;
-      if (token < this->tokens_ && channel < outputs()) {
-        uint16_t* const row = static_cast<uint16_t*>(this->params_.y) +
-                              (this->first_token_ + token) * this->params_.y_stride + channel;
+      if (token < this->out_.tokens && channel < outputs()) {
+        uint16_t* const row = static_cast<uint16_t*>(this->out_.params.y) +
+                              (this->out_.first_token + token) * this->out_.params.y_stride +
+                              channel;
         *reinterpret_cast<uint32_t*>(row + lane % 4 * 2) = transposed;
       }
     }
   }
 
   // -----------------------------------------------------------------------------------------------
-  // fp32, element by element: as Epilogue's.
+  // fp32, element by element: as elements.hpp.
 
   CUTE_DEVICE void store_turns(GatedActivation gate,
                                typename Sums::Octets const& sums_of_group,
@@ -229,8 +231,8 @@ class GatedEpilogue : public Epilogue<Tile> {
   }
 
   CUTE_DEVICE void store_octet(GatedActivation gate, int octet, int4 const& sum) const {
-    const ChannelValues channels = this->channel_values();
-    const float2 scales = this->token_scales(octet);
+    const ChannelValues channels = this->out_.channel_values();
+    const float2 scales = this->out_.token_scales(octet);
     const auto value = [&](int32_t part, float token_scale, int half) {
       return scaled(part, token_scale, channels.scale[half], channels.bias[half]);
     };
@@ -239,13 +241,13 @@ class GatedEpilogue : public Epilogue<Tile> {
         gated_at_run_time(gate, value(sum.x, scales.x, 0), value(sum.z, scales.x, 1), exact),
         gated_at_run_time(gate, value(sum.y, scales.y, 0), value(sum.w, scales.y, 1), exact)};
     const int channel = first_output() + warp() * 8 + threadIdx.x % 32 / 4;
-    const int token = this->first_token(octet);
-    float* const y = static_cast<float*>(this->params_.y) +
-                     (this->first_token_ + token) * this->params_.y_stride + channel;
+    const int token = this->out_.token_of(octet);
+    float* const y = static_cast<float*>(this->out_.params.y) +
+                     (this->out_.first_token + token) * this->out_.params.y_stride + channel;
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
-      if (token + i < this->tokens_ && channel < outputs())
-        y[i * this->params_.y_stride] = h[i];
+      if (token + i < this->out_.tokens && channel < outputs())
+        y[i * this->out_.params.y_stride] = h[i];
     }
   }
 };
