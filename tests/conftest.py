@@ -1,5 +1,6 @@
 """Settings of the whole suite, and the rule by which GPU tests run."""
 
+import gc
 import os
 
 import pytest
@@ -27,3 +28,11 @@ def pytest_runtest_setup(item):
         pytest.skip(status.reason)
     if not status.cuda_available:
         pytest.fail(status.reason, pytrace=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _garbage_of_the_module_alone():
+    """What is there before a module stays: accelerate collects garbage with every model that it
+    loads, and would look through all of torch and transformers each time."""
+    gc.collect()
+    gc.freeze()
