@@ -501,7 +501,7 @@ BUGS = (
                 f"{KERNEL}/store/gated.hpp",
                 "const float2 gates = to_floats(words[0], Pair{}), "
                 "ups = to_floats(words[1], Pair{});",
-                "const float2 token_scale = this->token_scales(octet);\n"
+                "const float2 token_scale = this->out_.token_scales(octet);\n"
                 "    const float2 ups = to_floats(words[1], Pair{});\n"
                 "    const float2 gates = {\n"
                 "        scaled(sum.x, token_scale.x, channels.scale[0], channels.bias[0]),\n"

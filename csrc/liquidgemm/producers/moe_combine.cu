@@ -2,8 +2,8 @@
 // same whatever the batch. A thread has a vector of one token.
 #include <cutlass/arch/grid_dependency_control.h>
 
+#include "liquidgemm/common/formula.hpp"
 #include "liquidgemm/common/math.hpp"
-#include "liquidgemm/kernel/store/formula.hpp"
 #include "liquidgemm/moe.hpp"
 #include "liquidgemm/producers/launch.hpp"
 #include "liquidgemm/producers/quantizer.hpp"

@@ -5,12 +5,12 @@
 #include <cute/config.hpp>
 #include <cute/container/array.hpp>
 
+#include "liquidgemm/common/formula.hpp"
 #include "liquidgemm/kernel/octets.hpp"
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/protocol.hpp"
 #include "liquidgemm/kernel/reduce/pair.hpp"
 #include "liquidgemm/kernel/storage.hpp"
-#include "liquidgemm/kernel/store/formula.hpp"
 
 namespace liquidgemm {
 
