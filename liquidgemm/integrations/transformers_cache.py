@@ -235,7 +235,7 @@ def attention_forward(
         return out, None
     if key.first:
         keys, values = key.keys, key.values
-        before = 0
+        before: int | Tensor = 0
     else:
         keys, values = (one.to(query.dtype) for one in cache.read())
         before = layer.lengths[0] - queries

@@ -50,10 +50,11 @@ def check_cache(
     require_dtype("v_cache", v, k.dtype)
     require_shape("v_cache", v, list(v_shape), f" for a k_cache of {list(k_shape)}")
     for name, params in (("k_params", k_params), ("v_params", v_params)):
-        if p_shape is None:
+        if p_shape is None or fmt.params is None:
             require(params is None, name, f"None for {fmt.name}", "a tensor")
+        elif params is None:
+            require(False, name, f"a tensor for {fmt.name}", "None")
         else:
-            require(params is not None, name, f"a tensor for {fmt.name}", "None")
             require_dtype(name, params, fmt.params)
             require_shape(name, params, list(p_shape))
     require_dtype("lengths", lengths, torch.int32)
@@ -159,7 +160,7 @@ def _write_cpu(k, v, k_cache, v_cache, k_params, v_params, lengths, block_table=
             target[page, :, slot // 2, :, slot % 2] = codes
         else:
             target[page, :, slot] = codes
-        if params is not None:
+        if params is not None and new_params is not None:
             params[page, :, slot] = new_params[inside]
 
 
@@ -173,8 +174,8 @@ def read(
     """Keys and values as float32 ``[B, H, capacity, D]``, with whatever is past the lengths."""
     fmt = BY_CODES[k_cache.dtype]
 
-    def gather(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or block_table is None:
+    def gather(tensor: Tensor) -> Tensor:
+        if block_table is None:
             return tensor
         pages = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
         pages = pages[block_table.long()]  # [B, pages of a sequence, H, ...]
@@ -182,7 +183,12 @@ def read(
 
     parts = ((k_cache, k_params, False), (v_cache, v_params, True))
     k, v = (
-        dequantize(unpack_rows(gather(cache), fmt, values), gather(params), fmt, values)
+        dequantize(
+            unpack_rows(gather(cache), fmt, values),
+            None if params is None else gather(params),
+            fmt,
+            values,
+        )
         for cache, params, values in parts
     )
     return k, v

@@ -64,14 +64,14 @@ class KVCache:
         fmt = FORMATS[format]
         k, v, params = shapes(fmt, pages, heads, tokens + tokens % 2, head_dim)
 
-        def zeros(shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> Tensor | None:
-            return None if shape is None else torch.zeros(shape, dtype=dtype, device=device)
+        def zero_params() -> Tensor | None:
+            return None if params is None else torch.zeros(params, dtype=fmt.params, device=device)
 
         return cls(
-            zeros(k, fmt.codes),
-            zeros(v, fmt.codes),
-            zeros(params, fmt.params),
-            zeros(params, fmt.params),
+            torch.zeros(k, dtype=fmt.codes, device=device),
+            torch.zeros(v, dtype=fmt.codes, device=device),
+            zero_params(),
+            zero_params(),
         )
 
     @property

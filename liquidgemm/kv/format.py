@@ -131,9 +131,9 @@ def quantize(x: Tensor, fmt: Format, values: bool) -> tuple[Tensor, Tensor | Non
 def dequantize(codes: Tensor, params: Tensor | None, fmt: Format, values: bool) -> Tensor:
     """float32 ``[..., D]`` of what `quantize` gives."""
     x = codes.float()
-    if fmt.name == "int8":
+    if params is not None and fmt.name == "int8":
         x = x * params.float().unsqueeze(-1)
-    elif fmt.name == "int4":
+    elif params is not None and fmt.name == "int4":
         scale = (params & -65536).view(torch.float32)
         x = (x - (params & 15).unsqueeze(-1)) * scale.unsqueeze(-1)
     return rotate(x) / x.shape[-1] if fmt.rotates(values) else x

@@ -205,7 +205,7 @@ class _MoeRules(_autograd.Rules):
             raise RuntimeError(_ONLY_X_AND_WEIGHTS)
         saved = iter(ctx.saved_tensors)
         tensors: list = [next(saved) if there else None for there in ctx.there]
-        grad_x, grad_weights = _moe_backward(grad, *tensors, activation=ctx.activation)
+        grad_x, grad_weights = _moe_backward(ctx.activation, grad, *tensors)
         return None, grad_x, None, grad_weights, *(None,) * 7
 
     @staticmethod
@@ -214,7 +214,7 @@ class _MoeRules(_autograd.Rules):
 
 
 def _moe_backward(
-    grad, x, topk_ids, topk_weights, w1, w1_scale, w2, w2_scale, b1, b2, activation
+    activation, grad, x, topk_ids, topk_weights, w1, w1_scale, w2, w2_scale, b1, b2
 ) -> tuple[Tensor, Tensor]:
     """Expert by expert, so that the float weights of one are there at a time."""
     # One row per slot and a sum in order: index_add_ would add in any order.
