@@ -68,6 +68,12 @@ RECIPES = {
     "gptq, smooth, keep down_proj": {**_SMOOTH, **_DOWN},
     "gptq, smooth, augment 64, keep down_proj": {**_SMOOTH, **_DOWN, "augment": 64},
     "gptq, smooth, augment 128, keep down_proj": {**_SMOOTH, **_DOWN, "augment": 128},
+    "gptq, smooth, augment 128 shared, keep down_proj": {
+        **_SMOOTH,
+        **_DOWN,
+        "augment": 128,
+        "share_columns": True,
+    },
     "gptq, smooth, augment 128, keep down, k, v_proj": {**_SMOOTH, **_DOWN_KV, "augment": 128},
     "gptq, smooth, augment 256, keep down, k, v_proj": {**_SMOOTH, **_DOWN_KV, "augment": 256},
     "gptq, smooth, tune": {**_SMOOTH, "tune": 100},
