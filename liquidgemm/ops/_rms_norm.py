@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..weights.liquidquant import MAX_IN_FEATURES
+from ..formats.liquidquant import MAX_IN_FEATURES
 from . import _autograd, _registry
 from ._checks import (
     FLOATS,
