@@ -63,9 +63,9 @@ CUTE_DEVICE void arrive_at_cluster_if(bool condition, uint64_t* barrier, int cta
       : "memory");
 }
 
-// Writes 16 bytes to a CTA of the cluster and counts them at that CTA's barrier: visible to whoever
-// waits there, with no fence on either side. `address` and `barrier` are the peer's, see
-// peer_address.
+// Writes 16 bytes to a CTA of the cluster and counts them at that CTA's barrier. Threads that wait
+// at the barrier see them without a fence on either side. `address` and `barrier` are the peer's,
+// see peer_address.
 CUTE_DEVICE void store_at_cluster(uint32_t address, int4 value, uint32_t barrier) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, "

@@ -7,7 +7,7 @@
 namespace liquidgemm {
 namespace {
 
-// The workspace holds int8 rows, as TMA wants them, and behind them their scales.
+// The workspace holds int8 rows, aligned for TMA, followed by their scales.
 int64_t row_bytes(Problem const& p) {
   return ceil_div(p.k, 16) * 16;
 }

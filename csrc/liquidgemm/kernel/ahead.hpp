@@ -1,6 +1,6 @@
-// The first stages of a CTA's first tile, dequantized before there are tokens. With programmatic
+// The first stages of a CTA's first tile, dequantized before the tokens arrive. With programmatic
 // dependent launch a CTA may have weights long before the previous kernel has finished the
-// activations; the operands wait in registers meanwhile.
+// activations. The consumers then hold the operands in registers.
 //
 // Both functions are unrolled, since registers cannot be indexed.
 #pragma once
@@ -47,7 +47,7 @@ class Ahead {
     }
   }
 
-  // When there are tokens.
+  // Once the tokens have arrived.
   template <class Operands, class Accumulator>
   CUTE_DEVICE void multiply(Sizes const& sizes,
                             Consumer<Tile> const& consumer,

@@ -7,9 +7,9 @@
 //   dequantize   | 0 | 1 |   2 |   3 | ...         one k group that takes every stage
 //   tensor cores     | 0     | 1     | 2 ...
 //
-// If k groups take alternate stages, a group has time between its stages: it waits for its
-// multiplications and releases the stage at once, since at few tokens all depends on how much is in
-// flight. A group that takes every stage releases it after the first multiplication of the next.
+// If k groups alternate, a group waits for its multiplications and releases its stage at once: the
+// other groups compute meanwhile, and at few tokens the bytes in flight limit the speed. A group
+// that takes every stage releases it after the first multiplication of the next one.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -73,8 +73,9 @@ class Consumer {
     const int first = begin + (k_group_ + kGroups - stages_done % kGroups) % kGroups;
     RingState<Tile> ring(stages_done + first);
     const WeightReader reader(&shared_.weights[0][panel_][0], thread);
-    // A group that takes every stage waits for the next one before its last multiplications of this
-    // one: the ring is ahead of it, and the next weights are at hand in time.
+    // A group that takes every stage waits for the next stage before its last multiplications of
+    // this one. The ring is ahead of the group, so that the wait is short and the next weights
+    // arrive in time.
     constexpr bool kAlternates = kGroups > 1;
     Weights next{};
     if (!kAlternates && first < end)

@@ -11,7 +11,7 @@
 
 namespace liquidgemm {
 
-// Apart from the roles' own parameters, since their alignment would pad each struct that holds one.
+// Not among the parameters of the roles: the alignment of a tensor map would pad each of them.
 struct TensorMaps {
   CUtensorMap
       tokens;  // int8 [m, k]: boxes of the tiles' height (in pairs half of it) x 128 k,
@@ -53,7 +53,7 @@ struct ClusterParams {
   CUTE_HOST_DEVICE int size() const { return pairs ? 2 : split_k(); }
 };
 
-// What is done with weights before there are tokens: see plan/rules.hpp.
+// How many weights are requested and dequantized before the tokens arrive: see plan/rules.hpp.
 struct PrefetchParams {
   int eighths_ahead;  // of the ring, requested before the first tokens arrive
   int stages_ahead;  // of each k group, dequantized before; at most Tile::kStagesAhead, and no more
@@ -68,7 +68,7 @@ struct TokenParams {
 // Work: what the scheduler needs, such as DenseWork. Work::Scheduler<Tile> is the scheduler, and
 // Work::cluster are the ClusterParams.
 //
-// The order keeps neighbours together that the compiler loads at once, aligned to 16 bytes.
+// The order lets the compiler load neighbouring members at once, aligned to 16 bytes.
 template <class Work>
 struct KernelParams {
   TensorMaps maps;

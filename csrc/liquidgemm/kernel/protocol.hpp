@@ -1,22 +1,22 @@
 // All barriers of the kernel: what a phase of each means, who arrives, and how often.
 //
-//   barrier           one phase means                          arrivals per phase           and
-//   bytes
-//   ----------------  ---------------------------------------  ---------------------------
-//   ------------ full[slot]        a stage has been loaded                  1 per loader of the
-//   stage empty[slot]       a stage has been read                    1 per warp that reads it;
-//                                                              in pairs also the peer's
-//   ahead[stage]      the weights of one of the first stages   1: the weight loader         of
-//   those
-//                     have arrived; full then counts tokens
-//   read              the consumers have read x to quantize    1: thread 0
-//                     it; weights no longer delay it
-//   received[panel]   the cluster's partial sums have arrived  1: the panel's thread 0      of the
-//   sums drained[panel]    every CTA has read what was sent to it   1 per warp of the panel,
-//                                                              from every CTA
-//   multiplied        the peer has no more use for its ring    1 per consumer warp of it
+// clang-format off
+//   barrier          a phase means                            arrivals per phase             and bytes
+//   ---------------  ---------------------------------------  -----------------------------  ------------
+//   full[slot]       a stage has been loaded                  1 per loader of the stage      of the stage
+//   empty[slot]      a stage has been read                    1 per warp that reads it; in
+//                                                             pairs also the peer's
+//   ahead[stage]     the weights of one of the first stages   1: the weight loader           of those
+//                    have arrived; full then counts tokens
+//   read             the consumers have read x to quantize    1: thread 0
+//                    it; weights no longer delay it
+//   received[panel]  the cluster's partial sums have arrived  1: the panel's thread 0        of the sums
+//   drained[panel]   every CTA has read what it received      1 per warp of the panel, from
+//                                                             every CTA
+//   multiplied       the peer no longer needs its ring        1 per consumer warp of the peer
 //
-//   named: one per panel, its consumer threads
+//   named barriers: one per panel, for its consumer threads
+// clang-format on
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -54,7 +54,7 @@ struct Arrivals {
   static constexpr int drained(int split_k) { return Tile::kKGroups * kWarpsPerGroup * split_k; }
 
  private:
-  // Of every panel the k group whose turn it is reads a stage.
+  // One k group of every panel reads a stage.
   static constexpr int kWarpsOfStage = Tile::kPanels * kWarpsPerGroup;
 
   // The same, counted: group panel * kKGroups + k reads the stages that are k modulo kKGroups.
@@ -121,7 +121,7 @@ struct Barriers {
 // Named barriers, counted from those that CUTLASS reserves.
 enum NamedBarriers : uint32_t { kPanelBarrier = 0 };  // and on: one per panel
 
-// Meets the consumer threads of a panel.
+// Synchronizes the consumer threads of a panel.
 template <class Tile>
 CUTE_DEVICE void panel_barrier(int panel) {
   static_assert(cutlass::arch::NamedBarrier::ReservedNamedBarrierCount + kPanelBarrier +

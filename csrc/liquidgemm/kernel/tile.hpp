@@ -46,9 +46,9 @@ struct Tile {
   static constexpr int kThreads =
       kConsumerThreads + kWarpGroupThreads;  // and the producer's warp-group
 
-  // Registers per thread, moved from the producer to the consumers by setmaxnreg. A warp of every
-  // group sits on each of the four quarters of an SM, which has 512 registers per lane for its CTAs
-  // and at launch gives each warp the same share of them.
+  // Registers per thread: setmaxnreg moves registers from the producer to the consumers. Each of
+  // the four quarters of an SM runs one warp of every warp-group. A quarter has 512 registers per
+  // lane and divides them equally among its warps at launch.
   static constexpr int kLaunchRegisters = 512 / kCtasPerSm / (kConsumerGroups + 1) / 8 * 8;
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters =
@@ -64,10 +64,11 @@ struct Tile {
   static constexpr int kOctetsPerGroup = (kOctets + kKGroups - 1) / kKGroups;
   static constexpr int kPartBytes =
       (kOctets * (kKGroups - 1) + most_received_octets(kOctets, kKGroups)) * kVectorBytes;
-  // Groups that hold whole sums proceed in chunks of tokens: boxes of a TMA store, if results have
-  // 16 bits. They leave while the next tile is computed, so there are as many buffers as chunks, or
-  // as many as leave the ring five stages: four cost more than the stores gain. With only two
-  // buffers for many chunks the group would wait for TMA, and stores for itself.
+  // Groups that hold whole sums store them in chunks of tokens; of 16-bit results a chunk is the
+  // box of a TMA store. The stores proceed while the next tile is computed. There is a buffer per
+  // chunk, or as many as leave five stages to the ring: with four stages the loss exceeds the gain
+  // of the stores. With only two buffers for many chunks the group would wait for TMA, so it stores
+  // rows itself.
   static constexpr int kChunkTokens = kShape.store_tokens();
   static constexpr int kChunks = kTokens / kChunkTokens;
   static constexpr int kChunkBytes = kChunkTokens * kBlockRows * 2;
@@ -75,7 +76,7 @@ struct Tile {
   static constexpr int kSharedBytes = kSharedBytesPerSm / kCtasPerSm - kReservedBytesPerCta;
 
   static constexpr int kStageWeightBytes = kPanels * kStageBlocks * Format::kBlockBytes;
-  // Tokens that the CTA quantizes itself stay for all of its tiles and are no part of the ring.
+  // Tokens that the CTA quantizes itself are kept for all of its tiles, outside of the ring.
   static constexpr int kStageTokenBytes = kQuantizes ? 0 : kTokens * kStageK;
   static constexpr int kQuantizedBytes =
       kQuantizes ? most_quantized_bytes(kCtasPerSm) + kTokens * 16 : 0;
@@ -97,16 +98,17 @@ struct Tile {
   static constexpr bool kStoresByTma = kPairs && (kChunkBuffers > 2 || kChunkBuffers == kChunks);
   static constexpr int kStagingBytes = kPairs ? kChunkBuffers * kChunkBytes : kPartBytes;
   static constexpr int kStagesThatFit = stages_beside(kStagingBytes);
-  // A multiple of the k groups, so that a slot always belongs to the same group. Were its next use
-  // another group's, that group could come to wait for it while its present load is still on the
-  // way, and a wait for the phase after next passes at once: phases are known by their parity only.
+  // A multiple of the k groups, so that a slot always belongs to the same group. If another group
+  // used a slot next, it could wait for that load while the present one is still in flight.
+  // Barriers know the parity of a phase only, so that a wait for the phase after next passes at
+  // once.
   static constexpr int kStages = kStagesThatFit / kKGroups * kKGroups;
 
-  // Registers hold so many stages of each group before its first tokens are here. A group that
-  // quantizes has no room for them: it holds activations.
+  // Stages of each group that are held in registers before its first tokens arrive. A group that
+  // quantizes has no registers for them, since it holds activations.
   static constexpr int kStagesAhead = kQuantizes ? 0 : kShape.stages_ahead;
 
-  // A pair's parts of sums in what was the ring: of a panel's chunks half, or one more than that.
+  // A pair exchanges partial sums in the memory of the ring: half of a panel's chunks, rounded up.
   static constexpr int kExchangeBytes = (kChunks + 1) / 2 * kChunkTokens / 8 * kVectorBytes;
   static_assert(!kPairs || kPanels * kExchangeBytes <= kStages * kStageTokenBytes);
 

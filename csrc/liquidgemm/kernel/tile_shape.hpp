@@ -1,10 +1,10 @@
 // What a tile is: a value that names a kernel, for the kernel template and for the choice of plans.
 //
 // A CTA computes `panels` x 64 output channels for `tokens` tokens with panels * k_groups consumer
-// warp-groups. The k_groups of a panel share its rows and take turns along K, one pipeline stage
-// each, so that even a single panel keeps two to four of them dequantizing; their int32 partial
-// sums meet in the epilogue. Some CTAs take half an SM: in the other half a CTA of the next launch
-// already fetches its first weights.
+// warp-groups. The k_groups of a panel share its rows and take the pipeline stages alternately, so
+// that even a single panel keeps two to four of them dequantizing. The epilogue adds their int32
+// partial sums. Some CTAs occupy half an SM: in the other half a CTA of the next launch already
+// fetches its first weights.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct TileShape {
   int k_groups;      // consumer warp-groups per panel, alternating along K
   int stage_blocks;  // 64-deep blocks per pipeline stage
   int ctas_per_sm = 1;
-  int stages_ahead = 0;  // of each k group, at most: weights that wait, dequantized, for tokens
+  int stages_ahead = 0;  // of each k group, at most: dequantized before the tokens arrive
 
   // Whether a group has all of K, and CTAs can work in pairs: see schedule/dense.hpp. The other
   // tiles are for few tokens, and their clusters share K.
@@ -35,7 +35,7 @@ struct TileShape {
   friend constexpr bool operator==(TileShape const&, TileShape const&) = default;
 };
 
-// What tells tiles apart; how many stages one can hold ahead does not.
+// Tiles of the same name differ at most in how many stages they can hold ahead.
 constexpr bool has_same_name(TileShape const& a, TileShape const& b) {
   return a.tokens == b.tokens && a.panels == b.panels && a.k_groups == b.k_groups &&
          a.stage_blocks == b.stage_blocks && a.ctas_per_sm == b.ctas_per_sm;
@@ -49,11 +49,11 @@ inline std::string name(TileShape const& shape) {
   return text;
 }
 
-// How many CTAs may share every tile along K, where k groups take turns.
+// How many CTAs may share every tile along K, if k groups alternate.
 inline constexpr int kSplits[] = {1, 2, 4};
 
-// What a CTA can hold of tokens that it quantizes, in registers for a moment and in shared memory
-// for good: as much as leaves the ring as many stages as it has where they hold tokens, too.
+// How many tokens a CTA can quantize: they pass through registers, and stay in shared memory. The
+// limit leaves the ring as many stages as it has if its stages hold tokens as well.
 inline constexpr int kMostQuantizedElements = 32 << 10;
 constexpr int most_quantized_bytes(int ctas_per_sm) {
   return (ctas_per_sm == 1 ? 37 : 33) * 1024;

@@ -8,7 +8,7 @@
 
 namespace liquidgemm {
 
-// See kernel/scheduler.hpp.
+// See kernel/schedule/dense.hpp.
 inline std::vector<Plan> const& all_plans() {
   static const std::vector<Plan> plans = [] {
     std::vector<Plan> result;

@@ -1,5 +1,5 @@
-// Plans that were selected before. A selection scores some fifty plans, and a model asks for the
-// same few problems again and again.
+// Plans that were selected before. A selection scores some fifty plans, and a model repeats the
+// same few problems.
 #pragma once
 
 #include <array>

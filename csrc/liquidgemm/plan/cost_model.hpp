@@ -45,15 +45,15 @@ struct Costs {
   }
 };
 
-// From so many rounds on, CTAs are out of step, and the loads that pairs share begin to pay.
+// From this number of rounds on CTAs are out of step, and shared loads of pairs are faster.
 inline constexpr int kManyRounds = 3;
 
 // Microseconds: streaming the weights, the work of the busiest SM, and what is fixed.
 struct Estimate {
   double memory, sm, fixed;
 
-  // The larger of the two, softly: near the crossover they get in each other's way. The sixth root
-  // of the sum of sixth powers.
+  // A soft maximum of the two, since near the crossover they slow each other: the sixth root of the
+  // sum of sixth powers.
   double total() const {
     const double memory_cubed = memory * memory * memory;
     const double sm_cubed = sm * sm * sm;

@@ -1,5 +1,5 @@
-// Where a tile's activations come from. A source has load(), what its loader thread does, and
-// Operands, operand B for the consumers.
+// Where a tile's activations come from. The members of a source are load(), the work of its loader
+// thread, and Operands, operand B for the consumers.
 #pragma once
 
 #include <type_traits>

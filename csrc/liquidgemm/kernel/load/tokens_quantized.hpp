@@ -1,10 +1,11 @@
 // Tokens that the consumers quantize themselves, if there are very few: a linear layer is then one
 // launch instead of two.
 //
-// Each CTA reads all of x, which is small and in the L2 cache, for the rows' maxima, and keeps its
-// own part of K as operand B for all of its tiles. The operand's layout has no swizzle: core
-// matrices of 8 tokens x 16 bytes. The core matrices of neighbouring k overlap, since rows past the
-// last token may hold anything, so that m rows take the place of m and not of eight:
+// Each CTA reads all of x for the rows' maxima (x is small and in the L2 cache), and keeps its own
+// part of K as operand B for all of its tiles. The operand's layout has no swizzle: core
+// matrices of 8 tokens x 16 bytes. The values of rows past
+// the last token do not matter. Core matrices of neighbouring k therefore overlap, so that m rows
+// occupy the space of m rows and not of eight:
 //
 //   byte k of token r is at (k / 16) * chunk_stride + 16 * r + k % 16
 //
@@ -36,7 +37,7 @@ class QuantizedTokens {
  public:
   CUTE_DEVICE static void prefetch_descriptor(CUtensorMap const&) {}
 
-  // In place of a loader: nothing to load, but the next kernel may start.
+  // There is nothing to load; the thread only lets the next kernel start.
   template <class Work>
   CUTE_DEVICE static void load(CUtensorMap const&,
                                Sizes const&,
@@ -62,8 +63,8 @@ class QuantizedTokens {
     SharedStorage<Tile>& shared_;
   };
 
-  // By all consumers, which share one panel. Quantizes the stages begin to end of K and computes
-  // the scales.
+  // Quantizes the stages begin to end of K and computes the scales. All consumers call it; they
+  // share one panel.
   CUTE_DEVICE static void quantize(Sizes const& sizes,
                                    TokenParams const& params,
                                    SharedStorage<Tile>& shared,
@@ -123,7 +124,7 @@ class QuantizedTokens {
                              cute::make_layout(cute::make_shape(cute::_1{}, cute::_1{})));
   }
 
-  // A row has a power of two of warps, whose lanes read its vectors in turns.
+  // A power of two of warps reads a row; consecutive lanes read consecutive vectors.
   struct Reader {
     T const* x;
     int k, warps, row, first, vectors;
@@ -150,7 +151,7 @@ class QuantizedTokens {
         vector = {};
       }
     }
-    // Unrolled to keep the vectors in registers; left early to skip the instruction fetch.
+    // Unrolled to keep the vectors in registers. The early exit saves instruction fetches.
     template <class Body>
     CUTE_DEVICE void for_each_vector(Body const& body) const {
       CUTE_UNROLL

@@ -1,4 +1,4 @@
-// Tokens that a loader thread fetches by TMA into the ring, and operand B that they are there.
+// Tokens that a loader thread fetches into the ring by TMA, and their layout there as operand B.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -31,8 +31,8 @@ class TmaTokens {
     cute::prefetch_tma_descriptor(&map);
   }
 
-  // By one thread. In a pair the CTAs load half of the tokens each, for both, unless they share the
-  // tile along K.
+  // One thread calls it. In a pair each CTA loads half of the tokens for both CTAs, unless they
+  // share the tile along K.
   template <class Work>
   CUTE_DEVICE static void load(CUtensorMap const& map,
                                Sizes const& sizes,
@@ -45,8 +45,8 @@ class TmaTokens {
     auto& barriers = shared.barriers;
     RingState<Tile> ring = load_items<Tile>(
         sizes, work, [&](WorkItem const& item, Place const& place, RingState<Tile>& ring) {
-          // Waits for the kernel before this one; from the second item on it returns at once. Only
-          // then may the next kernel start: what ran before this one is visible to it.
+          // Waits for the previous kernel; from the second item on it returns at once. The next
+          // kernel may start only after that, since it must see what ran before this kernel.
           cutlass::arch::wait_on_dependent_grids();
           cutlass::arch::launch_dependent_grids();
           CUTE_NO_UNROLL
@@ -81,8 +81,8 @@ class TmaTokens {
     }
   }
 
-  // Operand B of a k step of a slot. `stage`, counted from this CTA's first, is what other sources
-  // of tokens need instead.
+  // Operand B of a k step of a slot. Other sources of tokens need `stage` instead, counted from
+  // this CTA's first.
   template <class Mma>
   class Operands {
    public:

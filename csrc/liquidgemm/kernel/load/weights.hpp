@@ -1,6 +1,6 @@
-// The weight loader: one thread, apart from the token loader because only the tokens depend on the
-// kernel before this one. With programmatic dependent launch the weights of the first stages are
-// requested while that kernel still runs.
+// The weight loader: one thread. It is not the token loader's, because only the tokens depend on
+// the previous kernel: with programmatic dependent launch it requests the weights of the first
+// stages while that kernel still runs.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -27,8 +27,8 @@ class WeightLoader {
                            SharedStorage<Tile>& shared)
       : sizes_(sizes), params_(params), prefetch_(prefetch), shared_(shared) {}
 
-  // Blocks past the end of K or N are not loaded: what the slot holds there meets activations that
-  // are zeros, or output channels that are not stored.
+  // Blocks past the end of K or N are not loaded. The slot then holds old data, which is multiplied
+  // by activations of zero or contributes to output channels that are not stored.
   template <class Work>
   CUTE_DEVICE void load(Work const& work) const {
     // Weights that one tile alone needs would push activations out of the L2 cache.
