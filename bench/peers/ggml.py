@@ -18,6 +18,7 @@ from torch import Tensor
 
 DISTRIBUTION = "pywhispercpp"
 TYPES = {"q4_0": 2, "q4_K": 12}
+BLOCKS = {"q4_0": 32, "q4_K": 256}  # what K is a multiple of, or ggml ends the process
 F32 = 0
 MEGABYTE = 1 << 20
 

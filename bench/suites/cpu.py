@@ -7,13 +7,14 @@ disturbs least, and the median is recorded beside it. With one thread the clock 
 time on a processor, which stands still while other programs run; with more it is the wall's.
 
 ``--isa avx2`` asks everything for AVX2, ``--isa avx512_vnni`` for AVX-512 without AMX: our kernels
-by name, torch's by the variables of ATen, oneDNN and MKL. FBGEMM has no such setting and keeps the
-instructions that it finds, and llama.cpp has those that it was compiled for.
+by name, torch's by the variables of ATen, oneDNN and MKL, FBGEMM by the function that it has for
+that. llama.cpp has the instructions that it was compiled for.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import platform
 import re
@@ -49,6 +50,10 @@ ISA_VARIABLES = {
         "LIQUIDGEMM_CPU": "avx2",
     },
 }
+# FBGEMM's fbgemmForceIsa(inst_set_t), in torch's library: it has no variable. It has no AMX either,
+# so that only AVX2 is to be asked for.
+FBGEMM_FORCE_ISA = "_ZN6fbgemm14fbgemmForceIsaENS_10inst_set_tE"
+FBGEMM_ISA = {"avx2": 1}
 WARM_UP_S = 0.2
 COPY_BYTES = 256 << 20
 
@@ -81,6 +86,16 @@ def timed(function: Callable[[], object], clock: Callable[[], float] = time.perf
     start = clock()
     function()
     return clock() - start
+
+
+def lower_fbgemm(isa: str) -> None:
+    """Asks FBGEMM for an instruction set, before it packs a weight."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    force = getattr(library, FBGEMM_FORCE_ISA, None)
+    if force is None:
+        raise SystemExit(f"--isa {isa}: FBGEMM of torch {torch.__version__} cannot be asked for it")
+    force.argtypes, force.restype = [ctypes.c_int], None
+    force(FBGEMM_ISA[isa])
 
 
 def dynamic_int8(weight: Tensor, engine: str) -> Call:
@@ -129,7 +144,8 @@ def candidates(weights: list[Tensor], kernels: list[str], library: ggml.Ggml | N
             layers = [dynamic_int8(weight, engine) for weight in weights]
             found[f"INT8 {engine}"] = lambda m, layers=layers: layers
     if library is not None:
-        for kind in ggml.TYPES:
+        columns = weights[0].shape[1]
+        for kind in (kind for kind, block in ggml.BLOCKS.items() if columns % block == 0):
             found[f"ggml {kind}"] = lambda m, kind=kind: [
                 library.linear(kind, weight, m)[0] for weight in weights
             ]
@@ -166,6 +182,8 @@ def measure(calls: dict[str, list[Call]], x: Tensor, exact: Tensor, seconds: flo
 
 def run(options: argparse.Namespace) -> dict:
     library = None
+    if options.isa in FBGEMM_ISA:
+        lower_fbgemm(options.isa)
     try:
         library = ggml.Ggml()
     except ImportError as error:
