@@ -24,6 +24,7 @@ COMMANDS = {
     "ablation": ("suites.ablation", "what each part of the design is worth"),
     "micro": ("suites.micro", "C++ microbenchmarks: the ceilings"),
     "quality": ("suites.quality", "perplexity and cosine of real models by recipe"),
+    "kv-quality": ("suites.kv_quality", "perplexity and facts found, by format of the KV cache"),
     "quality-data": ("suites.quality_data", "fetches models and texts for it"),
     "quality-moe": ("suites.quality_moe", "perplexity of a small model with experts by recipe"),
     "sweep": ("plan.sweep", "every plan of the kernel at every shape"),
