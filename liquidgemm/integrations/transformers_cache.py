@@ -14,7 +14,7 @@ and what was just written to it. Attention is of one of three kinds:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +59,9 @@ class LiquidLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, max_cache_len: int, format: str) -> None:
+    def __init__(self, max_cache_len: int, format: str, centered: bool) -> None:
         super().__init__()
-        self.max_cache_len, self.format = max_cache_len, format
+        self.max_cache_len, self.format, self.centered = max_cache_len, format, centered
         self.is_empty = True
         self.tokens = 0  # as far as the host has counted: replays of a graph do not pass here
 
@@ -76,9 +76,12 @@ class LiquidLayer(CacheLayerMixin):
         self.cache = KVCache.allocate(
             self.format, self.batch_size, heads, self.max_cache_len, head_dim, self.device
         )
+        if self.centered:
+            center = torch.zeros(self.batch_size, heads, head_dim, device=self.device)
+            self.cache = replace(self.cache, k_center=center)
         self.lengths = torch.zeros(self.batch_size, dtype=torch.int32, device=self.device)
         if not torch.compiler.is_compiling():
-            for tensor in (*self.cache.tensors, self.lengths):
+            for tensor in (*self.cache.tensors, self.cache.k_center, self.lengths):
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
@@ -101,6 +104,8 @@ class LiquidLayer(CacheLayerMixin):
                     f"max_cache_len: expected at least {self.tokens}, got {self.max_cache_len}"
                 )
         first, self.is_empty = self.is_empty, False
+        if first and self.centered:
+            self.cache.k_center.copy_(key_states.float().mean(2))
         self.lengths.add_(new)
         self.cache.write_(key_states.transpose(1, 2), value_states.transpose(1, 2), self.lengths)
         written = _Written(self, key_states, value_states, first)
@@ -142,7 +147,8 @@ class LiquidCache(Cache):
 
     The model has to have ``model.set_attn_implementation("liquidgemm")``. Memory is allocated when
     the first tokens come. Sequences of a batch are padded on the left. Layers with a sliding window
-    keep all tokens, and look at those of the window.
+    keep all tokens, and look at those of the window. The keys of int8 and int4 are centered on the
+    mean of the first call's, the prompt's, per sequence, but in models that cap their scores.
 
     Args:
         config: of the model.
@@ -165,7 +171,9 @@ class LiquidCache(Cache):
             if kind not in _LAYER_TYPES:
                 names = " or ".join(_LAYER_TYPES)
                 raise ValueError(f"config.layer_types: expected {names}, got {kind}")
-        super().__init__(layers=[LiquidLayer(max_cache_len, format) for _ in types])
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        centered = FORMATS[format].params is not None and not capped
+        super().__init__(layers=[LiquidLayer(max_cache_len, format, centered) for _ in types])
 
 
 def attention_mask(

@@ -134,6 +134,7 @@ def write_kernel(
     v_params,
     lengths,
     table,
+    center,
     tokens,
     heads,
     capacity,
@@ -148,6 +149,8 @@ def write_kernel(
     D: tl.constexpr,
     PAGE: tl.constexpr,
     PAGED: tl.constexpr,
+    CENTERED: tl.constexpr,
+    SHARED: tl.constexpr,  # one center for all sequences
     TILE: tl.constexpr,
 ):
     """Program (i, h, b) writes TILE of the new tokens of head h of sequence b."""
@@ -173,6 +176,9 @@ def write_kernel(
     mask2 = mask[:, None]
     k = tl.load(k_in[:, None] + d[None, :], mask2, other=0.0)
     v = tl.load(v_in[:, None] + d[None, :], mask2, other=0.0)
+    if CENTERED:
+        center += h * D if SHARED else (b * heads + h) * D
+        k = k.to(tl.float32) - tl.load(center + d)[None, :]
     if FORMAT < INT8:
         tl.store(k_out, k.to(k_cache.dtype.element_ty), mask2)
         tl.store(v_out, v.to(v_cache.dtype.element_ty), mask2)
@@ -185,6 +191,8 @@ def write_kernel(
         _store_params(v_params, row, FORMAT, scale, mask)
     else:
         high = tl.load(k_in[:, None] + W + d[None, :], mask2, other=0.0)
+        if CENTERED:
+            high = high.to(tl.float32) - tl.load(center + W + d)[None, :]
         codes, word = _int4(*_rotate_halves(k.to(tl.float32), high.to(tl.float32), TILE, W))
         tl.store(k_out, codes.to(tl.uint8), mask2)
         _store_params(k_params, row, FORMAT, word, mask)

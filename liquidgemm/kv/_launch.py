@@ -93,7 +93,9 @@ def _as_words(params: Tensor | None) -> Tensor | None:
     return params
 
 
-def write(k, v, k_cache, v_cache, k_params, v_params, lengths, block_table=None) -> None:
+def write(
+    k, v, k_cache, v_cache, k_params, v_params, lengths, block_table=None, k_center=None
+) -> None:
     fmt = BY_CODES[k_cache.dtype]
     batch, new, heads, head_dim = k.shape
     if k.numel() == 0:
@@ -110,6 +112,7 @@ def write(k, v, k_cache, v_cache, k_params, v_params, lengths, block_table=None)
             v_params,
             lengths,
             block_table,
+            k_center,
             new,
             heads,
             capacity_of(k_cache, block_table),
@@ -120,6 +123,8 @@ def write(k, v, k_cache, v_cache, k_params, v_params, lengths, block_table=None)
             D=head_dim,
             PAGE=k_cache.shape[2],
             PAGED=block_table is not None,
+            CENTERED=k_center is not None,
+            SHARED=k_center is not None and k_center.shape[0] == 1,
             TILE=tile,
             num_warps=1 if tile == 1 else 4,
             # A product and a sum are two operations: so they are defined.

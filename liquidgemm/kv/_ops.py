@@ -88,12 +88,24 @@ def check_rows(name: str, x: Tensor, k: Tensor, lengths: Tensor) -> None:
     require_device(name, x, "k_cache", k.device)
 
 
-def _write_fake(k, v, k_cache, v_cache, k_params, v_params, lengths, block_table=None) -> None:
+def _write_fake(
+    k, v, k_cache, v_cache, k_params, v_params, lengths, block_table=None, k_center=None
+) -> None:
     check_cache(k_cache, v_cache, k_params, v_params, lengths, block_table)
     for name, x in (("k", k), ("v", v)):
         check_rows(name, x, k_cache, lengths)
         require_shape(name, x, [*k.shape[:2], k_cache.shape[1], k.shape[3]], ", [B, L, H, D]")
         require_dtype(name, x, k.dtype)
+    if k_center is not None:
+        fmt = BY_CODES[k_cache.dtype]
+        require(fmt.params is not None, "k_center", f"None for {fmt.name}", "a tensor")
+        require_dtype("k_center", k_center, torch.float32)
+        rows = [k_center.shape[0] if k_center.dim() else 0, *k.shape[2:]]
+        require_shape("k_center", k_center, rows)
+        expected = f"1 or {k.shape[0]} rows"
+        require(k_center.shape[0] in (1, k.shape[0]), "k_center", expected, k_center.shape[0])
+        require_device("k_center", k_center, "k_cache", k_cache.device)
+        require(k_center.is_contiguous(), "k_center", "a contiguous tensor", "another layout")
 
 
 def _attention_fake(
@@ -135,8 +147,13 @@ def capacity_of(k_cache: Tensor, block_table: Tensor | None) -> int:
     return k_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
 
 
-def _write_cpu(k, v, k_cache, v_cache, k_params, v_params, lengths, block_table=None) -> None:
-    _write_fake(k, v, k_cache, v_cache, k_params, v_params, lengths, block_table)
+def _write_cpu(
+    k, v, k_cache, v_cache, k_params, v_params, lengths, block_table=None, k_center=None
+) -> None:
+    arguments = (k_cache, v_cache, k_params, v_params, lengths, block_table, k_center)
+    _write_fake(k, v, *arguments)
+    if k_center is not None:
+        k = k.float() - k_center[:, None]
     fmt = BY_CODES[k_cache.dtype]
     batch, new = k.shape[:2]
     page_tokens, capacity = k_cache.shape[2], capacity_of(k_cache, block_table)
@@ -265,7 +282,8 @@ def _attention_cuda(*arguments) -> Tensor:
 
 _registry.define(
     "kv_write_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_params, "
-    "Tensor(d!)? v_params, Tensor lengths, Tensor? block_table=None) -> ()",
+    "Tensor(d!)? v_params, Tensor lengths, Tensor? block_table=None, "
+    "Tensor? k_center=None) -> ()",
     _write_fake,
     _autograd.not_differentiable("kv_write_"),
     cuda=_write_cuda,

@@ -27,12 +27,15 @@ class KVCache:
     Attributes:
         k, v: codes.
         k_params, v_params: their scales (and zero points); None in bfloat16, float16 and fp8.
+        k_center: what is subtracted from the keys of int8 and int4 before they are coded, float32
+            ``[1 or B, H, D]``, or None. The softmax does not see it, a softcap does.
     """
 
     k: Tensor
     v: Tensor
     k_params: Tensor | None = None
     v_params: Tensor | None = None
+    k_center: Tensor | None = None
 
     @classmethod
     def allocate(
@@ -106,7 +109,7 @@ class KVCache:
         Raises:
             RuntimeError: wrong shapes, dtypes or devices.
         """
-        torch.ops.liquidgemm.kv_write_(k, v, *self.tensors, lengths, block_table)
+        torch.ops.liquidgemm.kv_write_(k, v, *self.tensors, lengths, block_table, self.k_center)
 
     def attention(
         self,
@@ -142,7 +145,10 @@ class KVCache:
 
         Raises:
             RuntimeError: wrong shapes, dtypes or devices.
+            ValueError: a softcap over keys with a center.
         """
+        if softcap and self.k_center is not None:
+            raise ValueError(f"softcap: expected 0 where keys have a center, got {softcap}")
         scale = self.head_dim**-0.5 if scale is None else scale
         return torch.ops.liquidgemm.kv_attention(
             q, *self.tensors, lengths, scale, block_table, starts, window, softcap
@@ -153,4 +159,5 @@ class KVCache:
 
         What is past the length of a sequence is whatever the memory holds.
         """
-        return _ops.read(*self.tensors, block_table)
+        k, v = _ops.read(*self.tensors, block_table)
+        return (k if self.k_center is None else k + self.k_center[:, :, None]), v

@@ -1,8 +1,9 @@
 """How keys and values are stored: formats, layouts, and their exact arithmetic.
 
-A row is the key or the value of one token and one head, D numbers. ``y`` is the row itself, or
-``rotate(x)`` for the keys of int8 and for keys and values of int4. With float32 operations, each
-rounded to nearest even, IEEE division, and ``up(x)`` the least bfloat16 that is not below x:
+A row is the key or the value of one token and one head, D numbers. ``y`` is the row x itself,
+``rotate(x - center)`` for the keys of int8 and int4, and ``rotate(x)`` for the values of int4. With
+float32 operations, each rounded to nearest even, IEEE division, and ``up(x)`` the least bfloat16
+that is not below x:
 
 int8    scale = up(max|y| / 127)
         code = clamp(rint(y / scale), -127, 127)                 y ~ scale * code
@@ -12,9 +13,13 @@ int4    low = min(y, 0), high = max(y, 0), of the row
 
 ``rotate`` is the product with the Hadamard matrix of entries 1 and -1, by log2(D) rounds of sums
 and differences: of the halves of the row, then of the halves of each half, and so on. It spreads
-what a few channels have most of, as keys do, over all; ``x = rotate(rotate(x)) / D``. A row of
-zeros has scale 0; one with a NaN or an infinity has scale NaN and codes 0. bfloat16, float16 and
-fp8 (e4m3, saturating, without a scale) are stored as they are.
+what a few channels have most of, as keys do, over all; ``x = rotate(rotate(x)) / D``. The center,
+float32 ``[H, D]`` for each sequence or for all, is optional and may be anything: it moves all
+scores of a query by the same amount, which the softmax does not see. The mean of some keys takes
+away what all have in common, such as a bias.
+
+A row of zeros has scale 0; one with a NaN or an infinity has scale NaN and codes 0. bfloat16,
+float16 and fp8 (e4m3, saturating, without a scale) are stored as they are.
 
 Layout, for P pages of T tokens (T even) of H heads:
 

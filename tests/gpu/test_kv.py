@@ -1,5 +1,7 @@
 """The KV cache's kernels: codes as on a CPU, attention as in float64, and what must not matter."""
 
+import dataclasses
+
 import pytest
 import torch
 from kv_problems import dense_attention, paged_copy, poison_, rows, same_bits
@@ -50,6 +52,13 @@ def test_write_equals_the_cpu(name: str, head_dim: int, dtype: torch.dtype) -> N
     here.write_(k[:, one], v[:, one], lengths + 1)
     there.write_(k[:, one].cuda(), v[:, one].cuda(), lengths.cuda() + 1)
     assert same_bits(here, on_cpu(there))
+    if name in CODED:
+        for sequences in (1, 3):
+            center = rows(sequences, 2, head_dim, seed=5, dtype=torch.float32)
+            for one in (here, there):
+                centered = dataclasses.replace(one, k_center=center.to(one.k.device))
+                centered.write_(*(x.to(one.k.device) for x in (k, v, lengths)))
+            assert same_bits(here, on_cpu(there))
 
 
 def check(cache: KVCache, lengths: torch.Tensor, q: torch.Tensor, **options) -> None:

@@ -1,5 +1,7 @@
 """KVCache and its ops on a CPU."""
 
+import dataclasses
+
 import pytest
 import torch
 from kv_problems import dense_attention, paged_copy, poison_, rows, same_bits
@@ -46,6 +48,27 @@ def test_one_token_at_a_time_is_the_same(case) -> None:
     for i in range(longest):
         other.write_(k[:, i : i + 1], v[:, i : i + 1], lengths - (longest - 1 - i))
     assert same_bits(cache, other)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("rows_of_center", [1, 3])
+def test_a_center_is_not_seen(name: str, rows_of_center: int) -> None:
+    """Keys far from zero are as good as those around it, and scores move by a constant."""
+    cache, k, v, lengths = filled(name)
+    center = 50 * rows(rows_of_center, HEADS, D, seed=13, dtype=torch.float32)
+    far = (k.float() + center[:, None]).float()
+    centered = dataclasses.replace(
+        KVCache.allocate(name, len(LENGTHS), HEADS, 96, D), k_center=center
+    )
+    centered.write_(far, v.float(), lengths)
+    q = rows(len(LENGTHS), 1, 2 * HEADS, D, seed=14)
+    expected = cache.attention(q, lengths, 0.1).float()
+    found = centered.attention(q, lengths, 0.1).float()
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    read = centered.read()[0][0, :, : LENGTHS[0]]
+    assert (read - far[0, -LENGTHS[0] :].transpose(0, 1)).abs().max() < 1
+    with pytest.raises(ValueError, match="softcap: expected 0"):
+        centered.attention(q, lengths, softcap=1.0)
 
 
 def test_tokens_beyond_the_capacity_are_not_written() -> None:

@@ -21,6 +21,10 @@ for name in ("int8", "int4"):
     caches[0].write_(k, v, lengths)
     _launch.write(k, v, *caches[1].tensors, lengths)
     assert same_bits(*caches), name
+    for center in (rows(1, 2, 64, seed=5).float(), rows(2, 2, 64, seed=5).float()):
+        torch.ops.liquidgemm.kv_write_(k, v, *caches[0].tensors, lengths, None, center)
+        _launch.write(k, v, *caches[1].tensors, lengths, None, center)
+        assert same_bits(*caches), name
     cache = KVCache.allocate(name, 2, 2, 48, 64)
     cache.write_(k[:, :38], v[:, :38], lengths)
     paged, table = paged_copy(cache, 16, seed=3)
