@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _kernels
+from . import _triton_attention, _triton_math, _triton_write
 from ._ops import capacity_of
 from .format import BY_CODES, head_dim_of
 
 _CONSTANTS = {
-    "bfloat16": _kernels.FLOAT,
-    "float16": _kernels.FLOAT,
-    "fp8": _kernels.FP8,
-    "int8": _kernels.INT8,
-    "int4": _kernels.INT4,
+    "bfloat16": _triton_math.FLOAT,
+    "float16": _triton_math.FLOAT,
+    "fp8": _triton_math.FP8,
+    "int8": _triton_math.INT8,
+    "int4": _triton_math.INT4,
 }
 MAX_CHUNKS = 64
 CTAS_PER_SM = 16  # more chunks than that are shared out among as many CTAs
@@ -31,7 +31,7 @@ class Config:
 
     Attributes:
         block: tokens per step.
-        chunk: tokens whose partial result one CTA computes (`_kernels._chunk_tokens`).
+        chunk: tokens whose partial result one CTA computes (`_triton_attention._chunk_tokens`).
         warps, stages: Triton's.
         prefetch: whether a CTA asks for all of its first chunk before it looks at the queries.
     """
@@ -103,7 +103,7 @@ def write(
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     tile = 1 if new < 16 else 8
     with _on(k_cache):
-        _kernels.write_kernel[(-(-new // tile), heads, batch)](
+        _triton_write.write_kernel[(-(-new // tile), heads, batch)](
             k,
             v,
             k_cache,
@@ -174,7 +174,7 @@ def attention(
     masks = {"HAS_STARTS": starts is not None, "HAS_WINDOW": window > 0}
     shape = {"QUERIES": queries, "GROUP": group, "BLOCK": config.block, "CHUNK": config.chunk}
     with _on(k_cache):
-        _kernels.decode_kernel[(ctas, heads, batch)](
+        _triton_attention.decode_kernel[(ctas, heads, batch)](
             q,
             k_cache,
             v_cache.view(torch.int16).squeeze(-1) if fmt.paired else v_cache,
@@ -200,8 +200,8 @@ def attention(
             HAS_SOFTCAP=softcap > 0,
             ROWS=max(16, 1 << (used - 1).bit_length()),
             MAX_CHUNKS=MAX_CHUNKS,
-            # Pages are looked up one stage ahead.
-            STAGES=config.stages + (block_table is not None),
+            # With a block table, a load waits for another: as many buffers take more stages.
+            STAGES=config.stages if block_table is None else 2 * config.stages - 1,
             PREFETCH=config.prefetch and not interpreted,
             PTX=not interpreted,
             PDL=pdl,
@@ -209,7 +209,7 @@ def attention(
             **shape,
             num_warps=config.warps,
         )
-        _kernels.combine_kernel[(used, heads, batch)](
+        _triton_attention.combine_kernel[(used, heads, batch)](
             partial,
             stats,
             out,

@@ -1,4 +1,4 @@
-"""Triton kernels of the KV cache: write (quantize), decode attention, and its combination.
+"""Decode attention over the KV cache in Triton, and the combination of its partial results.
 
 Imported on first use: Triton is part of torch's CUDA builds and of no others. By its interpreter
 (TRITON_INTERPRET=1) the kernels run on CPU tensors, without inline PTX.
@@ -13,7 +13,7 @@ key head (its group of heads, times the query tokens) are the M dimension of bot
 A block holds BLOCK consecutive tokens, worked on as BLOCK / 2 pairs: even tokens and odd tokens are
 two halves with two dots each, since V is stored in pairs (`format.py`). So every value that a
 tensor core reads of V is 16 bits wide in shared memory, and bytes become bf16 in registers.
-A chunk's partial result is a function of that chunk alone; `_combine` adds them in order.
+A chunk's partial result is a function of that chunk alone; `combine_kernel` adds them in order.
 """
 
 from __future__ import annotations
@@ -22,288 +22,20 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# The formats as constants of the kernels; those with codes and parameters come last.
-FLOAT, FP8, INT8, INT4 = (tl.constexpr(i) for i in range(4))
-
-
-@triton.jit
-def _rint(x):
-    # Exact for |x| < 2^22: the sum is rounded to an integer, ties to even.
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _bf16_not_below(x):
-    """The least bfloat16 >= x, as float32; x >= 0 or NaN."""
-    bits = (x.to(tl.int32, bitcast=True) + 0xFFFF) & -65536
-    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-
-
-@triton.jit
-def _finite(x):
-    return tl.abs(x) < float("inf")
-
-
-@triton.jit
-def _chunk_tokens(length, BLOCK: tl.constexpr, CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr):
-    """Tokens per chunk: CHUNK, or more where MAX_CHUNKS of those do not cover the sequence."""
-    return tl.maximum(CHUNK, tl.cdiv(tl.cdiv(length, MAX_CHUNKS), BLOCK) * BLOCK)
-
-
-@triton.jit
-def _rotate(x, R: tl.constexpr, D: tl.constexpr):
-    """Rows float32 [R, D] times a Hadamard matrix of entries 1 and -1 (`format.rotate`)."""
-    for stage in tl.static_range(8):  # D <= 256
-        if D >> stage > 1:
-            x = tl.reshape(x, [R * (1 << stage), 2, D >> (stage + 1)])
-            a, b = tl.split(tl.permute(x, [0, 2, 1]))
-            x = tl.permute(tl.join(a + b, a - b), [0, 2, 1])
-    return tl.reshape(x, [R, D])
-
-
-@triton.jit
-def _hadamard(W: tl.constexpr, dtype: tl.constexpr):
-    """The symmetric matrix of `_rotate`, [W, W], W <= 128: entry (i, j) is (-1)^popcount(i & j)."""
-    both = tl.arange(0, W)[:, None] & tl.arange(0, W)[None, :]
-    both ^= both >> 4
-    parity = (0x6996 >> (both & 15)) & 1  # bit n of the constant: the parity of n
-    return (1 - 2 * parity).to(tl.float32).to(dtype)
-
-
-@triton.jit
-def _rotate_halves(low, high, R: tl.constexpr, W: tl.constexpr):
-    """`_rotate` of rows whose halves are low and high, float32 [R, W]."""
-    return _rotate(low + high, R, W), _rotate(low - high, R, W)
-
-
-# -- write ------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _int8(x):
-    """Codes int32 and scale float32 of rows float32 [R, D]."""
-    amax = tl.max(tl.abs(x), 1)
-    bad = tl.max(tl.where(_finite(x), 0, 1), 1) > 0
-    scale = _bf16_not_below(tl.div_rn(amax, tl.full(amax.shape, 127.0, tl.float32)))
-    scale = tl.where(bad, float("nan"), scale)
-    usable = scale > 0
-    divisor = tl.where(usable, scale, 1.0)[:, None]
-    codes = _rint(tl.div_rn(x, tl.broadcast_to(divisor, x.shape)))
-    codes = tl.minimum(tl.maximum(codes, -127.0), 127.0)
-    return tl.where(usable[:, None], codes, 0.0).to(tl.int32), scale
-
-
-@triton.jit
-def _int4_codes(x, scale, zero, usable):
-    divisor = tl.broadcast_to(tl.where(usable, scale, 1.0)[:, None], x.shape)
-    codes = _rint(tl.div_rn(x, divisor)) + zero[:, None]
-    codes = tl.minimum(tl.maximum(codes, 0.0), 15.0)
-    return tl.where(usable[:, None], codes, 0.0).to(tl.int32)
-
-
-@triton.jit
-def _int4(low, high):
-    """Bytes int32 and parameters int32 of rows whose halves are low and high, float32 [R, D/2]."""
-    least = tl.minimum(tl.minimum(tl.min(low, 1), tl.min(high, 1)), 0.0)
-    most = tl.maximum(tl.maximum(tl.max(low, 1), tl.max(high, 1)), 0.0)
-    bad = tl.max(tl.where(_finite(low) & _finite(high), 0, 1), 1) > 0
-    scale = _bf16_not_below(tl.div_rn(most - least, tl.full(most.shape, 15.0, tl.float32)))
-    scale = tl.where(bad, float("nan"), scale)
-    usable = scale > 0
-    zero = _rint(tl.div_rn(-least, tl.where(usable, scale, 1.0)))
-    zero = tl.where(usable, zero, 0.0)
-    codes = _int4_codes(low, scale, zero, usable) | (_int4_codes(high, scale, zero, usable) << 4)
-    return codes, (scale.to(tl.int32, bitcast=True) & -65536) | zero.to(tl.int32)
-
-
-@triton.jit
-def _store_params(params, row, FORMAT: tl.constexpr, scale_or_word, mask):
-    if FORMAT == INT8:
-        tl.store(params + row, scale_or_word.to(tl.bfloat16), mask)
-    else:
-        tl.store(params + row, scale_or_word, mask)
-
-
-@triton.jit
-def write_kernel(
-    k_ptr,
-    v_ptr,
-    k_cache,
-    v_cache,
-    k_params,
-    v_params,
-    lengths,
-    table,
-    center,
-    tokens,
-    heads,
-    capacity,
-    k_strides_b,
-    k_strides_t,
-    k_strides_h,
-    v_strides_b,
-    v_strides_t,
-    v_strides_h,
-    table_stride,
-    FORMAT: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    PAGED: tl.constexpr,
-    CENTERED: tl.constexpr,
-    SHARED: tl.constexpr,  # one center for all sequences
-    TILE: tl.constexpr,
-):
-    """Program (i, h, b) writes TILE of the new tokens of head h of sequence b."""
-    b = tl.program_id(2).to(tl.int64)
-    h = tl.program_id(1)
-    index = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    position = tl.load(lengths + b).to(tl.int32) - tokens + index
-    mask = (index < tokens) & (position >= 0) & (position < capacity)
-    page = b
-    if PAGED:
-        page = tl.load(table + b * table_stride + position // PAGE, mask, other=0).to(tl.int64)
-    slot = position % PAGE if PAGED else position
-    row = (page * heads + h) * PAGE + slot  # one row of K, and one parameter, per token and head
-    k_in = k_ptr + b * k_strides_b + index * k_strides_t + h * k_strides_h
-    v_in = v_ptr + b * v_strides_b + index * v_strides_t + h * v_strides_h
-    W: tl.constexpr = D // 2 if FORMAT == INT4 else D  # elements of a row
-    d = tl.arange(0, W)
-    k_out = k_cache + row[:, None] * W + d[None, :]
-    if FORMAT == FLOAT:
-        v_out = v_cache + row[:, None] * W + d[None, :]
-    else:
-        v_out = v_cache + (row - slot % 2)[:, None] * W + 2 * d[None, :] + (slot % 2)[:, None]
-    mask2 = mask[:, None]
-    k = tl.load(k_in[:, None] + d[None, :], mask2, other=0.0)
-    v = tl.load(v_in[:, None] + d[None, :], mask2, other=0.0)
-    if CENTERED:
-        center += h * D if SHARED else (b * heads + h) * D
-        k = k.to(tl.float32) - tl.load(center + d)[None, :]
-    if FORMAT < INT8:
-        tl.store(k_out, k.to(k_cache.dtype.element_ty), mask2)
-        tl.store(v_out, v.to(v_cache.dtype.element_ty), mask2)
-    elif FORMAT == INT8:
-        codes, scale = _int8(_rotate(k.to(tl.float32), TILE, D))
-        tl.store(k_out, codes.to(tl.int8), mask2)
-        _store_params(k_params, row, FORMAT, scale, mask)
-        codes, scale = _int8(v.to(tl.float32))
-        tl.store(v_out, codes.to(tl.int8), mask2)
-        _store_params(v_params, row, FORMAT, scale, mask)
-    else:
-        high = tl.load(k_in[:, None] + W + d[None, :], mask2, other=0.0)
-        if CENTERED:
-            high = high.to(tl.float32) - tl.load(center + W + d)[None, :]
-        codes, word = _int4(*_rotate_halves(k.to(tl.float32), high.to(tl.float32), TILE, W))
-        tl.store(k_out, codes.to(tl.uint8), mask2)
-        _store_params(k_params, row, FORMAT, word, mask)
-        high = tl.load(v_in[:, None] + W + d[None, :], mask2, other=0.0)
-        codes, word = _int4(*_rotate_halves(v.to(tl.float32), high.to(tl.float32), TILE, W))
-        tl.store(v_out, codes.to(tl.uint8), mask2)
-        _store_params(v_params, row, FORMAT, word, mask)
-
-
-# -- decode -----------------------------------------------------------------------------------
-
-
-@triton.jit
-def _dot(a, b, acc, PTX: tl.constexpr):
-    """acc + a @ b, of 16-bit floats; the interpreter does not know products of bfloat16."""
-    if not PTX:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc)
-
-
-@triton.jit
-def _nibbles(x, PTX: tl.constexpr):
-    """Low and high nibbles, as int8, of uint8."""
-    if PTX:
-        low, high = tl.inline_asm_elementwise(
-            """
-            {
-            and.b32 $0, $2, 0x0F0F0F0F;
-            shr.u32 $1, $2, 4;
-            and.b32 $1, $1, 0x0F0F0F0F;
-            }
-            """,
-            "=r,=r,r",
-            [x],
-            dtype=(tl.int8, tl.int8),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        low = (x & 15).to(tl.int8)
-        high = (x >> 4).to(tl.int8)
-    return low, high
-
-
-@triton.jit
-def _bytes_as_bf16(x, PTX: tl.constexpr):
-    """The two int8 of each int16 as bfloat16: first byte, second byte.
-
-    A bfloat16 in 128..255 has its integer part in its low 7 bits, and 0x4380 is 256: so the byte is
-    (128 + its low bits) - (128, or 256 if it is negative), exactly.
-    """
-    if PTX:
-        first, second = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 u, low, sign;
-            lop3.b32 low, $2, 0x007F007F, 0x43004300, 0xEA;
-            lop3.b32 sign, $2, 0x00800080, 0x43004300, 0xEA;
-            sub.rn.bf16x2 $0, low, sign;
-            shr.u32 u, $2, 8;
-            lop3.b32 low, u, 0x007F007F, 0x43004300, 0xEA;
-            lop3.b32 sign, u, 0x00800080, 0x43004300, 0xEA;
-            sub.rn.bf16x2 $1, low, sign;
-            }
-            """,
-            "=r,=r,r",
-            [x],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        first = ((x << 8) >> 8).to(tl.float32).to(tl.bfloat16)
-        second = (x >> 8).to(tl.float32).to(tl.bfloat16)
-    return first, second
-
-
-@triton.jit
-def _nibbles_as_bf16(x, PTX: tl.constexpr):
-    """The four nibbles of each int16 as bfloat16, lowest first."""
-    if PTX:
-        n0, n1, n2, n3 = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 u, one;
-            mov.b32 one, 0x43004300;
-            lop3.b32 u, $4, 0x000F000F, 0x43004300, 0xEA;
-            sub.rn.bf16x2 $0, u, one;
-            shr.u32 u, $4, 4;
-            lop3.b32 u, u, 0x000F000F, 0x43004300, 0xEA;
-            sub.rn.bf16x2 $1, u, one;
-            shr.u32 u, $4, 8;
-            lop3.b32 u, u, 0x000F000F, 0x43004300, 0xEA;
-            sub.rn.bf16x2 $2, u, one;
-            shr.u32 u, $4, 12;
-            lop3.b32 u, u, 0x000F000F, 0x43004300, 0xEA;
-            sub.rn.bf16x2 $3, u, one;
-            }
-            """,
-            "=r,=r,=r,=r,r",
-            [x],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        n0 = (x & 15).to(tl.float32).to(tl.bfloat16)
-        n1 = ((x >> 4) & 15).to(tl.float32).to(tl.bfloat16)
-        n2 = ((x >> 8) & 15).to(tl.float32).to(tl.bfloat16)
-        n3 = ((x >> 12) & 15).to(tl.float32).to(tl.bfloat16)
-    return n0, n1, n2, n3
+from ._triton_math import (
+    FLOAT,
+    FP8,
+    INT4,
+    INT8,
+    bytes_as_bf16,
+    dot_floats,
+    hadamard_matrix,
+    is_finite,
+    nibbles,
+    nibbles_as_bf16,
+    rint,
+    rotate,
+)
 
 
 @triton.jit
@@ -317,6 +49,12 @@ def _prefetch(addresses):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def _chunk_tokens(length, BLOCK: tl.constexpr, CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr):
+    """Tokens per chunk: CHUNK, or more where MAX_CHUNKS of those do not cover the sequence."""
+    return tl.maximum(CHUNK, tl.cdiv(tl.cdiv(length, MAX_CHUNKS), BLOCK) * BLOCK)
 
 
 @triton.jit
@@ -435,19 +173,19 @@ def decode_kernel(
         half = tl.arange(0, H)
         low = tl.load(q_rows[:, None] + half[None, :], q_mask, other=0.0)
         high = tl.load(q_rows[:, None] + H + half[None, :], q_mask, other=0.0)
-        # As `_rotate_halves`, by a tensor core: products with 1 and -1 are exact.
-        hadamard = _hadamard(H, q_ptr.dtype.element_ty)
+        # As `rotate_halves`, by a tensor core: products with 1 and -1 are exact.
+        hadamard = hadamard_matrix(H, q_ptr.dtype.element_ty)
         none = tl.zeros([ROWS, H], tl.float32)
-        low, high = _dot(low, hadamard, none, PTX), _dot(high, hadamard, none, PTX)
+        low, high = dot_floats(low, hadamard, none, PTX), dot_floats(high, hadamard, none, PTX)
         low, high = low + high, low - high
         most = tl.maximum(tl.abs(low), tl.abs(high))
-        finite = tl.min((_finite(low) & _finite(high)).to(tl.int32), 1)
+        finite = tl.min((is_finite(low) & is_finite(high)).to(tl.int32), 1)
         q_scale = tl.div_rn(tl.max(most, 1), tl.full([ROWS], 127.0, tl.float32))
         q_scale = tl.where(finite > 0, q_scale, float("nan"))
         usable = (q_scale > 0)[:, None]
         divisor = tl.broadcast_to(tl.where(usable, q_scale[:, None], 1.0), low.shape)
-        low = tl.where(usable, _rint(tl.div_rn(low, divisor)), 0.0)
-        high = tl.where(usable, _rint(tl.div_rn(high, divisor)), 0.0)
+        low = tl.where(usable, rint(tl.div_rn(low, divisor)), 0.0)
+        high = tl.where(usable, rint(tl.div_rn(high, divisor)), 0.0)
         qsum = tl.sum(low + high, 1)
         if FORMAT == INT4:
             q, q2 = low.to(tl.int8), high.to(tl.int8)
@@ -504,11 +242,11 @@ def decode_kernel(
                 )
 
             if FORMAT == INT4:
-                k_low, k_high = _nibbles(k_even, PTX)
+                k_low, k_high = nibbles(k_even, PTX)
                 dot = tl.dot(q, tl.trans(k_low), out_dtype=tl.int32)
                 dot = tl.dot(q2, tl.trans(k_high), dot, out_dtype=tl.int32)
                 s_even = dot.to(tl.float32) - qsum[:, None] * kz_even[None, :]
-                k_low, k_high = _nibbles(k_odd, PTX)
+                k_low, k_high = nibbles(k_odd, PTX)
                 dot = tl.dot(q, tl.trans(k_low), out_dtype=tl.int32)
                 dot = tl.dot(q2, tl.trans(k_high), dot, out_dtype=tl.int32)
                 s_odd = dot.to(tl.float32) - qsum[:, None] * kz_odd[None, :]
@@ -516,8 +254,8 @@ def decode_kernel(
                 s_even = tl.dot(q, tl.trans(k_even), out_dtype=tl.int32).to(tl.float32)
                 s_odd = tl.dot(q, tl.trans(k_odd), out_dtype=tl.int32).to(tl.float32)
             else:
-                s_even = _dot(q, tl.trans(k_even), tl.zeros([ROWS, HALF], tl.float32), PTX)
-                s_odd = _dot(q, tl.trans(k_odd), tl.zeros([ROWS, HALF], tl.float32), PTX)
+                s_even = dot_floats(q, tl.trans(k_even), tl.zeros([ROWS, HALF], tl.float32), PTX)
+                s_odd = dot_floats(q, tl.trans(k_odd), tl.zeros([ROWS, HALF], tl.float32), PTX)
             s_even *= q_scale[:, None]
             s_odd *= q_scale[:, None]
             if FORMAT >= INT8:
@@ -548,29 +286,29 @@ def decode_kernel(
                 p_odd = (p_odd * vs_odd[None, :]).to(tl.bfloat16)
             if FORMAT == INT4:
                 acc2 *= alpha[:, None]
-                even_low, even_high, odd_low, odd_high = _nibbles_as_bf16(v, PTX)
-                acc = _dot(p_even, even_low, acc, PTX)
-                acc2 = _dot(p_even, even_high, acc2, PTX)
-                acc = _dot(p_odd, odd_low, acc, PTX)
-                acc2 = _dot(p_odd, odd_high, acc2, PTX)
+                even_low, even_high, odd_low, odd_high = nibbles_as_bf16(v, PTX)
+                acc = dot_floats(p_even, even_low, acc, PTX)
+                acc2 = dot_floats(p_even, even_high, acc2, PTX)
+                acc = dot_floats(p_odd, odd_low, acc, PTX)
+                acc2 = dot_floats(p_odd, odd_high, acc2, PTX)
                 zeros = zeros * alpha[:, None] + (
                     p_even.to(tl.float32) * vz_even[None, :]
                     + p_odd.to(tl.float32) * vz_odd[None, :]
                 )
             elif FORMAT == INT8:
-                v_even, v_odd = _bytes_as_bf16(v, PTX)
-                acc = _dot(p_even, v_even, acc, PTX)
-                acc = _dot(p_odd, v_odd, acc, PTX)
+                v_even, v_odd = bytes_as_bf16(v, PTX)
+                acc = dot_floats(p_even, v_even, acc, PTX)
+                acc = dot_floats(p_odd, v_odd, acc, PTX)
             elif FORMAT == FP8:
                 # The odd byte of the last pair may be stale, and a NaN.
                 v_odd = tl.where(odd_mask[:, None], v >> 8, 0).to(tl.int8)
                 v_even = v.to(tl.int8).to(k_cache.dtype.element_ty, bitcast=True).to(tl.float16)
                 v_odd = v_odd.to(k_cache.dtype.element_ty, bitcast=True).to(tl.float16)
-                acc = _dot(p_even.to(tl.float16), v_even, acc, PTX)
-                acc = _dot(p_odd.to(tl.float16), v_odd, acc, PTX)
+                acc = dot_floats(p_even.to(tl.float16), v_even, acc, PTX)
+                acc = dot_floats(p_odd.to(tl.float16), v_odd, acc, PTX)
             else:
-                acc = _dot(p_even.to(v.dtype), v, acc, PTX)
-                acc = _dot(p_odd.to(v.dtype), v_odd, acc, PTX)
+                acc = dot_floats(p_even.to(v.dtype), v, acc, PTX)
+                acc = dot_floats(p_odd.to(v.dtype), v_odd, acc, PTX)
 
         place = ((b * heads + h) * max_chunks + index) * USED
         out = partial + (place + rows)[:, None] * D + d[None, :]
@@ -649,7 +387,7 @@ def combine_kernel(
         )
         acc += tl.sum(values * weight[:, None], 0)
     if ROTATED:
-        acc = tl.reshape(_rotate(tl.reshape(acc, [1, D]), 1, D), [D]) * (1 / D)
+        acc = tl.reshape(rotate(tl.reshape(acc, [1, D]), 1, D), [D]) * (1 / D)
     acc = tl.where(total == 0, 0.0, acc / total)  # a row that sees no token gives zeros
     place = ((b * QUERIES + row // GROUP) * heads + h) * GROUP + row % GROUP
     tl.store(out + place * D + d, acc.to(out.dtype.element_ty))
