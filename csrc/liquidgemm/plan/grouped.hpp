@@ -24,7 +24,7 @@ inline constexpr TileShape kGroupedTileShapes[] = {
     {32, 1, 2, 2, 2},  //
     {32, 1, 3, 2},     //
     {64, 1, 3, 2},     //
-    {64, 4, 1, 2},     // many panels share the tokens once their L2 traffic rivals the weights'
+    {64, 3, 1, 2},     // many panels share the tokens once their L2 traffic rivals the weights'
     {96, 3, 1, 2},     //
     {128, 2, 1, 2},    //
     {128, 3, 1, 2},    //

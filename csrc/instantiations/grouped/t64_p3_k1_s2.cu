@@ -4,7 +4,7 @@
 
 namespace liquidgemm {
 
-constexpr TileShape kTile{64, 4, 1, 2};
+constexpr TileShape kTile{64, 3, 1, 2};
 template cudaError_t launch<kTile, LiquidQuant, int8_t>(GroupedParams const&, int, cudaStream_t);
 
 }  // namespace liquidgemm
