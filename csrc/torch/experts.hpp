@@ -41,6 +41,7 @@ struct ExpertNames {
 struct Experts {
   Tensor packed, scale;
   OptionalTensor bias;
+  FormatId format;
   int64_t count() const { return scale.size(0); }
   int64_t n() const { return scale.size(1); }
 };
@@ -57,8 +58,9 @@ inline Experts checked_experts(Tensor const& x,
   check(scale.dim() == 2 && scale.size(0) >= 1 && scale.size(1) >= 1, names.scale,
         ": expected shape [E, N], got ", shape_of(scale));
   const int64_t experts = scale.size(0), n = scale.size(1);
+  const FormatId format = format_of(weight);
   check_shape(names.weight, weight,
-              {experts, ceil_div(n, kBlockRows), ceil_div(k, kBlockK), LiquidQuant::kBlockBytes},
+              {experts, ceil_div(n, kBlockRows), ceil_div(k, kBlockK), block_bytes(format)},
               " for E = ", experts, " and N = ", n, " of ", names.scale, " and K = ", k);
   if (bias) {
     check_dtype(names.bias, *bias, kFloats);
@@ -67,7 +69,7 @@ inline Experts checked_experts(Tensor const& x,
   }
   check_same_device(names.weight, weight, "x", x);
   check_same_device(names.scale, scale, "x", x);
-  Experts result{dense(weight), dense(scale), std::nullopt};
+  Experts result{dense(weight), dense(scale), std::nullopt, format};
   if (bias)
     result.bias = dense(*bias);
   return result;

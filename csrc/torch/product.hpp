@@ -33,6 +33,7 @@ inline Element element_of(ScalarType type) {
 struct Weight {
   Tensor packed, scale;
   OptionalTensor bias;
+  FormatId format;
   int64_t n() const { return scale.size(0); }
 };
 
@@ -53,9 +54,10 @@ inline Weight checked_weight(Tensor const& x,
   check(weight_scale.dim() == 1 && weight_scale.size(0) >= 1,
         "weight_scale: expected shape [N], got ", shape_of(weight_scale));
   const int64_t n = weight_scale.size(0);
+  const FormatId format = format_of(weight);
   check_shape("weight", weight,
-              {ceil_div(n, kBlockRows), ceil_div(k, kBlockK), LiquidQuant::kBlockBytes},
-              " for N = ", n, " of weight_scale and K = ", k, " of x");
+              {ceil_div(n, kBlockRows), ceil_div(k, kBlockK), block_bytes(format)}, " for N = ", n,
+              " of weight_scale and K = ", k, " of x");
   if (bias) {
     check_dtype("bias", *bias, kFloats);
     check_shape("bias", *bias, {n});
@@ -63,7 +65,7 @@ inline Weight checked_weight(Tensor const& x,
   }
   check_same_device("weight", weight, "x", x);
   check_same_device("weight_scale", weight_scale, "x", x);
-  Weight result{dense(weight), dense(weight_scale), std::nullopt};
+  Weight result{dense(weight), dense(weight_scale), std::nullopt, format};
   if (bias)
     result.bias = dense(*bias);
   return result;

@@ -3,7 +3,7 @@
 
 #include "liquidgemm/common/int8.hpp"
 #include "liquidgemm/common/math.hpp"
-#include "liquidgemm/formats/liquidquant.hpp"
+#include "liquidgemm/formats/formats.hpp"
 #include "tensors.hpp"
 
 namespace liquidgemm::binding {
@@ -19,6 +19,13 @@ inline constexpr int64_t kMaxPackedK = ceil_div(kMaxK, kBlockK) * kBlockK;
 inline void check_k(char const* name, int64_t k, int64_t limit) {
   check(k <= limit, name, ": expected K <= ", limit,
         " so that int32 accumulation cannot overflow, got K = ", k);
+}
+
+// The bytes of a block, the last dimension of a packed weight, tell its format. What is of none is
+// checked as LiquidQuant, and refused.
+inline FormatId format_of(Tensor const& packed) {
+  const auto found = packed.dim() > 0 ? format_with(packed.size(-1)) : std::nullopt;
+  return found.value_or(FormatId::kLiquidQuant);
 }
 
 // Contiguous inputs together with the plain view of them, so that the memory outlives the view.

@@ -85,9 +85,20 @@ void test_format() {
   expect(back == sample, Format::kName, "unpacked", 0, 0);
 }
 
+// A packed weight tells its format by the bytes of a block; no other number of bytes does.
+template <class Format>
+void test_format_is_told() {
+  const std::optional<FormatId> id = format_with(Format::kBlockBytes);
+  expect(id && block_bytes(*id) == Format::kBlockBytes, Format::kName, "bytes of a block", 0, 0);
+  const auto name = [](auto found) { return decltype(found)::type::kName; };
+  expect(id && visit_format(*id, name) == Format::kName, Format::kName, "the format told", 0, 0);
+  expect(!format_with(Format::kBlockBytes + 1), Format::kName, "no format of one byte more", 0, 0);
+}
+
 template <class... Format>
 void test_formats(std::tuple<Format...>) {
   (test_format<Format>(), ...);
+  (test_format_is_told<Format>(), ...);
 }
 
 }  // namespace

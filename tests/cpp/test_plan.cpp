@@ -72,7 +72,7 @@ void expect_good(LaunchPlan const& l) {
   // A kernel that quantizes has the plan of a GEMM.
   const Activations scored =
       l.activations == Activations::kQuantizeInKernel ? Activations::kReady : l.activations;
-  expect(l.plan.tile.ctas_per_sm == 1 || half_sm_pays(l.plan, l.division, scored),
+  expect(l.plan.tile.ctas_per_sm == 1 || half_sm_pays(l.problem, l.plan, l.division, scored),
          "half of an SM is enough", l);
   expect(
       l.activations != Activations::kQuantizeInKernel || can_quantize_in_kernel(p.m, p.k, l.plan),

@@ -73,6 +73,10 @@ TileKernels const* find_kernels(TileShape const& tile) {
   }
   return nullptr;
 }
+TileKernels const* find_kernels(FormatId format, TileShape const& tile) {
+  return visit_format(format,
+                      [&](auto of) { return find_kernels<typename decltype(of)::type>(tile); });
+}
 
 }  // namespace
 
@@ -81,7 +85,7 @@ cudaError_t gemm(GemmArguments const& a, LaunchPlan const& launch_plan, cudaStre
   Plan const& plan = launch_plan.plan;
   Division const& division = launch_plan.division;
   const bool quantizes = launch_plan.activations == Activations::kQuantizeInKernel;
-  TileKernels const* const kernels = find_kernels<LiquidQuant>(plan.tile);
+  TileKernels const* const kernels = find_kernels(p.format, plan.tile);
   const Launcher launch = kernels ? kernels->launcher(a.x_type) : nullptr;
   if (!launch || quantizes != (a.x_type != Element::kInt8) ||
       (quantizes && !can_quantize_in_kernel(p.m, p.k, plan)))

@@ -21,23 +21,30 @@ struct TileKernel {
   cudaError_t (*launch)(GroupedParams const&, int, cudaStream_t);
 };
 
-template <int... I>
+template <class Format, int... I>
 constexpr std::array<TileKernel, sizeof...(I)> tile_kernels(std::integer_sequence<int, I...>) {
   return {TileKernel{
       .tile = kGroupedTileShapes[I],
-      .stores_by_tma = Tile<kGroupedTileShapes[I], LiquidQuant>::kStoresByTma,
-      .launch = &launch<kGroupedTileShapes[I], LiquidQuant, int8_t, GroupedWork>,
+      .stores_by_tma = Tile<kGroupedTileShapes[I], Format>::kStoresByTma,
+      .launch = &launch<kGroupedTileShapes[I], Format, int8_t, GroupedWork>,
   }...};
 }
+template <class Format>
 constexpr auto kTileKernels =
-    tile_kernels(std::make_integer_sequence<int, kNumGroupedTileShapes>{});
+    tile_kernels<Format>(std::make_integer_sequence<int, kNumGroupedTileShapes>{});
 
+// Null if the tile is not compiled for weights of this format.
+template <class Format>
 TileKernel const* find_kernel(TileShape const& tile) {
-  for (TileKernel const& kernel : kTileKernels) {
+  for (TileKernel const& kernel : kTileKernels<Format>) {
     if (kernel.tile == tile)
       return &kernel;
   }
   return nullptr;
+}
+TileKernel const* find_kernel(FormatId format, TileShape const& tile) {
+  return visit_format(format,
+                      [&](auto of) { return find_kernel<typename decltype(of)::type>(tile); });
 }
 
 }  // namespace
@@ -46,7 +53,7 @@ cudaError_t grouped_gemm(GroupedGemmArguments const& a,
                          GroupedPlan const& plan,
                          cudaStream_t stream) {
   GroupedProblem const& p = plan.problem;
-  TileKernel const* const kernel = find_kernel(plan.plan.tile);
+  TileKernel const* const kernel = find_kernel(p.format, plan.plan.tile);
   const bool aligned = reinterpret_cast<uintptr_t>(a.y) % 16 == 0 && a.y_stride % 8 == 0;
   if (!kernel || !is_countable(plan) ||
       (a.gate && (p.n % 16 != 0 || !aligned || a.y_type == Element::kInt32)))

@@ -83,8 +83,8 @@ inline Estimate estimate(Problem const& p, Plan const& plan, Division const& d, 
   const double busy = busy_at_the_end(plan, d, p.num_sms);
   const double share = tile.ctas_per_sm > 1 ? c.half_sm_occupancy : 1;
   return {
-      .memory = panels * k_blocks * LiquidQuant::kBlockBytes /
-                (p.memory_bytes_per_us * c.memory_efficiency),
+      .memory =
+          panels * k_blocks * block_bytes(p.format) / (p.memory_bytes_per_us * c.memory_efficiency),
       .sm = stages * tile.stage_blocks * block_us + rounds * tile_us + split_us,
       .fixed = c.launch_us + c.occupancy_us * share * busy * busy * busy,
   };

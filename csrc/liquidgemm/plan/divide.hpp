@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "liquidgemm/common/math.hpp"
-#include "liquidgemm/formats/liquidquant.hpp"
+#include "liquidgemm/formats/formats.hpp"
 #include "liquidgemm/plan/launch_plan.hpp"
 
 namespace liquidgemm {

@@ -107,7 +107,7 @@ inline double estimated_us(GroupedProblem const& p, Plan const& plan, Costs cons
   const double tile_us = cost.tile_us + (plan.split_k > 1 ? cost.split_us[plan.split_k == 4] : 0);
   const Estimate estimate{
       .memory = rows.active * double(ceil_div(p.n, kBlockRows) * ceil_div(p.k, kBlockK)) *
-                LiquidQuant::kBlockBytes / (p.memory_bytes_per_us * costs.memory_efficiency),
+                block_bytes(p.format) / (p.memory_bytes_per_us * costs.memory_efficiency),
       .sm = rounds *
             (std::ceil(stages / plan.split_k) * tile.stage_blocks * cost.block_us * shared_sm +
              tile_us),

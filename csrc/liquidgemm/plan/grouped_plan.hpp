@@ -9,10 +9,11 @@
 namespace liquidgemm {
 
 struct GroupedProblem {
-  int64_t rows;                // of all experts
-  int64_t experts, n, k;       // every expert is [n, k]
-  int num_sms;                 // at most so many are used
-  double memory_bytes_per_us;  // peak of the GPU
+  int64_t rows;                              // of all experts
+  int64_t experts, n, k;                     // every expert is [n, k]
+  int num_sms;                               // at most so many are used
+  double memory_bytes_per_us;                // peak of the GPU
+  FormatId format = FormatId::kLiquidQuant;  // of every expert
 
   friend bool operator==(GroupedProblem const&, GroupedProblem const&) = default;
 };

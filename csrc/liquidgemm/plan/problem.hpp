@@ -3,12 +3,15 @@
 
 #include <cstdint>
 
+#include "liquidgemm/formats/format_id.hpp"
+
 namespace liquidgemm {
 
 struct Problem {
-  int64_t m, n, k;             // y [m, n] = x [m, k] times W [n, k] transposed
-  int num_sms;                 // at most so many are used
-  double memory_bytes_per_us;  // peak of the GPU
+  int64_t m, n, k;                           // y [m, n] = x [m, k] times W [n, k] transposed
+  int num_sms;                               // at most so many are used
+  double memory_bytes_per_us;                // peak of the GPU
+  FormatId format = FormatId::kLiquidQuant;  // of W
 
   friend bool operator==(Problem const&, Problem const&) = default;
 };

@@ -35,10 +35,13 @@ inline constexpr double kHalfSmBytesBehindQuantizer = 140e3;
 // launch before still computes, and if there is one round of them; behind a quantizer also only if
 // no weights are shared.
 // Experiments: decode.md, "CTAs of half an SM"; linear.md, "Plan behind a quantizer".
-inline bool half_sm_pays(Plan const& plan, Division const& d, Activations activations) {
+inline bool half_sm_pays(Problem const& p,
+                         Plan const& plan,
+                         Division const& d,
+                         Activations activations) {
   const bool behind_quantizer = activations == Activations::kJustQuantized;
   const int64_t bytes =
-      blocks_per_cta(plan, d.stages) * (LiquidQuant::kBlockBytes + kBlockK * plan.tile.tokens);
+      blocks_per_cta(plan, d.stages) * (block_bytes(p.format) + kBlockK * plan.tile.tokens);
   const double limit = behind_quantizer ? kHalfSmBytesBehindQuantizer : kHalfSmBytes;
   return bytes <= limit && d.whole_rounds == 1 && !(behind_quantizer && d.m_tiles > 1);
 }

@@ -49,7 +49,7 @@ inline Candidate candidate(Problem const& p,
     c.rejection = Rejection::kTooFewStages;
   else if (is_quad_in_several_rounds(plan, c.division))
     c.rejection = Rejection::kQuadInSeveralRounds;
-  else if (plan.tile.ctas_per_sm > 1 && !half_sm_pays(plan, c.division, activations))
+  else if (plan.tile.ctas_per_sm > 1 && !half_sm_pays(p, plan, c.division, activations))
     c.rejection = Rejection::kHalfSmDoesNotPay;
   else if (!costs.knows(plan.tile))
     c.rejection = Rejection::kNotMeasured;

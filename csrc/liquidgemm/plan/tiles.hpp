@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "liquidgemm/common/element.hpp"
-#include "liquidgemm/formats/liquidquant.hpp"
+#include "liquidgemm/formats/formats.hpp"
 #include "liquidgemm/kernel/tile_shape.hpp"
 
 namespace liquidgemm {

@@ -34,11 +34,16 @@ inline bool aligned_to_16(Tensor const& tensor) {
 }
 
 // num_sms > 0 overrides the device's SM count.
-inline Problem checked_problem(
-    char const* op, int64_t m, int64_t n, int64_t k, DeviceInfo const& device, int num_sms = 0) {
+inline Problem checked_problem(char const* op,
+                               int64_t m,
+                               int64_t n,
+                               int64_t k,
+                               FormatId format,
+                               DeviceInfo const& device,
+                               int num_sms = 0) {
   check(m <= INT32_MAX && n <= INT32_MAX, op, ": expected M and N below 2^31, got M = ", m,
         ", N = ", n);
-  return {m, n, k, num_sms > 0 ? num_sms : device.num_sms, device.memory_bytes_per_us};
+  return {m, n, k, num_sms > 0 ? num_sms : device.num_sms, device.memory_bytes_per_us, format};
 }
 
 }  // namespace liquidgemm::binding

@@ -22,7 +22,8 @@ Tensor gemm_with(char const* op,
   const DeviceInfo device = hopper_device(op);
   const cudaStream_t stream = current_stream(x);
   const int64_t m = rows_of(x), n = w.n(), k = x.size(-1);
-  const Problem problem = checked_problem(op, m, n, k, device, forced ? forced->num_sms : 0);
+  const Problem problem =
+      checked_problem(op, m, n, k, w.format, device, forced ? forced->num_sms : 0);
   Tensor y = allocate(x, with_last(leading_sizes(x), n), y_type);
   if (m == 0)
     return y;

@@ -27,8 +27,9 @@ Tensor grouped_gemm_with(char const* op,
   Tensor y = allocate(x, {rows, outputs}, out.type);
   if (rows == 0)
     return y;
-  const Problem sizes = checked_problem(op, rows, n, k, device, forced ? forced->num_sms : 0);
-  const GroupedProblem problem{rows, experts, n, k, sizes.num_sms, sizes.memory_bytes_per_us};
+  const Problem p =
+      checked_problem(op, rows, n, k, weight.format, device, forced ? forced->num_sms : 0);
+  const GroupedProblem problem{rows, experts, n, k, p.num_sms, p.memory_bytes_per_us, p.format};
   const GroupedPlan plan = forced ? complete(problem, forced->plan) : plan_grouped_gemm(problem);
   check_countable(op, plan);
   const Rows x_rows = aligned_rows(x, rows, k, stream);

@@ -118,11 +118,12 @@ Tensor moe_op(Tensor const& x,
   Tensor out = allocate(x, {tokens, hidden}, x.scalar_type());
   if (tokens == 0)
     return out;
-  const auto plan_of = [&](int64_t n, int64_t k) {
-    const Problem sizes = checked_problem("moe", rows, n, k, device);
-    return plan_grouped_gemm({rows, experts, n, k, sizes.num_sms, sizes.memory_bytes_per_us});
+  const auto plan_of = [&](Experts const& weight, int64_t k) {
+    const int64_t n = weight.n();
+    const Problem p = checked_problem("moe", rows, n, k, weight.format, device);
+    return plan_grouped_gemm({rows, experts, n, k, p.num_sms, p.memory_bytes_per_us, p.format});
   };
-  const MoePlan plan{plan_of(2 * inner, hidden), plan_of(hidden, inner)};
+  const MoePlan plan{plan_of(layer.first, hidden), plan_of(layer.second, inner)};
   check_countable("moe", plan.first);
   check_countable("moe", plan.second);
   const Element type = element_of(x.scalar_type());

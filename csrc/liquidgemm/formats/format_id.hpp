@@ -1,0 +1,8 @@
+// A value for each weight format: its place in `Formats` of formats.hpp.
+#pragma once
+
+namespace liquidgemm {
+
+enum class FormatId : int { kLiquidQuant };
+
+}  // namespace liquidgemm
