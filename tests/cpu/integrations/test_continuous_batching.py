@@ -1,4 +1,4 @@
-"""transformers' continuous batching of a quantized model: what it says alone, it says in a batch."""
+"""transformers' continuous batching of a quantized model: as it answers alone, so in a batch."""
 
 import pytest
 import torch
