@@ -104,7 +104,7 @@ class LiquidLayer(CacheLayerMixin):
                     f"max_cache_len: expected at least {self.tokens}, got {self.max_cache_len}"
                 )
         first, self.is_empty = self.is_empty, False
-        if first and self.centered:
+        if first and self.centered and self.cache.k_center is not None:
             self.cache.k_center.copy_(key_states.float().mean(2))
         self.lengths.add_(new)
         self.cache.write_(key_states.transpose(1, 2), value_states.transpose(1, 2), self.lengths)

@@ -1,7 +1,7 @@
 """The CPU kernels: each instruction set that this machine has equals the reference to the bit.
 
-CHECKLIST 29. What the ops promise (shapes, layouts, errors) is in test_ops.py, which runs with the
-fastest set; here the sets are forced in turn.
+CHECKLIST 29. What the ops promise (shapes, layouts, errors) is in test_ops.py and
+test_op_errors.py, which run with the fastest set; here the sets are forced in turn.
 """
 
 import os

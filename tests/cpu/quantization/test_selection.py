@@ -1,7 +1,6 @@
 """What quantize_ takes and what it leaves: each matrix accounted for, each for what it is for."""
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -224,84 +223,6 @@ def test_layers_in_plain_attributes_are_left_alone():
     }
 
 
-class Spelled(nn.Linear):
-    """As Falcon's."""
-
-    def forward(self, input):
-        y = input @ self.weight.T
-        return y if self.bias is None else y + self.bias
-
-
-class Marked(nn.Linear):
-    pass
-
-
-class WithState(nn.Linear):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.gain = 1.0
-
-
-class WithMethod(nn.Linear):
-    def weights_for_attention(self):
-        return self.weight
-
-
-class Halved(nn.Linear):
-    def forward(self, x):
-        return super().forward(x if self.training else x / 2)
-
-
-class Flat(nn.Linear):
-    def forward(self, x):
-        return super().forward(x.flatten(0, -2))
-
-
-class Needy(nn.Linear):
-    def forward(self, x, scale):
-        return super().forward(x) * scale
-
-
-@pytest.mark.parametrize("kind", [Spelled, Marked])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_subclass_that_computes_the_same_is_a_linear_layer(kind, bias):
-    torch.manual_seed(0)
-    model = nn.Sequential(kind(64, 128, bias=bias), nn.ReLU(), nn.Linear(128, 64))
-    x = torch.randn(5, 64)
-    expected = model(x)
-    report = quantize_(model, progress=False)
-    assert report.quantized == ("0", "2")
-    assert (model(x) - expected).norm() < 0.2 * expected.norm()
-
-
-@pytest.mark.parametrize("kind", [WithState, WithMethod, Halved, Flat, Needy])
-def test_a_subclass_that_may_compute_something_else_is_left_alone(kind):
-    model = nn.ModuleDict({"it": kind(64, 64), "other": nn.Linear(64, 64)})
-    report = quantize_(model, progress=False)
-    assert report.skipped["it"] == f"not nn.Linear but {kind.__name__}"
-    with (
-        pytest.raises(TypeError, match="may be more than the product")
-        if (kind.forward is not nn.Linear.forward)
-        else nullcontext()
-    ):
-        LiquidLinear.from_linear(kind(64, 64))
-
-
-def test_falcon():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.FalconConfig(
-        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4
-    )
-    model = transformers.FalconForCausalLM(config).eval()
-    names = quantize_(model, progress=False).quantized
-    assert {name.rpartition(".")[2] for name in names} == {
-        "query_key_value",
-        "dense",
-        "dense_h_to_4h",
-        "dense_4h_to_h",
-    }
-
-
 def test_subclasses_of_tensors_are_left_alone():
     class Wrapped(torch.Tensor):
         pass
@@ -310,106 +231,6 @@ def test_subclasses_of_tensors_are_left_alone():
     model["it"].weight = nn.Parameter(torch.zeros(64, 64).as_subclass(Wrapped))
     report = quantize_(model, progress=False)
     assert report.skipped == {"it": "its weight is a Wrapped, not a plain tensor"}
-
-
-# Code that reads the weight of a layer.
-
-
-class Reader(nn.Module):
-    """A layer whose weight this module uses, or asks about, as ``use`` says."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.near = nn.ModuleDict({"proj": nn.Linear(64, 64)})
-        self.other = nn.Linear(64, 64)
-
-    def forward(self, x):
-        return self.other(self.near["proj"](x))
-
-
-class Values(Reader):
-    def forward(self, x):
-        return F.linear(x, self.other.weight) + self.near["proj"](x)
-
-
-class Alias(Reader):
-    def forward(self, x):
-        layer = self.other
-        return x @ layer.weight.T
-
-
-class GetAttribute(Reader):
-    def forward(self, x):
-        return x @ getattr(self.other, "weight").T  # noqa: B009
-
-
-class Writes(Reader):
-    def forward(self, x):
-        self.other.weight.div_(2)
-        return self.other(x)
-
-
-class Inherits(Values):
-    pass
-
-
-class InHelper(Reader):
-    def forward(self, x):
-        return self.helper(x)
-
-    def helper(self, x):
-        return x @ self.other.weight
-
-
-class OnlyAsks(Reader):
-    def __init__(self):
-        super().__init__()
-        nn.init.zeros_(self.other.weight)
-
-    def _init_weights(self):
-        self.other.weight.data.zero_()
-
-    def forward(self, x):
-        if isinstance(self.other.weight, torch.Tensor) and x.dtype != self.other.weight.dtype:
-            x = x.to(self.other.weight.dtype)
-        assert self.other.weight is not None
-        return self.other(x.to(self.other.weight.device)).view(-1, self.other.weight.shape[0])
-
-
-class SwitchedOff(Reader):
-    """As for tensor parallelism in some models, which a setting switches on."""
-
-    slices = 1
-
-    def forward(self, x):
-        if self.slices > 1 and x.dim() > 1:
-            return x @ self.other.weight[: self.slices]
-        return self.near["proj"](self.other(x))
-
-
-class SwitchedOn(SwitchedOff):
-    slices = 2
-
-
-class Overrides(Values):
-    def forward(self, x):
-        return self.other(x)
-
-
-@pytest.mark.parametrize("kind", [Reader, OnlyAsks, Overrides, SwitchedOff])
-def test_code_that_asks_only_what_a_weight_is(kind):
-    assert quantize_(kind(), progress=False).quantized == ("near.proj", "other")
-
-
-@pytest.mark.parametrize(
-    "kind", [Values, Alias, GetAttribute, Writes, Inherits, InHelper, SwitchedOn]
-)
-def test_layers_whose_weight_is_read_are_left_alone(kind):
-    report = quantize_(kind(), progress=False)
-    assert report.quantized == ("near.proj",)
-    assert report.skipped["other"].startswith("its weight is read by ")
-    assert kind.__mro__[kind in (Inherits, SwitchedOn)].__name__ in report.skipped["other"]
 
 
 # Heads of transformers' models.
