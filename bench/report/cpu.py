@@ -57,10 +57,12 @@ def markdown(result: dict) -> str:
     return "\n\n".join(["# linear on the CPU", "\n".join(facts), legend, table(result)]) + "\n"
 
 
-def plot(result: dict, file: Path) -> None:
+def plot(result: dict, stem: Path) -> list[Path]:
     """Time over tokens, one panel per weight and number of threads."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+
+    from .plots import write_figure
 
     panels = sorted({(case["n"], case["k"], case["threads"]) for case in result["cases"]})
     with mpl.rc_context({"svg.hashsalt": OURS, "axes.grid": True, "grid.color": "#e4e4e4"}):
@@ -81,15 +83,14 @@ def plot(result: dict, file: Path) -> None:
             axes.set_xlabel("tokens")
             axes.set_ylabel("µs per call (minimum)")
         figure.axes[0].legend(fontsize=8, frameon=False)
-        figure.savefig(file, metadata={"Date": None})
+        return write_figure(figure, stem)
 
 
 def write(folder: Path) -> list[Path]:
-    """Reads cpu.json of the folder; writes cpu.md and cpu.svg beside it."""
+    """Reads cpu.json of the folder; writes cpu.md and the plot beside it."""
     result = json.loads((folder / "cpu.json").read_text())
     (folder / "cpu.md").write_text(markdown(result))
-    plot(result, folder / "cpu.svg")
-    return [folder / "cpu.md", folder / "cpu.svg"]
+    return [folder / "cpu.md", *plot(result, folder / "cpu")]
 
 
 def main(arguments: list[str] | None = None) -> None:

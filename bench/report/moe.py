@@ -83,7 +83,7 @@ def markdown(record: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def plot(record: dict, file: Path) -> None:
+def plot(record: dict, stem: Path) -> None:
     """Times over the floor by tokens, a panel per layer and routing."""
     try:
         import matplotlib
@@ -92,6 +92,8 @@ def plot(record: dict, file: Path) -> None:
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
+    from .plots import write_figure
 
     panels = list(groups(record["cases"]).items())
     columns = min(3, len(panels))
@@ -115,7 +117,7 @@ def plot(record: dict, file: Path) -> None:
         axis.grid(True, alpha=0.3)
     axes.flat[0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(file)
+    write_figure(figure, stem)
     pyplot.close(figure)
 
 
@@ -126,5 +128,5 @@ def main(arguments: list[str] | None = None) -> int:
     record = json.loads(options.json.read_text())
     options.json.with_suffix(".md").write_text(markdown(record))
     if record["cases"]:
-        plot(record, options.json.with_suffix(".svg"))
+        plot(record, options.json.with_suffix(""))
     return 0

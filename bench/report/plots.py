@@ -69,6 +69,11 @@ def save(figure: Figure, run: Run, stem: Path) -> list[Path]:
 
 def save_figure(figure: Figure, caption: str, stem: Path) -> list[Path]:
     figure.text(0.995, 0.008, caption, ha="right", va="bottom", fontsize=8, color="#555555")
+    return write_figure(figure, stem)
+
+
+def write_figure(figure: Figure, stem: Path) -> list[Path]:
+    """As SVG, and as PNG for what draws no SVG; the same plot is the same file."""
     files = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
     for file in files:
         metadata = {"Date": None} if file.suffix == ".svg" else {}

@@ -222,9 +222,9 @@ def write_plots(rows: list[Row], folder: Path) -> list[Path]:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from .plots import COLOURS, OUR_COLOUR, STYLE
+    from .plots import COLOURS, OUR_COLOUR, STYLE, write_figure
 
-    files = []
+    files: list[Path] = []
     with mpl.rc_context(STYLE):
         for (model, layers, kv, head, context), own in groups(rows).items():
             figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -240,11 +240,7 @@ def write_plots(rows: list[Row], folder: Path) -> list[Path]:
             axes.xaxis.set_major_formatter("{x:.0f}")
             axes.set_title(f"{model}, {layers} layers, KV {kv}, head {head}, context {context}")
             axes.legend()
-            stem = f"step_{model}_{layers}_{kv}_{head}"
-            for kind in ("png", "svg"):
-                files.append(folder / f"{stem}.{kind}")
-                metadata = {"Date": None} if kind == "svg" else {}
-                figure.savefig(files[-1], dpi=150, metadata=metadata)
+            files += write_figure(figure, folder / f"step_{model}_{layers}_{kv}_{head}")
     return files
 
 
