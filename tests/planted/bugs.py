@@ -25,7 +25,7 @@ QUANTIZING = "tests/gpu/test_quantizing_gemm.py"
 GROUPED = "tests/gpu/test_grouped_gemm.py"
 MOE = "tests/gpu/test_moe.py"
 PRODUCERS = "liquidgemm/producers"  # below csrc
-OF_GROUPED = ("instantiations/grouped/t32_p1_k3_s2.cu",)
+OF_GROUPED = ("instantiations/grouped/t16_p1_k4_s4.cu",)
 FUSED = "tests/gpu/test_producers.py"
 NORM, GLU = (f"{PRODUCERS}/{name}.cu" for name in ("rms_norm", "glu"))
 

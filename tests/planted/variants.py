@@ -34,7 +34,7 @@ TILES = (
 )
 
 # Of grouped products: decode with several k groups, and prefill.
-GROUPED_TILES = ("t8_p1_k4_s4", "t32_p1_k3_s2", "t128_p2_k1_s2")
+GROUPED_TILES = ("t8_p1_k2_s4_half", "t16_p1_k4_s4", "t128_p3_k1_s2")
 
 # Per folder of instantiations: where its tiles are listed, in which array, and which are kept.
 LISTS = {

@@ -18,15 +18,11 @@ namespace liquidgemm {
 // tokens. None holds weights dequantized before there are tokens: a CTA may have no tile.
 inline constexpr TileShape kGroupedTileShapes[] = {
     {8, 1, 2, 4, 2},   // decode, a short K: one CTA stores while the other one multiplies
-    {8, 1, 4, 4},      // a longer one
     {16, 1, 2, 2, 2},  //
-    {16, 1, 4, 4},     //
+    {16, 1, 4, 4},     // a longer K
     {32, 1, 2, 2, 2},  //
-    {32, 1, 3, 2},     //
-    {64, 1, 3, 2},     //
+    {64, 1, 3, 2},     // few panels per expert
     {64, 3, 1, 2},     // many panels share the tokens once their L2 traffic rivals the weights'
-    {96, 3, 1, 2},     //
-    {128, 2, 1, 2},    //
     {128, 3, 1, 2},    //
     {192, 2, 1, 2},    // prefill
     {256, 2, 1, 2},    // least dequantization per multiplication

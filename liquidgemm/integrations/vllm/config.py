@@ -144,10 +144,11 @@ class LiquidGemmConfig(QuantizationConfig):
             return OnlineLiquidLinearMethod((prefix,), config, self.summary)
         if isinstance(layer, ParallelLMHead) and self.tied:
             return "tied to the embeddings"
-        if layer.output_size < _FEW_ROWS:
+        rows, columns = _shape(layer)
+        if rows < _FEW_ROWS:
             return f"fewer than {_FEW_ROWS} rows"
         names = parts_of(prefix, self.packed_modules_mapping)
-        treatments = {name: self._treatment(name, layer.input_size) for name in names}
+        treatments = {name: self._treatment(name, columns) for name in names}
         if len(set(treatments.values())) > 1:
             raise ValueError(
                 f"{prefix}: expected {', '.join(names)} to be treated alike, as vLLM computes them "
@@ -174,3 +175,10 @@ class LiquidGemmConfig(QuantizationConfig):
                 "with transformers, or quantize with a pattern of skip that matches the experts"
             )
         self.summary.leave(prefix, "experts in W4A8 cannot be served yet")
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """Rows and columns of the whole weight; an embedding of vLLM 0.26 has other names for them."""
+    if isinstance(layer, ParallelLMHead):
+        return layer.num_embeddings, layer.embedding_dim
+    return layer.output_size, layer.input_size
