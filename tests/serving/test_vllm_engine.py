@@ -292,10 +292,11 @@ def test_two_processes(tmp_path):
 
 def test_a_gpu_that_is_no_hopper_gets_the_reason(monkeypatch):
     from liquidgemm.integrations.vllm import summary
+    from liquidgemm.ops import _library
 
     monkeypatch.setattr(summary.current_platform, "is_cpu", lambda: False, raising=False)
     monkeypatch.setattr(summary.current_platform, "is_cuda", lambda: True, raising=False)
-    monkeypatch.setattr(summary._library, "load_libraries", lambda: None)
+    monkeypatch.setattr(_library, "load_libraries", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B200")
     with pytest.raises(ValueError, match=r"got 10\.0 \(NVIDIA B200\): serve the float model"):

@@ -12,9 +12,10 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.utils import replace_parameter
 
 from ... import ops
-from ..serving.layout import Packed, Slice, as_packed, pack
+from ..serving.layout import Packed, Slice, as_packed
+from ..serving.tensors import CODES, one_or_each, pack_loaded
 from .fusion import advertise, as_quantized
-from .parameters import CODES, MISSING, CodesParameter, columns_parameter, scale_parameter
+from .parameters import CodesParameter, columns_parameter, scale_parameter
 from .summary import Summary
 
 
@@ -90,14 +91,7 @@ class LiquidLinearMethod(PackedLinearMethod):
         self.dummy = config is not None and config.load_config.load_format == "dummy"
         self.part = part_of(layer, input_size_per_partition, input_size)
         self.rows = list(output_partition_sizes)
-        if len(set(self.augments)) > 1 or (len(self.augments) > 1 and any(self.augments)):
-            if len(self.augments) != len(self.rows):
-                raise ValueError(
-                    f"{self.names[0]}: expected no residual columns in layers that vLLM fuses "
-                    f"otherwise than one by one, got {self.augments} of {', '.join(self.names)}"
-                )
-        else:
-            self.augments = self.augments[:1]
+        self.augments = one_or_each(self.names, self.augments, self.rows)
         n = sum(self.rows)
         for name in CODES:
             parameter = CodesParameter(
@@ -116,29 +110,9 @@ class LiquidLinearMethod(PackedLinearMethod):
         scale = layer.scale.data
         if self.dummy:
             scale = scale.abs()
-        try:
-            for own in codes[0].split(self.rows):
-                if len(own) and (own == MISSING).all():
-                    raise ValueError("qweight: expected codes, got none")
-            packed = pack(codes, scale, self._rows(), self._columns(layer), self.part)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{', '.join(self.names)}: {error} (a tensor that the checkpoint lacks looks so)"
-            ) from None
-        self.set_packed(layer, packed)
-
-    def _rows(self) -> list[int]:
-        return self.rows if len(self.augments) > 1 else [sum(self.rows)]
-
-    def _columns(self, layer: nn.Module) -> list[Tensor]:
-        if not any(self.augments):
-            return [torch.empty(0, dtype=torch.int32)] * len(self.augments)
-        held = layer.columns.data
-        if self.dummy:
-            held = torch.arange(held.numel(), dtype=torch.int32, device=held.device)
-            held = held.view(layer.columns.shape) % self.part.total
-        lists = [held] if held.dim() == 1 else held
-        return [
-            self.part.of_columns(own[:augment])
-            for own, augment in zip(lists, self.augments, strict=True)
-        ]
+        columns = layer.columns.data if "columns" in layer._parameters else None
+        if self.dummy and columns is not None:
+            some = torch.arange(columns.numel(), dtype=torch.int32, device=columns.device)
+            columns = some.view(columns.shape) % self.part.total
+        given = self.names, codes, scale, columns, self.rows, self.augments, self.part
+        self.set_packed(layer, pack_loaded(*given))

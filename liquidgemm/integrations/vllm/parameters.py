@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
@@ -16,15 +15,8 @@ from vllm.model_executor.parameter import (
     ModelWeightParameter,
 )
 
-from ...formats.liquidquant import GROUP, padded
+from ..serving import tensors
 from ..serving.layout import Slice
-
-CODES = {"qweight": 2, "qscale": GROUP, "qoffset": GROUP}
-"""The tensors of codes, and how many columns a byte of each is for."""
-
-MISSING = 255
-"""What is there before anything is loaded: a step and an offset that are not feasible together, and
-codes that no weight has throughout."""
 
 
 class CodesParameter(ModelWeightParameter):
@@ -51,23 +43,14 @@ class CodesParameter(ModelWeightParameter):
         dummy: bool,
         weight_loader: Callable,
     ) -> None:
-        self._name, self._per_byte, self._part = name, CODES[name], part
-        self._augments = tuple(set(augments))
+        self._name, self._part, self._augments = name, part, tuple(set(augments))
         super().__init__(data=self.data, output_dim=0, input_dim=1, weight_loader=weight_loader)
 
     def _checked(self, loaded: Tensor) -> Tensor:
-        total = padded(self._part.total)
-        widths = [(total + augment) // self._per_byte for augment in self._augments]
-        if loaded.dtype != torch.uint8 or loaded.dim() != 2 or loaded.shape[1] not in widths:
-            expected = " or ".join(map(str, widths))
-            raise ValueError(
-                f"{self._name}: expected uint8 with rows of {expected}, got {loaded.dtype} of "
-                f"shape {list(loaded.shape)}"
-            )
-        return loaded
+        return tensors.checked(loaded, self._name, self._part, self._augments)
 
     def _as_wide(self, loaded: Tensor) -> Tensor:
-        return F.pad(self._checked(loaded), (0, self.data.shape[1] - loaded.shape[1]))
+        return tensors.as_wide(self._checked(loaded), self.data.shape[1])
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
         super().load_column_parallel_weight(self._as_wide(loaded_weight))
@@ -84,9 +67,9 @@ class CodesParameter(ModelWeightParameter):
 
 
 def _fresh(rows: int, name: str, part: Slice, augments: Sequence[int], dummy: bool) -> Tensor:
-    shape = (rows, max(map(part.width, augments)) // CODES[name])
     if not dummy:
-        return torch.full(shape, MISSING, dtype=torch.uint8)
+        return tensors.empty(rows, name, part, augments)
+    shape = tensors.shape_of(rows, name, part, augments)
     if name == "qweight":
         return torch.randint(256, shape, dtype=torch.uint8)
     return torch.full(shape, 8 if name == "qscale" else 68, dtype=torch.uint8)
@@ -103,15 +86,10 @@ class ColumnsParameter(BasevLLMParameter):
 
 
 def scale_parameter(rows: int, weight_loader: Callable) -> ChannelQuantScaleParameter:
-    """float32 whatever the default dtype is, to which a scale would be rounded as it is loaded."""
-    data = torch.full((rows,), torch.nan, dtype=torch.float32)
+    data = tensors.empty_scale(rows)
     return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=weight_loader)
 
 
 def columns_parameter(augments: Sequence[int], weight_loader: Callable) -> BasevLLMParameter:
-    """For one layer, or one list on disk for all, int32 ``[R]``; else one row for each."""
-    if len(augments) == 1:
-        data = torch.full((augments[0],), -1, dtype=torch.int32)
-        return BasevLLMParameter(data=data, weight_loader=weight_loader)
-    data = torch.full((len(augments), max(augments)), -1, dtype=torch.int32)
-    return ColumnsParameter(data=data, weight_loader=weight_loader)
+    kind = BasevLLMParameter if len(augments) == 1 else ColumnsParameter
+    return kind(data=tensors.empty_columns(augments), weight_loader=weight_loader)

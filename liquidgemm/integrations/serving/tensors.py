@@ -1,0 +1,113 @@
+"""The tensors of a checkpoint of ours, as an engine holds them while it loads a layer.
+
+Engines slice and stack them by rows themselves; what is of columns is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...formats.liquidquant import GROUP, padded
+from .layout import Packed, Slice, pack
+
+CODES = {"qweight": 2, "qscale": GROUP, "qoffset": GROUP}
+"""The tensors of codes, and how many columns a byte of each is for."""
+
+MISSING = 255
+"""What is there before anything is loaded: a step and an offset that are not feasible together, and
+codes that no weight has throughout."""
+
+
+def shape_of(rows: int, name: str, part: Slice, augments: Sequence[int]) -> tuple[int, int]:
+    """Of a tensor of codes, as wide as that of the layer with the most residual columns."""
+    return rows, max(map(part.width, augments)) // CODES[name]
+
+
+def empty(rows: int, name: str, part: Slice, augments: Sequence[int]) -> Tensor:
+    return torch.full(shape_of(rows, name, part, augments), MISSING, dtype=torch.uint8)
+
+
+def checked(loaded: Tensor, name: str, part: Slice, augments: Sequence[int]) -> Tensor:
+    """Raises a ValueError for what is no tensor of codes of one of the layers."""
+    total = padded(part.total)
+    widths = sorted({(total + augment) // CODES[name] for augment in augments})
+    if loaded.dtype != torch.uint8 or loaded.dim() != 2 or loaded.shape[1] not in widths:
+        expected = " or ".join(map(str, widths))
+        raise ValueError(
+            f"{name}: expected uint8 with rows of {expected}, got {loaded.dtype} of "
+            f"shape {list(loaded.shape)}"
+        )
+    return loaded
+
+
+def as_wide(loaded: Tensor, width: int) -> Tensor:
+    return F.pad(loaded, (0, width - loaded.shape[1]))
+
+
+def empty_columns(augments: Sequence[int]) -> Tensor:
+    """For one layer, or one list on disk for all, int32 ``[R]``; else one row for each."""
+    shape = (augments[0],) if len(augments) == 1 else (len(augments), max(augments))
+    return torch.full(shape, -1, dtype=torch.int32)
+
+
+def empty_scale(rows: int) -> Tensor:
+    """float32 whatever the default dtype is, to which a scale would be rounded as it is loaded."""
+    return torch.full((rows,), torch.nan, dtype=torch.float32)
+
+
+def one_or_each(
+    names: Sequence[str], augments: Sequence[int], rows: Sequence[int]
+) -> tuple[int, ...]:
+    """The numbers of residual columns: one for all, or one for each of the fused layers.
+
+    Raises:
+        ValueError: layers that are not one by one those that the engine computes at once.
+    """
+    if not any(augments) or len(augments) == 1:
+        return tuple(augments[:1])
+    if len(augments) != len(rows):
+        raise ValueError(
+            f"{names[0]}: expected no residual columns in layers that are fused otherwise than one "
+            f"by one, got {tuple(augments)} of {', '.join(names)}"
+        )
+    return tuple(augments)
+
+
+def pack_loaded(
+    names: Sequence[str],
+    codes: tuple[Tensor, Tensor, Tensor],
+    scale: Tensor,
+    columns: Tensor | None,
+    rows: Sequence[int],
+    augments: Sequence[int],
+    part: Slice,
+) -> Packed:
+    """Pack what was loaded.
+
+    Args:
+        names: of the layers, for errors.
+        codes, scale, columns: as `empty`, `empty_scale` and `empty_columns` made them, and loaded.
+        rows: of each layer that the engine computes at once.
+        augments: by `one_or_each`.
+
+    Raises:
+        ValueError: tensors that were not loaded, or that are damaged.
+    """
+    try:
+        for own in codes[0].split(list(rows)):
+            if len(own) and (own == MISSING).all():
+                raise ValueError("qweight: expected codes, got none")
+        lists = [torch.empty(0, dtype=torch.int32)] * len(augments)
+        if columns is not None:
+            held = [columns] if columns.dim() == 1 else columns
+            lists = [part.of_columns(o[:n]) for o, n in zip(held, augments, strict=True)]
+        each = rows if len(augments) > 1 else [sum(rows)]
+        return pack(codes, scale, each, lists, part)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{', '.join(names)}: {error} (a tensor that the checkpoint lacks looks so)"
+        ) from None

@@ -1,0 +1,87 @@
+"""Linear layers of SGLang with our weights."""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.layers.quantization.base_config import LinearMethodBase
+from torch import Tensor, nn
+
+from ... import ops
+from ..serving.layout import Slice, as_packed
+from ..serving.summary import Summary
+from ..serving.tensors import CODES, one_or_each, pack_loaded
+from .parameters import CodesParameter, columns_parameter, scale_parameter
+
+
+def part_of(layer: nn.Module, length: int, total: int) -> Slice:
+    """The input features of this GPU: all, or of a row-parallel layer a slice by its rank."""
+    if length == total:
+        return Slice(0, length, total)
+    group = getattr(layer, "tp_group", None)  # before 0.5.17 or so a layer has its own rank
+    rank = layer.tp_rank if group is None else group.rank_in_group
+    return Slice(rank * length, length, total)
+
+
+class LiquidLinearMethod(LinearMethodBase):
+    """Layers that a checkpoint of ours has quantized.
+
+    Once loaded, a layer has the parameters ``qweight``, the packed weight, ``scale`` and, with
+    residual columns, ``columns``.
+    """
+
+    def __init__(self, names: tuple[str, ...], augments: tuple[int, ...], summary: Summary) -> None:
+        self.names, self.augments, self.summary = names, augments, summary
+        summary.expect(names)
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        if getattr(layer, "use_presharded_weights", False):
+            raise ValueError(
+                f"{self.names[0]}: expected a checkpoint of whole layers, got one that is sliced"
+            )
+        loader = extra_weight_attrs["weight_loader"]
+        self.part = part_of(layer, input_size_per_partition, input_size)
+        self.rows = list(output_partition_sizes)
+        self.augments = one_or_each(self.names, self.augments, self.rows)
+        n = sum(self.rows)
+        for name in CODES:
+            parameter = CodesParameter(n, name, self.part, self.augments, weight_loader=loader)
+            layer.register_parameter(name, parameter)
+        layer.register_parameter("scale", scale_parameter(n, loader))
+        if any(self.augments):
+            layer.register_parameter("columns", columns_parameter(self.augments, loader))
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if "qscale" not in layer._parameters:  # packed already
+            return
+        codes = tuple(getattr(layer, name).data for name in CODES)
+        columns = layer.columns.data if "columns" in layer._parameters else None
+        given = self.names, codes, layer.scale.data, columns, self.rows, self.augments, self.part
+        packed = pack_loaded(*given)
+        for name in (*CODES, "scale", "columns"):
+            layer._parameters.pop(name, None)
+        held = {"qweight": packed.weight, "scale": packed.scale, "columns": packed.gather}
+        for name, tensor in held.items():
+            own = None if tensor is None else nn.Parameter(tensor.contiguous(), False)
+            layer.register_parameter(name, own)
+        layer.qweight.weight_loader = _refuse
+        layer.liquid_pad = packed.pad
+        self.summary.done(self.names, layer.qweight.device)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = as_packed(x, layer.columns, layer.liquid_pad)
+        return ops.linear(x, layer.qweight, layer.scale, bias)
+
+
+def _refuse(*args, **kwargs) -> None:
+    raise RuntimeError(
+        "qweight: it is packed, and cannot be loaded into: start the server anew to change weights"
+    )

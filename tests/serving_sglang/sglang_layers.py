@@ -1,0 +1,80 @@
+"""SGLang's layers without an engine, as any rank of any tensor parallel size."""
+
+import stand_ins  # noqa: F401, I001 - before SGLang
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from sglang.srt.layers import linear, vocab_parallel_embedding
+from torch import Tensor, nn
+
+from liquidgemm.integrations.sglang import register
+from liquidgemm.integrations.sglang.config import LiquidGemmConfig
+
+register()
+
+
+@contextmanager
+def as_rank(rank: int, size: int):
+    """As if this were one process of several."""
+    group = SimpleNamespace(rank_in_group=rank, world_size=size)
+    parallel = SimpleNamespace(tp_rank=rank, tp_size=size, tp_group=group)
+    with patch.object(linear, "get_parallel", lambda: parallel):
+        yield
+
+
+def config_of(layers: dict[str, int], **settings) -> LiquidGemmConfig:
+    return LiquidGemmConfig.from_config(
+        {"quant_method": "liquidgemm", "format_version": 1, "config": None, "layers": layers}
+        | {"packed_modules_mapping": {}}
+        | settings
+    )
+
+
+def qkv(config, k, head, heads, kv_heads, dtype=torch.bfloat16) -> nn.Module:
+    return linear.QKVParallelLinear(
+        k, head, heads, kv_heads, bias=False, params_dtype=dtype, quant_config=config,
+        prefix="a.qkv_proj",
+    )  # fmt: skip
+
+
+def gate_up(config, k, sizes, dtype=torch.bfloat16) -> nn.Module:
+    return linear.MergedColumnParallelLinear(
+        k, sizes, bias=False, params_dtype=dtype, quant_config=config, prefix="a.gate_up_proj"
+    )
+
+
+def down(config, k, n, dtype=torch.bfloat16) -> nn.Module:
+    return linear.RowParallelLinear(
+        k, n, bias=False, params_dtype=dtype, quant_config=config, prefix="a.down_proj",
+        reduce_results=False,
+    )  # fmt: skip
+
+
+def replicated(config, k, n) -> nn.Module:
+    return linear.ReplicatedLinear(
+        k, n, bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix="a.o_proj"
+    )
+
+
+def embedding() -> nn.Module:
+    return nn.Module.__new__(vocab_parallel_embedding.ParallelLMHead)
+
+
+def load(layer: nn.Module, tensors: dict[str, Tensor], shard: int | str | None = None) -> None:
+    """As a model's load_weights does it."""
+    for name, tensor in tensors.items():
+        parameter = getattr(layer, name)
+        args = () if shard is None else (shard,)
+        parameter.weight_loader(parameter, tensor, *args)
+
+
+def finish(layer: nn.Module) -> nn.Module:
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def output(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return layer.quant_method.apply(layer, x, bias)

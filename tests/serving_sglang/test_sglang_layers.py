@@ -1,0 +1,202 @@
+"""SGLang's linear layers with our weights, for any rank and size of tensor parallelism."""
+
+import importlib.metadata
+
+import pytest
+import torch
+from sglang_layers import (
+    LiquidGemmConfig,
+    as_rank,
+    config_of,
+    down,
+    embedding,
+    finish,
+    gate_up,
+    load,
+    output,
+    qkv,
+    register,
+    replicated,
+)
+
+from liquidgemm import LiquidConfig, LiquidLinear, QuantizedWeight, linear
+from liquidgemm.integrations.serving.layout import Slice, as_packed, pack
+from liquidgemm.ops import _library
+from liquidgemm.quantization.layer import quantize_layer
+
+K = 256
+LOGICAL = ("qweight", "qscale", "qoffset", "scale")
+SIZES = (1, 2, 4, 8)
+
+
+def weight(n: int, k: int, augment: int = 0, seed: int = 0, keep: bool = False) -> QuantizedWeight:
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+    return quantize_layer(w, LiquidConfig(augment=augment, keep=("layer",) if keep else ()))[0]
+
+
+def tensors(w: QuantizedWeight) -> dict[str, torch.Tensor]:
+    found = {name: getattr(w, name) for name in LOGICAL}
+    return found if w.columns is None else found | {"columns": w.columns}
+
+
+def tokens(k: int, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.randn(5, k, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+
+def alone(w: QuantizedWeight, x: torch.Tensor, bias=None) -> torch.Tensor:
+    return LiquidLinear.from_quantized(w, bias)(x)
+
+
+def test_sglang_knows_the_method_everywhere():
+    from sglang.srt import server_args
+    from sglang.srt.layers import linear as layers
+    from sglang.srt.layers import quantization
+
+    register()  # again, as in each process that SGLang forks
+    assert quantization.get_quantization_config("liquidgemm") is LiquidGemmConfig
+    assert quantization.BASE_QUANTIZATION_METHODS["liquidgemm"] is LiquidGemmConfig
+    assert layers.WEIGHT_LOADER_V2_SUPPORTED.count("LiquidLinearMethod") == 1
+    assert server_args.QUANTIZATION_CHOICES.count("liquidgemm") == 1
+
+
+def test_sglang_finds_the_entry_point():
+    from sglang.srt.plugins import GENERAL_PLUGINS_GROUP
+
+    found = importlib.metadata.entry_points(group=GENERAL_PLUGINS_GROUP, name="liquidgemm")
+    if not found:
+        pytest.skip("liquidgemm is not installed, or without its entry points")
+    assert {entry.load() for entry in found} == {register}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("augments", [(0, 0, 0), (64, 64, 64), (64, 0, 128)])
+def test_fused_qkv_is_the_slices(size, augments):
+    """Four heads of queries and two of keys and values, which more ranks than two share."""
+    heads, kv_heads, width = 8, 2, 16
+    x = tokens(K)
+    rows = {"q": heads * width, "k": kv_heads * width, "v": kv_heads * width}
+    weights = {
+        shard: weight(n, K, augment, i)
+        for i, ((shard, n), augment) in enumerate(zip(rows.items(), augments, strict=True))
+    }
+    whole = {shard: alone(w, x) for shard, w in weights.items()}
+    for rank in range(size):
+        with as_rank(rank, size):
+            named = zip(("q", "k", "v"), augments, strict=True)
+            layer = qkv(config_of({f"a.{s}_proj": a for s, a in named}), K, width, heads, kv_heads)
+            for shard, w in weights.items():
+                load(layer, tensors(w), shard)
+            y = output(finish(layer), x)
+        expected = []
+        for shard, y_whole in whole.items():
+            copies = max(1, size // kv_heads) if shard != "q" else 1
+            step = y_whole.shape[1] * copies // size
+            start = rank // copies * step
+            expected.append(y_whole[:, start : start + step])
+        assert torch.equal(y, torch.cat(expected, 1))
+        assert layer.scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_fused_gate_up_is_the_slices(size):
+    """Of layers on disk, and of one that is fused on disk already."""
+    x = tokens(K)
+    gate, up, both = weight(96, K, 64, 1), weight(96, K, 0, 2), weight(192, K, 64, 3)
+    apart = torch.cat((alone(gate, x), alone(up, x)), 1)
+    step = 96 // size
+    for rank in range(size):
+        with as_rank(rank, size):
+            layer = gate_up(config_of({"a.gate_proj": 64, "a.up_proj": 0}), K, [96, 96])
+            for shard, w in ((1, up), (0, gate)):
+                load(layer, tensors(w), shard)
+            got = [output(finish(layer), x)]
+            layer = gate_up(config_of({"a.gate_up_proj": 64}), K, [96, 96])
+            load(layer, tensors(both))
+            got.append(output(finish(layer), x))
+        for y, whole in zip(got, (apart, alone(both, x)), strict=True):
+            parts = [whole[:, s + rank * step : s + (rank + 1) * step] for s in (0, 96)]
+            assert torch.equal(y, torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("k", [512, 344])
+@pytest.mark.parametrize("kind", ["plain", "augment", "keep"])
+def test_row_parallel_is_the_slice(kind, k, size):
+    """CHECKLIST 34: each rank's product is that of its own columns, also within groups."""
+    w = weight(72, k, 64 if kind == "augment" else 0, 3, keep=kind == "keep")
+    x = tokens(k)
+    bias = torch.randn(72).bfloat16()
+    for rank in range(size):
+        with as_rank(rank, size):
+            layer = down(config_of({"a.down_proj": w.augment}), k, 72)
+            load(layer, tensors(w))
+            part = Slice(rank * k // size, k // size, k)
+            own = x[:, part.start : part.start + part.length]
+            y = output(finish(layer), own, bias)
+        if size == 1:
+            assert torch.equal(y, alone(w, x, bias))
+            continue
+        codes = tuple(part.of_codes(getattr(w, name), w.augment) for name in LOGICAL[:3])
+        columns = torch.empty(0, dtype=torch.int32) if w.columns is None else w.columns
+        packed = pack(codes, w.scale, [72], [part.of_columns(columns)], part)
+        own_packed = as_packed(own, packed.gather, packed.pad)
+        assert torch.equal(y, linear(own_packed, packed.weight, w.scale, bias))
+
+
+def test_replicated_layers_and_dtypes():
+    w = weight(96, K, 64)
+    layer = replicated(config_of({"a.o_proj": 64}), K, 96)
+    load(layer, tensors(w))
+    finish(finish(layer))  # SGLang may ask twice
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(output(layer, tokens(K, dtype)), alone(w, tokens(K, dtype)))
+    with pytest.raises(RuntimeError, match="start the server anew"):
+        layer.qweight.weight_loader(layer.qweight, w.qweight)
+
+
+def test_what_is_missing_or_wrong_is_named():
+    w = weight(96, K)
+    with as_rank(0, 1):
+        for missing in LOGICAL:
+            layer = down(config_of({"a.down_proj": 0}), K, 96)
+            load(layer, {name: t for name, t in tensors(w).items() if name != missing})
+            with pytest.raises(ValueError, match=r"a\.down_proj: .*checkpoint lacks"):
+                finish(layer)
+        layer = down(config_of({"a.down_proj": 64}), K, 96)
+        with pytest.raises(ValueError, match="qweight: expected uint8 with rows of 160"):
+            load(layer, tensors(w))
+
+
+def test_what_is_not_served_is_refused():
+    with as_rank(0, 1), pytest.raises(ValueError, match=r"got a\.v_proj in floats"):
+        qkv(config_of({"a.q_proj": 0, "a.k_proj": 0}), K, 16, 4, 2)
+    with pytest.raises(ValueError, match="got 'awq'"):
+        LiquidGemmConfig.from_config({"quant_method": "awq", "bits": 4})
+    with pytest.raises(ValueError, match="got one in floats"):
+        LiquidGemmConfig()
+    with pytest.raises(ValueError, match="got one in floats"):
+        config_of(None)
+    with pytest.raises(ValueError, match=r"got \['surprise'\]"):
+        config_of({}, surprise=1)
+    with pytest.raises(ValueError, match=r"lm_head: a quantized head"):
+        config_of({"lm_head": 0}).get_quant_method(embedding(), "lm_head")
+    with pytest.raises(ValueError, match=r"kv_b_proj: MLA"):
+        config_of({"a.kv_b_proj": 0}).get_quant_method(replicated(None, 64, 64), "a.kv_b_proj")
+
+
+def test_layers_that_stay_in_floats():
+    config = config_of({"a.o_proj": 0})
+    with as_rank(0, 1):
+        layer = down(config, K, 96)
+    assert type(layer.quant_method).__name__ == "UnquantizedLinearMethod"
+    assert "1 x down_proj (so in the checkpoint)" in config.summary.lines(torch.device("cpu"))[0]
+    assert config.get_quant_method(embedding(), "lm_head") is None
+
+
+def test_a_gpu_that_is_no_hopper_gets_the_reason(monkeypatch):
+    monkeypatch.setattr(_library, "load_libraries", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B200")
+    with as_rank(0, 1), pytest.raises(ValueError, match=r"got 10\.0 \(NVIDIA B200\): serve the f"):
+        down(config_of({"a.down_proj": 0}), K, 96)
