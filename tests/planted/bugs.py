@@ -23,10 +23,10 @@ CANARIES = "tests/gpu/test_canaries.py"
 SMALL = "tests/gpu/test_small_suite.py"
 QUANTIZING = "tests/gpu/test_quantizing_gemm.py"
 GROUPED = "tests/gpu/test_grouped_gemm.py"
-MOE = "tests/gpu/test_moe.py"
+MOE = "tests/gpu/test_moe_chain.py"
 PRODUCERS = "liquidgemm/producers"  # below csrc
 OF_GROUPED = ("instantiations/grouped/t16_p1_k4_s4.cu",)
-FUSED = "tests/gpu/test_producers.py"
+FUSED = "tests/gpu/test_fused_producers.py"
 NORM, GLU = (f"{PRODUCERS}/{name}.cu" for name in ("rms_norm", "glu"))
 
 
