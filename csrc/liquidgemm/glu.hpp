@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "liquidgemm/common/activation.hpp"
 #include "liquidgemm/common/element.hpp"
+#include "liquidgemm/common/gated_activation.hpp"
 
 namespace liquidgemm {
 

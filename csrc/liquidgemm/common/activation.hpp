@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "liquidgemm/common/gated_activation.hpp"
 #include "liquidgemm/common/rounded.hpp"
 
 namespace liquidgemm {
@@ -104,9 +105,6 @@ CUTE_HOST_DEVICE float swiglu_up(float x) {
 }
 
 }  // namespace
-
-// What an MLP makes of two projections of its input, in the roundings of eager torch.
-enum class GatedActivation : int { kSiluMul, kGeluTanhMul, kSwigluClamped };
 
 namespace {
 

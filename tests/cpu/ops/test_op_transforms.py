@@ -98,7 +98,8 @@ def test_every_public_op_is_checked():
         "quantize_activation_rows",
     }
     producers = {"glu_quantize", "rms_norm_quantize"}
-    assert names == {op for op, _ in op_samples()} | experts | producers
+    caches = {"kv_attention", "kv_write_"}
+    assert names == {op for op, _ in op_samples()} | experts | producers | caches
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -113,7 +113,7 @@ def test_plans_are_those_that_the_library_dispatches_from() -> None:
         assert compiled == set(tiles)
     for file in ("test_gemm.py", "test_canaries.py", "test_overtaking.py", "test_few_sms.py"):
         assert "plan_names()" in (TESTS / "gpu" / file).read_text()
-    for file in ("test_grouped_gemm.py", "test_moe.py"):
+    for file in ("test_grouped_gemm.py", "test_moe_chain.py"):
         assert "GROUPED_PLANS" in (TESTS / "gpu" / file).read_text()
 
 

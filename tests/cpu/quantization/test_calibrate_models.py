@@ -97,13 +97,13 @@ def test_later_blocks_see_what_quantized_blocks_give(monkeypatch):
     """Moments of a layer in the second block come from the quantized first block."""
     model = make()
     seen = {}
-    original = driver.quantize_layer
+    original = driver.quantize_layers
 
-    def spy(weight, config, name, moments):
-        seen[name] = moments
-        return original(weight, config, name, moments)
+    def spy(weights, config, moments):
+        seen.update(dict.fromkeys(weights, moments))
+        return original(weights, config, moments)
 
-    monkeypatch.setattr(driver, "quantize_layer", spy)
+    monkeypatch.setattr(driver, "quantize_layers", spy)
     quantize_(model, LiquidConfig("hessian"), calibration=batches(), progress=False)
     q, k = (seen[f"model.layers.1.self_attn.{name}"] for name in ("q_proj", "k_proj"))
     assert q is k
@@ -190,13 +190,13 @@ def test_gate(gate, monkeypatch):
     model = make()
     before = state(model)
 
-    def broken(weight, config, name, moments):
-        quantized, method = original(weight, config, name, moments)
-        quantized.scale.mul_(3)
-        return quantized, method
+    def broken(weights, config, moments):
+        for quantized, method in original(weights, config, moments):
+            quantized.scale.mul_(3)
+            yield quantized, method
 
-    original = driver.quantize_layer
-    monkeypatch.setattr(driver, "quantize_layer", broken)
+    original = driver.quantize_layers
+    monkeypatch.setattr(driver, "quantize_layers", broken)
 
     def run():
         return quantize_(

@@ -306,11 +306,11 @@ def test_the_gate_judges_the_models(name):
 @pytest.mark.parametrize("name", ["interleaved", "towers"])
 def test_moments_are_those_of_the_quantized_model(name, monkeypatch):
     """Of layers that are called once: what comes before them is quantized when they are."""
-    seen, original = {}, driver.quantize_layer
+    seen, original = {}, driver.quantize_layers
     monkeypatch.setattr(
         driver,
-        "quantize_layer",
-        lambda w, c, key, m: seen.update({key: m}) or original(w, c, key, m),
+        "quantize_layers",
+        lambda w, c, m: seen.update(dict.fromkeys(w, m)) or original(w, c, m),
     )
     model, x = plain(name)
     quiet(model, LiquidConfig("hessian"), calibration=x)

@@ -360,13 +360,13 @@ def test_errors_that_grow_in_a_healthy_model_are_no_fault():
 
 
 def test_the_same_with_a_damaged_layer_is_one(monkeypatch):
-    original = driver.quantize_layer
+    original = driver.quantize_layers
 
-    def damaged(weight, config, name="layer", *args):
-        found, method = original(weight, config, name, *args)
-        return replace(found, scale=found.scale * (1.7 if name == "1.b" else 1)), method
+    def damaged(weights, *args):
+        for name, (found, method) in zip(weights, original(weights, *args), strict=True):
+            yield replace(found, scale=found.scale * (1.7 if name == "1.b" else 1)), method
 
-    monkeypatch.setattr(driver, "quantize_layer", damaged)
+    monkeypatch.setattr(driver, "quantize_layers", damaged)
     torch.manual_seed(1)
     x = torch.randn(4, 16, 64)
     with pytest.warns(UserWarning, match="1: off by"):
