@@ -4,6 +4,7 @@
 //
 // A thread keeps its part of y in registers between the maximum and the division; what a longer row
 // has beyond it is computed twice.
+#include "liquidgemm/common/activation.hpp"
 #include "liquidgemm/glu.hpp"
 #include "liquidgemm/producers/pairs.hpp"
 #include "liquidgemm/producers/rows.hpp"
