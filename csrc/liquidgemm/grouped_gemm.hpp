@@ -7,11 +7,10 @@
 #include <optional>
 
 #include "liquidgemm/common/element.hpp"
+#include "liquidgemm/common/gated_activation.hpp"
 #include "liquidgemm/plan/grouped_plan.hpp"
 
 namespace liquidgemm {
-
-enum class GatedActivation : int;  // of common/activation.hpp
 
 // The plan that the library selects for a problem, as if its rows had been given to experts at
 // random.

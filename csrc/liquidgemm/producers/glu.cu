@@ -119,25 +119,9 @@ __global__ void __launch_bounds__(max_threads<T>(kHeld), 1)
   const float scale = activation_scale(cluster_max(of_thread.float_bits()));
   if (first_element() == 0)
     rows.scale[token] = scale;
-  const Quantizer quantizer(scale);
-  const auto quantize = [&](auto common) {
-    constexpr bool kCommon = decltype(common)::value;
-    CUTE_UNROLL
-    for (int i = 0; i < kHeld; ++i)
-      row.store_quantized(quantizer.template quantize<kCommon>(held[i]),
-                          first_element() + i * step());
-#pragma unroll 1
-    for (int64_t at = first_element() + kHeld * step(); at < rows.k; at += step()) {
-      Vector<T> y;
-      row.compute(y, at);
-      row.store_quantized(quantizer.template quantize<kCommon>(y), at);
-    }
-  };
-  if (Quantizer::is_common(scale)) {
-    quantize(std::true_type{});
-  } else {
-    quantize(std::false_type{});
-  }
+  quantize_row(
+      scale, held, rows.k, [&](Vector<T>& vector, int64_t at) { row.compute(vector, at); },
+      [&](uint2 bytes, int64_t at) { row.store_quantized(bytes, at); });
 }
 
 template <class T, GatedActivation kActivation>
@@ -189,16 +173,7 @@ cudaError_t launch(GluArguments const& a, cudaStream_t stream) {
 cudaError_t glu_quantize(GluArguments const& a, cudaStream_t stream) {
   if (a.m == 0)
     return cudaSuccess;
-  switch (a.type) {
-    case Element::kBFloat16:
-      return launch<__nv_bfloat16>(a, stream);
-    case Element::kFloat16:
-      return launch<__half>(a, stream);
-    case Element::kFloat32:
-      return launch<float>(a, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return launch_for(a.type, [&](auto of_type) { return launch<decltype(of_type)>(a, stream); });
 }
 
 }  // namespace liquidgemm

@@ -1,12 +1,8 @@
 // A token's rows, weighted and added in the order of its slots: no atomics, so that the sum is the
 // same whatever the batch. A thread has a vector of one token.
-#include <cutlass/arch/grid_dependency_control.h>
-
 #include "liquidgemm/common/formula.hpp"
-#include "liquidgemm/common/math.hpp"
 #include "liquidgemm/moe.hpp"
-#include "liquidgemm/producers/launch.hpp"
-#include "liquidgemm/producers/quantizer.hpp"
+#include "liquidgemm/producers/rows.hpp"
 
 namespace liquidgemm {
 namespace {
@@ -74,14 +70,12 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 cudaError_t launch(MoeCombineArguments const& a, cudaStream_t stream) {
-  const bool aligned = (reinterpret_cast<uintptr_t>(a.y) | reinterpret_cast<uintptr_t>(a.residual) |
-                        reinterpret_cast<uintptr_t>(a.out)) %
-                               16 ==
-                           0 &&
-                       a.n % kVector == 0;
+  bool aligned = a.n % kVector == 0;
+  for (void const* rows : {a.y, a.residual, static_cast<void const*>(a.out)})
+    aligned = aligned && has_aligned_rows(rows, 0, 16);  // null is aligned
   const dim3 grid(static_cast<unsigned>(a.tokens),
                   static_cast<unsigned>(ceil_div(a.n, kThreads * kVector)));
-  return launch_early(combine_kernel<T>, grid, kThreads, 0, stream, a, aligned);
+  return launch_early(combine_kernel<T>, {grid, kThreads}, stream, a, aligned);
 }
 
 }  // namespace
@@ -89,16 +83,7 @@ cudaError_t launch(MoeCombineArguments const& a, cudaStream_t stream) {
 cudaError_t moe_combine(MoeCombineArguments const& a, cudaStream_t stream) {
   if (a.tokens == 0)
     return cudaSuccess;
-  switch (a.type) {
-    case Element::kBFloat16:
-      return launch<__nv_bfloat16>(a, stream);
-    case Element::kFloat16:
-      return launch<__half>(a, stream);
-    case Element::kFloat32:
-      return launch<float>(a, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return launch_for(a.type, [&](auto of_type) { return launch<decltype(of_type)>(a, stream); });
 }
 
 }  // namespace liquidgemm

@@ -146,7 +146,7 @@ cudaError_t launch(MoeScheduleArguments const& a, cudaStream_t stream) {
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedInts * sizeof(int));
   if (error != cudaSuccess)
     return error;
-  return launch_early(kernel, dim3(1), static_cast<int>(warps * 32), shared_bytes, stream,
+  return launch_early(kernel, {dim3(1), static_cast<int>(warps * 32), shared_bytes}, stream,
                       static_cast<Id const*>(a.topk_ids), a.slots, a.experts, a.offsets,
                       a.row_of_slot, a.slot_of_row);
 }

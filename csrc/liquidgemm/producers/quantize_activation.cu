@@ -115,16 +115,7 @@ cudaError_t launch(QuantizeArguments const& a, cudaStream_t stream) {
 cudaError_t quantize_activation(QuantizeArguments const& a, cudaStream_t stream) {
   if (a.m == 0)
     return cudaSuccess;
-  switch (a.x_type) {
-    case Element::kBFloat16:
-      return launch<__nv_bfloat16>(a, stream);
-    case Element::kFloat16:
-      return launch<__half>(a, stream);
-    case Element::kFloat32:
-      return launch<float>(a, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return launch_for(a.x_type, [&](auto of_type) { return launch<decltype(of_type)>(a, stream); });
 }
 
 }  // namespace liquidgemm

@@ -1,13 +1,7 @@
 // Activation quantization of rows in another order, or of some rows: one CTA per row of the output,
 // or per token that becomes several rows. The formula is that of producers/quantizer.hpp.
-#include <cutlass/arch/grid_dependency_control.h>
-
-#include <algorithm>
-
-#include "liquidgemm/common/math.hpp"
 #include "liquidgemm/moe.hpp"
-#include "liquidgemm/producers/launch.hpp"
-#include "liquidgemm/producers/quantizer.hpp"
+#include "liquidgemm/producers/rows.hpp"
 
 namespace liquidgemm {
 namespace {
@@ -25,28 +19,6 @@ struct Arguments {
   int top_k;
   bool aligned;
 };
-
-__device__ void store(int8_t* to, uint2 bytes, int64_t count, bool aligned) {
-  if (aligned && count >= kVector) {
-    *reinterpret_cast<uint2*>(to) = bytes;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (i < count)
-        to[i] = static_cast<int8_t>((i < 4 ? bytes.x : bytes.y) >> i % 4 * 8);
-    }
-  }
-}
-
-__device__ uint32_t max_of_cta(uint32_t value) {
-  __shared__ uint32_t of_warp[kMostThreads / 32];
-  value = __reduce_max_sync(0xffffffffu, value);
-  if (threadIdx.x % 32 == 0)
-    of_warp[threadIdx.x / 32] = value;
-  __syncthreads();
-  const int lane = threadIdx.x % 32;
-  return __reduce_max_sync(0xffffffffu, lane < blockDim.x / 32 ? of_warp[lane] : 0u);
-}
 
 // The token of a row in the order of the output, or -1.
 template <RowOrder kOrder, class T>
@@ -86,6 +58,7 @@ __global__ void __launch_bounds__(kMostThreads) quantize_rows_kernel(const Argum
   if constexpr (kOrder != RowOrder::kInPlace)
     cutlass::arch::launch_dependent_grids();
 
+  __shared__ uint32_t of_warp[kMostThreads / 32];
   const int64_t source = blockIdx.x;  // a token if rows are scattered, else a row
   const int64_t token = kOrder == RowOrder::kScatter ? source : token_of_row<kOrder>(a, source);
   if (token < 0)
@@ -106,7 +79,7 @@ __global__ void __launch_bounds__(kMostThreads) quantize_rows_kernel(const Argum
     vector.load(x + at, a.k - at, a.aligned);
     of_thread.add(vector);
   }
-  const float scale = activation_scale(max_of_cta(of_thread.float_bits()));
+  const float scale = activation_scale(max_of_cta(of_thread.float_bits(), of_warp));
   if constexpr (kOrder == RowOrder::kScatter) {
     for (int j = threadIdx.x; j < a.top_k; j += blockDim.x) {
       const int64_t row = a.index[source * a.top_k + j];
@@ -145,23 +118,22 @@ cudaError_t launch(QuantizeRowsArguments const& a, cudaStream_t stream) {
   const int64_t wanted = a.rows >= 512 ? ceil_div(vectors, 2) : vectors;
   const int threads = static_cast<int>(
       std::min<int64_t>(kMostThreads, ceil_div(std::max<int64_t>(wanted, 1), 32) * 32));
-  const Arguments<T> arguments{
-      .x = static_cast<T const*>(a.x),
-      .index = a.index,
-      .out = a.out,
-      .scale = a.scale,
-      .tokens = a.tokens,
-      .rows = a.rows,
-      .k = a.k,
-      .out_stride = a.out_stride,
-      .top_k = a.top_k,
-      .aligned = reinterpret_cast<uintptr_t>(a.x) % 16 == 0 && a.k * sizeof(T) % 16 == 0 &&
-                 reinterpret_cast<uintptr_t>(a.out) % kVector == 0 && a.out_stride % kVector == 0};
+  const Arguments<T> arguments{.x = static_cast<T const*>(a.x),
+                               .index = a.index,
+                               .out = a.out,
+                               .scale = a.scale,
+                               .tokens = a.tokens,
+                               .rows = a.rows,
+                               .k = a.k,
+                               .out_stride = a.out_stride,
+                               .top_k = a.top_k,
+                               .aligned = has_aligned_rows(a.x, a.k * sizeof(T), 16) &&
+                                          has_aligned_rows(a.out, a.out_stride, kVector)};
   const int64_t ctas = a.order == RowOrder::kScatter ? a.tokens : a.rows;
   auto* const kernel = a.order == RowOrder::kScatter  ? quantize_rows_kernel<RowOrder::kScatter, T>
                        : a.order == RowOrder::kGather ? quantize_rows_kernel<RowOrder::kGather, T>
                                                       : quantize_rows_kernel<RowOrder::kInPlace, T>;
-  return launch_early(kernel, dim3(static_cast<unsigned>(ctas)), threads, 0, stream, arguments);
+  return launch_early(kernel, {dim3(static_cast<unsigned>(ctas)), threads}, stream, arguments);
 }
 
 }  // namespace
@@ -169,16 +141,7 @@ cudaError_t launch(QuantizeRowsArguments const& a, cudaStream_t stream) {
 cudaError_t quantize_rows(QuantizeRowsArguments const& a, cudaStream_t stream) {
   if (a.rows == 0 || a.tokens == 0)
     return cudaSuccess;
-  switch (a.x_type) {
-    case Element::kBFloat16:
-      return launch<__nv_bfloat16>(a, stream);
-    case Element::kFloat16:
-      return launch<__half>(a, stream);
-    case Element::kFloat32:
-      return launch<float>(a, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return launch_for(a.x_type, [&](auto of_type) { return launch<decltype(of_type)>(a, stream); });
 }
 
 }  // namespace liquidgemm

@@ -209,25 +209,10 @@ __global__ void __launch_bounds__(max_threads<T>(kHeld))
   const float scale = activation_scale(cluster_max(of_thread.float_bits()));
   if (threadIdx.x == 0)
     rows.scale[blockIdx.x] = scale;
-  const Quantizer quantizer(scale);
-  const auto quantize = [&](auto common) {
-    constexpr bool kCommon = decltype(common)::value;
-    CUTE_UNROLL
-    for (int i = 0; i < kHeld; ++i)
-      row.store_quantized(quantizer.template quantize<kCommon>(held[i]),
-                          first_element() + i * step());
-#pragma unroll 1
-    for (int64_t at = first_element() + kHeld * step(); at < rows.k; at += step()) {
-      Vector<T> vector;
-      row.load_again(vector, factor, at);
-      row.store_quantized(quantizer.template quantize<kCommon>(vector), at);
-    }
-  };
-  if (Quantizer::is_common(scale)) {
-    quantize(std::true_type{});
-  } else {
-    quantize(std::false_type{});
-  }
+  quantize_row(
+      scale, held, rows.k,
+      [&](Vector<T>& vector, int64_t at) { row.load_again(vector, factor, at); },
+      [&](uint2 bytes, int64_t at) { row.store_quantized(bytes, at); });
 }
 
 template <class T, class W>
@@ -282,16 +267,7 @@ cudaError_t launch(RmsNormArguments const& a, cudaStream_t stream) {
 cudaError_t rms_norm_quantize(RmsNormArguments const& a, cudaStream_t stream) {
   if (a.m == 0)
     return cudaSuccess;
-  switch (a.x_type) {
-    case Element::kBFloat16:
-      return launch<__nv_bfloat16>(a, stream);
-    case Element::kFloat16:
-      return launch<__half>(a, stream);
-    case Element::kFloat32:
-      return launch<float>(a, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return launch_for(a.x_type, [&](auto of_type) { return launch<decltype(of_type)>(a, stream); });
 }
 
 }  // namespace liquidgemm

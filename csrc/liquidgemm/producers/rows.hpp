@@ -6,10 +6,12 @@
 #include <cutlass/arch/grid_dependency_control.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "liquidgemm/common/cluster_ptx.hpp"
 #include "liquidgemm/common/math.hpp"
+#include "liquidgemm/producers/launch.hpp"
 #include "liquidgemm/producers/quantizer.hpp"
 
 namespace liquidgemm {
@@ -61,25 +63,16 @@ inline bool has_aligned_rows(void const* rows, int64_t stride_bytes, int64_t vec
   return reinterpret_cast<uintptr_t>(rows) % vector_bytes == 0 && stride_bytes % vector_bytes == 0;
 }
 
-// As programmatic dependent launch: the kernel has to wait for the one before it.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_rows(void (*kernel)(Parameters...),
                         RowDivision const& division,
                         int64_t m,
                         cudaStream_t stream,
                         Arguments&&... arguments) {
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(division.cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(m * division.cluster));
-  config.blockDim = dim3(static_cast<unsigned>(division.threads));
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = division.cluster > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  const LaunchShape shape{.grid = dim3(static_cast<unsigned>(m * division.cluster)),
+                          .threads = division.threads,
+                          .cluster = division.cluster};
+  return launch_early(kernel, shape, stream, std::forward<Arguments>(arguments)...);
 }
 
 // The threads of a cluster share a row, a vector at a time.
@@ -102,6 +95,18 @@ CUTE_DEVICE void store(int8_t* to, uint2 bytes, int64_t count, bool aligned) {
   }
 }
 
+// The largest value of any thread of the CTA, for all of them. `of_warp`, in shared memory, has a
+// place for each warp.
+CUTE_DEVICE uint32_t max_of_cta(uint32_t value, uint32_t* of_warp) {
+  value = __reduce_max_sync(0xffffffffu, value);
+  if (threadIdx.x % 32 == 0)
+    of_warp[threadIdx.x / 32] = value;
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  const int warps = blockDim.x / 32;
+  return __reduce_max_sync(0xffffffffu, lane < warps ? of_warp[lane] : 0u);
+}
+
 // The largest value of any thread of the cluster, for all of them.
 class ClusterMax {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
@@ -121,13 +126,7 @@ class ClusterMax {
   }
 
   __device__ uint32_t operator()(uint32_t value) const {
-    value = __reduce_max_sync(0xffffffffu, value);
-    if (threadIdx.x % 32 == 0)
-      shared().of_warp[threadIdx.x / 32] = value;
-    __syncthreads();
-    const int lane = threadIdx.x % 32;
-    const int warps = blockDim.x / 32;
-    value = __reduce_max_sync(0xffffffffu, lane < warps ? shared().of_warp[lane] : 0u);
+    value = max_of_cta(value, shared().of_warp);
     if (size_ == 1)
       return value;
     if (threadIdx.x < size_) {
@@ -136,6 +135,7 @@ class ClusterMax {
                        peer_address(&shared().arrived, threadIdx.x));
     }
     Barrier::wait(&shared().arrived, 0);
+    const int lane = threadIdx.x % 32;
     return __reduce_max_sync(0xffffffffu, lane < size_ ? shared().of_cta[lane].x : 0u);
   }
 
@@ -152,6 +152,34 @@ class ClusterMax {
 
   uint32_t size_;
 };
+
+// Quantizes a row by its scale: the vectors that the thread holds, then the rest of a long row,
+// each of which `again(vector, at)` makes anew. `store(bytes, at)` takes the results.
+template <class T, int kHeld, class Again, class Store>
+CUTE_DEVICE void quantize_row(float scale,
+                              Vector<T> const (&held)[kHeld],
+                              int64_t k,
+                              Again const& again,
+                              Store const& store) {
+  const Quantizer quantizer(scale);
+  const auto quantize = [&](auto common) {
+    constexpr bool kCommon = decltype(common)::value;
+    CUTE_UNROLL
+    for (int i = 0; i < kHeld; ++i)
+      store(quantizer.quantize<kCommon>(held[i]), first_element() + i * step());
+#pragma unroll 1
+    for (int64_t at = first_element() + kHeld * step(); at < k; at += step()) {
+      Vector<T> vector;
+      again(vector, at);
+      store(quantizer.quantize<kCommon>(vector), at);
+    }
+  };
+  if (Quantizer::is_common(scale)) {
+    quantize(std::true_type{});
+  } else {
+    quantize(std::false_type{});
+  }
+}
 
 }  // namespace
 }  // namespace liquidgemm
