@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,27 +74,30 @@ def _computes_linear(kind: type[nn.Linear]) -> bool:
     above = kind.__mro__[: kind.__mro__.index(nn.Linear)]
     if any(vars(c).keys() - _PLAIN or c.__module__.startswith("torch.") for c in above):
         return False
-    for bias in (True, False):
-        trial = nn.Linear(5, 3, bias=bias, device="cpu", dtype=torch.float64)
-        with torch.no_grad():
-            for i, parameter in enumerate(trial.parameters()):
-                values = torch.arange(1.0, parameter.numel() + 1, dtype=torch.float64)
-                parameter.copy_(torch.sin(values + i).view_as(parameter))
-            for shape in ((5,), (4, 5), (2, 3, 5)):
-                for training in (True, False):
-                    size = torch.Size(shape).numel()
-                    x = torch.cos(torch.arange(1.0, size + 1, dtype=torch.float64)).view(shape)
-                    expected = F.linear(x, trial.weight, trial.bias)
-                    trial.train(training).__class__ = kind
-                    try:
-                        actual = trial(x)
-                    except Exception:
-                        return False
-                    if not isinstance(actual, torch.Tensor) or actual.shape != expected.shape:
-                        return False
-                    if not torch.allclose(actual, expected, rtol=1e-12, atol=1e-12):
-                        return False
-    return True
+    cases = itertools.product((True, False), (True, False), ((5,), (4, 5), (2, 3, 5)))
+    return all(_computes_linear_of(kind, *case) for case in cases)
+
+
+def _computes_linear_of(
+    kind: type[nn.Linear], bias: bool, training: bool, shape: tuple[int, ...]
+) -> bool:
+    linear = nn.Linear(5, 3, bias=bias, device="cpu", dtype=torch.float64)
+    for i, parameter in enumerate(linear.parameters()):
+        values = torch.arange(1.0, parameter.numel() + 1, dtype=torch.float64)
+        parameter.data = torch.sin(values + i).view_as(parameter)
+    x = torch.cos(torch.arange(1.0, math.prod(shape) + 1, dtype=torch.float64)).view(shape)
+    with torch.no_grad():
+        expected = F.linear(x, linear.weight, linear.bias)
+        linear.train(training).__class__ = kind
+        try:
+            actual = linear(x)
+        except Exception:
+            return False
+    return (
+        isinstance(actual, torch.Tensor)
+        and actual.shape == expected.shape
+        and torch.allclose(actual, expected, rtol=1e-12, atol=1e-12)
+    )
 
 
 def is_conv1d(module: nn.Module) -> bool:
