@@ -15,6 +15,7 @@ from ..weights.weight import QuantizedWeight, dequantize_weight
 from ._modules import as_linear, is_linear
 from ._product import product
 from ._stand_in import WeightStandIn, no_float_weight
+from ._state import read_state
 
 _LOGICAL = ("qweight", "qscale", "qoffset")
 _STATE = (*_LOGICAL, "scale")
@@ -329,21 +330,11 @@ class LiquidLinear(nn.Module):
         """Checks everything before it changes anything; problems go to error_msgs, as in torch."""
         optional = [name for name in ("bias", "columns") if getattr(self, name) is not None]
         names = [*_STATE, *optional]
-        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        missing_keys += [prefix + name for name in names if name not in found]
-        if strict:
-            unexpected_keys += [
-                key
-                for key in state_dict
-                if key.startswith(prefix) and key.removeprefix(prefix) not in names
-            ]
-        if (version := local_metadata.get("version", self._version)) > self._version:
-            error_msgs.append(
-                f"{prefix}: expected state of version {self._version} or older, got {version}: "
-                "it was saved by a newer liquidgemm"
-            )
-            return
-        if not all(name in found for name in names if name != "bias"):
+        found = read_state(
+            self, names, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+            error_msgs,
+        )  # fmt: skip
+        if found is None or not all(name in found for name in names if name != "bias"):
             return
         try:
             loaded = self._checked(found)

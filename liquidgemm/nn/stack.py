@@ -11,6 +11,7 @@ from .. import ops
 from ..formats.liquidquant import BLOCK_BYTES, GROUP, PANEL, ceil_div
 from ..ops import INTERLEAVE
 from ..weights.weight import QuantizedWeight, dequantize_weight
+from ._state import read_state
 
 _LOGICAL = ("qweight", "qscale", "qoffset")
 STATE = (*_LOGICAL, "scale")
@@ -197,21 +198,11 @@ class ExpertStack(nn.Module):
     ) -> None:
         """Checks everything before it changes anything; problems go to error_msgs, as in torch."""
         names = STATE if self.row_bias is None else (*STATE, "bias")
-        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        missing_keys += [prefix + name for name in names if name not in found]
-        if strict:
-            unexpected_keys += [
-                key
-                for key in state_dict
-                if key.startswith(prefix) and key.removeprefix(prefix) not in names
-            ]
-        if (version := local_metadata.get("version", self._version)) > self._version:
-            error_msgs.append(
-                f"{prefix}: expected state of version {self._version} or older, got {version}: "
-                "it was saved by a newer liquidgemm"
-            )
-            return
-        if len(found) < len(names):
+        found = read_state(
+            self, names, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+            error_msgs,
+        )  # fmt: skip
+        if found is None or len(found) < len(names):
             return
         assign = local_metadata.get("assign_to_params_buffers", False)
         if self.packed.is_meta and not assign:
