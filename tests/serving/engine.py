@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-serve")
 
@@ -73,23 +73,6 @@ def head(config, n, k, dtype=torch.bfloat16) -> nn.Module:
     return vllm_vocab.ParallelLMHead(
         n, k, params_dtype=dtype, quant_config=config, prefix="lm_head"
     )
-
-
-def load(layer: nn.Module, tensors: dict[str, Tensor], shard: int | str | None = None) -> None:
-    """As a model's load_weights does it."""
-    for name, tensor in tensors.items():
-        parameter = getattr(layer, name)
-        args = () if shard is None else (shard,)
-        parameter.weight_loader(parameter, tensor, *args)
-
-
-def finish(layer: nn.Module) -> nn.Module:
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
-
-
-def output(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    return layer.quant_method.apply(layer, x, bias)
 
 
 def write_config(folder: Path, **changes) -> None:

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 from sglang.srt.layers import linear, vocab_parallel_embedding
-from torch import Tensor, nn
+from torch import nn
 
 from liquidgemm.integrations.sglang import register
 from liquidgemm.integrations.sglang.config import LiquidGemmConfig
@@ -61,20 +61,3 @@ def replicated(config, k, n) -> nn.Module:
 
 def embedding() -> nn.Module:
     return nn.Module.__new__(vocab_parallel_embedding.ParallelLMHead)
-
-
-def load(layer: nn.Module, tensors: dict[str, Tensor], shard: int | str | None = None) -> None:
-    """As a model's load_weights does it."""
-    for name, tensor in tensors.items():
-        parameter = getattr(layer, name)
-        args = () if shard is None else (shard,)
-        parameter.weight_loader(parameter, tensor, *args)
-
-
-def finish(layer: nn.Module) -> nn.Module:
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
-
-
-def output(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    return layer.quant_method.apply(layer, x, bias)

@@ -3,6 +3,8 @@
 import importlib.metadata
 
 import pytest
+import sglang_layers
+import slices
 import torch
 from sglang_layers import (
     LiquidGemmConfig,
@@ -10,41 +12,14 @@ from sglang_layers import (
     config_of,
     down,
     embedding,
-    finish,
     gate_up,
-    load,
-    output,
     qkv,
     register,
     replicated,
 )
+from slices import LOGICAL, SIZES, K, alone, finish, load, output, tensors, tokens, weight
 
-from liquidgemm import LiquidConfig, LiquidLinear, QuantizedWeight, linear
-from liquidgemm.integrations.serving.layout import Slice, as_packed, pack
 from liquidgemm.ops import _library
-from liquidgemm.quantization.layer import quantize_layer
-
-K = 256
-LOGICAL = ("qweight", "qscale", "qoffset", "scale")
-SIZES = (1, 2, 4, 8)
-
-
-def weight(n: int, k: int, augment: int = 0, seed: int = 0, keep: bool = False) -> QuantizedWeight:
-    w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
-    return quantize_layer(w, LiquidConfig(augment=augment, keep=("layer",) if keep else ()))[0]
-
-
-def tensors(w: QuantizedWeight) -> dict[str, torch.Tensor]:
-    found = {name: getattr(w, name) for name in LOGICAL}
-    return found if w.columns is None else found | {"columns": w.columns}
-
-
-def tokens(k: int, dtype=torch.bfloat16) -> torch.Tensor:
-    return torch.randn(5, k, generator=torch.Generator().manual_seed(9)).to(dtype)
-
-
-def alone(w: QuantizedWeight, x: torch.Tensor, bias=None) -> torch.Tensor:
-    return LiquidLinear.from_quantized(w, bias)(x)
 
 
 def test_sglang_knows_the_method_everywhere():
@@ -72,29 +47,7 @@ def test_sglang_finds_the_entry_point():
 @pytest.mark.parametrize("augments", [(0, 0, 0), (64, 64, 64), (64, 0, 128)])
 def test_fused_qkv_is_the_slices(size, augments):
     """Four heads of queries and two of keys and values, which more ranks than two share."""
-    heads, kv_heads, width = 8, 2, 16
-    x = tokens(K)
-    rows = {"q": heads * width, "k": kv_heads * width, "v": kv_heads * width}
-    weights = {
-        shard: weight(n, K, augment, i)
-        for i, ((shard, n), augment) in enumerate(zip(rows.items(), augments, strict=True))
-    }
-    whole = {shard: alone(w, x) for shard, w in weights.items()}
-    for rank in range(size):
-        with as_rank(rank, size):
-            named = zip(("q", "k", "v"), augments, strict=True)
-            layer = qkv(config_of({f"a.{s}_proj": a for s, a in named}), K, width, heads, kv_heads)
-            for shard, w in weights.items():
-                load(layer, tensors(w), shard)
-            y = output(finish(layer), x)
-        expected = []
-        for shard, y_whole in whole.items():
-            copies = max(1, size // kv_heads) if shard != "q" else 1
-            step = y_whole.shape[1] * copies // size
-            start = rank // copies * step
-            expected.append(y_whole[:, start : start + step])
-        assert torch.equal(y, torch.cat(expected, 1))
-        assert layer.scale.dtype == torch.float32
+    slices.check_fused_qkv(sglang_layers, size, augments)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -123,24 +76,7 @@ def test_fused_gate_up_is_the_slices(size):
 @pytest.mark.parametrize("kind", ["plain", "augment", "keep"])
 def test_row_parallel_is_the_slice(kind, k, size):
     """CHECKLIST 34: each rank's product is that of its own columns, also within groups."""
-    w = weight(72, k, 64 if kind == "augment" else 0, 3, keep=kind == "keep")
-    x = tokens(k)
-    bias = torch.randn(72).bfloat16()
-    for rank in range(size):
-        with as_rank(rank, size):
-            layer = down(config_of({"a.down_proj": w.augment}), k, 72)
-            load(layer, tensors(w))
-            part = Slice(rank * k // size, k // size, k)
-            own = x[:, part.start : part.start + part.length]
-            y = output(finish(layer), own, bias)
-        if size == 1:
-            assert torch.equal(y, alone(w, x, bias))
-            continue
-        codes = tuple(part.of_codes(getattr(w, name), w.augment) for name in LOGICAL[:3])
-        columns = torch.empty(0, dtype=torch.int32) if w.columns is None else w.columns
-        packed = pack(codes, w.scale, [72], [part.of_columns(columns)], part)
-        own_packed = as_packed(own, packed.gather, packed.pad)
-        assert torch.equal(y, linear(own_packed, packed.weight, w.scale, bias))
+    slices.check_row_parallel(sglang_layers, kind, k, size)
 
 
 def test_replicated_layers_and_dtypes():

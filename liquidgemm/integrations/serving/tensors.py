@@ -5,7 +5,7 @@ Engines slice and stack them by rows themselves; what is of columns is here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +44,51 @@ def checked(loaded: Tensor, name: str, part: Slice, augments: Sequence[int]) -> 
     return loaded
 
 
-def as_wide(loaded: Tensor, width: int) -> Tensor:
-    return F.pad(loaded, (0, width - loaded.shape[1]))
+class LoadsCodes:
+    """Put before an engine's parameter of a weight: a tensor of codes, as its loaders call it.
+
+    Rows are those of a weight, columns have residual ones behind them.
+
+    Args:
+        data: uint8, of `shape_of`: rows are as wide as those of the layer that has the most.
+        name: which of the codes.
+        part: the columns of this GPU.
+        augments: the number of residual columns of each layer.
+    """
+
+    def __new__(cls, data: Tensor, *args, **kwargs):
+        return super().__new__(cls, data)
+
+    def __init__(
+        self,
+        data: Tensor,
+        name: str,
+        part: Slice,
+        augments: Sequence[int],
+        weight_loader: Callable[..., None],
+    ) -> None:
+        self._name, self._part, self._augments = name, part, tuple(set(augments))
+        super().__init__(data=data, output_dim=0, input_dim=1, weight_loader=weight_loader)
+
+    def _checked(self, loaded: Tensor) -> Tensor:
+        return checked(loaded, self._name, self._part, self._augments)
+
+    def _as_wide(self, loaded: Tensor) -> Tensor:
+        loaded = self._checked(loaded)
+        return F.pad(loaded, (0, self.data.shape[1] - loaded.shape[1]))
+
+    def load_column_parallel_weight(self, loaded_weight: Tensor, *args, **kwargs) -> None:
+        super().load_column_parallel_weight(self._as_wide(loaded_weight), *args, **kwargs)
+
+    def load_merged_column_weight(self, loaded_weight: Tensor, *args, **kwargs) -> None:
+        super().load_merged_column_weight(self._as_wide(loaded_weight), *args, **kwargs)
+
+    def load_qkv_weight(self, loaded_weight: Tensor, *args, **kwargs) -> None:
+        super().load_qkv_weight(self._as_wide(loaded_weight), *args, **kwargs)
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor, *args, **kwargs) -> None:
+        (augment,) = self._augments
+        self._assert_and_load(self._part.of_codes(self._checked(loaded_weight), augment))
 
 
 def empty_columns(augments: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ... import ops
 from ..serving.layout import Slice, as_packed
 from ..serving.summary import Summary
-from ..serving.tensors import CODES, one_or_each, pack_loaded
+from ..serving.tensors import CODES, empty, one_or_each, pack_loaded
 from .parameters import CodesParameter, columns_parameter, scale_parameter
 
 
@@ -53,7 +53,8 @@ class LiquidLinearMethod(LinearMethodBase):
         self.augments = one_or_each(self.names, self.augments, self.rows)
         n = sum(self.rows)
         for name in CODES:
-            parameter = CodesParameter(n, name, self.part, self.augments, weight_loader=loader)
+            data = empty(n, name, self.part, self.augments)
+            parameter = CodesParameter(data, name, self.part, self.augments, loader)
             layer.register_parameter(name, parameter)
         layer.register_parameter("scale", scale_parameter(n, loader))
         if any(self.augments):

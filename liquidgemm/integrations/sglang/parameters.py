@@ -15,54 +15,12 @@ from sglang.srt.layers.parameter import (
 from torch import Tensor
 
 from ..serving import tensors
-from ..serving.layout import Slice
 
 _SHARDS = {"q": 0, "k": 1, "v": 2}
 
 
-class CodesParameter(ModelWeightParameter):
-    """qweight, qscale or qoffset: rows as those of a weight, columns with residual ones behind.
-
-    Args:
-        rows: N of this GPU.
-        name: which of the three.
-        part: the columns of this GPU.
-        augments: the number of residual columns of each layer. Rows are as wide as those of the
-            layer that has the most.
-    """
-
-    def __new__(cls, rows: int, name: str, part: Slice, augments: Sequence[int], **kwargs):
-        return super().__new__(cls, tensors.empty(rows, name, part, augments))
-
-    def __init__(
-        self,
-        rows: int,
-        name: str,
-        part: Slice,
-        augments: Sequence[int],
-        weight_loader: Callable,
-    ) -> None:
-        self._name, self._part, self._augments = name, part, tuple(set(augments))
-        super().__init__(data=self.data, output_dim=0, input_dim=1, weight_loader=weight_loader)
-
-    def _checked(self, loaded: Tensor) -> Tensor:
-        return tensors.checked(loaded, self._name, self._part, self._augments)
-
-    def _as_wide(self, loaded: Tensor) -> Tensor:
-        return tensors.as_wide(self._checked(loaded), self.data.shape[1])
-
-    def load_column_parallel_weight(self, loaded_weight: Tensor, *args, **kwargs) -> None:
-        super().load_column_parallel_weight(self._as_wide(loaded_weight), *args, **kwargs)
-
-    def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs) -> None:
-        super().load_merged_column_weight(self._as_wide(loaded_weight), **kwargs)
-
-    def load_qkv_weight(self, loaded_weight: Tensor, *args, **kwargs) -> None:
-        super().load_qkv_weight(self._as_wide(loaded_weight), *args, **kwargs)
-
-    def load_row_parallel_weight(self, loaded_weight: Tensor, *args, **kwargs) -> None:
-        (augment,) = self._augments
-        self._assert_and_load(self._part.of_codes(self._checked(loaded_weight), augment))
+class CodesParameter(tensors.LoadsCodes, ModelWeightParameter):
+    """qweight, qscale or qoffset."""
 
 
 class ColumnsParameter(BasevLLMParameter):

@@ -13,9 +13,9 @@ from vllm.model_executor.utils import replace_parameter
 
 from ... import ops
 from ..serving.layout import Packed, Slice, as_packed
-from ..serving.tensors import CODES, one_or_each, pack_loaded
+from ..serving.tensors import CODES, empty, one_or_each, pack_loaded
 from .fusion import advertise, as_quantized
-from .parameters import CodesParameter, columns_parameter, scale_parameter
+from .parameters import CodesParameter, columns_parameter, dummy_codes, scale_parameter
 from .summary import Summary
 
 
@@ -94,9 +94,8 @@ class LiquidLinearMethod(PackedLinearMethod):
         self.augments = one_or_each(self.names, self.augments, self.rows)
         n = sum(self.rows)
         for name in CODES:
-            parameter = CodesParameter(
-                n, name, self.part, self.augments, dummy=self.dummy, weight_loader=loader
-            )
+            data = (dummy_codes if self.dummy else empty)(n, name, self.part, self.augments)
+            parameter = CodesParameter(data, name, self.part, self.augments, loader)
             layer.register_parameter(name, parameter)
         layer.register_parameter("scale", scale_parameter(n, loader))
         if any(self.augments):

@@ -1,0 +1,106 @@
+"""What holds of the linear layers of every engine, for any rank and size of tensor parallelism.
+
+An engine is a module that makes its layers: `engine` for vLLM, `sglang_layers` for SGLang.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from liquidgemm import LiquidConfig, LiquidLinear, QuantizedWeight, linear
+from liquidgemm.integrations.serving.layout import Slice, as_packed, pack
+from liquidgemm.quantization.layer import quantize_layer
+
+K = 256
+LOGICAL = ("qweight", "qscale", "qoffset", "scale")
+SIZES = (1, 2, 4, 8)
+
+
+def weight(n: int, k: int, augment: int = 0, seed: int = 0, keep: bool = False) -> QuantizedWeight:
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+    config = LiquidConfig(augment=augment, keep=("layer",) if keep else ())
+    return quantize_layer(w, config)[0]
+
+
+def tensors(w: QuantizedWeight) -> dict[str, torch.Tensor]:
+    found = {name: getattr(w, name) for name in LOGICAL}
+    return found if w.columns is None else found | {"columns": w.columns}
+
+
+def tokens(k: int, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.randn(5, k, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+
+def alone(w: QuantizedWeight, x: torch.Tensor, bias=None) -> torch.Tensor:
+    return LiquidLinear.from_quantized(w, bias)(x)
+
+
+def load(layer: nn.Module, tensors: dict[str, Tensor], shard: int | str | None = None) -> None:
+    """As a model's load_weights does it."""
+    for name, tensor in tensors.items():
+        parameter = getattr(layer, name)
+        args = () if shard is None else (shard,)
+        parameter.weight_loader(parameter, tensor, *args)
+
+
+def finish(layer: nn.Module) -> nn.Module:
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def output(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return layer.quant_method.apply(layer, x, bias)
+
+
+def check_fused_qkv(engine: ModuleType, size: int, augments: tuple[int, ...]) -> None:
+    """Four heads of queries and two of keys and values, which more ranks than two share."""
+    heads, kv_heads, width = 8, 2, 16
+    x = tokens(K)
+    rows = {"q": heads * width, "k": kv_heads * width, "v": kv_heads * width}
+    weights = {
+        shard: weight(n, K, augment, i)
+        for i, ((shard, n), augment) in enumerate(zip(rows.items(), augments, strict=True))
+    }
+    whole = {shard: alone(w, x) for shard, w in weights.items()}
+    for rank in range(size):
+        with engine.as_rank(rank, size):
+            named = zip(("q", "k", "v"), augments, strict=True)
+            layer = engine.qkv(
+                engine.config_of({f"a.{s}_proj": a for s, a in named}), K, width, heads, kv_heads
+            )
+            for shard, w in weights.items():
+                load(layer, tensors(w), shard)
+            y = output(finish(layer), x)
+        expected = []
+        for shard, y_whole in whole.items():
+            copies = max(1, size // kv_heads) if shard != "q" else 1
+            step = y_whole.shape[1] * copies // size
+            start = rank // copies * step
+            expected.append(y_whole[:, start : start + step])
+        assert torch.equal(y, torch.cat(expected, 1))
+        assert layer.scale.dtype == torch.float32
+
+
+def check_row_parallel(engine: ModuleType, kind: str, k: int, size: int) -> None:
+    """CHECKLIST 34: each rank's product is that of its own columns, also within groups."""
+    w = weight(72, k, 64 if kind == "augment" else 0, 3, keep=kind == "keep")
+    x = tokens(k)
+    bias = torch.randn(72).bfloat16()
+    for rank in range(size):
+        with engine.as_rank(rank, size):
+            layer = engine.down(engine.config_of({"a.down_proj": w.augment}), k, 72)
+            load(layer, tensors(w))
+            part = Slice(rank * k // size, k // size, k)
+            own = x[:, part.start : part.start + part.length]
+            y = output(finish(layer), own, bias)
+        if size == 1:
+            assert torch.equal(y, alone(w, x, bias))
+            continue
+        codes = tuple(part.of_codes(getattr(w, name), w.augment) for name in LOGICAL[:3])
+        columns = torch.empty(0, dtype=torch.int32) if w.columns is None else w.columns
+        packed = pack(codes, w.scale, [72], [part.of_columns(columns)], part)
+        own_packed = as_packed(own, packed.gather, packed.pad)
+        assert torch.equal(y, linear(own_packed, packed.weight, w.scale, bias))
+        if kind == "plain" and not part.lead and not part.length % 64:
+            assert torch.equal(y, alone(w.narrow_columns(part.start, part.length), own, bias))
