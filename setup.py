@@ -78,7 +78,6 @@ NVCC_FLAGS = [
     "-gencode=arch=compute_90a,code=sm_90a",
     "--expt-relaxed-constexpr",
     "-DCUTLASS_ENABLE_GDC_FOR_SM90",  # griddepcontrol, or CUTLASS's wrappers of it do nothing
-    "-lineinfo",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Xptxas=-v",  # check_ptxas_report reads what this prints
 ]
@@ -259,6 +258,13 @@ def cpu_flags(source: Path) -> tuple[str, ...]:
     return (*CPU_CXX_FLAGS, *CPU_FLAGS.get(source.stem, ()))
 
 
+def cuda_flags(source: Path) -> tuple[str, ...]:
+    """What a source of kernels is compiled with besides NVCC_FLAGS."""
+    # Line numbers are for profilers and sanitizers. With them comes the text of all PTX, which for
+    # the many shapes of decode attention would be 3 MB.
+    return () if source.parent.name == "attention" else ("-lineinfo",)
+
+
 def write_build_file(tools: Toolchain, folder: Path, extensions: list[str]) -> list[Path]:
     """Writes build.ninja; returns the files that will hold the reports of ptxas."""
     from ninja import ninja_syntax  # absent where only the metadata is asked for
@@ -283,7 +289,7 @@ def write_build_file(tools: Toolchain, folder: Path, extensions: list[str]) -> l
         # The report is kept for check_ptxas_report; warnings and errors remain on the screen.
         ninja.rule(
             "cuda",
-            f"{nvcc} {depfile} > $out.log 2>&1; status=$$?; "
+            f"{nvcc} $flags {depfile} > $out.log 2>&1; status=$$?; "
             "grep -Ev '^ptxas info|bytes stack frame' $out.log; exit $$status",
             depfile="$out.d",
             deps="gcc",
@@ -298,7 +304,7 @@ def write_build_file(tools: Toolchain, folder: Path, extensions: list[str]) -> l
                 name = source.relative_to(ROOT)
                 target = folder / f"{name}.o"
                 if source.suffix == ".cu":
-                    rule, variables = "cuda", {}
+                    rule, variables = "cuda", {"flags": command(*cuda_flags(source))}
                     reports.append(Path(f"{target}.log"))
                 else:
                     flags = ["-DUSE_CUDA"] if cuda else cpu_flags(source)

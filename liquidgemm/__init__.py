@@ -10,6 +10,7 @@ from .checkpoints.checkpoint import load_quantized, save_quantized
 from .fusion import FusionReport, fuse_
 from .importers import ImportReport, import_checkpoint
 from .integrations import register_integrations
+from .kv import KVCache
 from .nn.experts import LiquidExperts
 from .nn.fused_layer import unfuse_
 from .nn.linear import LiquidLinear
@@ -44,6 +45,8 @@ except PackageNotFoundError:  # run from a source checkout that is not installed
 __all__ = [
     "FusionReport",
     "ImportReport",
+    "KVCache",
+    "LiquidCache",
     "LiquidConfig",
     "LiquidExperts",
     "LiquidGemmConfig",
@@ -83,8 +86,13 @@ register_integrations()
 
 
 def __getattr__(name: str):
-    if name == "LiquidGemmConfig":  # made of a class of transformers, which is optional
+    # Made of classes of transformers, which is optional.
+    if name == "LiquidGemmConfig":
         from .integrations.transformers import LiquidGemmConfig
 
         return LiquidGemmConfig
+    if name == "LiquidCache":
+        from .integrations.transformers_cache import LiquidCache
+
+        return LiquidCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

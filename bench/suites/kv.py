@@ -1,7 +1,7 @@
 """Decode attention over a KV cache: by format, batch and context, beside what its bytes take.
 
     python -m bench kv --json kv.json
-    python -m bench kv --tune --json kv_tune.json      every candidate configuration of the kernel
+    python -m bench kv --formats int8 int4 --context 1024 --batch 1,16,64,256 --json kv.json
 
 Each call is one layer's attention for one new token of every sequence. Its floor is measured in the
 same turns: a kernel that reads as many bytes as the call has to (codes, scales, queries) and does
@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import multiprocessing
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,7 +32,6 @@ from ..core.timing import capture_rotation, copies_for_cold_l2, interleave, summ
 
 TOLERANCE = {"fp8": 0.1}  # of the largest value of a head; fp8 rounds queries to 4 bits
 WITHIN = 0.02
-COMPILERS = 8
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,6 @@ class Candidate:
     label: str
     name: str
     calls: list[Callable[[], Tensor]]
-    config: dict | None = None
 
 
 def random_cache(size: Size, name: str, seed: int) -> tuple[KVCache, Tensor]:
@@ -90,21 +86,6 @@ def error_of(out: Tensor, q: Tensor, cache: KVCache, context: int) -> float:
         error = (out[b, 0].double().view_as(expected) - expected).abs().amax(-1)
         worst = max(worst, (error / expected.abs().amax(-1)).max().item())
     return worst
-
-
-def attention_calls(
-    size: Size, name: str, q: Tensor, caches: list, config: object = None
-) -> list[Callable[[], Tensor]]:
-    from liquidgemm.kv import _launch
-
-    def call(cache: KVCache, lengths: Tensor) -> Tensor:
-        if config is None:
-            return cache.attention(q, lengths)
-        out = torch.empty_like(q)
-        scale = size.head_dim**-0.5
-        return _launch.attention(out, q, *cache.tensors, lengths, scale, config=config)
-
-    return [functools.partial(call, cache, lengths) for cache, lengths in caches]
 
 
 def torch_calls(size: Size, q: Tensor, caches: list) -> dict[str, list[Callable[[], Tensor]]]:
@@ -147,43 +128,16 @@ def read_calls(size: int, copies: int) -> list[Callable[[], Tensor]]:
     return [functools.partial(call, buffer) for buffer in buffers]
 
 
-def compile_one(size: Size, name: str, config: object) -> None:
-    """In a process of its own: what is compiled stays in Triton's cache on disk."""
-    one = Size(1, size.context, size.heads, size.group, size.head_dim)
-    q = torch.zeros(1, 1, size.heads * size.group, size.head_dim, device="cuda").bfloat16()
-    caches = [random_cache(one, name, 0)]
-    for call in attention_calls(one, name, q, caches, config):
-        call()
-    torch.cuda.synchronize()
-
-
-def compile_all(size: Size, names: list[str], configs: list) -> None:
-    jobs = [(size, name, config) for name in names for config in configs]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(COMPILERS, mp_context=context) as pool:
-        for (_, name, config), job in [(job, pool.submit(compile_one, *job)) for job in jobs]:
-            try:
-                job.result()
-            except Exception as error:  # measured below, and reported there
-                print(f"  {name} {config}: {type(error).__name__}: {error}", flush=True)
-
-
 def candidates(size: Size, options: argparse.Namespace, l2: int) -> list[Candidate]:
-    from liquidgemm.kv import _launch
-
     shape = (size.batch, 1, size.heads * size.group, size.head_dim)
     q = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     found = []
     for name in options.formats:
         copies = copies_for_cold_l2(size.bytes_of(name), l2)
         caches = [random_cache(size, name, seed) for seed in range(copies)]
-        configs = _launch.CANDIDATES if options.tune else (None,)
-        ways = []
-        for config in configs:
-            label = name if config is None else f"{name} {config}"
-            calls = attention_calls(size, name, q, caches, config)
-            ways.append(Candidate(label, name, calls, config and asdict(config)))
-        if name == "bfloat16" and not options.tune:
+        calls = [functools.partial(cache.attention, q, lengths) for cache, lengths in caches]
+        ways = [Candidate(name, name, calls)]
+        if name == "bfloat16":
             for label, calls in torch_calls(size, q, caches).items():
                 ways.append(Candidate(label, name, calls))
         for way in ways:
@@ -197,10 +151,9 @@ def candidates(size: Size, options: argparse.Namespace, l2: int) -> list[Candida
                 continue
             found.append(way)
         found.append(Candidate(f"read {name}", name, read_calls(size.bytes_of(name), copies)))
-        if not options.tune:
-            x = torch.randn(size.batch, 1, size.heads, size.head_dim, device="cuda").bfloat16()
-            writes = [functools.partial(c.write_, x, x, lengths) for c, lengths in caches]
-            found.append(Candidate(f"write {name}", name, writes))
+        x = torch.randn(size.batch, 1, size.heads, size.head_dim, device="cuda").bfloat16()
+        writes = [functools.partial(c.write_, x, x, lengths) for c, lengths in caches]
+        found.append(Candidate(f"write {name}", name, writes))
     return found
 
 
@@ -214,7 +167,7 @@ def measure(size: Size, options: argparse.Namespace, l2: int) -> list[dict]:
         summary = summarize(samples, graph.calls, len(way.calls))
         rows.append(
             asdict(size)
-            | {"label": way.label, "format": way.name, "config": way.config}
+            | {"label": way.label, "format": way.name}
             | {"bytes": size.bytes_of(way.name), "time": summary.as_dict()}
         )
         graph.release()
@@ -223,7 +176,7 @@ def measure(size: Size, options: argparse.Namespace, l2: int) -> list[dict]:
         us, floor = row["time"]["median_us"], floors[row["format"]]["time"]["median_us"]
         row["of_read"] = us / floor
         print(
-            f"  {row['label']:78} {us:8.2f} us  {row['bytes'] / us / 1e6:5.2f} TB/s  "
+            f"  {row['label']:20} {us:8.2f} us  {row['bytes'] / us / 1e6:5.2f} TB/s  "
             f"{row['of_read']:5.2f} x read",
             flush=True,
         )
@@ -269,7 +222,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--group", type=int, default=4, help="query heads of each (default 4)")
     parser.add_argument("--head-dim", type=int, default=128, choices=(64, 128, 256))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--tune", action="store_true", help="every candidate configuration")
     parser.add_argument("--seconds", type=float, default=0.2, help="for each (default 0.2)")
     parser.add_argument("--commit", help="the commit to record, where there is no git checkout")
     options = parser.parse_args(words)
@@ -289,11 +241,6 @@ def main(arguments: list[str] | None = None) -> int:
     memory = properties.total_memory * 0.8
     with torch.cuda.stream(torch.cuda.Stream()):
         for context in options.context:
-            if options.tune:
-                from liquidgemm.kv import _launch
-
-                size = Size(1, context, options.heads, options.group, options.head_dim)
-                compile_all(size, options.formats, list(_launch.CANDIDATES))
             for batch in options.batch:
                 size = Size(batch, context, options.heads, options.group, options.head_dim)
                 copies = {
@@ -310,8 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
                 torch.cuda.empty_cache()
                 if options.json:
                     machine.save_json(options.json, record)
-    if not options.tune:
-        print("\n" + markdown(record))
+    print("\n" + markdown(record))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Launches Triton's kernels for the ops on CUDA tensors: which configuration, which grid."""
+"""Launches Triton's kernels, for caches without scales: which configuration, which grid."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ _CONSTANTS = {
     "bfloat16": _triton_math.FLOAT,
     "float16": _triton_math.FLOAT,
     "fp8": _triton_math.FP8,
-    "int8": _triton_math.INT8,
-    "int4": _triton_math.INT4,
 }
 MAX_CHUNKS = 64
 CTAS_PER_SM = 16  # more chunks than that are shared out among as many CTAs
@@ -27,7 +25,7 @@ COMBINE_TILE = 8
 
 @dataclass(frozen=True)
 class Config:
-    """How decode attention is worked on: by format, head_dim and rows, never by batch or length.
+    """How decode attention is worked on: by head_dim and rows, never by batch or length.
 
     Attributes:
         block: tokens per step.
@@ -47,32 +45,10 @@ class Config:
             raise ValueError(f"chunk: expected a multiple of {self.block}, got {self.chunk}")
 
 
-def config_of(name: str, head_dim: int, rows: int) -> Config:
+def config_of(head_dim: int, rows: int) -> Config:
     if head_dim == 256 or rows > 32:
         return Config(32, 256, 4, 3)
     return Config(64, 256, 4, 3)
-
-
-# What `config_of` is chosen from (`python -m bench kv --tune`).
-CANDIDATES = (
-    Config(64, 256, 4, 3),
-    Config(64, 256, 4, 4),
-    Config(64, 256, 4, 5),
-    Config(64, 512, 4, 3),
-    Config(64, 512, 4, 4),
-    Config(64, 128, 4, 3),
-    Config(64, 256, 2, 3),
-    Config(64, 1024, 4, 4),
-    Config(32, 256, 2, 4),
-    Config(32, 256, 4, 4),
-    Config(128, 256, 4, 3),
-    Config(128, 512, 4, 3),
-    Config(128, 256, 8, 3),
-    Config(128, 512, 8, 3),
-    Config(64, 256, 4, 3, prefetch=False),
-    Config(64, 512, 4, 4, prefetch=False),
-    Config(128, 256, 8, 3, prefetch=False),
-)
 
 
 @functools.cache
@@ -86,16 +62,10 @@ def _sms(device: int) -> int:
     return properties.multi_processor_count
 
 
-def _as_words(params: Tensor | None) -> Tensor | None:
-    """Scales of two tokens at a time, where they are bfloat16."""
-    if params is not None and params.dtype == torch.bfloat16:
-        return params.view(torch.int32)
-    return params
-
-
 def write(
     k, v, k_cache, v_cache, k_params, v_params, lengths, block_table=None, k_center=None
 ) -> None:
+    """Parameters and center are None, in these formats."""
     fmt = BY_CODES[k_cache.dtype]
     batch, new, heads, head_dim = k.shape
     if k.numel() == 0:
@@ -108,27 +78,20 @@ def write(
             v,
             k_cache,
             v_cache,
-            k_params,
-            v_params,
             lengths,
             block_table,
-            k_center,
             new,
             heads,
             capacity_of(k_cache, block_table),
+            k_cache.shape[2],
             *k.stride()[:3],
             *v.stride()[:3],
             0 if block_table is None else block_table.shape[1],
             FORMAT=_CONSTANTS[fmt.name],
             D=head_dim,
-            PAGE=k_cache.shape[2],
             PAGED=block_table is not None,
-            CENTERED=k_center is not None,
-            SHARED=k_center is not None and k_center.shape[0] == 1,
             TILE=tile,
             num_warps=1 if tile == 1 else 4,
-            # A product and a sum are two operations: so they are defined.
-            enable_fp_fusion=False,
         )
 
 
@@ -159,11 +122,11 @@ def attention(
     used = queries * group
     if q.dtype not in (torch.bfloat16, torch.float16):
         q = q.to(torch.bfloat16)
-    if fmt.params is None and fmt.name != "fp8":
+    if fmt.name != "fp8":
         q = q.to(k_cache.dtype)
     q = q if q.stride(-1) == 1 else q.contiguous()
-    config = config or config_of(fmt.name, head_dim, used)
-    capacity = capacity_of(k_cache, block_table)
+    config = config or config_of(head_dim, used)
+    capacity, page_tokens = capacity_of(k_cache, block_table), k_cache.shape[2]
     max_chunks = max(1, min(MAX_CHUNKS, -(-capacity // config.chunk)))
     sms = 132 if interpreted else _sms(k_cache.device.index)
     ctas = min(max_chunks, max(8, -(-CTAS_PER_SM * sms // (batch * heads))))
@@ -177,9 +140,7 @@ def attention(
         _triton_attention.decode_kernel[(ctas, heads, batch)](
             q,
             k_cache,
-            v_cache.view(torch.int16).squeeze(-1) if fmt.paired else v_cache,
-            _as_words(k_params),
-            _as_words(v_params),
+            v_cache.view(torch.int16).squeeze(-1) if fmt.together == 2 else v_cache,
             lengths,
             block_table,
             starts,
@@ -191,12 +152,13 @@ def attention(
             heads,
             capacity,
             max_chunks,
+            page_tokens,
             *q.stride()[:3],
             0 if block_table is None else block_table.shape[1],
             FORMAT=_CONSTANTS[fmt.name],
             D=head_dim,
-            PAGE=k_cache.shape[2],
             PAGED=block_table is not None,
+            WHOLE_BLOCKS=block_table is not None and page_tokens % config.block == 0,
             HAS_SOFTCAP=softcap > 0,
             ROWS=max(16, 1 << (used - 1).bit_length()),
             MAX_CHUNKS=MAX_CHUNKS,
@@ -220,7 +182,6 @@ def attention(
             capacity,
             max_chunks,
             D=head_dim,
-            ROTATED=fmt.rotates_v,
             MAX_CHUNKS=MAX_CHUNKS,
             TILE=COMBINE_TILE,
             PDL=pdl,

@@ -1,6 +1,7 @@
 """The ops `kv_write_` and `kv_attention`: schemas, checks, and their CPU path in plain torch.
 
-On CUDA they run Triton's kernels (`_launch`), which are imported when an op is first called there.
+On CUDA, int8 and int4 run the kernels of the CUDA library (csrc/liquidgemm/attention), the others
+Triton's (`_launch`), which are imported when an op is first called with them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ..ops._checks import require, require_device, require_dtype, require_shape
 from .format import (
     BY_CODES,
     HEAD_DIMS,
+    PAGE_MULTIPLE,
     Format,
     dequantize,
     head_dim_of,
@@ -27,6 +29,7 @@ from .format import (
 
 INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 MAX_ROWS = 64  # query heads per key head, times query tokens
+QUERY_STEPS = 127 * 256 + 127  # of the largest element of a query, where keys are coded
 
 
 def check_cache(
@@ -45,7 +48,8 @@ def check_cache(
     head_dim = head_dim_of(k)
     names = " or ".join(map(str, HEAD_DIMS))
     require(head_dim in HEAD_DIMS, "k_cache", f"a head_dim of {names}", head_dim)
-    require(tokens % 2 == 0, "k_cache", "an even number of tokens per page", tokens)
+    expected = f"a multiple of {PAGE_MULTIPLE} tokens per page"
+    require(tokens % PAGE_MULTIPLE == 0, "k_cache", expected, tokens)
     k_shape, v_shape, p_shape = shapes(fmt, pages, heads, tokens, head_dim)
     require_dtype("v_cache", v, k.dtype)
     require_shape("v_cache", v, list(v_shape), f" for a k_cache of {list(k_shape)}")
@@ -108,7 +112,7 @@ def _write_fake(
         require(k_center.is_contiguous(), "k_center", "a contiguous tensor", "another layout")
 
 
-def _attention_fake(
+def _check_attention(
     q,
     k_cache,
     v_cache,
@@ -120,7 +124,7 @@ def _attention_fake(
     starts=None,
     window=0,
     softcap=0.0,
-) -> Tensor:
+) -> None:
     check_cache(k_cache, v_cache, k_params, v_params, lengths, block_table)
     check_rows("q", q, k_cache, lengths)
     heads = k_cache.shape[1]
@@ -136,6 +140,10 @@ def _attention_fake(
         require(starts.is_contiguous(), "starts", "a contiguous tensor", "another layout")
     require(window >= 0, "window", "0 (none) or a number of tokens", window)
     require(softcap >= 0, "softcap", "0 (none) or a positive number", softcap)
+
+
+def _attention_fake(q, *cache_and_options) -> Tensor:
+    _check_attention(q, *cache_and_options)
     return q.new_empty(q.shape)
 
 
@@ -173,8 +181,8 @@ def _write_cpu(
         if codes.itemsize == 1:  # indexing does not know float8
             codes = codes.view(torch.uint8)
         target = cache.view(codes.dtype)
-        if values and fmt.paired:
-            target[page, :, slot // 2, :, slot % 2] = codes
+        if values and fmt.together > 1:
+            target[page, :, slot // fmt.together, :, slot % fmt.together] = codes
         else:
             target[page, :, slot] = codes
         if params is not None and new_params is not None:
@@ -253,12 +261,12 @@ def _attention_cpu(
 
 
 def query_rows(q: Tensor, fmt: Format) -> Tensor:
-    """Queries in float32 as they meet the keys: in steps of max|q| / 127 if those are coded."""
+    """Queries in float32 as they meet the keys: in QUERY_STEPS if those are coded."""
     q = q.float()
     if fmt.params is None:
         return q
     q = rotate(q) if fmt.rotates_k else q
-    step = q.abs().amax(-1, keepdim=True) / 127
+    step = q.abs().amax(-1, keepdim=True) / QUERY_STEPS
     q = torch.where(step == 0, 0, (q / step).round() * step)
     return rotate(q) / q.shape[-1] if fmt.rotates_k else q
 
@@ -266,18 +274,25 @@ def query_rows(q: Tensor, fmt: Format) -> Tensor:
 # -- CUDA -------------------------------------------------------------------------------------
 
 
-def _write_cuda(*arguments) -> None:
-    _write_fake(*arguments)
+def _write_cuda(k, v, k_cache, *cache) -> None:
+    _write_fake(k, v, k_cache, *cache)
+    if BY_CODES[k_cache.dtype].params is not None:
+        _registry.require_cuda_library("kv_write_")
+        torch.ops.liquidgemm_kv.write_(k, v, k_cache, *cache)
+        return
     from ._launch import write
 
-    write(*arguments)
+    write(k, v, k_cache, *cache)
 
 
-def _attention_cuda(*arguments) -> Tensor:
-    out = _attention_fake(*arguments)
+def _attention_cuda(q, k_cache, *cache_and_options) -> Tensor:
+    _check_attention(q, k_cache, *cache_and_options)
+    if BY_CODES[k_cache.dtype].params is not None:
+        _registry.require_cuda_library("kv_attention")
+        return torch.ops.liquidgemm_kv.attention(q, k_cache, *cache_and_options)
     from ._launch import attention
 
-    return attention(out, *arguments)
+    return attention(q.new_empty(q.shape), q, k_cache, *cache_and_options)
 
 
 _registry.define(

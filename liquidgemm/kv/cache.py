@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from .format import BY_CODES, FORMATS, Format, head_dim_of, shapes
+from .format import BY_CODES, FORMATS, PAGE_MULTIPLE, Format, head_dim_of, shapes
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class KVCache:
             format: "int8", "int4", "fp8", "bfloat16" or "float16".
             pages: sequences of a contiguous cache, or pages of a paged one.
             heads: of keys and values.
-            tokens: per page; an odd number is rounded up.
+            tokens: per page; rounded up to a multiple of 16.
             head_dim: 64, 128 or 256.
 
         Raises:
@@ -65,7 +65,8 @@ class KVCache:
             names = " or ".join(map(str, _ops.HEAD_DIMS))
             raise ValueError(f"head_dim: expected {names}, got {head_dim}")
         fmt = FORMATS[format]
-        k, v, params = shapes(fmt, pages, heads, tokens + tokens % 2, head_dim)
+        tokens = -(-tokens // PAGE_MULTIPLE) * PAGE_MULTIPLE
+        k, v, params = shapes(fmt, pages, heads, tokens, head_dim)
 
         def zero_params() -> Tensor | None:
             return None if params is None else torch.zeros(params, dtype=fmt.params, device=device)
@@ -125,9 +126,9 @@ class KVCache:
         """Attention of the last L tokens of each sequence to all that is before them.
 
         Query i of L is that of token ``t = lengths[b] - L + i`` and sees the tokens
-        ``max(starts[b], t - window + 1)`` to t. Where keys are quantized, queries are too, to INT8
-        steps of ``max|q| / 127`` (rotated as the keys are): then scores are exact integers times
-        scales. The result of a sequence does not depend on the others to the bit, nor on the
+        ``max(starts[b], t - window + 1)`` to t. Where keys are quantized, queries are too, in steps
+        of ``max|q| / 32639`` (rotated as the keys are): scores are exact integers times scales. The
+        result of a sequence does not depend on the others to the bit, nor on the
         capacity, on whether the cache is paged, or on where its pages are.
 
         Args:

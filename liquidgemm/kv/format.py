@@ -21,18 +21,18 @@ away what all have in common, such as a bias.
 A row of zeros has scale 0; one with a NaN or an infinity has scale NaN and codes 0. bfloat16,
 float16 and fp8 (e4m3, saturating, without a scale) are stored as they are.
 
-Layout, for P pages of T tokens (T even) of H heads:
+Layout, for P pages of T tokens (T a multiple of 16) of H heads:
 
              k                        v                          k_params, v_params
     float    [P, H, T, D]             [P, H, T, D]               none
     fp8      float8 [P, H, T, D]      float8 [P, H, T/2, D, 2]   none
-    int8     int8 [P, H, T, D]        int8 [P, H, T/2, D, 2]     bfloat16 [P, H, T]: scale
-    int4     uint8 [P, H, T, D/2]     uint8 [P, H, T/2, D/2, 2]  int32 [P, H, T]: bits of the scale
+    int8     int8 [P, H, T, D]        int8 [P, H, T/4, D, 4]     bfloat16 [P, H, T]: scale
+    int4     uint8 [P, H, T, D/2]     uint8 [P, H, T/4, D/2, 4]  int32 [P, H, T]: bits of the scale
                                                                  as float32, | zero
 
-Values of 8 bits or less are stored for pairs of tokens, byte by byte, so that what a tensor core
-reads is 16 bits wide. A byte of int4 holds element i in its low and i + D / 2 in its high nibble.
-A contiguous cache has one page for each sequence.
+Values of 8 bits or less are stored for 2 or 4 tokens together, byte by byte: so one load gives a
+tensor core several tokens of one element. A byte of int4 holds element i in its low and i + D / 2
+in its high nibble. A contiguous cache has one page for each sequence.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 HEAD_DIMS = (64, 128, 256)
+PAGE_MULTIPLE = 16  # tokens: no half block of the kernels is in two pages
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Format:
         codes: dtype of ``k`` and ``v``.
         params: dtype of ``k_params`` and ``v_params``; None without.
         packed: elements per byte of codes that are smaller than a byte, else 1.
-        paired: whether values are stored for pairs of tokens.
+        together: tokens whose values are stored byte by byte.
         rotates_k, rotates_v: whether what is coded are rotated keys and values.
     """
 
@@ -62,7 +63,7 @@ class Format:
     codes: torch.dtype
     params: torch.dtype | None = None
     packed: int = 1
-    paired: bool = True
+    together: int = 1
     rotates_k: bool = False
     rotates_v: bool = False
 
@@ -78,11 +79,13 @@ class Format:
 FORMATS = {
     one.name: one
     for one in (
-        Format("bfloat16", torch.bfloat16, paired=False),
-        Format("float16", torch.float16, paired=False),
-        Format("fp8", torch.float8_e4m3fn),
-        Format("int8", torch.int8, torch.bfloat16, rotates_k=True),
-        Format("int4", torch.uint8, torch.int32, packed=2, rotates_k=True, rotates_v=True),
+        Format("bfloat16", torch.bfloat16),
+        Format("float16", torch.float16),
+        Format("fp8", torch.float8_e4m3fn, together=2),
+        Format("int8", torch.int8, torch.bfloat16, together=4, rotates_k=True),
+        Format(
+            "int4", torch.uint8, torch.int32, packed=2, together=4, rotates_k=True, rotates_v=True
+        ),
     )
 }
 BY_CODES = {one.codes: one for one in FORMATS.values()}
@@ -148,7 +151,7 @@ def shapes(fmt: Format, pages: int, heads: int, tokens: int, head_dim: int) -> t
     """Shapes of k, v and each of the parameters (None without)."""
     width = head_dim // fmt.packed
     k = (pages, heads, tokens, width)
-    v = (pages, heads, tokens // 2, width, 2) if fmt.paired else k
+    v = k if fmt.together == 1 else (pages, heads, tokens // fmt.together, width, fmt.together)
     return k, v, None if fmt.params is None else k[:3]
 
 
@@ -158,7 +161,7 @@ def head_dim_of(k: Tensor) -> int:
 
 def unpack_rows(cache: Tensor, fmt: Format, values: bool) -> Tensor:
     """Codes ``[P, H, T, D]``, one element each, of ``k`` or (with values) ``v``."""
-    if values and fmt.paired:
+    if values and fmt.together > 1:
         cache = cache.transpose(-1, -2).flatten(2, 3)
     if fmt.packed == 2:
         cache = torch.cat((cache & 15, cache >> 4), -1)

@@ -46,10 +46,16 @@ def define(
     return getattr(torch.ops.liquidgemm, name).default
 
 
-def _without_cuda_library(op: str):
-    def raise_readable(*args, **kwargs):
+def require_cuda_library(op: str) -> None:
+    """Raises a RuntimeError that says why the CUDA library is not loaded, if it is not."""
+    if _cuda_library_problem is not None:
         raise RuntimeError(
             f"liquidgemm.{op}: the CUDA implementation is not loaded: {_cuda_library_problem}"
         )
+
+
+def _without_cuda_library(op: str):
+    def raise_readable(*args, **kwargs):
+        require_cuda_library(op)
 
     return raise_readable

@@ -27,6 +27,8 @@ MOE = "tests/gpu/test_moe_chain.py"
 PRODUCERS = "liquidgemm/producers"  # below csrc
 OF_GROUPED = ("instantiations/grouped/t16_p1_k4_s4.cu",)
 FUSED = "tests/gpu/test_fused_producers.py"
+ATTENTION = "liquidgemm/attention"  # below csrc
+KV = "tests/gpu/test_kv.py"
 NORM, GLU = (f"{PRODUCERS}/{name}.cu" for name in ("rms_norm", "glu"))
 
 
@@ -70,6 +72,12 @@ def bug(name: str, file: str, old: str, new: str, *caught_by: str, **more) -> Bu
 
 def producer_bug(name: str, unit: str, old: str, new: str, *caught_by: str, **more) -> Bug:
     return Bug(name, (Patch(f"csrc/{unit}", old, new),), caught_by, units=(unit,), **more)
+
+
+def attention_bug(name: str, file: str, old: str, new: str, *caught_by: str) -> Bug:
+    """Of decode attention over int8."""
+    units = (f"{ATTENTION}/decode_int8.cu",)
+    return Bug(name, (Patch(f"csrc/{ATTENTION}/{file}", old, new),), caught_by, units=units)
 
 
 # No bug: what `make sanitize` gives to racecheck, see csrc/liquidgemm/kernel/protocol.hpp.
@@ -546,6 +554,49 @@ BUGS = (
         ),
         (f"{MOE} -k back_to_back", f"{MOE} -k equals_its_parts"),
         units=(f"{PRODUCERS}/moe_combine.cu",),
+    ),
+    # Decode attention over the KV cache.
+    attention_bug(
+        "values are read before they are copied",
+        "decode_kernel.hpp",
+        "loader_.wait();\n      multiply_values",
+        "multiply_values",
+        f"{KV} -k 'attention or invariance'",
+    ),
+    attention_bug(
+        "all blocks are seen whole",
+        "decode_kernel.hpp",
+        "const bool whole = token >= most_first_",
+        "const bool whole = token >= 0 || token >= most_first_",
+        f"{KV} -k attention",
+    ),
+    attention_bug(
+        "sums keep their unit when the reference is raised",
+        "weights.hpp",
+        "if (shift > 0 && reference.unit > kLeast)",
+        "if (shift > 126)",
+        f"{KV} -k all_sizes",
+    ),
+    attention_bug(
+        "weights that leave 16 bits raise nothing",
+        "weights.hpp",
+        "|| max_of(weight) >= kTwo23 + 65536.f",
+        "",
+        f"{KV} -k all_sizes",
+    ),
+    attention_bug(
+        "a NaN of a value is lost",
+        "decode_kernel.hpp",
+        "reference.total = fmaf(value_scale[j], 0.f, reference.total);",
+        "",
+        f"{KV} -k rows_of_nan",
+    ),
+    producer_bug(
+        "values of four tokens are written where there are fewer",
+        f"{ATTENTION}/write.cu",
+        "all = false;",
+        "",
+        f"{KV} -k 'write_equals or nothing_else'",
     ),
 )
 

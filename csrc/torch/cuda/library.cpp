@@ -1,5 +1,6 @@
 // Registration of the CUDA ops; their schemas are in liquidgemm/ops/_*.py and
-// host/library.cpp.
+// host/library.cpp. Those of the KV cache are here: liquidgemm/kv/_ops.py calls them for some of
+// its formats.
 #include "ops.hpp"
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CUDA, m) {
@@ -23,4 +24,21 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm_testing, CUDA, m) {
   m.impl("gemm_with_plan", TORCH_BOX(&gemm_with_plan_op));
   m.impl("grouped_gemm_with_plan", TORCH_BOX(&grouped_gemm_with_plan_op));
   m.impl("linear_with_plan", TORCH_BOX(&linear_with_plan_op));
+}
+
+STABLE_TORCH_LIBRARY(liquidgemm_kv, m) {
+  m.def(
+      "write_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_params, "
+      "Tensor(d!) v_params, Tensor lengths, Tensor? block_table=None, Tensor? k_center=None) -> "
+      "()");
+  m.def(
+      "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_params, Tensor v_params, "
+      "Tensor lengths, float scale, Tensor? block_table=None, Tensor? starts=None, int window=0, "
+      "float softcap=0.) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(liquidgemm_kv, CUDA, m) {
+  using namespace liquidgemm::binding;
+  m.impl("write_", TORCH_BOX(&kv_write_op));
+  m.impl("attention", TORCH_BOX(&kv_attention_op));
 }

@@ -66,6 +66,27 @@ Tensor moe_op(Tensor const& x,
 Tensor pack_weight_op(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset);
 std::tuple<Tensor, Tensor, Tensor> unpack_weight_op(Tensor const& packed, int64_t n);
 
+void kv_write_op(Tensor const& k,
+                 Tensor const& v,
+                 Tensor const& k_cache,
+                 Tensor const& v_cache,
+                 Tensor const& k_params,
+                 Tensor const& v_params,
+                 Tensor const& lengths,
+                 OptionalTensor const& block_table,
+                 OptionalTensor const& k_center);
+Tensor kv_attention_op(Tensor const& q,
+                       Tensor const& k_cache,
+                       Tensor const& v_cache,
+                       Tensor const& k_params,
+                       Tensor const& v_params,
+                       Tensor const& lengths,
+                       double scale,
+                       OptionalTensor const& block_table,
+                       OptionalTensor const& starts,
+                       int64_t window,
+                       double softcap);
+
 // For tests and benchmarks: with the plan of this index, on at most num_sms SMs (0: all).
 Tensor gemm_with_plan_op(Tensor const& x,
                          Tensor const& x_scale,

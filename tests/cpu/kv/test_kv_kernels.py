@@ -13,18 +13,13 @@ import torch
 from kv_problems import dense_attention, paged_copy, poison_, rows, same_bits
 from liquidgemm.kv import KVCache, _launch
 
-for name in ("int8", "int4"):
+for name in ("bfloat16", "float16"):
     lengths = torch.tensor([43, 18], dtype=torch.int32)
     k, v = (rows(2, 43, 2, 64, seed=seed) for seed in (1, 2))
-    k[1, 40], v[1, 41] = 0, float("nan")
     caches = [poison_(KVCache.allocate(name, 2, 2, 48, 64)) for _ in range(2)]
     caches[0].write_(k, v, lengths)
     _launch.write(k, v, *caches[1].tensors, lengths)
     assert same_bits(*caches), name
-    for center in (rows(1, 2, 64, seed=5).float(), rows(2, 2, 64, seed=5).float()):
-        torch.ops.liquidgemm.kv_write_(k, v, *caches[0].tensors, lengths, None, center)
-        _launch.write(k, v, *caches[1].tensors, lengths, None, center)
-        assert same_bits(*caches), name
     cache = KVCache.allocate(name, 2, 2, 48, 64)
     cache.write_(k[:, :38], v[:, :38], lengths)
     paged, table = paged_copy(cache, 16, seed=3)
@@ -39,12 +34,12 @@ for name in ("int8", "int4"):
             arguments = (q, *one.tensors, lengths, 0.1, pages)
             _launch.attention(out, *arguments, config=config, interpreted=True, **options)
             error = (out - expected).abs().max() / expected.abs().max()
-            assert error < 0.02, (name, queries, options, error)
+            assert error < 0.01, (name, queries, options, error)
 """
 
 
 def test_kernels_by_the_interpreter() -> None:
-    """Codes to the bit, attention to the rounding of the queries, of pages as well."""
+    """Writing to the bit, attention to its rounding, of pages as well."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     if Version(importlib.metadata.version("numpy")) >= Version("2.4"):

@@ -1,7 +1,5 @@
 """The ops under autograd, torch.library, torch.compile and torch.export."""
 
-import importlib
-
 import pytest
 import reference
 import torch
@@ -87,7 +85,6 @@ def test_opcheck(op, arguments):
 
 def test_every_public_op_is_checked():
     """Nothing else is in the shipped namespace; the others' samples are in tests of their own."""
-    importlib.import_module("liquidgemm.kv")  # which defines its ops
     names = {
         schema.name.removeprefix("liquidgemm::")
         for schema in torch._C._jit_get_all_schemas()

@@ -44,6 +44,7 @@ LINES = {
     29: "every instruction set of the CPU kernels equals the reference to the bit",
     30: "grouped: no rows, one, all in one, elsewhere; other routings under graph replay",
     31: "fused producers equal their composite to the bit",
+    32: "attention over the KV cache: page boundaries, one token, long contexts, stale memory",
     33: "serving engines: reload, prefix cache, chunks, LoRA: the outputs of the offline model",
     34: "tensor parallel: of any size, slices bit for bit",
 }

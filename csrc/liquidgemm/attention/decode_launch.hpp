@@ -1,0 +1,58 @@
+// Chooses a decode kernel by head_dim and query rows, never by batch or length, and launches it.
+#pragma once
+
+#include <algorithm>
+
+#include "liquidgemm/attention/decode_kernel.hpp"
+#include "liquidgemm/attention/launch.hpp"
+#include "liquidgemm/common/math.hpp"
+#include "liquidgemm/producers/launch.hpp"
+
+namespace liquidgemm::attention {
+
+template <class Shape>
+cudaError_t launch_decode(KvAttentionArguments const& a, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(Shared<Shape>);
+  static const cudaError_t prepared = cudaFuncSetAttribute(
+      decode_kernel<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (prepared != cudaSuccess)
+    return prepared;
+  // Sequences with more chunks than this share them out among as many CTAs.
+  constexpr int kCtasPerSm = 16;
+  const int chunks = max_chunks<Shape>(a.cache.capacity);
+  const int64_t pairs = static_cast<int64_t>(a.batch) * a.cache.heads;
+  const int64_t wanted = std::max<int64_t>(8, ceil_div(kCtasPerSm * a.num_sms, pairs));
+  const auto ctas = static_cast<unsigned>(std::min<int64_t>(chunks, wanted));
+  const int row_groups = static_cast<int>(ceil_div(a.queries * a.group, Shape::kRows));
+  const dim3 grid(ctas, static_cast<unsigned>(a.cache.heads * row_groups),
+                  static_cast<unsigned>(a.batch));
+  return launch_early(decode_kernel<Shape>,
+                      {.grid = grid, .threads = Shape::kThreads, .shared_bytes = kSharedBytes},
+                      stream, a, chunks, row_groups);
+}
+
+template <KvFormat kFormat, int kHeadDim>
+cudaError_t launch_decode(KvAttentionArguments const& a, cudaStream_t stream) {
+  const int rows = a.queries * a.group;
+  if (rows <= 4)
+    return launch_decode<DecodeShape<kFormat, kHeadDim, 1>>(a, stream);
+  constexpr int kMostTiles = kHeadDim == 256 ? 2 : 4;  // by registers
+  return rows <= 8 ? launch_decode<DecodeShape<kFormat, kHeadDim, 2>>(a, stream)
+                   : launch_decode<DecodeShape<kFormat, kHeadDim, kMostTiles>>(a, stream);
+}
+
+template <KvFormat kFormat>
+cudaError_t launch_decode(KvAttentionArguments const& a, cudaStream_t stream) {
+  switch (a.cache.head_dim) {
+    case 64:
+      return launch_decode<kFormat, 64>(a, stream);
+    case 128:
+      return launch_decode<kFormat, 128>(a, stream);
+    case 256:
+      return launch_decode<kFormat, 256>(a, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace liquidgemm::attention

@@ -1,0 +1,117 @@
+// Copies of codes and parameters to shared memory: each lane copies the codes that it reads itself,
+// so that no barrier is needed for them, and warps share nothing.
+#pragma once
+
+#include "liquidgemm/attention/ptx.hpp"
+#include "liquidgemm/attention/rows.hpp"
+#include "liquidgemm/attention/shape.hpp"
+
+namespace liquidgemm::attention {
+
+// The blocks of one warp in a chunk: every kWarps-th one, each in the slot of its index.
+template <class Shape>
+class Loader {
+ public:
+  CUTE_DEVICE Loader(KvCache const& cache, int b, int h, Shared<Shape>& shared)
+      : cache_(cache), b_(b), h_(h), shared_(shared) {}
+
+  CUTE_DEVICE void start(int begin, int end) {
+    begin_ = begin + threadIdx.x / 32 * Shape::kBlock;
+    end_ = end;
+    count_ = begin_ < end ? (end - begin_ + Shape::kWarps * Shape::kBlock - 1) /
+                                (Shape::kWarps * Shape::kBlock)
+                          : 0;
+#pragma unroll 1
+    for (int i = 0; i < Shape::kSlots; ++i) {
+      copy_keys(i);
+      copy_values(i);
+    }
+  }
+
+  CUTE_DEVICE int count() const { return count_; }
+  CUTE_DEVICE int token(int block) const { return begin_ + block * Shape::kWarps * Shape::kBlock; }
+
+  // Both commit a group, of nothing where there is no such block. Call copy_keys first.
+  CUTE_DEVICE void copy_keys(int block) {
+    if (block < count_) {
+      find_rows(block);
+      auto& slot = this->slot(block);
+      CUTE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = row_of(block, half);
+        // Rows of the products are pairs of tokens, see decode_kernel.hpp.
+        auto from = static_cast<uint8_t const*>(cache_.k) + (row + lane() / 4 * 2) * Shape::kWidth +
+                    lane() % 4 * Shape::kKeyPiece;
+        CUTE_UNROLL
+        for (int i = 0; i < 2 * Shape::kKeyPieces; ++i)
+          copy_async<Shape::kKeyPiece>(shared_address(slot.keys[half][i][lane()]),
+                                       from + i / Shape::kKeyPieces * Shape::kWidth +
+                                           i % Shape::kKeyPieces * 4 * Shape::kKeyPiece);
+      }
+      copy_params(block);
+    }
+    commit_copies();
+  }
+
+  CUTE_DEVICE void copy_values(int block) {
+    if (block < count_) {
+      auto& slot = this->slot(block);
+      CUTE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = row_of(block, half);
+        auto from = static_cast<uint8_t const*>(cache_.v) + (row + lane() % 4 * 4) * Shape::kWidth +
+                    lane() / 4 * 16;
+        CUTE_UNROLL
+        for (int i = 0; i < Shape::kValuePieces; ++i)
+          copy_async<16>(shared_address(slot.values[half][i][lane()]), from + i * 128);
+      }
+    }
+    commit_copies();
+  }
+
+  // Of this lane, or of all lanes of the warp after __syncwarp().
+  CUTE_DEVICE static void wait() { wait_copies<2 * Shape::kSlots - 1>(); }
+
+  CUTE_DEVICE Slot<Shape>& slot(int block) const {
+    return shared_.slots[threadIdx.x / 32][block % Shape::kSlots];
+  }
+  CUTE_DEVICE uint8_t const* params(int block, bool of_values) const {
+    return shared_.params[threadIdx.x / 32][block % Shape::kSlots][of_values];
+  }
+
+ private:
+  static constexpr int kKnown = 16;  // blocks whose rows the lanes of a warp know
+
+  CUTE_DEVICE static int lane() { return threadIdx.x % 32; }
+  // Lane 2 * i + half looks up that half of the i-th block from here on. Past the end it is the
+  // last half again: what is copied there is not used, but may be read.
+  CUTE_DEVICE void find_rows(int block) {
+    if (block % kKnown != 0)
+      return;
+    const int token = this->token(block + lane() / 2) + lane() % 2 * Shape::kHalf;
+    row_ = cache_row(cache_, b_, h_, min(token, (end_ - 1) / Shape::kHalf * Shape::kHalf));
+  }
+  CUTE_DEVICE int64_t row_of(int block, int half) const {
+    return __shfl_sync(kAllLanes, row_, block % kKnown * 2 + half);
+  }
+
+  // Parameters of keys by the first 16 lanes, of values by the others: of two tokens each.
+  CUTE_DEVICE void copy_params(int block) {
+    const int half = lane() / 8 % 2;
+    const int64_t row = row_of(block, half);
+    auto const params =
+        static_cast<uint8_t const*>(lane() < 16 ? cache_.k_params : cache_.v_params);
+    uint8_t* const to = shared_.params[threadIdx.x / 32][block % Shape::kSlots][lane() / 16] +
+                        lane() % 16 * Shape::kPairBytes;
+    copy_async<Shape::kPairBytes>(shared_address(to), params + row * (Shape::kPairBytes / 2) +
+                                                          lane() % 8 * Shape::kPairBytes);
+  }
+
+  KvCache const& cache_;
+  int b_, h_;
+  Shared<Shape>& shared_;
+  int begin_ = 0, end_ = 0, count_ = 0;
+  int64_t row_ = 0;
+};
+
+}  // namespace liquidgemm::attention
