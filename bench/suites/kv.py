@@ -32,6 +32,7 @@ from ..core.timing import capture_rotation, copies_for_cold_l2, interleave, summ
 
 TOLERANCE = {"fp8": 0.1}  # of the largest value of a head; fp8 rounds queries to 4 bits
 WITHIN = 0.02
+TORCH = ("SDPA", "FlexAttention")
 
 
 @dataclass(frozen=True)
@@ -74,29 +75,38 @@ def random_cache(size: Size, name: str, seed: int) -> tuple[KVCache, Tensor]:
     return cache, lengths
 
 
-def error_of(out: Tensor, q: Tensor, cache: KVCache, context: int) -> float:
+Rows = Callable[[int], tuple[Tensor, Tensor]]
+
+
+def rows_of(cache: KVCache, context: int) -> Rows:
+    """What gives the keys and values of one sequence, ``[H, T, D]``."""
+
+    def rows(b: int) -> tuple[Tensor, Tensor]:
+        one = KVCache(*(None if x is None else x[b : b + 1] for x in cache.tensors))
+        k, v = (x[0, :, :context] for x in one.read())
+        return k, v
+
+    return rows
+
+
+def error_of(out: Tensor, q: Tensor, rows: Rows) -> float:
     """The largest error of a head relative to its largest value, in the first and last sequence."""
     worst = 0.0
     for b in (0, q.shape[0] - 1):
-        one = KVCache(*(None if x is None else x[b : b + 1] for x in cache.tensors))
-        k, v = (x[0, :, :context].double() for x in one.read())
-        rows = q[b, 0].double().view(k.shape[0], -1, k.shape[-1])
-        p = (rows @ k.transpose(1, 2) * k.shape[-1] ** -0.5).softmax(-1)
+        k, v = (x.double() for x in rows(b))
+        queries = q[b, 0].double().view(k.shape[0], -1, k.shape[-1])
+        p = (queries @ k.transpose(1, 2) * k.shape[-1] ** -0.5).softmax(-1)
         expected = p @ v
         error = (out[b, 0].double().view_as(expected) - expected).abs().amax(-1)
         worst = max(worst, (error / expected.abs().amax(-1)).max().item())
     return worst
 
 
-def torch_calls(size: Size, q: Tensor, caches: list) -> dict[str, list[Callable[[], Tensor]]]:
+def torch_calls(q: Tensor, pairs: list, names: list[str]) -> dict[str, list[Callable[[], Tensor]]]:
     """SDPA and FlexAttention over bfloat16 keys and values of exactly this context."""
     from torch.nn.attention.flex_attention import flex_attention
 
     rows = q.transpose(1, 2)
-    pairs = [
-        tuple(x[:, :, : size.context].contiguous() for x in cache.tensors[:2])
-        for cache, _ in caches
-    ]
     flex = torch.compile(flex_attention, dynamic=False)
 
     def by_sdpa(k: Tensor, v: Tensor) -> Tensor:
@@ -105,10 +115,8 @@ def torch_calls(size: Size, q: Tensor, caches: list) -> dict[str, list[Callable[
     def by_flex(k: Tensor, v: Tensor) -> Tensor:
         return flex(rows, k, v, enable_gqa=True).transpose(1, 2)
 
-    return {
-        label: [functools.partial(call, k, v) for k, v in pairs]
-        for label, call in (("SDPA", by_sdpa), ("FlexAttention", by_flex))
-    }
+    calls = {"SDPA": by_sdpa, "FlexAttention": by_flex}
+    return {name: [functools.partial(calls[name], k, v) for k, v in pairs] for name in names}
 
 
 def read_calls(size: int, copies: int) -> list[Callable[[], Tensor]]:
@@ -128,6 +136,19 @@ def read_calls(size: int, copies: int) -> list[Callable[[], Tensor]]:
     return [functools.partial(call, buffer) for buffer in buffers]
 
 
+def right(way: Candidate, q: Tensor, rows: Rows) -> bool:
+    """Whether its result is near that of float64; says why not."""
+    try:
+        error = error_of(way.calls[0](), q, rows)
+    except Exception as problem:
+        print(f"  {way.label}: {type(problem).__name__}: {problem}", flush=True)
+        return False
+    if not error <= TOLERANCE.get(way.name, WITHIN):
+        print(f"  {way.label}: wrong by {error:.3f}", flush=True)
+        return False
+    return True
+
+
 def candidates(size: Size, options: argparse.Namespace, l2: int) -> list[Candidate]:
     shape = (size.batch, 1, size.heads * size.group, size.head_dim)
     q = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
@@ -136,24 +157,24 @@ def candidates(size: Size, options: argparse.Namespace, l2: int) -> list[Candida
         copies = copies_for_cold_l2(size.bytes_of(name), l2)
         caches = [random_cache(size, name, seed) for seed in range(copies)]
         calls = [functools.partial(cache.attention, q, lengths) for cache, lengths in caches]
-        ways = [Candidate(name, name, calls)]
-        if name == "bfloat16":
-            for label, calls in torch_calls(size, q, caches).items():
-                ways.append(Candidate(label, name, calls))
-        for way in ways:
-            try:
-                error = error_of(way.calls[0](), q, caches[0][0], size.context)
-            except Exception as problem:
-                print(f"  {way.label}: {type(problem).__name__}: {problem}", flush=True)
-                continue
-            if not error <= TOLERANCE.get(name, WITHIN):
-                print(f"  {way.label}: wrong by {error:.3f}", flush=True)
-                continue
+        way = Candidate(name, name, calls)
+        if right(way, q, rows_of(caches[0][0], size.context)):
             found.append(way)
         found.append(Candidate(f"read {name}", name, read_calls(size.bytes_of(name), copies)))
         x = torch.randn(size.batch, 1, size.heads, size.head_dim, device="cuda").bfloat16()
         writes = [functools.partial(c.write_, x, x, lengths) for c, lengths in caches]
         found.append(Candidate(f"write {name}", name, writes))
+    if options.against:
+        copies = copies_for_cold_l2(size.bytes_of("bfloat16"), l2)
+        shape = (2, size.batch, size.heads, size.context, size.head_dim)
+        pairs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+        for label, calls in torch_calls(q, pairs, options.against).items():
+            way = Candidate(label, "bfloat16", calls)
+            if right(way, q, lambda b: tuple(pairs[0][:, b])):
+                found.append(way)
+        if "bfloat16" not in options.formats:
+            calls = read_calls(size.bytes_of("bfloat16"), copies)
+            found.append(Candidate("read bfloat16", "bfloat16", calls))
     return found
 
 
@@ -185,12 +206,8 @@ def measure(size: Size, options: argparse.Namespace, l2: int) -> list[dict]:
 
 def markdown(record: dict) -> str:
     """A table: a row per size, µs and the multiple of the time to read the same bytes."""
-    names = list(dict.fromkeys(row["format"] for row in record["rows"]))
-    labels = [
-        name
-        for name in (*names, "SDPA", "FlexAttention")
-        if any(row["label"] == name for row in record["rows"])
-    ]
+    found = {row["label"] for row in record["rows"]}
+    labels = [name for name in (*FORMATS, *TORCH) if name in found]
     lines = [
         f"{record['machine']['gpu']}, commit {record['commit']}; µs per call (times what reading "
         "the same bytes takes); `bench kv`",
@@ -222,6 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--group", type=int, default=4, help="query heads of each (default 4)")
     parser.add_argument("--head-dim", type=int, default=128, choices=(64, 128, 256))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument(
+        "--against", nargs="*", choices=TORCH, default=list(TORCH), help="torch's, over bfloat16"
+    )
     parser.add_argument("--seconds", type=float, default=0.2, help="for each (default 0.2)")
     parser.add_argument("--commit", help="the commit to record, where there is no git checkout")
     options = parser.parse_args(words)
@@ -245,9 +265,9 @@ def main(arguments: list[str] | None = None) -> int:
                 size = Size(batch, context, options.heads, options.group, options.head_dim)
                 copies = {
                     name: copies_for_cold_l2(size.bytes_of(name), properties.L2_cache_size)
-                    for name in options.formats
+                    for name in {*options.formats, *(["bfloat16"] if options.against else [])}
                 }
-                # Twice: the bytes that are read for the floor; more for torch's own copies.
+                # Twice: the bytes that are read for the floor; more while a cache is made.
                 needed = sum(3 * n * size.bytes_of(name) for name, n in copies.items())
                 if needed > memory:
                     print(f"\n{size}: needs {needed / 1e9:.0f} GB, left out", flush=True)

@@ -54,9 +54,13 @@ CUTE_DEVICE bool leaves_range(float const (&p)[4], float const (&weight)[4]) {
   return p[0] + p[1] + (p[2] + p[3]) > kMostSum || max_of(weight) >= kTwo23 + 65536.f;
 }
 
+CUTE_DEVICE int64_t shift_rounded(int64_t value, int bits) {
+  return (value + (int64_t{1} << (bits - 1))) >> bits;
+}
+
 // High and low digit of sums of products with n: of 256 * high + low.
-CUTE_DEVICE void shift_sum(int& high, int& low, int shift) {
-  const int64_t sum = (static_cast<int64_t>(high) * 256 + low) >> shift;
+CUTE_DEVICE void shift_sum(int& high, int& low, int bits) {
+  const int64_t sum = shift_rounded(static_cast<int64_t>(high) * 256 + low, bits);
   high = static_cast<int>(sum >> 8);
   low = static_cast<int>(sum & 255);
 }
@@ -91,13 +95,13 @@ CUTE_DEVICE void raise(Reference& reference,
   }
   const float shift = unit - reference.unit;
   if (shift > 0 && reference.unit > kLeast) {
-    const int bits = static_cast<int>(fminf(shift, 63.f));
+    const int bits = static_cast<int>(fminf(shift, 48.f));  // after which nothing is left
     CUTE_UNROLL
     for (int i = 0; i < kSums; ++i) {
       shift_sum(sums[i][0], sums[i][1], bits);
       shift_sum(sums[i][2], sums[i][3], bits);
     }
-    reference.zeros = bits < 32 ? reference.zeros >> bits : 0;
+    reference.zeros = static_cast<uint32_t>(shift_rounded(reference.zeros, bits));
   }
   reference.total *= exp2_approximate(reference.most - most);
   reference.most = most;
