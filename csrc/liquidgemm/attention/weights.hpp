@@ -17,7 +17,7 @@ inline constexpr float kLeast = -3.402823466e38f;
 // values is n = rint(w * 2^exponent), 16 bits without sign in two digits. `most` and `exponent`
 // are those of the largest score and weight so far, but they are raised only when a sum or a weight
 // leaves its range, so that sums are in units of 2^unit = 2^(most - exponent) over many blocks.
-// Both are whole numbers: raising the unit shifts sums to the right.
+// Both are whole numbers: raising the unit divides sums by a power of two.
 struct Reference {
   float most = kLeast;
   float unit = -INFINITY;
@@ -54,15 +54,11 @@ CUTE_DEVICE bool leaves_range(float const (&p)[4], float const (&weight)[4]) {
   return p[0] + p[1] + (p[2] + p[3]) > kMostSum || max_of(weight) >= kTwo23 + 65536.f;
 }
 
-CUTE_DEVICE int64_t shift_rounded(int64_t value, int bits) {
-  return (value + (int64_t{1} << (bits - 1))) >> bits;
-}
-
-// High and low digit of sums of products with n: of 256 * high + low.
-CUTE_DEVICE void shift_sum(int& high, int& low, int bits) {
-  const int64_t sum = shift_rounded(static_cast<int64_t>(high) * 256 + low, bits);
-  high = static_cast<int>(sum >> 8);
-  low = static_cast<int>(sum & 255);
+// High and low digit of a sum of products with n, 256 * high + low, times a power of two below 1.
+CUTE_DEVICE void scale_sum(int& high, int& low, float factor) {
+  const float sum = fmaf(static_cast<float>(high), 256.f, static_cast<float>(low)) * factor;
+  high = __float2int_rn(sum * (1 / 256.f));
+  low = __float2int_rn(fmaf(static_cast<float>(high), -256.f, sum));
 }
 
 // 2^x, of a whole number in -126 ... 126.
@@ -95,13 +91,13 @@ CUTE_DEVICE void raise(Reference& reference,
   }
   const float shift = unit - reference.unit;
   if (shift > 0 && reference.unit > kLeast) {
-    const int bits = static_cast<int>(fminf(shift, 48.f));  // after which nothing is left
+    const float factor = power_of_two(fmaxf(-shift, -126.f));
     CUTE_UNROLL
     for (int i = 0; i < kSums; ++i) {
-      shift_sum(sums[i][0], sums[i][1], bits);
-      shift_sum(sums[i][2], sums[i][3], bits);
+      scale_sum(sums[i][0], sums[i][1], factor);
+      scale_sum(sums[i][2], sums[i][3], factor);
     }
-    reference.zeros = static_cast<uint32_t>(shift_rounded(reference.zeros, bits));
+    reference.zeros = __float2uint_rn(static_cast<float>(reference.zeros) * factor);
   }
   reference.total *= exp2_approximate(reference.most - most);
   reference.most = most;
