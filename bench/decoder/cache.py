@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .elementwise import Elementwise
 from .sizes import Sizes
@@ -24,9 +26,14 @@ class Cache:
     """Keys and values in bf16, full of random numbers; attention by torch's SDPA.
 
     A step writes its token at `position`, the last place, and attends to all of them.
+
+    Attributes:
+        repeatable: whether attention gives the same bits each time. torch's own choice does not: it
+            is cuDNN's kernel for decoding, some elements of which differ from call to call.
     """
 
     name: ClassVar[str] = "bf16"
+    repeatable: ClassVar[bool] = False
 
     def __init__(
         self, sizes: Sizes, batch: int, context: int, elementwise: Elementwise, device: torch.device
@@ -47,6 +54,11 @@ class Cache:
     def bytes_per_token(cls, sizes: Sizes) -> float:
         """Of one sequence, in all layers."""
         return 2 * sizes.kv_values
+
+    def repeating(self) -> AbstractContextManager:
+        """In this context attention gives the same bits each time."""
+        backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # the second on a CPU
+        return nullcontext() if self.repeatable else sdpa_kernel(backends, set_priority=True)
 
     def _random(self, device: torch.device) -> Tensor:
         sizes = self.sizes
@@ -92,6 +104,7 @@ class Quantized(Cache):
     """
 
     name = "int8"
+    repeatable = True
     format: ClassVar[str] = "int8"
 
     @classmethod

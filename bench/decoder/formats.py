@@ -62,6 +62,8 @@ class Format:
         return x
 
     def linear(self, tokens: Any, held: Any) -> Tensor:
+        if len(tokens) == 1:
+            return self.elementwise.linear_of_one(tokens, held)
         return F.linear(tokens, held)
 
 
@@ -96,6 +98,8 @@ class Fp8Tensor(Format):
         return self.elementwise.fp8_tensor(x), self._scale
 
     def linear(self, tokens, held):
+        if len(tokens[0]) == 1:
+            return self.elementwise.linear_of_one_fp8(*tokens, *held)
         return torch._scaled_mm(
             tokens[0],
             held[0].t(),

@@ -191,8 +191,10 @@ def _merged_into(held: list[dict], name: str) -> Tensor | None:
     tensors = [one[name] for one in held]
     if tensors[0] is None:
         return None
-    whole = torch.cat(tensors)
-    views = whole.split([len(tensor) for tensor in tensors])
+    # A parameter, whose sizes torch.compile(dynamic=True) takes as given. Those of another tensor
+    # outside of state_dict become symbols, for which it finds no source and fails.
+    whole = nn.Parameter(torch.cat(tensors), requires_grad=False)
+    views = whole.detach().split([len(tensor) for tensor in tensors])
     for one, view in zip(held, views, strict=True):
         one[name] = view
     return whole

@@ -57,7 +57,11 @@ class Selection:
     experts: Experts | None = None
 
     def leave(self, name: str, reason: str) -> None:
-        """Take back a layer, and with one of an expert all of its experts."""
+        """Take back a layer, and with one of an expert all of its experts.
+
+        Raises:
+            ValueError: it is the head, which the config wants quantized.
+        """
         experts = self.experts
         owner = None if experts is None else experts.of(name)
         if experts is not None and owner is not None:
@@ -69,6 +73,12 @@ class Selection:
         for key, parameter in self.parameters.items():
             if key.rpartition(".")[0] == name or (owner and key.startswith(f"{owner}.")):
                 parameter.reason, parameter.quantized = reason, False
+        if name in self.heads:
+            raise ValueError(_no_int8_head(name, reason))
+
+
+def _no_int8_head(name: str, reason: str) -> str:
+    return f'head: expected one that can be quantized for "int8", got {name}: {reason}'
 
 
 def select(
@@ -148,10 +158,7 @@ def _check_head(rules: _Rules, result: Selection, paths: dict[nn.Module, list[st
         )
     for name in (paths[head][0] for head in heads):
         if result.skipped.get(name, DONE) != DONE:
-            raise ValueError(
-                f'head: expected one that can be quantized for "int8", got {name}: '
-                f"{result.skipped[name]}"
-            )
+            raise ValueError(_no_int8_head(name, result.skipped[name]))
 
 
 def _has_weight(module: nn.Module) -> bool:

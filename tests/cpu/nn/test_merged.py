@@ -177,6 +177,17 @@ def test_compiles_to_one_product_and_notices_a_change():
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("shape", [(3, 100), (100,), (2, 3, 100)])
+def test_compiles_with_dynamic_sizes(shape):
+    """By itself, where the weights of all belong to no module that torch.compile knows."""
+    merged = Block().qkv
+    torch._dynamo.reset()
+    compiled = torch.compile(merged, backend="eager", dynamic=True, fullgraph=True)
+    for rows in (1, 2, 3):
+        x = X[:1].expand(rows, 100)[0] if len(shape) == 1 else X[:1].expand(rows, *shape[1:])
+        assert_same(compiled(x), merged(x))
+
+
 def test_derivatives_are_those_of_the_layers():
     block = Block()
     grads = []

@@ -57,6 +57,20 @@ def test_embeddings_keep_their_table(models):
     assert isinstance(quantized.lm_head, LiquidLinear)
 
 
+def test_head_tied_to_embeddings_of_another_class():
+    """Gemma's scale what they look up, in a class of their own."""
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
+    config = transformers.Gemma3TextConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    table = model.get_input_embeddings().weight
+    assert model.lm_head.weight is table
+    expected = int8_weight(table.detach().clone())
+    quantize_(model, HEAD, progress=False)
+    assert_same(model.lm_head.qweight, expected.qweight)
+    assert model.get_input_embeddings().weight is table
+    assert model.config.tie_word_embeddings is False
+
+
 def test_the_rest_is_quantized_as_without(models):
     model, quantized, _ = models
     other = copy.deepcopy(model)
@@ -158,12 +172,26 @@ def hooked():
     return model
 
 
+def read_by_code():
+    """By what no source tells: it shows when the model runs."""
+    model = tiny_models.make(vocab_size=192)
+    head, norm = model.lm_head, model.model.norm
+
+    class Reader(nn.Module):
+        def forward(self, x):
+            return norm(x) + 0 * getattr(head, "weight").sum()  # noqa: B009
+
+    model.model.norm = Reader()
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (bert, "head: expected a model with output embeddings or a layer named lm_head"),
         (t5, "got lm_head: its weight is tied to another module's"),
         (hooked, "got lm_head: it has hooks"),
+        (read_by_code, "got lm_head: its weight is read by Reader"),
     ],
 )
 def test_heads_that_cannot_be_are_refused(make, message):
