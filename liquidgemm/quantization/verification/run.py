@@ -191,7 +191,12 @@ class Observer:
         name, layer = self._owner.get(tensor, (None, None))
         top = self._stack[-1] if self._stack else self._model
         # torch's own encoder layers turn to code that calls the layer where it has no weight.
-        if layer is None or top is layer or type(top).__module__.startswith("torch.nn."):
+        if (
+            name is None
+            or layer is None
+            or top is layer
+            or type(top).__module__.startswith("torch.nn.")
+        ):
             return
         # An embedding that a head is tied to: its table stays.
         if any(parameter is layer.weight for parameter in top._parameters.values()):
