@@ -13,11 +13,11 @@ layers with their numbers of residual columns. Where there are experts, format_v
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MethodType
 from typing import cast
 
 import torch
@@ -199,7 +199,7 @@ class LiquidGemmQuantizer(HfQuantizer):
                     replace_module(model, name, packed)
         if config is not None:
             model.liquid_config = config
-        model.save_pretrained = _SavePretrained(model)
+        model.save_pretrained = MethodType(save_pretrained, model)
 
     def _layers_of(self, model: transformers.PreTrainedModel) -> dict[str, int]:
         """The layers by their names in this model, which may be a part or the whole of the one
@@ -412,7 +412,7 @@ def attach(model: transformers.PreTrainedModel, config: LiquidConfig | None) -> 
             LiquidGemmConfig(config, layers, experts=experts), pre_quantized=True
         )
         model.config.quantization_config = model.hf_quantizer.quantization_config
-        model.save_pretrained = _SavePretrained(model)
+        model.save_pretrained = MethodType(save_pretrained, model)
 
 
 def _quantized_layers(model: nn.Module) -> dict[str, int]:
@@ -431,25 +431,10 @@ def _quantized_experts(model: nn.Module) -> dict[str, dict]:
     }
 
 
-class _SavePretrained:
-    """That of the model's class; then its files, and no older ones, are what the folder holds.
-
-    A bound method would hold the model that holds it, whose memory would wait for the collector of
-    garbage then. Copies and pickles of the model get one of their own.
-    """
-
-    def __init__(self, model: transformers.PreTrainedModel) -> None:
-        self._model = weakref.ref(model)
-
-    def __call__(self, save_directory, *args, **kwargs):
-        model = self._model()
-        if model is None:
-            raise ReferenceError("save_pretrained: the model is gone")
-        with finishing_save_pretrained(Path(save_directory)):
-            return type(model).save_pretrained(model, save_directory, *args, **kwargs)
-
-    def __reduce__(self) -> tuple:
-        return _SavePretrained, (self._model(),)
+def save_pretrained(model: transformers.PreTrainedModel, save_directory, *args, **kwargs):
+    """That of the model's class; then its files, and no older ones, are what the folder holds."""
+    with finishing_save_pretrained(Path(save_directory)):
+        return type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
 
 def detach(model: transformers.PreTrainedModel) -> None:

@@ -1,6 +1,7 @@
 """Fused layers, merged projections and an 8-bit head on the GPU; the CPU tests cover more cases."""
 
 import copy
+import gc
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,7 @@ def test_merged_products_have_the_bits_of_the_cpu(models) -> None:
 
 def test_weights_are_there_once(models) -> None:
     model, fused = models
+    gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     copied = copy.deepcopy(model)
@@ -89,6 +91,7 @@ def test_weights_are_there_once(models) -> None:
     assert both - plain <= 1.05 * plain
     moved = copied_fused.cpu().to(DEVICE)
     del copied
+    gc.collect()  # a quantized model of transformers refers to itself, by its save_pretrained
     assert torch.cuda.memory_allocated() - before <= 1.05 * plain
     assert all(m.is_merged for m in moved.modules() if isinstance(m, liquidgemm.MergedLinear))
 
