@@ -73,6 +73,9 @@ class Fp8Tensor(Format):
     name = "fp8-tensor"
     head = "fp8-tensor"
     bytes_per_weight = 1.0
+    # Weights from which on a product of one row is faster as a reduction by Inductor, measured on
+    # an H100.
+    least_reduced: ClassVar[int] = 1 << 25
 
     def __init__(self, elementwise: Elementwise) -> None:
         super().__init__(elementwise)
@@ -98,7 +101,7 @@ class Fp8Tensor(Format):
         return self.elementwise.fp8_tensor(x), self._scale
 
     def linear(self, tokens, held):
-        if len(tokens[0]) == 1:
+        if len(tokens[0]) == 1 and held[0].numel() >= self.least_reduced:
             return self.elementwise.linear_of_one_fp8(*tokens, *held)
         return torch._scaled_mm(
             tokens[0],
@@ -115,6 +118,7 @@ class Fp8Row(Fp8Tensor):
 
     name = "fp8-row"
     head = "fp8-row"
+    least_reduced = 0
 
     def hold(self, weight):
         scale = (weight.abs().amax(1, keepdim=True).float() / FP8_MAX).clamp_min(1e-12)
