@@ -57,7 +57,7 @@ class Cache:
 
     def repeating(self) -> AbstractContextManager:
         """In this context attention gives the same bits each time."""
-        # Without set_priority, which leaves flash before cuDNN for what is timed afterwards.
+        # Without set_priority: with it around its first call, torch stays with flash afterwards.
         backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # the second on a CPU
         return nullcontext() if self.repeatable else sdpa_kernel(backends)
 

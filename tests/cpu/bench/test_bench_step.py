@@ -53,6 +53,21 @@ def test_a_run_from_end_to_end(record):
     assert sum("prefill" in row for row in found["rows"]) == 2 * len(formats)
 
 
+def test_checks_leave_the_choice_of_attention_as_it_was():
+    """What is timed afterwards is what torch itself chooses."""
+    cache = Cache(TINY, 1, 4, ELEMENTWISE, CPU)
+
+    def choice():
+        enabled = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
+        return enabled, torch._C._get_sdp_priority_order()
+
+    before = choice()
+    assert before[0] == (True, True)
+    with cache.repeating():
+        assert choice() == ((False, True), before[1])
+    assert choice() == before
+
+
 @pytest.mark.parametrize("name", ["bf16", "w4a8-linear"])
 def test_prefill_and_steps_give_the_same_logits(name):
     """The decoder is one: a step on the cache of a sequence continues that sequence."""
