@@ -11,6 +11,7 @@ COMMANDS = {
     "sustained": ("suites.sustained", "one large product for seconds on end, clocks and power"),
     "counters": ("suites.counters", "where the time goes, by Nsight Compute"),
     "host": ("suites.host_cost", "what an eager call costs on the CPU, beside torch's"),
+    "builds": ("suites.builds", "two builds of liquidgemm in turn: is any shape slower?"),
     "moe": ("suites.moe", "layers of experts beside grouped products of others"),
     "moe-report": ("report.moe", "its tables and plot, from the JSON alone"),
     "kv": ("suites.kv", "decode attention over a KV cache, by format, batch and context"),
