@@ -156,7 +156,7 @@ def test_foreign_layers_are_slices_of_the_whole_conversion(name, size):
     for rank in range(size):
         with as_rank(rank, size):
             config = config_of({})
-            config.foreign, config.online, config.names = settings, False, Names(layers)
+            config.foreign, config.recipe, config.foreign_names = settings, None, Names(layers)
             layer = gate_up(config, K, [64, 64])
             for shard in (1, 0):  # in any order
                 load(layer, held, shard)
@@ -190,7 +190,7 @@ def test_foreign_layers_are_loaded_once_and_whole():
     layers = foreign_layers({"config.json": settings}, [f"a.down_proj.{key}" for key in held])
     with as_rank(0, 1):
         config = config_of({})
-        config.foreign, config.online, config.names = settings, False, Names(layers)
+        config.foreign, config.recipe, config.foreign_names = settings, None, Names(layers)
         layer = down(config, K, 64)
         load(layer, {"qweight": held["qweight"]})
         with pytest.raises(ValueError, match=r"a\.down_proj\.qzeros: expected it to be loaded"):

@@ -160,12 +160,12 @@ def _units(tensor: Tensor, codes: tuple[Tensor, ...], columns: int) -> int:
 
 
 def _side_by_side(
-    codes: tuple[Tensor, ...],
+    codes: tuple[Tensor, Tensor, Tensor],
     rows: Sequence[int],
     slots: Sequence[int | None],
     lengths: Sequence[int],
     width: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The codes with a place of its own for each list of residual columns."""
     starts = [width + sum(lengths[:slot]) for slot in range(len(lengths))]
     result = []
@@ -181,7 +181,8 @@ def _side_by_side(
                 whole[part, start : start + length] = tensor[part, base : base + length]
             first += count
         result.append(whole)
-    return tuple(result)
+    qweight, qscale, qoffset = result
+    return qweight, qscale, qoffset
 
 
 def as_packed(x: Tensor, gather: Tensor | None, pad: tuple[int, int]) -> Tensor:

@@ -30,8 +30,8 @@ class Names(Generic[Value]):
         if (own := self._find(prefix)) is not None:  # fused in the checkpoint already
             return {own: self.layers[own]}
         parts = parts_of(prefix, fused)
-        found = {part: self._find(part) for part in parts}
-        missing = [part for part, name in found.items() if name is None]
+        found = [self._find(part) for part in parts]
+        missing = [part for part, name in zip(parts, found, strict=True) if name is None]
         if len(missing) == len(parts):
             return {}
         if missing:
@@ -40,7 +40,7 @@ class Names(Generic[Value]):
                 f"computes them at once, got {', '.join(missing)} in floats: quantize with "
                 "patterns of skip that match all of them or none"
             )
-        return {name: self.layers[name] for name in found.values()}
+        return {name: self.layers[name] for name in found if name is not None}
 
     def _find(self, name: str) -> str | None:
         """A checkpoint of a base model lacks the prefix of the model with a head, or has it."""

@@ -6,6 +6,7 @@ Engines slice and stack them by rows themselves; what is of columns is here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,19 @@ def checked(loaded: Tensor, name: str, part: Slice, augments: Sequence[int]) -> 
     return loaded
 
 
-class LoadsCodes:
+EngineParameter: TypeAlias = Any
+"""A parameter of an engine's, or its class: mypy does not see them, as engines are optional."""
+
+EngineLayer: TypeAlias = Any
+"""A layer of an engine's: which attributes it has depends on its class and on the version."""
+
+if TYPE_CHECKING:
+    _Mixin: TypeAlias = Any  # what its methods call is that of the class beside it
+else:
+    _Mixin = object
+
+
+class LoadsCodes(_Mixin):
     """Put before an engine's parameter of a weight: a tensor of codes, as its loaders call it.
 
     Rows are those of a weight, columns have residual ones behind them.

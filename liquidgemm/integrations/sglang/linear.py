@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from ... import ops
 from ..serving.layout import Slice, as_packed
 from ..serving.summary import Summary
-from ..serving.tensors import CODES, empty, one_or_each, pack_loaded
+from ..serving.tensors import CODES, EngineLayer, empty, one_or_each, pack_loaded
 from .parameters import CodesParameter, columns_parameter, scale_parameter
 
 
-def part_of(layer: nn.Module, length: int, total: int) -> Slice:
+def part_of(layer: EngineLayer, length: int, total: int) -> Slice:
     """The input features of this GPU: all, or of a row-parallel layer a slice by its rank."""
     if length == total:
         return Slice(0, length, total)
@@ -35,7 +35,7 @@ class LiquidLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: EngineLayer,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -60,7 +60,7 @@ class LiquidLinearMethod(LinearMethodBase):
         if any(self.augments):
             layer.register_parameter("columns", columns_parameter(self.augments, loader))
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: EngineLayer) -> None:
         if "qscale" not in layer._parameters:  # packed already
             return
         codes = tuple(getattr(layer, name).data for name in CODES)
@@ -77,7 +77,7 @@ class LiquidLinearMethod(LinearMethodBase):
         layer.liquid_pad = packed.pad
         self.summary.done(self.names, layer.qweight.device)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: EngineLayer, x: Tensor, bias: Tensor | None = None) -> Tensor:
         x = as_packed(x, layer.columns, layer.liquid_pad)
         return ops.linear(x, layer.qweight, layer.scale, bias)
 

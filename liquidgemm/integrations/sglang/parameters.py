@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..serving import tensors
 
-_SHARDS = {"q": 0, "k": 1, "v": 2}
+_SHARDS: dict[int | str, int] = {"q": 0, "k": 1, "v": 2}
 
 
 class CodesParameter(tensors.LoadsCodes, ModelWeightParameter):

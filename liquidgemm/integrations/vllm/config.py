@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
@@ -18,9 +17,11 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from ...nn._modules import matches
 from ...ops import FLOATS
+from ...quantization.config import LiquidConfig
 from ...quantization.layer import layer_method, residual_columns
-from ..serving.foreign import foreign_layers
+from ..serving.foreign import ForeignLayer, foreign_layers
 from ..serving.names import Names, parts_of
+from ..serving.tensors import EngineLayer
 from ..transformers import LiquidGemmConfig as Settings
 from .foreign import ForeignLiquidLinearMethod
 from .linear import LiquidLinearMethod
@@ -53,8 +54,6 @@ class LiquidGemmConfig(QuantizationConfig):
         super().__init__()
         self.settings = Settings() if settings is None and foreign is None else settings
         self.foreign = foreign
-        if self.settings is not None and self.settings.layers is None:
-            check_online(self.settings.config)
         if self.settings is not None and self.settings.experts:
             raise ValueError(
                 f"experts: expected none, as W4A8 of experts cannot be served with vLLM yet, got "
@@ -62,8 +61,12 @@ class LiquidGemmConfig(QuantizationConfig):
                 "quantize with a pattern of skip that matches them"
             )
         layers = None if self.settings is None else self.settings.layers
-        self.names = Names(layers or {})
-        self.online = foreign is None and layers is None
+        # What quantizes while loading; None where the checkpoint has codes, ours or others'.
+        self.recipe = None if self.settings is None or layers is not None else self.settings.config
+        if self.recipe is not None:
+            check_online(self.recipe)
+        self.names: Names[int] = Names(layers or {})
+        self.foreign_names: Names[ForeignLayer] = Names({})
         self.tied = False
         self.summary = Summary()
 
@@ -85,9 +88,9 @@ class LiquidGemmConfig(QuantizationConfig):
     ) -> None:
         text = getattr(hf_config, "text_config", None) or hf_config
         self.tied = bool(getattr(text, "tie_word_embeddings", False))
-        if self.foreign is not None and not self.names.layers:
+        if self.foreign is not None and not self.foreign_names.layers:
             names = get_safetensors_params_metadata(model_name, revision=revision)
-            self.names = Names(foreign_layers({"config.json": self.foreign}, names))
+            self.foreign_names = Names(foreign_layers({"config.json": self.foreign}, names))
 
     def get_name(self) -> str:
         return self.METHOD
@@ -105,17 +108,22 @@ class LiquidGemmConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.names = Names(hf_to_vllm_mapper.apply_dict(self.names.layers))
+        self.foreign_names = Names(hf_to_vllm_mapper.apply_dict(self.foreign_names.layers))
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
         return WeightsMapper()  # that of vLLM drops what says that groups are out of order
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: EngineLayer, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
-            return self._experts(prefix)
+            self._leave_experts(prefix)
+            return None
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
-        method = self._online(layer, prefix) if self.online else self._loaded(prefix)
+        if self.recipe is not None:
+            method = self._online(layer, prefix, self.recipe)
+        else:
+            method = self._loaded(prefix)
         if isinstance(method, QuantizeMethodBase):
             check_device()
             return method
@@ -124,15 +132,15 @@ class LiquidGemmConfig(QuantizationConfig):
 
     def _loaded(self, prefix: str) -> QuantizeMethodBase | str:
         """The method, or why there is none."""
-        found = self.names.of(prefix, self.packed_modules_mapping)
-        if not found:
-            return "so in the checkpoint"
-        if self.foreign is not None:
-            return ForeignLiquidLinearMethod(found, self.summary)
-        return LiquidLinearMethod(tuple(found), tuple(found.values()), self.summary)
+        if foreign := self.foreign_names.of(prefix, self.packed_modules_mapping):
+            return ForeignLiquidLinearMethod(foreign, self.summary)
+        if found := self.names.of(prefix, self.packed_modules_mapping):
+            return LiquidLinearMethod(tuple(found), tuple(found.values()), self.summary)
+        return "so in the checkpoint"
 
-    def _online(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | str:
-        config = self.settings.config
+    def _online(
+        self, layer: EngineLayer, prefix: str, config: LiquidConfig
+    ) -> QuantizeMethodBase | str:
         if isinstance(layer, ParallelLMHead) and config.head == "int8":
             if self.tied:
                 raise ValueError(
@@ -148,28 +156,25 @@ class LiquidGemmConfig(QuantizationConfig):
         if rows < _FEW_ROWS:
             return f"fewer than {_FEW_ROWS} rows"
         names = parts_of(prefix, self.packed_modules_mapping)
-        treatments = {name: self._treatment(name, columns) for name in names}
+        treatments = {name: _treatment(config, name, columns) for name in names}
         if len(set(treatments.values())) > 1:
             raise ValueError(
                 f"{prefix}: expected {', '.join(names)} to be treated alike, as vLLM computes them "
                 f"at once, got {treatments}: use patterns of skip, keep and augment that match all "
                 "of them or none"
             )
-        if (treatment := treatments[names[0]]) is not None and treatment.startswith("matches"):
+        if (treatment := treatments[names[0]]).startswith("matches"):
             return treatment
         return OnlineLiquidLinearMethod(tuple(names), config, self.summary)
 
-    def _treatment(self, name: str, in_features: int) -> str:
-        config = self.settings.config
-        for pattern in config.skip:
-            if matches(name, pattern):
-                return f"matches the pattern {pattern!r}"
-        augment = residual_columns(config, name, in_features)
-        return f"{layer_method(config, name, False)}, {augment} residual columns"
+    def _leave_experts(self, prefix: str) -> None:
+        """The place of a method for experts, which stay in floats.
 
-    def _experts(self, prefix: str) -> None:
-        """The place of a method for experts; None leaves them in floats."""
-        if inside := [name for name in self.names.layers if name.startswith(f"{prefix}.")]:
+        Raises:
+            ValueError: the checkpoint has them in W4A8.
+        """
+        held = (*self.names.layers, *self.foreign_names.layers)
+        if inside := [name for name in held if name.startswith(f"{prefix}.")]:
             raise ValueError(
                 f"{inside[0]}: experts in W4A8 cannot be served with vLLM yet: serve the model "
                 "with transformers, or quantize with a pattern of skip that matches the experts"
@@ -177,7 +182,16 @@ class LiquidGemmConfig(QuantizationConfig):
         self.summary.leave(prefix, "experts in W4A8 cannot be served yet")
 
 
-def _shape(layer: nn.Module) -> tuple[int, int]:
+def _treatment(config: LiquidConfig, name: str, in_features: int) -> str:
+    """What a config says of a layer, so that those which are computed at once can be compared."""
+    for pattern in config.skip:
+        if matches(name, pattern):
+            return f"matches the pattern {pattern!r}"
+    augment = residual_columns(config, name, in_features)
+    return f"{layer_method(config, name, False)}, {augment} residual columns"
+
+
+def _shape(layer: EngineLayer) -> tuple[int, int]:
     """Rows and columns of the whole weight; an embedding of vLLM 0.26 has other names for them."""
     if isinstance(layer, ParallelLMHead):
         return layer.num_embeddings, layer.embedding_dim

@@ -14,11 +14,12 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter
 from ...weights.weight import QuantizedWeight
 from ..serving.foreign import ForeignLayer, convert
 from ..serving.layout import pack
+from ..serving.tensors import EngineLayer, EngineParameter
 from .fusion import advertise
 from .linear import PackedLinearMethod, part_of
 from .summary import Summary
 
-_SHARDS = {"q": 0, "k": 1, "v": 2}
+_SHARDS = {None: 0, "q": 0, "k": 1, "v": 2}
 
 
 @register_weight_loader_v2_supported_method
@@ -36,7 +37,7 @@ class ForeignLiquidLinearMethod(PackedLinearMethod):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: EngineLayer,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -50,14 +51,16 @@ class ForeignLiquidLinearMethod(PackedLinearMethod):
         self.device = torch.get_default_device()
         for key in sorted({key for own in self.layers for key in own.keys} - {"bias"}):
             # Empty: a place by whose name vLLM finds the loader.
-            place = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+            place: EngineParameter = nn.Parameter(
+                torch.empty(0, dtype=torch.uint8), requires_grad=False
+            )
             place.weight_loader = self._collector(layer, key)
             layer.register_parameter(key, place)
         advertise(layer)
 
-    def _collector(self, layer: nn.Module, key: str):
+    def _collector(self, layer: EngineLayer, key: str):
         def collect(param: Tensor, loaded: Tensor, shard: int | str | None = None) -> None:
-            index = _SHARDS.get(shard, shard) or 0
+            index = shard if isinstance(shard, int) else _SHARDS[shard]
             if "scale" in layer._parameters:
                 raise RuntimeError(
                     f"{self.names[index]}.{key}: it is converted already: weights of a checkpoint "
@@ -74,14 +77,14 @@ class ForeignLiquidLinearMethod(PackedLinearMethod):
 
         return collect
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: EngineLayer) -> None:
         if "scale" in layer._parameters:
             return
         for name, held, own in zip(self.names, self.tensors, self.layers, strict=True):
             if missing := sorted(set(own.keys) - held.keys() - {"bias"}):
                 raise ValueError(f"{name}.{missing[0]}: expected it to be loaded, got nothing")
 
-    def _convert(self, layer: nn.Module) -> None:
+    def _convert(self, layer: EngineLayer) -> None:
         weights: list[QuantizedWeight] = []
         for name, own, tensors, shard in zip(
             self.names, self.layers, self.tensors, self.shards, strict=True
@@ -108,7 +111,7 @@ class ForeignLiquidLinearMethod(PackedLinearMethod):
                 delattr(layer, key)
         self.set_packed(layer, packed)
 
-    def _own_rows(self, layer: nn.Module, count: int, shard: int | str | None) -> Tensor:
+    def _own_rows(self, layer: EngineLayer, count: int, shard: int | str | None) -> Tensor:
         """Which rows of a whole layer this GPU has, from 1 on, and 0 for one that fills up.
 
         vLLM's own loader says so, by loading the numbers of the rows in their place.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
@@ -13,13 +13,13 @@ from vllm.model_executor.utils import replace_parameter
 
 from ... import ops
 from ..serving.layout import Packed, Slice, as_packed
-from ..serving.tensors import CODES, empty, one_or_each, pack_loaded
+from ..serving.tensors import CODES, EngineLayer, empty, one_or_each, pack_loaded
 from .fusion import advertise, as_quantized
 from .parameters import CodesParameter, columns_parameter, dummy_codes, scale_parameter
 from .summary import Summary
 
 
-def part_of(layer: nn.Module, length: int, total: int) -> Slice:
+def part_of(layer: EngineLayer, length: int, total: int) -> Slice:
     """The input features of this GPU: all, or of a row-parallel layer a slice by its rank."""
     return Slice(0 if length == total else layer.tp_rank * length, length, total)
 
@@ -35,7 +35,7 @@ class PackedLinearMethod(LinearMethodBase):
         self.names, self.summary = names, summary
         summary.expect(names)
 
-    def set_packed(self, layer: nn.Module, packed: Packed) -> None:
+    def set_packed(self, layer: EngineLayer, packed: Packed) -> None:
         """Exchange what was loaded for what is computed with."""
         for name in ("weight", *CODES, "scale", "columns"):
             if name in layer._parameters:
@@ -51,7 +51,7 @@ class PackedLinearMethod(LinearMethodBase):
             layer.columns = None
         self.summary.done(self.names, layer.qweight.device)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: EngineLayer, x: Tensor, bias: Tensor | None = None) -> Tensor:
         given = as_quantized(x)
         if given is None:
             x = as_packed(x, layer.columns, layer.liquid_pad)
@@ -78,7 +78,7 @@ class LiquidLinearMethod(PackedLinearMethod):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: EngineLayer,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -102,7 +102,7 @@ class LiquidLinearMethod(PackedLinearMethod):
             layer.register_parameter("columns", columns_parameter(self.augments, loader))
         advertise(layer)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: EngineLayer) -> None:
         if "qscale" not in layer._parameters:  # packed already
             return
         codes = tuple(getattr(layer, name).data for name in CODES)

@@ -7,7 +7,6 @@ a layer or two are in floats at a time.
 from __future__ import annotations
 
 import torch
-from torch import nn
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
@@ -15,6 +14,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from ...quantization.config import LiquidConfig
 from ...quantization.layer import quantize_layer
 from ..serving.layout import Slice, pack
+from ..serving.tensors import EngineLayer
 from .fusion import advertise
 from .linear import PackedLinearMethod
 from .summary import Summary
@@ -52,7 +52,7 @@ class OnlineLiquidLinearMethod(PackedLinearMethod):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: EngineLayer,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -71,7 +71,7 @@ class OnlineLiquidLinearMethod(PackedLinearMethod):
         initialize_online_processing(layer)
         advertise(layer)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: EngineLayer) -> None:
         if getattr(layer, _DONE, False):
             return
         try:
