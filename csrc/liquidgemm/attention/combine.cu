@@ -30,7 +30,6 @@ template <class Shape>
 __global__ void __launch_bounds__(32 * kWarps)
     combine_kernel(const __grid_constant__ KvAttentionArguments a, int max_chunks) {
   cutlass::arch::launch_dependent_grids();
-  cutlass::arch::wait_on_dependent_grids();
   constexpr int kHeld = Shape::kHeadDim / 32;
   const int lane = threadIdx.x % 32;
   const int b = blockIdx.y, rows = a.queries * a.group;
@@ -38,8 +37,22 @@ __global__ void __launch_bounds__(32 * kWarps)
   if (index >= a.cache.heads * rows)
     return;
   const int h = index / rows, row = index % rows;
-  const Chunks chunks = chunks_of<Shape>(a, b);
+  const Chunks chunks = chunks_of<Shape>(a, b);  // decode_kernel has waited for its lengths
   const int64_t place = (static_cast<int64_t>(b) * a.cache.heads + h) * max_chunks;
+  cutlass::arch::wait_on_dependent_grids();
+
+  // The first chunks are asked for before their weights are known.
+  constexpr int kAhead = 4;
+  const auto load = [&](float (&held)[kHeld], int chunk) {
+    float const* const partial = a.partial + ((place + chunk) * rows + row) * Shape::kHeadDim;
+    CUTE_UNROLL
+    for (int i = 0; i < kHeld; ++i)
+      held[i] = chunk < chunks.end ? partial[lane + 32 * i] : 0.f;
+  };
+  float ahead[kAhead][kHeld];
+  CUTE_UNROLL
+  for (int i = 0; i < kAhead; ++i)
+    load(ahead[i], chunks.begin + i);
 
   // Chunk c is lane c % 32's.
   float most[2], total = 0, weight[2];
@@ -63,13 +76,20 @@ __global__ void __launch_bounds__(32 * kWarps)
     total += __shfl_xor_sync(kAllLanes, total, stride);
 
   float sum[kHeld] = {};
-#pragma unroll 4
-  for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+  const auto add = [&](float const(&held)[kHeld], int chunk) {
     const float factor = __shfl_sync(kAllLanes, chunk < 32 ? weight[0] : weight[1], chunk % 32);
-    float const* const partial = a.partial + ((place + chunk) * rows + row) * Shape::kHeadDim;
     CUTE_UNROLL
     for (int i = 0; i < kHeld; ++i)
-      sum[i] = fmaf(partial[lane + 32 * i], factor, sum[i]);
+      sum[i] = fmaf(held[i], factor, sum[i]);
+  };
+  CUTE_UNROLL
+  for (int i = 0; i < kAhead; ++i)
+    add(ahead[i], chunks.begin + i);  // past the end: nothing
+#pragma unroll 4
+  for (int chunk = chunks.begin + kAhead; chunk < chunks.end; ++chunk) {
+    float held[kHeld];
+    load(held, chunk);
+    add(held, chunk);
   }
   if constexpr (Shape::kInt4) {  // values are rotated
     rotate(sum);

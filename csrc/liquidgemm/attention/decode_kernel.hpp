@@ -347,8 +347,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
     decode_kernel(const __grid_constant__ KvAttentionArguments a, int max_chunks, int row_groups) {
   extern __shared__ __align__(16) uint8_t bytes[];
   auto& shared = *reinterpret_cast<Shared<Shape>*>(bytes);
-  cutlass::arch::launch_dependent_grids();
   cutlass::arch::wait_on_dependent_grids();
+  cutlass::arch::launch_dependent_grids();  // which may read what came before this kernel
   const int b = blockIdx.z, h = blockIdx.y / row_groups;
   const int first_row = blockIdx.y % row_groups * Shape::kRows;
   const int rows = a.queries * a.group;

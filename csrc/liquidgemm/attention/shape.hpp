@@ -20,9 +20,10 @@ struct DecodeShape {
   static constexpr int kHalf = kBlock / 2;           // lies in one page
   static constexpr int kHalfBytes = kHalf * kWidth;  // of keys, and of values
 
-  // Blocks that each warp has in shared memory: a chunk is whole there before it is worked on.
+  // Blocks that each warp has in shared memory, 64 KB in all, and how many it works on in a chunk.
   static constexpr int kSlots = kWidth >= 256 ? 1 : kWidth == 128 ? 2 : 4;
-  static constexpr int kChunk = kWarps * kSlots * kBlock;
+  static constexpr int kBlocksPerChunk = 2 * kSlots;
+  static constexpr int kChunk = kWarps * kBlocksPerChunk * kBlock;
 
   // A lane's piece of a key, and how many it has; pieces of values are 16 bytes of four tokens.
   static constexpr int kKeyPiece = kWidth == 32 ? 8 : 16;
