@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import MethodType
-from typing import cast
 
 import torch
 import transformers
@@ -29,15 +28,20 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints._pretrained import check_one_checkpoint, finishing_save_pretrained
-from ..formats.liquidquant import GROUP, ceil_div
-from ..nn._modules import as_linear, paths_of_modules, replace_module, weight_of
+from ..formats.liquidquant import GROUP
+from ..nn._modules import as_linear, paths_of_modules, replace_module
 from ..nn.experts import LiquidExperts
 from ..nn.float_experts import Layout, layout_of
 from ..nn.linear import LiquidLinear
-from ..nn.stack import ExpertStack
 from ..quantization.config import LiquidConfig
 from ..quantization.model import dequantize_, quantize_
-from ..weights.weight import QuantizedWeight
+from .transformers_loading import (
+    UnpackedExperts,
+    UnpackedLayer,
+    UnpackedStack,
+    state_of_experts,
+    tensors_of,
+)
 
 METHOD = "liquidgemm"
 FORMAT_VERSION = 2
@@ -165,13 +169,13 @@ class LiquidGemmQuantizer(HfQuantizer):
         paths = paths_of_modules(model)
         for name, augment in self._layers_of(model).items():
             linear = model.get_submodule(name)
-            layer = _Unpacked(linear, augment)
+            layer = UnpackedLayer(linear, augment)
             for path in paths[linear]:
                 replace_module(model, path, layer)
         for name, sizes in self._experts_of(model).items():
             module = model.get_submodule(name)
             for path in paths[module]:
-                replace_module(model, path, _UnpackedExperts(module, sizes))
+                replace_module(model, path, UnpackedExperts(module, sizes))
 
     def _process_model_after_weight_loading(
         self, model: transformers.PreTrainedModel, **kwargs
@@ -193,7 +197,7 @@ class LiquidGemmQuantizer(HfQuantizer):
                 warnings.warn(str(verification), stacklevel=2)
             return
         for layer, names in paths_of_modules(model).items():
-            if isinstance(layer, _Unpacked | _UnpackedExperts):
+            if isinstance(layer, UnpackedLayer | UnpackedExperts):
                 packed = layer.without_data() if self._on_meta else layer.pack(names[0])
                 for name in names:
                     replace_module(model, name, packed)
@@ -251,10 +255,10 @@ class LiquidGemmQuantizer(HfQuantizer):
         expected = [
             f"{name}.{tensor}"
             for name, augment in self._layers.items()
-            for tensor in _tensors(augment)
+            for tensor in tensors_of(augment)
         ]
         for name, sizes in self.quantization_config.experts.items():
-            expected += [f"{name}.{tensor}" for tensor in _state_of_experts(sizes)]
+            expected += [f"{name}.{tensor}" for tensor in state_of_experts(sizes)]
         # transformers may rename keys as it loads, but it drops none.
         kinds = [Counter(key.rpartition(".")[2] for key in names) for names in (expected, keys)]
         short = [kind for kind, count in kinds[0].items() if kinds[1][kind] < count]
@@ -265,7 +269,9 @@ class LiquidGemmQuantizer(HfQuantizer):
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list:
         """As `_check_files`, in transformers 4, which asks this instead of naming the files."""
         for key in missing_keys:
-            if isinstance(model.get_submodule(key.rpartition(".")[0]), _Unpacked | _UnpackedStack):
+            if isinstance(
+                model.get_submodule(key.rpartition(".")[0]), UnpackedLayer | UnpackedStack
+            ):
                 raise ValueError(f"{key}: missing in the checkpoint")
         return missing_keys
 
@@ -292,115 +298,6 @@ class LiquidGemmQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _tensors(augment: int) -> tuple[str, ...]:
-    names = ("qweight", "qscale", "qoffset", "scale")
-    return (*names, "columns") if augment else names
-
-
-class _Unpacked(nn.Module):
-    """Where transformers puts the tensors of a quantized layer while it loads."""
-
-    qweight: torch.Tensor
-    qscale: torch.Tensor
-    qoffset: torch.Tensor
-    scale: torch.Tensor
-    columns: torch.Tensor | None
-    bias: torch.Tensor | None
-
-    def __init__(self, layer: nn.Module, augment: int) -> None:
-        super().__init__()
-        self.replaces = type(layer)
-        self._shape = weight_of(layer).shape
-        linear = cast(nn.Linear, as_linear(layer))
-        n, self.in_features = linear.out_features, linear.in_features
-        groups = ceil_div(self.in_features, GROUP) + augment // GROUP
-        for name, columns in (("qweight", GROUP // 2), ("qscale", 1), ("qoffset", 1)):
-            data = torch.empty(n, groups * columns, dtype=torch.uint8, device="meta")
-            self.register_buffer(name, data)
-        self.register_buffer("scale", torch.empty(n, dtype=torch.float32, device="meta"))
-        repeated = torch.empty(augment, dtype=torch.int32, device="meta") if augment else None
-        self.register_buffer("columns", repeated)
-        self.dtype, bias = linear.weight.dtype, linear.bias
-        self.register_buffer(
-            "bias", None if bias is None else torch.empty_like(bias, device="meta")
-        )
-
-    def without_data(self) -> LiquidLinear:
-        return LiquidLinear(
-            self.in_features,
-            len(self.scale),
-            bias=self.bias is not None,
-            augment=0 if self.columns is None else len(self.columns),
-            device="meta",
-            dtype=self.dtype if self.bias is None else self.bias.dtype,
-        ).train(self.training)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """Without data: the initialization of what is around this layer may ask for it."""
-        return torch.empty(self._shape, dtype=self.dtype, device="meta")
-
-    def pack(self, name: str) -> LiquidLinear:
-        if self.qweight.is_meta:
-            raise ValueError(f"{name}: expected a device_map of CPU or GPUs, got it offloaded")
-        try:
-            weight = QuantizedWeight(
-                self.qweight, self.qscale, self.qoffset, self.scale, self.in_features, self.columns
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}.{error}") from None
-        layer = LiquidLinear.from_quantized(weight, self.bias, self.dtype)
-        layer.replaces = self.replaces
-        return layer.train(self.training)
-
-
-def _state_of_experts(sizes: Mapping) -> dict[str, torch.Tensor]:
-    return LiquidExperts(**sizes, device="meta").state_dict()
-
-
-class _UnpackedStack(nn.Module):
-    """Where transformers puts the tensors of one of the two stacks of some experts."""
-
-    def __init__(self, like: ExpertStack, dtype: torch.dtype) -> None:
-        super().__init__()
-        for name, tensor in like.state_dict().items():
-            self.register_buffer(name, tensor.to(dtype) if name == "bias" else tensor)
-
-
-class _UnpackedExperts(nn.Module):
-    """Where transformers puts the tensors of experts while it loads."""
-
-    def __init__(self, experts: nn.Module, sizes: Mapping) -> None:
-        super().__init__()
-        self._held = (experts, dict(sizes))  # the module as a whole is on the meta device
-        self.dtype = next(experts.parameters()).dtype
-        self.num_experts = sizes["num_experts"]
-        like = LiquidExperts(**sizes, device="meta")
-        self.gate_up = _UnpackedStack(like.gate_up, self.dtype)
-        self.down = _UnpackedStack(like.down, self.dtype)
-
-    def without_data(self) -> LiquidExperts:
-        experts, sizes = self._held
-        layer = LiquidExperts(**sizes, device="meta", dtype=self.dtype)
-        layer.stands_for(experts, cast(Layout, layout_of(experts)))
-        return layer.train(self.training)
-
-    def pack(self, name: str) -> LiquidExperts:
-        layer = self.without_data()
-        for part, stack, into in (
-            ("gate_up", self.gate_up, layer.gate_up),
-            ("down", self.down, layer.down),
-        ):
-            tensors = dict(stack.named_buffers())
-            if tensors["qweight"].is_meta:
-                raise ValueError(f"{name}: expected a device_map of CPU or GPUs, got it offloaded")
-            try:
-                into.load_logical(tensors, tensors["scale"].device)
-            except ValueError as error:
-                raise ValueError(f"{name}.{part}: {error}") from None
-        return layer
 
 
 def attach(model: transformers.PreTrainedModel, config: LiquidConfig | None) -> None:
