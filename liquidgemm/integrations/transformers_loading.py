@@ -1,7 +1,7 @@
 """Where transformers puts the tensors of a checkpoint while it loads.
 
-Each module has the logical layout; it stands in a model's tree for a quantized layer, or for experts, until all is loaded, and then
-packs what it got.
+Each module has the logical layout; it stands in a model's tree for a quantized layer, or for
+experts, until all is loaded, and then packs what it got.
 """
 
 from __future__ import annotations
