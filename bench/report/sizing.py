@@ -11,7 +11,7 @@ A step that was measured is given as it is. Of others, the time is a sum:
 - links: with tensor or expert parallelism two all-reduces for each layer.
 
 Overhead and work are those of the measured model and format whose layers are nearest in size. Each
-line says whether it was measured, modelled, or modelled for what no engine serves yet. The last
+line says whether it was measured, modelled, or modelled for what has no step measured. The last
 holds for experts in W4A8.
 """
 
@@ -200,7 +200,7 @@ def lines(rows: Sequence[dict], options: argparse.Namespace) -> list[str]:
                     dollars = options.price * gpus * options.stages / 3600
                     kind = "measured" if step.measured and options.stages == 1 else "modelled"
                     if model.experts > 1 and form == "w4a8":
-                        kind = "modelled; no engine serves it yet"
+                        kind = "modelled; no step of it was measured"
                     found.append(
                         f"{about}{step.seconds * 1e3:.2f} | {rate:.0f} | {rate / dollars:.3g} | "
                         f"{room} | {kind} |"

@@ -261,25 +261,43 @@ def requests(check: Check, folder: Path) -> None:
     grown = after[1] - before[1]
     check.require(grown < 16 << 20, f"memory: {grown} bytes more than before")
     # A token alone must be the same, unless the two best are nearly tied.
-    compared = wrong = 0
+    compared, flips, shifts = 0, [], []
     for name in sorted(finished)[: check.options.compare]:
-        params = vllm.SamplingParams(max_tokens=wishes[name], **sampling)
+        params = vllm.SamplingParams(max_tokens=wishes[name], logprobs=2, **sampling)
         prompt = {"prompt_token_ids": prompts[name]}
         engine.reset_prefix_cache()
         (alone,) = llm.generate([prompt], params, use_tqdm=False)
-        output = finished[name].outputs[0]
-        for token, other, found in zip(
-            output.token_ids, alone.outputs[0].token_ids, output.logprobs, strict=True
-        ):
-            best = sorted((entry.logprob for entry in found.values()), reverse=True)
-            tie = len(best) > 1 and best[0] - best[1] < GAP
+        both = finished[name].outputs[0], alone.outputs[0]
+        for at, (token, other) in enumerate(zip(*(o.token_ids for o in both), strict=True)):
+            # Logits of the two best, and by how much the best leads, in each run.
+            best = [_best(output.logprobs[at]) for output in both]
+            leads = [one[0][1] - one[1][1] for one in best]
             compared += 1
             if token != other:
-                wrong += not tie
+                flips.append({"request": name, "at": at, "best": best, "leads": leads})
                 break  # what follows has another past
+            if best[0][1][0] == best[1][1][0]:  # the same second
+                shifts.append(abs(leads[0] - leads[1]))
     check.note("tokens_compared", compared)
+    for flip in flips:
+        check.note(f"other token in request {flip['request']}", flip)
+    shifts.sort()
+    check.note(
+        "change of the lead where tokens are equal, by share of tokens",
+        {q: shifts[min(int(q * len(shifts)), len(shifts) - 1)] for q in (0.5, 0.9, 0.99, 1.0)}
+        if shifts
+        else None,
+    )
+    wrong = sum(min(flip["leads"]) >= GAP for flip in flips)
+    check.note("flips", flips)
     check.require(wrong == 0, f"tokens equal those of a run alone, near-ties apart; wrong: {wrong}")
     check.require(compared > 0, "some were compared")
+
+
+def _best(found: dict) -> list[tuple[int, float]]:
+    """The two best tokens and their logits, the best first."""
+    pairs = ((token, entry.logprob) for token, entry in found.items())
+    return sorted(pairs, key=lambda pair: -pair[1])[:2]
 
 
 def sleep(check: Check, folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -23,6 +25,7 @@ from ..serving.foreign import ForeignLayer, foreign_layers
 from ..serving.names import Names, parts_of
 from ..serving.tensors import EngineLayer
 from ..transformers import LiquidGemmConfig as Settings
+from .experts import LiquidExpertsMethod, OnlineLiquidExpertsMethod
 from .foreign import ForeignLiquidLinearMethod
 from .linear import LiquidLinearMethod
 from .online import OnlineLiquidLinearMethod, check_online
@@ -31,6 +34,11 @@ from .summary import Summary, check_device
 # With fewer rows than a tile has there is nothing to gain, and all of the rounding reaches the
 # answer: so it is with the heads of tasks, and with routers.
 _FEW_ROWS = 64
+# Names of layers that choose experts, some of which have that many rows.
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+# Kinds of models whose layers of experts are named otherwise in vLLM, and what is within them.
+_OLD_NAMES = ("mixtral",)
+_OLD_NAMED = ("experts", "gate")
 # What vLLM itself adds to the settings of a checkpoint.
 _OF_VLLM = ("total_num_heads", "total_num_kv_heads")
 
@@ -54,12 +62,6 @@ class LiquidGemmConfig(QuantizationConfig):
         super().__init__()
         self.settings = Settings() if settings is None and foreign is None else settings
         self.foreign = foreign
-        if self.settings is not None and self.settings.experts:
-            raise ValueError(
-                f"experts: expected none, as W4A8 of experts cannot be served with vLLM yet, got "
-                f"{', '.join(self.settings.experts)}: serve the model with transformers, or "
-                "quantize with a pattern of skip that matches them"
-            )
         layers = None if self.settings is None else self.settings.layers
         # What quantizes while loading; None where the checkpoint has codes, ours or others'.
         self.recipe = None if self.settings is None or layers is not None else self.settings.config
@@ -67,7 +69,11 @@ class LiquidGemmConfig(QuantizationConfig):
             check_online(self.recipe)
         self.names: Names[int] = Names(layers or {})
         self.foreign_names: Names[ForeignLayer] = Names({})
+        self.experts: Names[Mapping[str, Any]] = Names(
+            {} if self.settings is None else self.settings.experts
+        )
         self.tied = False
+        self.renamed: dict[str, str] = {}
         self.summary = Summary()
 
     @classmethod
@@ -88,9 +94,27 @@ class LiquidGemmConfig(QuantizationConfig):
     ) -> None:
         text = getattr(hf_config, "text_config", None) or hf_config
         self.tied = bool(getattr(text, "tie_word_embeddings", False))
+        if self.experts.layers and getattr(text, "model_type", None) in _OLD_NAMES:
+            self._rename_experts()
         if self.foreign is not None and not self.foreign_names.layers:
             names = get_safetensors_params_metadata(model_name, revision=revision)
             self.foreign_names = Names(foreign_layers({"config.json": self.foreign}, names))
+
+    def _rename_experts(self) -> None:
+        """transformers 5 has another name for what vLLM calls block_sparse_moe."""
+        if not hasattr(QuantizationConfig, "get_checkpoint_weight_mapper"):
+            raise ValueError(
+                "experts: expected a vLLM that lets a method rename tensors, as 0.32 does, for a "
+                "model whose experts vLLM calls block_sparse_moe, got an older one"
+            )
+        self.renamed = {f".mlp.{name}.": f".block_sparse_moe.{name}." for name in _OLD_NAMED}
+        end, new = ".mlp.experts", ".block_sparse_moe.experts"
+        self.experts = Names(
+            {
+                name.removesuffix(end) + new if name.endswith(end) else name: sizes
+                for name, sizes in self.experts.layers.items()
+            }
+        )
 
     def get_name(self) -> str:
         return self.METHOD
@@ -109,15 +133,15 @@ class LiquidGemmConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.names = Names(hf_to_vllm_mapper.apply_dict(self.names.layers))
         self.foreign_names = Names(hf_to_vllm_mapper.apply_dict(self.foreign_names.layers))
+        self.experts = Names(hf_to_vllm_mapper.apply_dict(self.experts.layers))
 
-    @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
-        return WeightsMapper()  # that of vLLM drops what says that groups are out of order
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        # That of vLLM drops what says that groups are out of order.
+        return WeightsMapper(orig_to_new_substr=self.renamed)
 
     def get_quant_method(self, layer: EngineLayer, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
-            self._leave_experts(prefix)
-            return None
+            return self._experts(layer, prefix)
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
         if self.recipe is not None:
@@ -152,6 +176,8 @@ class LiquidGemmConfig(QuantizationConfig):
             return OnlineLiquidLinearMethod((prefix,), config, self.summary)
         if isinstance(layer, ParallelLMHead) and self.tied:
             return "tied to the embeddings"
+        if prefix.rpartition(".")[2] in _ROUTERS:
+            return "it chooses experts"
         rows, columns = _shape(layer)
         if rows < _FEW_ROWS:
             return f"fewer than {_FEW_ROWS} rows"
@@ -167,19 +193,34 @@ class LiquidGemmConfig(QuantizationConfig):
             return treatment
         return OnlineLiquidLinearMethod(tuple(names), config, self.summary)
 
-    def _leave_experts(self, prefix: str) -> None:
-        """The place of a method for experts, which stay in floats.
+    def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        """The method of experts; None leaves them in floats.
 
         Raises:
-            ValueError: the checkpoint has them in W4A8.
+            ValueError: the checkpoint has them in W4A8 in a way that is not served.
         """
         held = (*self.names.layers, *self.foreign_names.layers)
         if inside := [name for name in held if name.startswith(f"{prefix}.")]:
             raise ValueError(
-                f"{inside[0]}: experts in W4A8 cannot be served with vLLM yet: serve the model "
-                "with transformers, or quantize with a pattern of skip that matches the experts"
+                f"{inside[0]}: experts of their own tensors in W4A8 cannot be served with vLLM yet:"
+                " serve the model with transformers, or quantize with a pattern of skip that "
+                "matches the experts"
             )
-        self.summary.leave(prefix, "experts in W4A8 cannot be served yet")
+        moe = layer.moe_config
+        if found := self.experts.of(prefix, {}):
+            check_device()
+            ((name, sizes),) = found.items()
+            return LiquidExpertsMethod(moe, name, sizes, self.summary)
+        config = self.recipe
+        if config is None:
+            self.summary.leave(prefix, "so in the checkpoint")
+            return None
+        for pattern in config.skip:
+            if matches(prefix, pattern):
+                self.summary.leave(prefix, f"matches the pattern {pattern!r}")
+                return None
+        check_device()
+        return OnlineLiquidExpertsMethod(moe, prefix, config, self.summary)
 
 
 def _treatment(config: LiquidConfig, name: str, in_features: int) -> str:

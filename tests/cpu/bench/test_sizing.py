@@ -95,7 +95,7 @@ def test_table_says_what_is_measured(tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()[2:]
     kinds = [line.split("|")[-2].strip() for line in table]
     assert kinds[:2] == ["measured", "modelled"]
-    assert kinds[-1] == "modelled; no engine serves it yet"
+    assert kinds[-1] == "modelled; no step of it was measured"
     cells = [cell.strip() for cell in table[0].split("|")]
     assert float(cells[7]) == pytest.approx(float(cells[6]) * 1000, rel=0.01)
 
