@@ -96,13 +96,8 @@ struct Avx512Vnni {
     }
   }
 
-  static constexpr int kMostOfPart = 6;
-
-  // Calls of multiply_part for some tokens.
-  static int steps_of(int /*bands*/, int tokens) {
-    const int parts = tokens / kTile * 3 + (tokens % kTile + kMostOfPart - 1) / kMostOfPart;
-    return parts;
-  }
+  // A part has all bands.
+  static int steps_of(int /*bands*/, int tokens) { return parts_of(tokens); }
 
   static void multiply(int bands,
                        uint8_t const* weights,
@@ -113,13 +108,13 @@ struct Avx512Vnni {
                        Lines& ahead) {
     switch (bands) {
       case 1:
-        return multiply_parts<Part<1>, 6>(weights, x, tokens, depth, sums, ahead);
+        return multiply_parts<Part<1>>(weights, x, tokens, depth, sums, ahead);
       case 2:
-        return multiply_parts<Part<2>, 6>(weights, x, tokens, depth, sums, ahead);
+        return multiply_parts<Part<2>>(weights, x, tokens, depth, sums, ahead);
       case 3:
-        return multiply_parts<Part<3>, 6>(weights, x, tokens, depth, sums, ahead);
+        return multiply_parts<Part<3>>(weights, x, tokens, depth, sums, ahead);
       default:
-        return multiply_parts<Part<4>, 6>(weights, x, tokens, depth, sums, ahead);
+        return multiply_parts<Part<4>>(weights, x, tokens, depth, sums, ahead);
     }
   }
 

@@ -102,13 +102,7 @@ struct AvxVnni : X86With32Bytes {
     }
   }
 
-  static constexpr int kMostOfPart = 6;
-
-  // Calls of multiply_part for some tokens.
-  static int steps_of(int bands, int tokens) {
-    const int parts = tokens / kTile * 3 + (tokens % kTile + kMostOfPart - 1) / kMostOfPart;
-    return bands * parts;
-  }
+  static int steps_of(int bands, int tokens) { return bands * parts_of(tokens); }
 
   static void multiply(int bands,
                        uint8_t const* weights,
@@ -118,8 +112,7 @@ struct AvxVnni : X86With32Bytes {
                        int32_t* sums,
                        Lines& ahead) {
     for (int b = 0; b < bands; ++b)
-      multiply_parts<AvxVnni, 6>(weights + b * kTileBytes, x, tokens, depth, sums + kBand * b,
-                                 ahead);
+      multiply_parts<AvxVnni>(weights + b * kTileBytes, x, tokens, depth, sums + kBand * b, ahead);
   }
 };
 

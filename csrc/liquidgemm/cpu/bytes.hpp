@@ -11,6 +11,7 @@
 //   decode_band(chunks, params, to)           of one group: [k / 4][16 lanes][4 k] bytes
 //   multiply(bands, weights, x, tokens, depth, sums)
 //                                             sums[token][lane] += products of `depth` groups
+//   steps_of(bands, tokens)                   calls of Part::multiply for some tokens of a panel
 //   sum(row, count)                           of int8, a multiple of 64
 #pragma once
 
@@ -23,6 +24,7 @@ inline constexpr int kTile = 16;                   // tokens that lie next to ea
 inline constexpr int kTileBytes = kTile * kGroup;  // of a group: of a tile of tokens, or of a band
 inline constexpr int kDepth = 4;                   // groups that are decoded at a time
 inline constexpr int kMostTokens = 64;             // at a time
+inline constexpr int kMostOfPart = 6;  // tokens of a tile whose sums are held in registers
 inline constexpr int kDecodedGroup = kPanelBands * kTileBytes;
 
 // The row of a band that lane i belongs to, as in a chunk: g and g + 8 alternate.
@@ -99,8 +101,14 @@ struct Lines {
   }
 };
 
+// Calls of Part::multiply for some tokens of a panel: each tile is divided by itself.
+constexpr int parts_of(int tokens) {
+  constexpr int kPartsOfTile = (kTile + kMostOfPart - 1) / kMostOfPart;
+  return tokens / kTile * kPartsOfTile + (tokens % kTile + kMostOfPart - 1) / kMostOfPart;
+}
+
 // Some tokens of a tile, in parts that are as equal as can be, of at most T tokens.
-template <class Part, int T>
+template <class Part, int T = kMostOfPart>
 void multiply_parts(uint8_t const* weights,
                     int8_t const* x,
                     int tokens,
