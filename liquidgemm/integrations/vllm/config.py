@@ -140,11 +140,12 @@ class LiquidGemmConfig(QuantizationConfig):
         return WeightsMapper(orig_to_new_substr=self.renamed)
 
     def get_quant_method(self, layer: EngineLayer, prefix: str) -> QuantizeMethodBase | None:
+        method: QuantizeMethodBase | str
         if isinstance(layer, RoutedExperts):
-            return self._experts(layer, prefix)
-        if not isinstance(layer, LinearBase | ParallelLMHead):
+            method = self._experts(layer, prefix)
+        elif not isinstance(layer, LinearBase | ParallelLMHead):
             return None
-        if self.recipe is not None:
+        elif self.recipe is not None:
             method = self._online(layer, prefix, self.recipe)
         else:
             method = self._loaded(prefix)
@@ -182,19 +183,21 @@ class LiquidGemmConfig(QuantizationConfig):
         if rows < _FEW_ROWS:
             return f"fewer than {_FEW_ROWS} rows"
         names = parts_of(prefix, self.packed_modules_mapping)
-        treatments = {name: _treatment(config, name, columns) for name in names}
+        treatments = {
+            name: _skipped(config, name) or _treatment(config, name, columns) for name in names
+        }
         if len(set(treatments.values())) > 1:
             raise ValueError(
                 f"{prefix}: expected {', '.join(names)} to be treated alike, as vLLM computes them "
                 f"at once, got {treatments}: use patterns of skip, keep and augment that match all "
                 "of them or none"
             )
-        if (treatment := treatments[names[0]]).startswith("matches"):
-            return treatment
+        if (reason := _skipped(config, names[0])) is not None:
+            return reason
         return OnlineLiquidLinearMethod(tuple(names), config, self.summary)
 
-    def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
-        """The method of experts; None leaves them in floats.
+    def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | str:
+        """The method of experts, or why there is none.
 
         Raises:
             ValueError: the checkpoint has them in W4A8 in a way that is not served.
@@ -208,26 +211,23 @@ class LiquidGemmConfig(QuantizationConfig):
             )
         moe = layer.moe_config
         if found := self.experts.of(prefix, {}):
-            check_device()
             ((name, sizes),) = found.items()
             return LiquidExpertsMethod(moe, name, sizes, self.summary)
-        config = self.recipe
-        if config is None:
-            self.summary.leave(prefix, "so in the checkpoint")
-            return None
-        for pattern in config.skip:
-            if matches(prefix, pattern):
-                self.summary.leave(prefix, f"matches the pattern {pattern!r}")
-                return None
-        check_device()
-        return OnlineLiquidExpertsMethod(moe, prefix, config, self.summary)
+        if self.recipe is None:
+            return "so in the checkpoint"
+        if (reason := _skipped(self.recipe, prefix)) is not None:
+            return reason
+        return OnlineLiquidExpertsMethod(moe, prefix, self.recipe, self.summary)
+
+
+def _skipped(config: LiquidConfig, name: str) -> str | None:
+    """Why a config leaves a layer in floats, if it does."""
+    pattern = next((pattern for pattern in config.skip if matches(name, pattern)), None)
+    return None if pattern is None else f"matches the pattern {pattern!r}"
 
 
 def _treatment(config: LiquidConfig, name: str, in_features: int) -> str:
-    """What a config says of a layer, so that those which are computed at once can be compared."""
-    for pattern in config.skip:
-        if matches(name, pattern):
-            return f"matches the pattern {pattern!r}"
+    """What becomes of a layer, so that those which are computed at once can be compared."""
     augment = residual_columns(config, name, in_features)
     return f"{layer_method(config, name, False)}, {augment} residual columns"
 

@@ -24,7 +24,7 @@ from ...nn.experts import LiquidExperts
 from ...quantization.config import LiquidConfig
 from ...quantization.layer import quantize_layer
 from ..serving.tensors import EngineLayer
-from .online import _DONE
+from .online import DONE
 from .summary import Summary
 
 _ACTIVATIONS = {
@@ -84,7 +84,7 @@ class ExpertsMethod(FusedMoEMethodBase):
 
     def set_experts(self, layer: EngineLayer, experts: LiquidExperts) -> None:
         """Exchange what was loaded for what is computed with."""
-        for name in ("w13_weight", "w2_weight", "w13_bias", "w2_bias"):
+        for name in ("w13_weight", "w2_weight"):
             if name in layer._parameters:
                 delattr(layer, name)
         for stack in _STACKS:
@@ -242,7 +242,7 @@ class OnlineLiquidExpertsMethod(ExpertsMethod):
         initialize_online_processing(layer)
 
     def process_weights_after_loading(self, layer: EngineLayer) -> None:
-        if getattr(layer, _DONE, False):
+        if getattr(layer, DONE, False):
             return
         try:
             gate_up, down = (
@@ -255,7 +255,7 @@ class OnlineLiquidExpertsMethod(ExpertsMethod):
             layer,
             LiquidExperts.from_quantized(gate_up, down, self.activation, dtype=self.dtype),
         )
-        setattr(layer, _DONE, True)
+        setattr(layer, DONE, True)
 
 
 def _own(expert_map: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from .fusion import advertise
 from .linear import PackedLinearMethod
 from .summary import Summary
 
-_DONE = "_already_called_process_weights_after_loading"  # vLLM deletes it as it reloads a layer
+# The attribute of a layer whose weights are done; vLLM deletes it as it reloads a layer.
+DONE = "_already_called_process_weights_after_loading"
 
 
 def check_online(config: LiquidConfig) -> None:
@@ -72,7 +73,7 @@ class OnlineLiquidLinearMethod(PackedLinearMethod):
         advertise(layer)
 
     def process_weights_after_loading(self, layer: EngineLayer) -> None:
-        if getattr(layer, _DONE, False):
+        if getattr(layer, DONE, False):
             return
         try:
             weight, _ = quantize_layer(layer.weight.data, self.config, self.names[0])
@@ -82,4 +83,4 @@ class OnlineLiquidLinearMethod(PackedLinearMethod):
         columns = [] if weight.columns is None else [weight.columns]
         part = Slice(0, weight.in_features, weight.in_features)
         self.set_packed(layer, pack(codes, weight.scale, [len(weight.scale)], columns, part))
-        setattr(layer, _DONE, True)
+        setattr(layer, DONE, True)
