@@ -12,7 +12,8 @@ namespace liquidgemm {
 // for types and head dimensions that there are not, otherwise what the launch returns.
 cudaError_t kv_write(KvWriteArguments const& arguments, cudaStream_t stream);
 
-// Chunks that a sequence of `capacity` tokens is split into at most.
+// Chunks that a sequence of `capacity` tokens is split into at most; 0 for a head_dim that there is
+// not.
 int kv_max_chunks(KvFormat format, int head_dim, int capacity);
 
 // Enqueues attention of the last `queries` tokens of every sequence. Needs as workspace

@@ -6,9 +6,9 @@
 #include "liquidgemm/attention/ptx.hpp"
 #include "liquidgemm/attention/rows.hpp"
 #include "liquidgemm/attention/shape.hpp"
+#include "liquidgemm/common/launch.hpp"
 #include "liquidgemm/common/math.hpp"
 #include "liquidgemm/kv.hpp"
-#include "liquidgemm/producers/launch.hpp"
 
 namespace liquidgemm {
 namespace attention {
@@ -117,16 +117,12 @@ cudaError_t launch(KvAttentionArguments const& a, cudaStream_t stream) {
 
 // Calls f with the shape of the format and head_dim.
 template <class F>
-auto for_shape(KvFormat format, int head_dim, F const& f) {
-  constexpr KvFormat k8 = KvFormat::kInt8, k4 = KvFormat::kInt4;
-  if (format == k8) {
-    if (head_dim == 64)
-      return f(DecodeShape<k8, 64, 1>());
-    return head_dim == 128 ? f(DecodeShape<k8, 128, 1>()) : f(DecodeShape<k8, 256, 1>());
-  }
-  if (head_dim == 64)
-    return f(DecodeShape<k4, 64, 1>());
-  return head_dim == 128 ? f(DecodeShape<k4, 128, 1>()) : f(DecodeShape<k4, 256, 1>());
+cudaError_t for_shape(KvFormat format, int head_dim, F const& f) {
+  return for_head_dim(head_dim, [&](auto width) {
+    constexpr int kHeadDim = decltype(width)::value;
+    return format == KvFormat::kInt8 ? f(DecodeShape<KvFormat::kInt8, kHeadDim, 1>())
+                                     : f(DecodeShape<KvFormat::kInt4, kHeadDim, 1>());
+  });
 }
 
 }  // namespace
@@ -139,16 +135,17 @@ cudaError_t combine(KvAttentionArguments const& a, cudaStream_t stream) {
 }  // namespace attention
 
 int kv_max_chunks(KvFormat format, int head_dim, int capacity) {
-  return attention::for_shape(format, head_dim, [&](auto shape) {
-    return attention::max_chunks<decltype(shape)>(capacity);
+  int chunks = 0;
+  attention::for_shape(format, head_dim, [&](auto shape) {
+    chunks = attention::max_chunks<decltype(shape)>(capacity);
+    return cudaSuccess;
   });
+  return chunks;
 }
 
 cudaError_t kv_attention(KvAttentionArguments const& a, cudaStream_t stream) {
   if (a.batch == 0 || a.queries == 0 || a.group == 0 || a.cache.heads == 0)
     return cudaSuccess;
-  if (a.cache.head_dim != 64 && a.cache.head_dim != 128 && a.cache.head_dim != 256)
-    return cudaErrorInvalidValue;
   const cudaError_t error = a.cache.format == KvFormat::kInt8 ? attention::decode_int8(a, stream)
                                                               : attention::decode_int4(a, stream);
   return error == cudaSuccess ? attention::combine(a, stream) : error;

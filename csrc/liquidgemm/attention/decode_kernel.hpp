@@ -44,13 +44,13 @@ class Decoder {
     for (int i = 0; i < Shape::kTiles; ++i) {
       const int r = first_row + 4 * i + t();
       limit_[i] = chunks.length - a.queries + r / a.group;
-      first_[i] = a.starts == nullptr ? 0 : a.starts[b];
+      first_[i] = first_token(a, b);
       if (a.window > 0)
         first_[i] = max(first_[i], limit_[i] - a.window + 1);
       limit_[i] = min(limit_[i], chunks.length - 1);
     }
     least_limit_ = chunks.length - a.queries;
-    most_first_ = a.starts == nullptr ? 0 : a.starts[b];
+    most_first_ = first_token(a, b);
     if (a.window > 0)
       most_first_ = max(most_first_, chunks.length - a.window);
   }
@@ -261,7 +261,6 @@ class Decoder {
 
   // cap * tanh(score / cap), in units of log2(e).
   CUTE_DEVICE void cap(float (&score)[4]) const {
-    constexpr float kLog2E = 1.4426950408889634f;
     const float inside = 2.f / a_.softcap;
     CUTE_UNROLL
     for (int j = 0; j < 4; ++j)

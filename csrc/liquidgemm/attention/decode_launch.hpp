@@ -5,8 +5,8 @@
 
 #include "liquidgemm/attention/decode_kernel.hpp"
 #include "liquidgemm/attention/launch.hpp"
+#include "liquidgemm/common/launch.hpp"
 #include "liquidgemm/common/math.hpp"
-#include "liquidgemm/producers/launch.hpp"
 
 namespace liquidgemm::attention {
 
@@ -43,16 +43,9 @@ cudaError_t launch_decode(KvAttentionArguments const& a, cudaStream_t stream) {
 
 template <KvFormat kFormat>
 cudaError_t launch_decode(KvAttentionArguments const& a, cudaStream_t stream) {
-  switch (a.cache.head_dim) {
-    case 64:
-      return launch_decode<kFormat, 64>(a, stream);
-    case 128:
-      return launch_decode<kFormat, 128>(a, stream);
-    case 256:
-      return launch_decode<kFormat, 256>(a, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return for_head_dim(a.cache.head_dim, [&](auto head_dim) {
+    return launch_decode<kFormat, decltype(head_dim)::value>(a, stream);
+  });
 }
 
 }  // namespace liquidgemm::attention

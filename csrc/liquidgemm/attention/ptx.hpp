@@ -34,6 +34,8 @@ CUTE_DEVICE uint32_t transpose_8x8(uint32_t pair) {
   return out;
 }
 
+inline constexpr float kLog2E = 1.4426950408889634f;  // scores meet exp2 in units of it
+
 CUTE_DEVICE float exp2_approximate(float x) {
   float out;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));

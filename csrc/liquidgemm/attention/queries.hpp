@@ -44,7 +44,6 @@ CUTE_DEVICE void prepare_queries(
     }
     sum = __reduce_add_sync(kAllLanes, sum);
     if (lane == 0) {
-      constexpr float kLog2E = 1.4426950408889634f;
       // Queries and keys are both rotated, without the factor 1 / sqrt(head_dim).
       const float scale = step * (a.scale * kLog2E / Shape::kHeadDim);
       shared.query_scale[row] = finite ? scale : __int_as_float(0x7fffffff);

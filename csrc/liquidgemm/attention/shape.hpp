@@ -79,6 +79,11 @@ constexpr int max_chunks(int capacity) {
   return chunks < 1 ? 1 : chunks < kKvMaxChunks ? chunks : kKvMaxChunks;
 }
 
+// The first token of a sequence that is no padding.
+__device__ inline int first_token(KvAttentionArguments const& a, int b) {
+  return a.starts == nullptr ? 0 : a.starts[b];
+}
+
 // The chunks of a sequence that any of its queries sees.
 struct Chunks {
   int tokens;      // of each
@@ -91,7 +96,7 @@ template <class Shape>
 __device__ inline Chunks chunks_of(KvAttentionArguments const& a, int b) {
   Chunks chunks;
   chunks.length = max(min(a.cache.lengths[b], a.cache.capacity), 0);
-  int first = a.starts == nullptr ? 0 : a.starts[b];
+  int first = first_token(a, b);
   if (a.window > 0)
     first = max(first, chunks.length - a.queries - a.window + 1);
   chunks.first = max(first, 0);

@@ -4,10 +4,11 @@
 // bit.
 #include <cutlass/arch/grid_dependency_control.h>
 
+#include "liquidgemm/attention/launch.hpp"
 #include "liquidgemm/attention/rows.hpp"
+#include "liquidgemm/common/launch.hpp"
 #include "liquidgemm/common/math.hpp"
 #include "liquidgemm/kv.hpp"
-#include "liquidgemm/producers/launch.hpp"
 
 namespace liquidgemm {
 namespace attention {
@@ -178,16 +179,9 @@ cudaError_t launch(KvWriteArguments const& a, cudaStream_t stream) {
 
 template <KvFormat kFormat>
 cudaError_t launch(KvWriteArguments const& a, cudaStream_t stream) {
-  switch (a.cache.head_dim) {
-    case 64:
-      return launch<kFormat, 64>(a, stream);
-    case 128:
-      return launch<kFormat, 128>(a, stream);
-    case 256:
-      return launch<kFormat, 256>(a, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return for_head_dim(a.cache.head_dim, [&](auto head_dim) {
+    return launch<kFormat, decltype(head_dim)::value>(a, stream);
+  });
 }
 
 }  // namespace

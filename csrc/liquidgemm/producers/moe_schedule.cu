@@ -12,9 +12,9 @@
 
 #include <algorithm>
 
+#include "liquidgemm/common/launch.hpp"
 #include "liquidgemm/common/math.hpp"
 #include "liquidgemm/moe.hpp"
-#include "liquidgemm/producers/launch.hpp"
 
 namespace liquidgemm {
 namespace {

@@ -10,8 +10,8 @@
 #include <utility>
 
 #include "liquidgemm/common/cluster_ptx.hpp"
+#include "liquidgemm/common/launch.hpp"
 #include "liquidgemm/common/math.hpp"
-#include "liquidgemm/producers/launch.hpp"
 #include "liquidgemm/producers/quantizer.hpp"
 
 namespace liquidgemm {
