@@ -31,14 +31,12 @@ class Config:
         block: tokens per step.
         chunk: tokens whose partial result one CTA computes (`_triton_attention._chunk_tokens`).
         warps, stages: Triton's.
-        prefetch: whether a CTA asks for all of its first chunk before it looks at the queries.
     """
 
     block: int
     chunk: int
     warps: int
     stages: int
-    prefetch: bool = True
 
     def __post_init__(self) -> None:
         if self.chunk % self.block:
@@ -109,7 +107,6 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
     config: Config | None = None,
-    pdl: bool = True,
     interpreted: bool = False,
 ) -> Tensor:
     """Writes ``out``, and returns it. With `interpreted`, by Triton's interpreter on a CPU."""
@@ -133,7 +130,6 @@ def attention(
     space = (batch, heads, max_chunks)
     partial = q.new_empty((*space, used, head_dim), dtype=torch.float32)
     stats = q.new_empty((*space, 2, used), dtype=torch.float32)
-    pdl = pdl and not interpreted
     masks = {"HAS_STARTS": starts is not None, "HAS_WINDOW": window > 0}
     shape = {"QUERIES": queries, "GROUP": group, "BLOCK": config.block, "CHUNK": config.chunk}
     with _on(k_cache):
@@ -164,9 +160,7 @@ def attention(
             MAX_CHUNKS=MAX_CHUNKS,
             # With a block table, a load waits for another: as many buffers take more stages.
             STAGES=config.stages if block_table is None else 2 * config.stages - 1,
-            PREFETCH=config.prefetch and not interpreted,
             PTX=not interpreted,
-            PDL=pdl,
             **masks,
             **shape,
             num_warps=config.warps,
@@ -184,11 +178,11 @@ def attention(
             D=head_dim,
             MAX_CHUNKS=MAX_CHUNKS,
             TILE=COMBINE_TILE,
-            PDL=pdl,
+            PTX=not interpreted,
             **masks,
             **shape,
             num_warps=1,
-            **({"launch_pdl": True} if pdl else {}),
+            **({} if interpreted else {"launch_pdl": True}),
         )
     return out
 

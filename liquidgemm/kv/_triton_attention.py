@@ -84,12 +84,10 @@ def decode_kernel(
     CHUNK: tl.constexpr,
     MAX_CHUNKS: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PTX: tl.constexpr,
-    PDL: tl.constexpr,
+    PTX: tl.constexpr,  # not by the interpreter
 ):
     """Program (i, h, b) takes chunks i, i + programs, ... of key head h of sequence b."""
-    if PDL:
+    if PTX:
         gdc_launch_dependents()
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1)
@@ -107,7 +105,7 @@ def decode_kernel(
         first = tl.maximum(first, limit - window + 1)
     lo = tl.maximum(tl.min(first, 0), 0)
 
-    if PREFETCH:  # memory is busy while the queries are prepared
+    if PTX:  # asks for all of the first chunk: memory is busy while the queries are prepared
         begin = tl.maximum((lo // chunk + tl.program_id(0)) * chunk, lo // BLOCK * BLOCK)
         end = tl.minimum((lo // chunk + tl.program_id(0) + 1) * chunk, length)
         BYTES: tl.constexpr = 2 * D if FORMAT == FLOAT else D
@@ -229,10 +227,10 @@ def combine_kernel(
     CHUNK: tl.constexpr,
     MAX_CHUNKS: tl.constexpr,
     TILE: tl.constexpr,
-    PDL: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Program (r, h, b) adds the chunks of row r of key head h of sequence b."""
-    if PDL:
+    if PTX:
         gdc_wait()
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1)
