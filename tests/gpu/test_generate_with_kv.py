@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_llama import transformers
+from tiny_llama import attention_model
 
 import liquidgemm
 
@@ -12,20 +12,7 @@ NEW = 8
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        initializer_range=0.1,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    return transformers.LlamaForCausalLM(config).eval().cuda()
+    return attention_model().cuda()
 
 
 @pytest.mark.parametrize(("format", "error"), [("int8", 0.02), ("int4", 0.25)])

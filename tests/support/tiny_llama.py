@@ -37,6 +37,26 @@ def float_model(folder: Path, dtype=torch.bfloat16, **changes) -> Path:
     return folder
 
 
+def attention_model(**changes):
+    """A random decoder whose heads a KV cache takes: of 64 dimensions, two queries to a key."""
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "initializer_range": 0.1,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(0)
+    kind = changes.pop("kind", "Llama")
+    config = getattr(transformers, f"{kind}Config")(**(sizes | changes))
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
 def with_tokenizer(folder: Path, tokens: int = 256) -> Path:
     """The same folder with one whose words are t0, t1, ..."""
     from tokenizers import Tokenizer, models, pre_tokenizers

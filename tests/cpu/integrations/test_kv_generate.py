@@ -4,31 +4,12 @@ import copy
 
 import pytest
 import torch
-from tiny_llama import transformers
+from tiny_llama import attention_model
 
 from liquidgemm.integrations.transformers_cache import LiquidCache
 
 PROMPT = torch.arange(2 * 13).view(2, 13) * 7 % 90 + 3
 NEW = 6
-
-
-def model_of(**changes):
-    sizes = {
-        "vocab_size": 96,
-        "hidden_size": 128,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "initializer_range": 0.1,
-        "pad_token_id": 0,
-        "eos_token_id": None,
-    }
-    torch.manual_seed(0)
-    kind = changes.pop("kind", "Llama")
-    config = getattr(transformers, f"{kind}Config")(**(sizes | changes))
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
 def liquid(model):
@@ -39,7 +20,7 @@ def liquid(model):
 
 @pytest.fixture(scope="module")
 def llama():
-    return model_of()
+    return attention_model()
 
 
 def generated(model, ids=PROMPT, cache=None, **options):
@@ -123,7 +104,7 @@ def test_a_prompt_in_chunks(llama) -> None:
 )
 def test_families(kind: str, changes: dict) -> None:
     """Windows, softcaps, norms of queries and keys: near transformers' eager attention."""
-    model = model_of(kind=kind, **changes)
+    model = attention_model(kind=kind, **changes)
     model.set_attn_implementation("eager")
     tokens, expected = generated(model)
     cache = LiquidCache(model.config, 32)
@@ -139,7 +120,7 @@ def test_families(kind: str, changes: dict) -> None:
 
 def test_a_compiled_step_is_the_same() -> None:
     """CHECKLIST 18: one graph, whatever the length."""
-    model = liquid(model_of(num_hidden_layers=1))
+    model = liquid(attention_model(num_hidden_layers=1))
     caches = [LiquidCache(model.config, 32) for _ in range(2)]
     step = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
