@@ -31,9 +31,9 @@ from .routing import count_experts, routers
 
 DONE = "already quantized"
 OTHER_KIND = ("not nn.Linear", "unknown")  # how the reasons of other kinds of modules begin
-# A task head has a row per label or coordinate. With fewer rows than a tile has there is nothing to
-# gain, and all of the rounding reaches the answer.
-_FEW_ROWS = 64
+FEW_ROWS = 64
+"""With fewer rows than a tile has there is nothing to gain, and all of the rounding reaches the
+answer: so it is with the heads of tasks, of a row per label or coordinate, and with routers."""
 
 
 @dataclass
@@ -305,7 +305,7 @@ def _heads(paths: dict[nn.Module, list[str]]) -> Iterator[tuple[nn.Module, str]]
         for child in module.modules():
             if is_linear(child) and child not in inside and child is not head:
                 rows = child.out_features
-                if rows < _FEW_ROWS or rows == getattr(module.config, "num_labels", None):
+                if rows < FEW_ROWS or rows == getattr(module.config, "num_labels", None):
                     yield child, f"the head of a task, of {rows} rows"
 
 

@@ -6,6 +6,7 @@ Engines slice and stack them by rows themselves; what is of columns is here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -113,6 +114,45 @@ def empty_columns(augments: Sequence[int]) -> Tensor:
 def empty_scale(rows: int) -> Tensor:
     """float32 whatever the default dtype is, to which a scale would be rounded as it is loaded."""
     return torch.full((rows,), torch.nan, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """An engine's classes of parameters for the tensors of a layer.
+
+    Attributes:
+        codes: `LoadsCodes` before the class of weights.
+        scale: of a value for each row.
+        columns, columns_of_each: of `empty_columns` for one layer, and for those that are fused.
+    """
+
+    codes: EngineParameter
+    scale: EngineParameter
+    columns: EngineParameter
+    columns_of_each: EngineParameter
+
+    def register(
+        self,
+        layer: EngineLayer,
+        rows: int,
+        part: Slice,
+        augments: Sequence[int],
+        weight_loader: Callable[..., None],
+        make: Callable[[int, str, Slice, Sequence[int]], Tensor] = empty,
+    ) -> None:
+        """Give a layer a parameter for each of its tensors, the codes of which ``make`` makes."""
+        for name in CODES:
+            codes = self.codes(
+                make(rows, name, part, augments), name, part, augments, weight_loader
+            )
+            layer.register_parameter(name, codes)
+        data = empty_scale(rows)
+        scale = self.scale(data=data, output_dim=0, weight_loader=weight_loader)
+        layer.register_parameter("scale", scale)
+        if any(augments):
+            kind = self.columns if len(augments) == 1 else self.columns_of_each
+            columns = kind(data=empty_columns(augments), weight_loader=weight_loader)
+            layer.register_parameter("columns", columns)
 
 
 def one_or_each(

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ... import ops
 from ..serving.layout import Slice, as_packed
 from ..serving.summary import Summary
-from ..serving.tensors import CODES, EngineLayer, empty, one_or_each, pack_loaded
-from .parameters import CodesParameter, columns_parameter, scale_parameter
+from ..serving.tensors import CODES, EngineLayer, one_or_each, pack_loaded
+from .parameters import PARAMETERS
 
 
 def part_of(layer: EngineLayer, length: int, total: int) -> Slice:
@@ -51,14 +51,7 @@ class LiquidLinearMethod(LinearMethodBase):
         self.part = part_of(layer, input_size_per_partition, input_size)
         self.rows = list(output_partition_sizes)
         self.augments = one_or_each(self.names, self.augments, self.rows)
-        n = sum(self.rows)
-        for name in CODES:
-            data = empty(n, name, self.part, self.augments)
-            parameter = CodesParameter(data, name, self.part, self.augments, loader)
-            layer.register_parameter(name, parameter)
-        layer.register_parameter("scale", scale_parameter(n, loader))
-        if any(self.augments):
-            layer.register_parameter("columns", columns_parameter(self.augments, loader))
+        PARAMETERS.register(layer, sum(self.rows), self.part, self.augments, loader)
 
     def process_weights_after_loading(self, layer: EngineLayer) -> None:
         if "qscale" not in layer._parameters:  # packed already

@@ -5,8 +5,6 @@ They are there while a layer is loaded; then it is packed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from sglang.srt.layers.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
@@ -35,11 +33,6 @@ class ColumnsParameter(BasevLLMParameter):
     load_qkv_weight = load_merged_column_weight
 
 
-def scale_parameter(rows: int, weight_loader: Callable) -> ChannelQuantScaleParameter:
-    data = tensors.empty_scale(rows)
-    return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=weight_loader)
-
-
-def columns_parameter(augments: Sequence[int], weight_loader: Callable) -> BasevLLMParameter:
-    kind = BasevLLMParameter if len(augments) == 1 else ColumnsParameter
-    return kind(data=tensors.empty_columns(augments), weight_loader=weight_loader)
+PARAMETERS = tensors.Parameters(
+    CodesParameter, ChannelQuantScaleParameter, BasevLLMParameter, ColumnsParameter
+)

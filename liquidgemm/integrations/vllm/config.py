@@ -21,6 +21,7 @@ from ...nn._modules import matches
 from ...ops import FLOATS
 from ...quantization.config import LiquidConfig
 from ...quantization.layer import layer_method, residual_columns
+from ...quantization.selection import FEW_ROWS
 from ..serving.foreign import ForeignLayer, foreign_layers
 from ..serving.names import Names, parts_of
 from ..serving.tensors import EngineLayer
@@ -31,9 +32,6 @@ from .linear import LiquidLinearMethod
 from .online import OnlineLiquidLinearMethod, check_online
 from .summary import Summary, check_device
 
-# With fewer rows than a tile has there is nothing to gain, and all of the rounding reaches the
-# answer: so it is with the heads of tasks, and with routers.
-_FEW_ROWS = 64
 # Names of layers that choose experts, some of which have that many rows.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 # Kinds of models whose layers of experts are named otherwise in vLLM, and what is within them.
@@ -180,8 +178,8 @@ class LiquidGemmConfig(QuantizationConfig):
         if prefix.rpartition(".")[2] in _ROUTERS:
             return "it chooses experts"
         rows, columns = _shape(layer)
-        if rows < _FEW_ROWS:
-            return f"fewer than {_FEW_ROWS} rows"
+        if rows < FEW_ROWS:
+            return f"fewer than {FEW_ROWS} rows"
         names = parts_of(prefix, self.packed_modules_mapping)
         treatments = {
             name: _skipped(config, name) or _treatment(config, name, columns) for name in names

@@ -15,7 +15,7 @@ from ... import ops
 from ..serving.layout import Packed, Slice, as_packed
 from ..serving.tensors import CODES, EngineLayer, empty, one_or_each, pack_loaded
 from .fusion import advertise, as_quantized
-from .parameters import CodesParameter, columns_parameter, dummy_codes, scale_parameter
+from .parameters import PARAMETERS, dummy_codes
 from .summary import Summary
 
 
@@ -92,14 +92,8 @@ class LiquidLinearMethod(PackedLinearMethod):
         self.part = part_of(layer, input_size_per_partition, input_size)
         self.rows = list(output_partition_sizes)
         self.augments = one_or_each(self.names, self.augments, self.rows)
-        n = sum(self.rows)
-        for name in CODES:
-            data = (dummy_codes if self.dummy else empty)(n, name, self.part, self.augments)
-            parameter = CodesParameter(data, name, self.part, self.augments, loader)
-            layer.register_parameter(name, parameter)
-        layer.register_parameter("scale", scale_parameter(n, loader))
-        if any(self.augments):
-            layer.register_parameter("columns", columns_parameter(self.augments, loader))
+        codes = dummy_codes if self.dummy else empty
+        PARAMETERS.register(layer, sum(self.rows), self.part, self.augments, loader, codes)
         advertise(layer)
 
     def process_weights_after_loading(self, layer: EngineLayer) -> None:
