@@ -53,7 +53,9 @@ struct Decoder {
   Place const& at;
   Ahead& ahead;
   int64_t groups, group = 0;
-  alignas(64) uint8_t bytes[2][kDecodedGroup];
+  alignas(64) uint8_t bytes[2][kPanelBands * kTileBytes];
+
+  Decoder(Place const& at, Ahead& ahead, int64_t groups) : at(at), ahead(ahead), groups(groups) {}
 
   uint8_t const* decoded(int64_t g) const { return bytes[g % 2]; }
 
@@ -73,7 +75,7 @@ struct Decoder {
 // and 7.
 template <int Bands>
 void multiply_tile(Place const& at, Activations const& x, PanelSums& sums, Ahead& ahead) {
-  Decoder decoder{at, ahead, x.groups};
+  Decoder decoder(at, ahead, x.groups);
   decoder.step<Bands>();
   int8_t const* tokens = x.x + at.token * x.groups * kGroup;
   int32_t* const to = sums[0];
@@ -121,7 +123,7 @@ void multiply_tile(Place const& at, Activations const& x, PanelSums& sums, Ahead
 // than to keep it: stores to the second cache take 4 clocks per line, and tile loads from there 25.
 template <int Bands>
 void multiply_tiles(Place const& at, Activations const& x, PanelSums& sums, Ahead& ahead) {
-  Decoder decoder{at, ahead, x.groups};
+  Decoder decoder(at, ahead, x.groups);
   decoder.step<Bands>();
   int8_t const* tokens = x.x + at.token * x.groups * kGroup;
   int8_t const* later = tokens + x.groups * kTileBytes;
@@ -203,7 +205,7 @@ Kernels const* amx_kernels() {
   static constexpr int64_t kFewestTokens = 5;
   static constexpr Kernels kernels{"amx",
                                    product_by_codes<Avx512Vnni>(),
-                                   {kTile, kGroup, arrange_tile<Avx512Vnni>, multiply_by_tiles},
+                                   {kTile, kGroup, Avx512Vnni::arrange, multiply_by_tiles},
                                    kFewestTokens,
                                    quantize,
                                    rms_norm,

@@ -1,9 +1,18 @@
 // AVX2: products of bytes in pairs of 16 bits (vpmaddubsw), which saturate at 32 767.
+#include "liquidgemm/cpu/decode256.hpp"
 #include "liquidgemm/cpu/sets.hpp"
-#include "liquidgemm/cpu/x86.hpp"
 
 namespace liquidgemm::cpu {
 namespace {
+
+// sums + products of unsigned and signed bytes, two to a 16-bit sum. By intrinsics GCC 12 makes all
+// products first, and spills them.
+inline void add_products(__m256i& sums, __m256i codes, __m256i x) {
+  __m256i products;
+  __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+          : "+x"(sums), "=&x"(products)
+          : "x"(codes), "x"(x));
+}
 
 struct Avx2 : X86With32Bytes {
   // A half has two products of each of the chunk's four registers of codes.
@@ -23,14 +32,142 @@ struct Avx2 : X86With32Bytes {
                                           _mm256_maddubs_epi16(codes.high[1], load256(x + 96)));
     return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_add_epi16(low, high), steps));
   }
+
+  // Codes as lanes of one row each, then (s, s) of each of the 16 lanes, then (a, 0).
+  static constexpr int kSteps = kTileBytes, kOffsets = kSteps + 4 * kBand;
+  static constexpr int kDecodedBand = kOffsets + 4 * kBand;
+
+  static void decode_band(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1));
+    decode_lanes(chunks, to, [](__m256i codes, int /*half*/) { return codes; });
+    for (int half = 0; half < 2; ++half) {
+      const __m256i words = words_of_lanes(params + 16 * half);
+      store256(to + kSteps + 32 * half, _mm256_shuffle_epi8(words, order));
+      store256(to + kOffsets + 32 * half, _mm256_srli_epi32(words, 8));
+    }
+  }
+
+  // Behind the 64 k of an even group are the sums of its x and of the next group's, as 16 bits.
+  static constexpr int kToken = kGroup + 4;
+
+  static void arrange(int8_t const* rows, int64_t first, Activations const& to) {
+    arrange_tile<Avx2>(rows, first, to);
+    for (int t = 0; t < kTile; ++t) {
+      int8_t const* const row = rows + t * to.groups * kGroup;
+      for (int64_t g = 0; g < to.groups; g += 2) {
+        const bool both = g + 1 < to.groups;
+        const auto one = uint32_t(sum(row + g * kGroup, kGroup));
+        const auto two = both ? uint32_t(sum(row + (g + 1) * kGroup, kGroup)) : 0;
+        const uint32_t sums = two << 16 | (one & 0xffff);
+        memcpy(tile_x<Avx2>(to, first, g) + t * kToken + kGroup, &sums, sizeof sums);
+      }
+    }
+  }
+
+  static int32_t sum(int8_t const* row, int64_t count) {
+    const __m256i bytes = _mm256_set1_epi8(1), halves = _mm256_set1_epi16(1);
+    __m256i sum = zero();
+    for (int64_t i = 0; i < count; i += 32)
+      sum = _mm256_add_epi32(
+          sum, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, load256(row + i)), halves));
+    return sum_of(sum);
+  }
+
+  template <int T>
+  static void add_half(uint8_t const* codes, int8_t const* x, int32_t* sums, uint8_t const* steps) {
+    // A half of a lane has two products of each of eight words.
+    static_assert(16 * kLargestCode * kLargestX <= kInt16Max);
+    __m256i part[T][2];
+    const __m256i first[2] = {load256(codes), load256(codes + 32)};
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const __m256i word = _mm256_set1_epi32(load_word(x + kToken * t));
+      part[t][0] = _mm256_maddubs_epi16(first[0], word);
+      part[t][1] = _mm256_maddubs_epi16(first[1], word);
+    }
+#pragma GCC unroll 8
+    for (int k = 4; k < kGroup / 2; k += 4) {
+      const __m256i next[2] = {load256(codes + kBand * k), load256(codes + kBand * k + 32)};
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const __m256i word = _mm256_set1_epi32(load_word(x + kToken * t + k));
+        add_products(part[t][0], next[0], word);
+        add_products(part[t][1], next[1], word);
+      }
+    }
+#pragma GCC unroll 8
+    for (int half = 0; half < 2; ++half) {
+      const __m256i s = load256(steps + 32 * half);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        int32_t* const to = sums + kPanel * t + 8 * half;
+        store256(to, add_at(to, _mm256_madd_epi16(part[t][half], s)));
+      }
+    }
+    __asm__("" ::: "memory");  // or sums of two halves are held in registers, and spilled
+  }
+
+  // a * (sum of x) of a group and, if there is one, the next.
+  template <int T>
+  static void add_offsets_of_two(uint8_t const* band, bool both, int8_t const* x, int32_t* sums) {
+#pragma GCC unroll 8
+    for (int half = 0; half < 2; ++half) {
+      __m256i a = load256(band + kOffsets + 32 * half);
+      if (both) {
+        const __m256i next = load256(band + kPanelBands * kDecodedBand + kOffsets + 32 * half);
+        a = _mm256_or_si256(a, _mm256_slli_epi32(next, 16));
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const __m256i x_sums = _mm256_set1_epi32(load_word(x + kToken * t + kGroup));
+        int32_t* const to = sums + kPanel * t + 8 * half;
+        store256(to, add_at(to, _mm256_madd_epi16(a, x_sums)));
+      }
+    }
+  }
+
+  // T tokens times a band: 2 T sums of half a group, two codes and one word of x are registers.
+  template <int T>
+  [[gnu::noinline]] static void multiply(
+      uint8_t const* weights, int8_t const* x, int depth, int32_t* sums, Lines& ahead) {
+    for (int d = 0; d < depth; ++d) {
+      ahead.step();
+      add_half<T>(weights, x, sums, weights + kSteps);
+      add_half<T>(weights + kTileBytes / 2, x + kGroup / 2, sums, weights + kSteps);
+      if (d % 2 == 0)
+        add_offsets_of_two<T>(weights, d + 1 < depth, x, sums);
+      weights += kPanelBands * kDecodedBand;
+      x += kTile * kToken;
+    }
+  }
+
+  static int steps_of(int bands, int tokens) { return bands * parts_of(tokens); }
+
+  static void multiply(int bands,
+                       uint8_t const* weights,
+                       int8_t const* x,
+                       int tokens,
+                       int depth,
+                       int32_t* sums,
+                       Lines& ahead) {
+    for (int b = 0; b < bands; ++b)
+      multiply_parts<Avx2>(weights + b * kDecodedBand, x, tokens, depth, sums + kBand * b, ahead);
+  }
 };
 
 }  // namespace
 
 Kernels const* avx2_kernels() {
-  static constexpr Product by_codes = product_by_codes<Avx2>();
-  static constexpr Kernels kernels{"avx2",   by_codes, by_codes, INT64_MAX,
-                                   quantize, rms_norm, glu,      search};
+  static constexpr int64_t kFewestTokens = 5;
+  static constexpr Kernels kernels{"avx2",
+                                   product_by_codes<Avx2>(),
+                                   product_by_bytes<Avx2>(),
+                                   kFewestTokens,
+                                   quantize,
+                                   rms_norm,
+                                   glu,
+                                   search};
   return &kernels;
 }
 

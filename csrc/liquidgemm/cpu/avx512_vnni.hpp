@@ -52,6 +52,10 @@ struct Avx512Vnni {
         rows);
   }
 
+  static constexpr int kDecodedBand = kTileBytes;
+  static constexpr auto arrange = arrange_tile<Avx512Vnni>;
+  static constexpr int kToken = kGroup;
+
   static void decode_band(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
     decode_band512(chunks, params, to);
   }
@@ -85,7 +89,7 @@ struct Avx512Vnni {
             add_products(part[t][b], w[b], word);
         }
       }
-      weights += kDecodedGroup;
+      weights += kPanelBands * kDecodedBand;
       x += kTileBytes;
     }
 #pragma GCC unroll 8
@@ -120,6 +124,8 @@ struct Avx512Vnni {
 
   template <int B>
   struct Part {
+    static constexpr int kToken = kGroup;
+
     template <int T>
     static void multiply(
         uint8_t const* weights, int8_t const* x, int depth, int32_t* sums, Lines& ahead) {

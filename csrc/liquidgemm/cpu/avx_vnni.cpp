@@ -1,7 +1,6 @@
 // AVX-VNNI: four products of bytes per 32-bit lane (vpdpbusd), in registers of 32 bytes.
-#include "liquidgemm/cpu/bytes.hpp"
+#include "liquidgemm/cpu/decode256.hpp"
 #include "liquidgemm/cpu/sets.hpp"
-#include "liquidgemm/cpu/x86.hpp"
 
 namespace liquidgemm::cpu {
 namespace {
@@ -13,6 +12,10 @@ inline void add_products(__m256i& sums, __m256i weights, __m256i x) {
 }
 
 struct AvxVnni : X86With32Bytes {
+  static constexpr int kDecodedBand = kTileBytes;
+  static constexpr auto arrange = arrange_tile<AvxVnni>;
+  static constexpr int kToken = kGroup;
+
   // A lane has four products of each of the chunk's four registers of codes. Its upper 16 bits,
   // which are its sign, are multiplied by 0.
   static_assert(16 * kLargestCode * kLargestX <= kInt16Max);
@@ -31,32 +34,15 @@ struct AvxVnni : X86With32Bytes {
         _mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1));
     const __m256i offset_order = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(1, 1, 1, 1, 5, 5, 5, 5, 9, 9, 9, 9, 13, 13, 13, 13));
-    const __m256i nibble = _mm256_set1_epi8(15);
-    for (int g = 0; g < kBandChunks; g += 4) {  // rows g ... g + 3 and 8 later: half a band
-      const __m256i words =
-          _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<__m128i const*>(params + 4 * g)));
-      const __m256i s = _mm256_shuffle_epi8(words, step_order);
-      const __m256i a = _mm256_shuffle_epi8(words, offset_order);
-      for (int half = 0; half < 2; ++half) {  // of a chunk: four pairs of words
-        __m256i rows[4], of[4];
-        for (int i = 0; i < 4; ++i)
-          rows[i] = load256(chunks + kChunk * (g + i) + 32 * half);
-        for (int i = 0; i < 4; i += 2) {
-          of[i] = _mm256_unpacklo_epi64(rows[i], rows[i + 1]);
-          of[i + 1] = _mm256_unpackhi_epi64(rows[i], rows[i + 1]);
-        }
-        for (int i = 0; i < 4; ++i) {
-          const int odd = i % 2;
-          const __m256i pair = i / 2 == 0 ? _mm256_permute2x128_si256(of[odd], of[2 + odd], 0x20)
-                                          : _mm256_permute2x128_si256(of[odd], of[2 + odd], 0x31);
-          const __m256i low = _mm256_and_si256(pair, nibble);
-          const __m256i high = _mm256_and_si256(_mm256_srli_epi16(pair, 4), nibble);
-          uint8_t* const quad = to + 4 * kBand * quad_of_pair(4 * half + i) + 8 * g;
-          store256(quad, _mm256_add_epi8(_mm256_mullo_epi16(low, s), a));
-          store256(quad + kTileBytes / 2, _mm256_add_epi8(_mm256_mullo_epi16(high, s), a));
-        }
-      }
+    __m256i s[2], a[2];  // of half a band each
+    for (int half = 0; half < 2; ++half) {
+      const __m256i words = words_of_lanes(params + 16 * half);
+      s[half] = _mm256_shuffle_epi8(words, step_order);
+      a[half] = _mm256_shuffle_epi8(words, offset_order);
     }
+    decode_lanes(chunks, to, [&](__m256i codes, int half) {
+      return _mm256_add_epi8(_mm256_mullo_epi16(codes, s[half]), a[half]);
+    });
   }
 
   static int32_t sum(int8_t const* row, int64_t count) {
@@ -91,7 +77,7 @@ struct AvxVnni : X86With32Bytes {
             add_products(part[t][half], w[half], word);
         }
       }
-      weights += kDecodedGroup;
+      weights += kPanelBands * kDecodedBand;
       x += kTileBytes;
     }
 #pragma GCC unroll 8

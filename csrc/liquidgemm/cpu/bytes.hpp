@@ -1,6 +1,6 @@
-// The product by bytes, for many tokens and instruction sets with a product of four unsigned and
-// four signed bytes per 32-bit lane. Weights are decoded once for up to 64 tokens, to bytes
-// q * s + a, which are 128 too large: 128 times the sum of x is subtracted at the end.
+// The product by bytes, for many tokens. Weights are decoded once for up to 64 tokens: to bytes
+// q * s + a, which are 128 too large, where a set has a product of four unsigned and four signed
+// bytes per 32-bit lane; AVX2 decodes the codes alone.
 //
 // A chunk's words become lanes that belong to one row each (a band: 16 rows), so that a word of x
 // is broadcast to all of them and no sum has to be folded. What a product reads lies in the first
@@ -8,7 +8,10 @@
 //
 // Besides what simd.hpp lists, Simd has
 //
-//   decode_band(chunks, params, to)           of one group: [k / 4][16 lanes][4 k] bytes
+//   kDecodedBand                              bytes of a decoded band of one group
+//   decode_band(chunks, params, to)           of one group: [k / 4][16 lanes][4 k] bytes first
+//   kToken                                    bytes of a token and group: 64 k first
+//   arrange(rows, first, to)                  arrange_tile, and what comes behind the 64 k
 //   multiply(bands, weights, x, tokens, depth, sums)
 //                                             sums[token][lane] += products of `depth` groups
 //   steps_of(bands, tokens)                   calls of Part::multiply for some tokens of a panel
@@ -25,7 +28,6 @@ inline constexpr int kTileBytes = kTile * kGroup;  // of a group: of a tile of t
 inline constexpr int kDepth = 4;                   // groups that are decoded at a time
 inline constexpr int kMostTokens = 64;             // at a time
 inline constexpr int kMostOfPart = 6;  // tokens of a tile whose sums are held in registers
-inline constexpr int kDecodedGroup = kPanelBands * kTileBytes;
 
 // The row of a band that lane i belongs to, as in a chunk: g and g + 8 alternate.
 constexpr int row_of_lane(int i) {
@@ -37,15 +39,19 @@ constexpr int quad_of_pair(int pair) {
   return first_k(2 * pair) / 4;
 }
 
-// Layout: [tokens / 16][groups][16 tokens][64 k].
+// Where a tile's x of a group begins. Layout: [tokens / 16][groups][16 tokens][Simd::kToken].
+template <class Simd>
+int8_t* tile_x(Activations const& x, int64_t token, int64_t group) {
+  return x.x + (token / kTile * x.groups + group) * kTile * Simd::kToken;
+}
+
 template <class Simd>
 void arrange_tile(int8_t const* rows, int64_t first, Activations const& to) {
   const int64_t columns = to.groups * kGroup;
-  int8_t* const tile = to.x + first * columns;
   for (int t = 0; t < kTile; ++t) {
     int8_t const* const row = rows + t * columns;
     for (int64_t g = 0; g < to.groups; ++g)
-      memcpy(tile + g * kTileBytes + t * kGroup, row + g * kGroup, kGroup);
+      memcpy(tile_x<Simd>(to, first, g) + t * Simd::kToken, row + g * kGroup, kGroup);
     to.totals[first + t] = Simd::sum(row, columns);
   }
 }
@@ -124,26 +130,26 @@ void multiply_parts(uint8_t const* weights,
   }
   Part::template multiply<T>(weights, x, depth, sums, ahead);
   if (tokens > T)
-    multiply_parts<Part, T>(weights, x + kGroup * T, tokens - T, depth, sums + kPanel * T, ahead,
-                            parts - 1);
+    multiply_parts<Part, T>(weights, x + Part::kToken * T, tokens - T, depth, sums + kPanel * T,
+                            ahead, parts - 1);
 }
 
 template <class Simd>
 void multiply_bytes(Place const& at, int64_t n, Activations const& x, Output const& out) {
+  constexpr int kDecodedGroup = kPanelBands * Simd::kDecodedBand;
   alignas(64) uint8_t decoded[kDepth * kDecodedGroup];
   alignas(64) PanelSums sums;
   start_sums(at, x, sums);
-  int8_t const* const tokens_x = x.x + at.token * x.groups * kGroup;
   const int steps = kDepth * Simd::steps_of(at.bands, at.tokens);
   for (int64_t g = 0; g < x.groups; g += kDepth) {
     const int depth = int(smaller(kDepth, x.groups - g));
     for (int d = 0; d < depth; ++d) {
       for (int b = 0; b < at.bands; ++b)
-        decode_band_at<Simd>(at, g + d, b, decoded + d * kDecodedGroup + b * kTileBytes);
+        decode_band_at<Simd>(at, g + d, b, decoded + d * kDecodedGroup + b * Simd::kDecodedBand);
     }
     Lines ahead{at.block(g + kDepth), (kDepth * kBlock / kChunk + steps - 1) / steps};
     for (int t = 0; t < at.tokens; t += kTile)
-      Simd::multiply(at.bands, decoded, tokens_x + t * x.groups * kGroup + g * kTileBytes,
+      Simd::multiply(at.bands, decoded, tile_x<Simd>(x, at.token + t, g),
                      int(smaller(kTile, at.tokens - t)), depth, sums[t], ahead);
   }
   store_sums(at, n, sums, out);
@@ -166,7 +172,7 @@ void multiply_by_bytes(
 
 template <class Simd>
 constexpr Product product_by_bytes() {
-  return {kTile, kGroup, arrange_tile<Simd>, multiply_by_bytes<Simd>};
+  return {kTile, Simd::kToken, Simd::arrange, multiply_by_bytes<Simd>};
 }
 
 }  // namespace
