@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _triton_attention, _triton_math, _triton_write
-from ._ops import capacity_of
-from .format import BY_CODES, head_dim_of
+from .format import BY_CODES, capacity_of, head_dim_of
 
 _CONSTANTS = {
     "bfloat16": _triton_math.FLOAT,

@@ -18,6 +18,7 @@ from .format import (
     HEAD_DIMS,
     PAGE_MULTIPLE,
     Format,
+    capacity_of,
     dequantize,
     head_dim_of,
     pack_codes,
@@ -148,11 +149,6 @@ def _attention_fake(q, *cache_and_options) -> Tensor:
 
 
 # -- CPU --------------------------------------------------------------------------------------
-
-
-def capacity_of(k_cache: Tensor, block_table: Tensor | None) -> int:
-    """Tokens that a sequence may have."""
-    return k_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
 
 
 def _write_cpu(

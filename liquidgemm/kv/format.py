@@ -91,6 +91,11 @@ FORMATS = {
 BY_CODES = {one.codes: one for one in FORMATS.values()}
 
 
+def capacity_of(k: Tensor, block_table: Tensor | None) -> int:
+    """Tokens that a sequence of a cache may have."""
+    return k.shape[2] * (1 if block_table is None else block_table.shape[1])
+
+
 def rotate(x: Tensor) -> Tensor:
     """Rows of float32 ``[..., D]`` times the Hadamard matrix of D, a power of 2."""
     shape, half = x.shape, x.shape[-1] // 2

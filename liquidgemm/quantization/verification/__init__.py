@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path
 
 from ...nn._modules import linear_at
 from ...nn.experts import LiquidExperts
@@ -26,12 +25,12 @@ from ...nn.linear import LiquidLinear
 from ...ops import quantize_activation
 from ...weights.weight import QuantizedWeight, dequantize_weight
 from .inputs import small_inputs
+from .outputs import distance_of, values_of
 from .run import Observer, RunError
 
 _BUDGET = 256 << 20  # bytes of layer inputs that are kept
 _ROWS = 8  # tokens per layer that are kept, at most
 _CHANNELS = 128  # output channels per layer that are compared
-_VALUES = 1 << 14  # values per output that are kept
 _EXACT = 1e-3  # relative distance of two float32 evaluations of one formula, and much to spare
 _SAME_EXPERTS = 2e-2  # a few activations between the products, rounded the other way
 _SEED = 21
@@ -116,8 +115,8 @@ class Probe:
                     chosen = torch.linspace(0, len(rows) - 1, min(self._rows, len(rows))).long()
                     self._samples[name] = rows[chosen.to(x.device)].clone()
             elif name in tracked:
-                self._blocks.update(_values(output, name, first=True))
-                self._given.update(_values(x, name, first=True))
+                self._blocks.update(values_of(output, name, first=True))
+                self._given.update(values_of(x, name, first=True))
 
         for what, arguments in small_inputs(model, batch):
             observer = Observer(model, layers, seen)
@@ -128,7 +127,7 @@ class Probe:
                 self.result.reason = self.result.reason or reason
                 self._samples.clear()
                 continue
-            self._expected = dict(_values(output))
+            self._expected = dict(values_of(output))
             if not self._expected:
                 self.result.reason = f"the output on {what} has no finite float"
                 continue
@@ -169,7 +168,7 @@ class Probe:
             self.result.faults[name] = fault
         if changed:
             return
-        off = self.result.layers[name] = _distance(product, expected)
+        off = self.result.layers[name] = distance_of(product, expected)
         if off > _MOST:
             self.result.faults.setdefault(name, _too_far(off, _MOST))
 
@@ -185,7 +184,7 @@ class Probe:
         x = torch.randn(size, generator=self._generator, device="cpu").to(device)
         ids = torch.arange(len(x), device=device).unsqueeze(1) + torch.arange(2, device=device)
         ids, weights = ids % count, torch.tensor([0.75, 0.25], device=device).expand(len(x), 2)
-        off = _distance(experts(x, ids, weights), separate(x, ids, weights))
+        off = distance_of(experts(x, ids, weights), separate(x, ids, weights))
         if off > _SAME_EXPERTS:
             self.result.faults.setdefault(
                 name, f"its outputs are off by {100 * off:.3g} % from those of its experts alone"
@@ -221,10 +220,10 @@ class Probe:
         result.bound = limit if many else _OF_FEW
         for name, expected in (many or self._expected).items():
             if name in found and found[name].shape == expected.shape:
-                result.outputs[name] = _distance(found[name], expected)
+                result.outputs[name] = distance_of(found[name], expected)
             else:
                 result.faults[name] = "the quantized model does not give this output"
-        off = {name: _distance(x, tracked[name]) for name, x in blocks.items()}
+        off = {name: distance_of(x, tracked[name]) for name, x in blocks.items()}
         limits = {name: limit + self._before.get(name, 0.0) for name in off}
         far = {name: bound for name, bound in limits.items() if off[name] > bound}
         far |= {name: result.bound for name, x in result.outputs.items() if x > result.bound}
@@ -262,7 +261,7 @@ class Probe:
         except RunError:  # as what is random leads it elsewhere
             return {}
         return {
-            name: _distance(x, found[name])
+            name: distance_of(x, found[name])
             for name, x in {**blocks, **outputs}.items()
             if name in found and x.shape == found[name].shape
         }
@@ -274,17 +273,17 @@ class Probe:
 
         def seen(name: str, module: nn.Module, x: Tensor | None, output: Any) -> None:
             if name in tracked:
-                for key, value in _values(output, name, first=True):
+                for key, value in values_of(output, name, first=True):
                     if value.shape == tracked[key].shape:
                         blocks[key] = value
-                for key, value in _values(x, name, first=True):
+                for key, value in values_of(x, name, first=True):
                     # An expert may be given other tokens; that, too, is nothing of its own.
                     if key in self._given and value.shape == self._given[key].shape:
-                        self._before[key] = _distance(value, self._given[key])
+                        self._before[key] = distance_of(value, self._given[key])
 
         args, kwargs = cast(tuple[tuple, dict], self._arguments)
         output = Observer(self._model, seen=seen).run(args, kwargs)
-        return blocks, dict(_values(output, finite=False))
+        return blocks, dict(values_of(output, finite=False))
 
     def warn(self) -> None:
         """Loudly, of all faults."""
@@ -321,7 +320,7 @@ def check_arithmetic(
     x8, scale = quantize_activation(x)
     product = F.linear(x8.float() * scale.unsqueeze(-1), dequantize_weight(some))
     formula = product if bias is None else product + bias.to(x.device)[rows].float()
-    off = _distance(layer(x)[:, rows].float(), formula.to(x.dtype).float())
+    off = distance_of(layer(x)[:, rows].float(), formula.to(x.dtype).float())
     expected = F.linear(x.float(), linear.weight[rows].float())
     fault = None
     gone = (product == 0).all(0) & (expected.abs().amax(0) > _EXACT * expected.abs().amax())
@@ -369,42 +368,3 @@ def _blocks(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential):
             yield from (f"{name}.{child}".removeprefix(".") for child, _ in module.named_children())
-
-
-def _values(
-    output: Any, name: str = "", first: bool = False, finite: bool = True
-) -> Iterator[tuple[str, Tensor]]:
-    """A sample of each float tensor in an output, with a name, in float32 on the CPU."""
-    leaves, _ = tree_flatten_with_path(_plain(output))
-    for path, leaf in leaves:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not leaf.numel():
-            continue
-        flat = leaf.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _VALUES)].float().cpu()
-        if sample.data_ptr() == leaf.data_ptr():
-            sample = sample.clone()  # the model may write to what a block has given
-        if finite and not sample.isfinite().any():
-            continue
-        keys = ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
-        yield name if first else (keys or "output"), sample
-        if first:
-            return
-
-
-def _plain(output: Any) -> Any:
-    """Without caches and other objects of which nothing is known."""
-    if isinstance(output, Mapping):
-        return {str(key): _plain(value) for key, value in output.items()}
-    if isinstance(output, list | tuple):
-        return [_plain(value) for value in output]
-    return output if isinstance(output, Tensor) else None
-
-
-def _distance(actual: Tensor, expected: Tensor) -> float:
-    """``‖actual - expected‖ / ‖expected‖`` where expected is finite; infinite if actual is not."""
-    usable = expected.isfinite()
-    actual, expected = actual[usable].double(), expected[usable].double()
-    if not actual.isfinite().all():
-        return math.inf
-    norm, off = expected.norm().item(), (actual - expected).norm().item()
-    return off / norm if norm > 0 else (0.0 if off == 0 else math.inf)
