@@ -62,10 +62,10 @@ def gate_up(config, k, sizes, dtype=torch.bfloat16) -> nn.Module:
     )
 
 
-def down(config, k, n, dtype=torch.bfloat16, bias=False) -> nn.Module:
+def down(config, k, n, dtype=torch.bfloat16, bias=False, reduce=False) -> nn.Module:
     return vllm_linear.RowParallelLinear(
         k, n, bias=bias, params_dtype=dtype, quant_config=config, prefix="a.down_proj",
-        reduce_results=False,
+        reduce_results=reduce,
     )  # fmt: skip
 
 

@@ -34,17 +34,18 @@ class Comparison:
         for at, (token, other, *entries) in enumerate(runs):
             one, two = ({t: entry.logprob for t, entry in found.items()} for found in entries)
             both = one.keys() & two.keys()
-            # Of a token that is among the best of one run alone at least so much is known.
-            least = [abs(min(one.values()) - two[t]) for t in two.keys() - both if t == other]
-            least += [abs(min(two.values()) - one[t]) for t in one.keys() - both if t == token]
-            change = max([abs(one[t] - two[t]) for t in both] + least, default=float("inf"))
+            change = max((abs(one[t] - two[t]) for t in both), default=float("inf"))
+            # The best of one run that is none of the best of the other: it is below all of them.
+            if other not in one:
+                change = max(change, two[other] - min(one.values()))
+            if token not in two:
+                change = max(change, one[token] - min(two.values()))
             self.tokens += 1
             self.unlike += token != other or one != two
             self.changes.append(change)
             if token != other:
-                leads = [run.get(a, 0) - run.get(b, 0) for run, a, b in
-                         ((one, token, other), (two, other, token))]  # fmt: skip
-                self.flips.append({"request": name, "at": at, "leads": leads, "change": change})
+                best = [sorted(run.items(), key=lambda pair: -pair[1])[:2] for run in (one, two)]
+                self.flips.append({"request": name, "at": at, "best": best, "change": change})
                 break  # what follows has another past
 
     def spread(self) -> dict[float, float]:

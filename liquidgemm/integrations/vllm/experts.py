@@ -24,6 +24,7 @@ from ...nn.experts import LiquidExperts
 from ...quantization.config import LiquidConfig
 from ...quantization.layer import quantize_layer
 from ..serving.tensors import EngineLayer
+from . import exact
 from .online import DONE
 from .summary import Summary
 
@@ -75,6 +76,9 @@ class ExpertsMethod(FusedMoEMethodBase):
                 "and expert parallelism at once: use --tensor-parallel-size with "
                 "--enable-expert-parallel"
             )
+        parallel = self.moe.moe_parallel_config
+        if (parallel.tp_size > 1 or parallel.ep_size > 1) and exact.asked():
+            exact.refuse(self.name, "experts over several GPUs", "their sums are added in floats")
         if self.moe.tp_size > 1 and inner % GROUP:
             raise ValueError(
                 f"{self.name}: expected a multiple of {GROUP} inner channels for each of "

@@ -15,8 +15,7 @@ from ...weights.weight import QuantizedWeight
 from ..serving.foreign import ForeignLayer, convert
 from ..serving.layout import pack
 from ..serving.tensors import EngineLayer, EngineParameter
-from .fusion import advertise
-from .linear import PackedLinearMethod, part_of
+from .linear import PackedLinearMethod
 from .summary import Summary
 
 _SHARDS = {None: 0, "q": 0, "k": 1, "v": 2}
@@ -46,7 +45,7 @@ class ForeignLiquidLinearMethod(PackedLinearMethod):
         **extra_weight_attrs,
     ) -> None:
         self.loader = extra_weight_attrs["weight_loader"]
-        self.part = part_of(layer, input_size_per_partition, input_size)
+        self.part = self.split(layer, input_size_per_partition, input_size)
         self.rows = sum(output_partition_sizes)
         self.device = torch.get_default_device()
         for key in sorted({key for own in self.layers for key in own.keys} - {"bias"}):
@@ -56,7 +55,6 @@ class ForeignLiquidLinearMethod(PackedLinearMethod):
             )
             place.weight_loader = self._collector(layer, key)
             layer.register_parameter(key, place)
-        advertise(layer)
 
     def _collector(self, layer: EngineLayer, key: str):
         def collect(param: Tensor, loaded: Tensor, shard: int | str | None = None) -> None:

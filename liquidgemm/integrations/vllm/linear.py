@@ -14,6 +14,7 @@ from vllm.model_executor.utils import replace_parameter
 from ... import ops
 from ..serving.layout import Packed, Slice, as_packed
 from ..serving.tensors import CODES, EngineLayer, empty, one_or_each, pack_loaded
+from . import exact
 from .fusion import advertise, as_quantized
 from .parameters import PARAMETERS, dummy_codes
 from .summary import Summary
@@ -31,9 +32,19 @@ class PackedLinearMethod(LinearMethodBase):
     device), ``scale`` and, with residual columns, ``columns``.
     """
 
+    exact = False  # whether GPUs that split the layer by inputs give the bits of one
+
     def __init__(self, names: tuple[str, ...], summary: Summary) -> None:
         self.names, self.summary = names, summary
         summary.expect(names)
+
+    def split(self, layer: EngineLayer, length: int, total: int) -> Slice:
+        """The input features of this GPU, and whether it has to ask the others for anything."""
+        part = part_of(layer, length, total)
+        self.exact = length != total and exact.asked()
+        if not self.exact:
+            advertise(layer)
+        return part
 
     def set_packed(self, layer: EngineLayer, packed: Packed) -> None:
         """Exchange what was loaded for what is computed with."""
@@ -47,11 +58,16 @@ class PackedLinearMethod(LinearMethodBase):
         # For those that load into a layer without vLLM's reload_weights.
         layer.qweight.weight_loader = _refuse
         layer.liquid_pad = packed.pad
+        if self.exact and not getattr(layer, "liquid_exact", False):
+            exact.take_over(layer, self.names[0])
+        layer.liquid_exact = self.exact
         if packed.gather is None:
             layer.columns = None
         self.summary.done(self.names, layer.qweight.device)
 
     def apply(self, layer: EngineLayer, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if layer.liquid_exact:
+            return exact.row_parallel(layer, x)
         given = as_quantized(x)
         if given is None:
             x = as_packed(x, layer.columns, layer.liquid_pad)
@@ -89,12 +105,11 @@ class LiquidLinearMethod(PackedLinearMethod):
         loader = extra_weight_attrs["weight_loader"]
         config = get_current_vllm_config_or_none()
         self.dummy = config is not None and config.load_config.load_format == "dummy"
-        self.part = part_of(layer, input_size_per_partition, input_size)
+        self.part = self.split(layer, input_size_per_partition, input_size)
         self.rows = list(output_partition_sizes)
         self.augments = one_or_each(self.names, self.augments, self.rows)
         codes = dummy_codes if self.dummy else empty
         PARAMETERS.register(layer, sum(self.rows), self.part, self.augments, loader, codes)
-        advertise(layer)
 
     def process_weights_after_loading(self, layer: EngineLayer) -> None:
         if "qscale" not in layer._parameters:  # packed already

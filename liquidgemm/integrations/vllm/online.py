@@ -15,7 +15,7 @@ from ...quantization.config import LiquidConfig
 from ...quantization.layer import quantize_layer
 from ..serving.layout import Slice, pack
 from ..serving.tensors import EngineLayer
-from .fusion import advertise
+from . import exact
 from .linear import PackedLinearMethod
 from .summary import Summary
 
@@ -70,7 +70,13 @@ class OnlineLiquidLinearMethod(PackedLinearMethod):
         )
         layer.register_parameter("weight", weight)
         initialize_online_processing(layer)
-        advertise(layer)
+        self.split(layer, input_size_per_partition, input_size)
+        if self.exact:
+            exact.refuse(
+                self.names[0],
+                "slices that are quantized one by one while loading",
+                "run `liquidgemm quantize` and serve its output",
+            )
 
     def process_weights_after_loading(self, layer: EngineLayer) -> None:
         if getattr(layer, DONE, False):
