@@ -16,6 +16,7 @@ COMMANDS = {
     "moe-report": ("report.moe", "its tables and plot, from the JSON alone"),
     "kv": ("suites.kv", "decode attention over a KV cache, by format, batch and context"),
     "producers": ("suites.producers", "norm and gated activation fused with the quantizer"),
+    "backward": ("suites.backward", "a layer's forward and backward pass beside a bf16 layer's"),
     "cpu": ("suites.cpu", "linear on the CPU beside torch's and llama.cpp's"),
     "cpu-report": ("report.cpu", "its table and plot, from the JSON alone"),
     "step": ("suites.step", "a decode step of whole models: bf16, FP8, humming and ours"),

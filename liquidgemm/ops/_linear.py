@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.library import register_vmap
 
-from ..formats.liquidquant import decode
 from . import _autograd, _registry
 from ._checks import FLOATS, check_product, check_rows
-from ._pack import unpack_weight
+from ._dequantize import dequantize_packed
 
 _ONLY_X_AND_BIAS = "liquidgemm.linear is differentiable with respect to x and bias alone"
 
@@ -21,11 +20,6 @@ def _linear_fake(x, weight, weight_scale, bias=None) -> Tensor:
 
 
 # Derivatives. All take the rounding of x for the identity ("straight-through").
-
-
-def dequantized(weight: Tensor, weight_scale: Tensor, k: int) -> Tensor:
-    w8 = decode(*unpack_weight(weight, weight_scale.shape[0]))[:, :k]
-    return w8.float() * weight_scale.unsqueeze(-1)
 
 
 class _LinearRules(_autograd.Rules):
@@ -46,8 +40,7 @@ class _LinearRules(_autograd.Rules):
             raise RuntimeError(_ONLY_X_AND_BIAS)
         if grad is not None and ctx.needs_input_grad[1]:
             packed, scale = ctx.saved_tensors
-            w = dequantized(packed, scale, ctx.in_features)
-            grad_x = grad @ w.to(grad.dtype)
+            grad_x = grad @ dequantize_packed(packed, scale, ctx.in_features, grad.dtype)
         if grad is not None and ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
             grad_bias = grad_bias.to(ctx.bias_dtype)
@@ -60,8 +53,7 @@ class _LinearRules(_autograd.Rules):
         tangent = None
         if x is not None:
             packed, scale = ctx.saved_tensors
-            w = dequantized(packed, scale, ctx.in_features)
-            tangent = x @ w.to(ctx.dtype).T
+            tangent = x @ dequantize_packed(packed, scale, ctx.in_features, ctx.dtype).T
         if bias is not None:
             bias = bias.to(ctx.dtype).expand(ctx.shape)
             tangent = bias.clone() if tangent is None else tangent + bias

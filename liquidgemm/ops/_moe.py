@@ -8,8 +8,8 @@ from torch import Tensor
 
 from . import _autograd, _registry
 from ._checks import FLOATS, require, require_device, require_dtype, require_shape
+from ._dequantize import dequantize_packed
 from ._grouped import GATED, INTERLEAVE, check_activation, check_experts, check_matrix
-from ._linear import dequantized
 
 _MOST_SLOTS = 2**31 - 1
 
@@ -224,8 +224,8 @@ def _moe_backward(
         token, slot = (topk_ids == e).nonzero(as_tuple=True)
         if not len(token):
             continue
-        of_first = dequantized(w1[e], w1_scale[e], x.shape[1]).to(grad.dtype)
-        of_second = dequantized(w2[e], w2_scale[e], w1_scale.shape[1] // 2).to(grad.dtype)
+        of_first = dequantize_packed(w1[e], w1_scale[e], x.shape[1], grad.dtype)
+        of_second = dequantize_packed(w2[e], w2_scale[e], w1_scale.shape[1] // 2, grad.dtype)
         with torch.enable_grad():
             rows = x[token].detach().to(grad.dtype).requires_grad_()
             first = F.linear(rows, of_first, None if b1 is None else b1[e].to(grad.dtype))

@@ -26,6 +26,7 @@ def op_samples() -> list[tuple[str, tuple]]:
         ("linear", (x.clone().requires_grad_(), *weight, problem.bias)),
         ("pack_weight", logical),
         ("unpack_weight", (problem.weight, 72)),
+        ("dequantize_packed", (*weight, 200, torch.bfloat16)),
     ]
 
 

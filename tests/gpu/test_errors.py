@@ -29,6 +29,12 @@ PACK = {
     "qscale": torch.zeros(70, 2, dtype=torch.uint8),
     "qoffset": torch.zeros(70, 2, dtype=torch.uint8),
 }
+DEQUANTIZE = {
+    "weight": GEMM["weight"],
+    "weight_scale": GEMM["weight_scale"],
+    "k": 100,
+    "dtype": torch.bfloat16,
+}
 UNPACK = {"packed": torch.zeros(2, 1, 2176, dtype=torch.uint8), "n": 70}
 
 CASES = [
@@ -80,6 +86,14 @@ CASES = [
             "qoffset": torch.ones(70, 2, dtype=torch.uint8),
         },
     ),
+    ("dequantize_packed", DEQUANTIZE, {"weight": torch.zeros(2, 2, 2176)}),
+    ("dequantize_packed", DEQUANTIZE, {"weight_scale": torch.ones(70, dtype=torch.float64)}),
+    ("dequantize_packed", DEQUANTIZE, {"weight_scale": torch.ones(70, 1)}),
+    ("dequantize_packed", DEQUANTIZE, {"weight_scale": torch.ones(129)}),
+    ("dequantize_packed", DEQUANTIZE, {"k": 0}),
+    ("dequantize_packed", DEQUANTIZE, {"k": 129}),
+    ("dequantize_packed", DEQUANTIZE, {"k": 132105}),
+    ("dequantize_packed", DEQUANTIZE, {"dtype": torch.float64}),
     ("unpack_weight", UNPACK, {"packed": torch.zeros(2, 1, 2176)}),
     ("unpack_weight", UNPACK, {"packed": torch.zeros(2, 1, 2175, dtype=torch.uint8)}),
     ("unpack_weight", UNPACK, {"packed": torch.zeros(1, 2066, 2176, dtype=torch.uint8), "n": 1}),
@@ -112,7 +126,12 @@ def test_the_cpu_says_the_same(op: str, arguments: dict, changes: dict) -> None:
 
 @pytest.mark.parametrize(
     ("op", "arguments", "reference"),
-    [("gemm", GEMM, "x"), ("linear", LINEAR, "x"), ("pack_weight", PACK, "qweight")],
+    [
+        ("gemm", GEMM, "x"),
+        ("linear", LINEAR, "x"),
+        ("pack_weight", PACK, "qweight"),
+        ("dequantize_packed", DEQUANTIZE, "weight"),
+    ],
     ids=lambda v: v if isinstance(v, str) else None,
 )
 def test_tensors_on_two_devices(op: str, arguments: dict, reference: str) -> None:

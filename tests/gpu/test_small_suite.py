@@ -13,6 +13,7 @@ from problems import (
 )
 
 import liquidgemm
+from liquidgemm.ops._dequantize import dequantize_packed
 from liquidgemm.ops.plans import plan_names
 
 
@@ -54,6 +55,10 @@ def test_quantize_and_pack_small() -> None:
     problem = random_problem(1, 70, 192)
     logical = liquidgemm.unpack_weight(problem.weight, 70)
     assert_equal(liquidgemm.pack_weight(*logical), problem.weight, "packed again")
+    for k in (192, 189):
+        w = dequantize_packed(problem.weight, problem.weight_scale, k, torch.bfloat16)
+        expected = (problem.w8[:, :k].float() * problem.weight_scale[:, None]).bfloat16()
+        assert_equal(w, expected, f"dequantized {k=}")
 
 
 def test_grouped_gemm_small() -> None:

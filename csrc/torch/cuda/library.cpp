@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CUDA, m) {
   m.impl("moe", TORCH_BOX(&moe_op));
   m.impl("pack_weight", TORCH_BOX(&pack_weight_op));
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight_op));
+  m.impl("dequantize_packed", TORCH_BOX(&dequantize_packed_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm_testing, CUDA, m) {

@@ -65,6 +65,10 @@ Tensor moe_op(Tensor const& x,
 
 Tensor pack_weight_op(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset);
 std::tuple<Tensor, Tensor, Tensor> unpack_weight_op(Tensor const& packed, int64_t n);
+Tensor dequantize_packed_op(Tensor const& weight,
+                            Tensor const& weight_scale,
+                            int64_t k,
+                            ScalarType dtype);
 
 void kv_write_op(Tensor const& k,
                  Tensor const& v,

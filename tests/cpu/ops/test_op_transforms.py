@@ -67,6 +67,7 @@ def op_samples():
     yield "quantize_activation", (x.bfloat16().transpose(0, 1),)
     yield "pack_weight", case.logical
     yield "unpack_weight", (case.weight, 72)
+    yield "dequantize_packed", (*weight, 200, torch.bfloat16)
     yield "gemm", quantized
     yield "gemm", (*quantized, case.bias, torch.float16)
     yield "gemm", (*quantized, None, torch.int32, True)
