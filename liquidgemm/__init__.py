@@ -32,6 +32,8 @@ from .ops import (
 )
 from .ops._cpu import cpu_kernel, cpu_kernels, set_cpu_kernel
 from .ops.plans import explain_plan
+from .quantization.choice import choose_recipe
+from .quantization.choice_report import Choice, NoRecipeError
 from .quantization.config import LiquidConfig
 from .quantization.model import dequantize_, quantize_
 from .weights.quantize import quantize_weight
@@ -43,6 +45,7 @@ except PackageNotFoundError:  # run from a source checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Choice",
     "FusionReport",
     "ImportReport",
     "KVCache",
@@ -52,9 +55,11 @@ __all__ = [
     "LiquidGemmConfig",
     "LiquidLinear",
     "MergedLinear",
+    "NoRecipeError",
     "QuantizedTokens",
     "QuantizedWeight",
     "__version__",
+    "choose_recipe",
     "cpu_kernel",
     "cpu_kernels",
     "dequantize_",

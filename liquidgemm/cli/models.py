@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 import typer
@@ -21,6 +21,8 @@ from ..checkpoints.sources import check_vocabulary, folders_of, load_model, read
 from ..nn.linear import LiquidLinear
 from ..ops import _library
 from ..quantization.calibration.data import token_windows
+from ..quantization.choice import CHOSEN_FIELDS, choose_recipe
+from ..quantization.choice_report import Choice, NoRecipeError, trial_table
 from ..quantization.config import LiquidConfig
 from ..quantization.evaluate import evaluate, sliding_windows
 from ..quantization.model import quantize_
@@ -184,11 +186,21 @@ def quantize_command(
         Path | None, typer.Option(help="Folder for finished blocks; go on from it if it has some.")
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the plan for each layer and stop.")] = False,
+    target: Annotated[
+        float | None, typer.Option(help="Choose the recipe that loses least: bits per weight.")
+    ] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Choose the recipe of fewest bits: percent of perplexity.")
+    ] = None,
 ) -> None:
     """Quantize a model of text and write a checkpoint and a report into a new folder.
 
     The report is quantization.json, and quantization.png if matplotlib is installed. For models
     that take other data (speech, images) use liquidgemm.quantize_ in Python.
+
+    With --target or --max-loss, recipes are tried and judged on the --held-out text. What was tried
+    is printed and written as choice.json and choice.png; if nothing meets the demand, nothing else
+    is written.
     """
     console = Console()
     values: dict[str, Any] = {
@@ -204,7 +216,11 @@ def quantize_command(
         values["skip"] = skip
     given = _given(context)
     settings = settings_of(values, config, given)
-    _check_data(settings, bool(calib), bool(held_out), given, dry_run)
+    chooses = target is not None or max_loss is not None
+    if chooses:
+        _check_choice(given, bool(calib), bool(held_out))
+    else:
+        _check_data(settings, bool(calib), bool(held_out), given, dry_run)
     where = device_of(device, for_kernel=True)
     sources = folders_of(model)
     check_new_folder(output, *sources)
@@ -218,14 +234,30 @@ def quantize_command(
         batches = token_windows(texts, tokenizer, limit=tokens)
         held_out_batches = token_windows(unseen, tokenizer, limit=8192)
         check_vocabulary([*batches, *held_out_batches], network)
-        report = quantize_(
-            network,
-            settings,
-            calibration=batches if texts else None,
-            held_out=held_out_batches if unseen else None,
-            resume=resume,
-            dry_run=dry_run,
-        )
+        choice = None
+        if chooses:
+            assert staging is not None
+            choice = _choose(
+                network,
+                console,
+                staging,
+                config=settings,
+                target=target,
+                max_loss=max_loss,
+                calibration=batches if texts else None,
+                held_out=held_out_batches,
+                resume=resume,
+            )
+            network, report = cast("PreTrainedModel", choice.model), choice.report
+        else:
+            report = quantize_(
+                network,
+                settings,
+                calibration=batches if texts else None,
+                held_out=held_out_batches if unseen else None,
+                resume=resume,
+                dry_run=dry_run,
+            )
         if not report.quantized:
             raise ValueError(f"{model}: expected a float model, got one that is quantized already")
         if staging is not None:
@@ -234,7 +266,37 @@ def quantize_command(
     console.print(str(report), markup=False, highlight=False)
     if not dry_run:
         console.print(report.table())
+        if choice is not None:
+            console.print(choice.table())
+            console.print(str(choice), markup=False, highlight=False)
         console.print(f"written to {output}{without_plot}", markup=False, highlight=False)
+
+
+def _check_choice(given: Collection[str], calib: bool, held_out: bool) -> None:
+    """Raises a ValueError for options that say what --target and --max-loss choose, or nothing."""
+    for name in (*CHOSEN_FIELDS, "dry_run"):
+        if name in given:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: expected to be left out beside --target or "
+                "--max-loss, which choose the recipe"
+            )
+    if not held_out:
+        raise ValueError("--held-out: expected text files that recipes are judged by, got none")
+    if "tokens" in given and not calib:
+        raise ValueError("--tokens: expected --calib beside it, got none")
+
+
+def _choose(network: PreTrainedModel, console: Console, folder: Path, **options: Any) -> Choice:
+    """The choice, its table and plot in a folder; what was tried is printed if nothing will do."""
+    try:
+        choice = choose_recipe(network, **options)
+    except NoRecipeError as error:
+        console.print(trial_table(error.trials, error.measure))
+        raise
+    (folder / "choice.json").write_text(choice.to_json() + "\n")
+    with suppress(ImportError):  # as the report's, which says so
+        choice.plot(folder / "choice.png")
+    return choice
 
 
 def _check_takes_texts(network: PreTrainedModel) -> None:
