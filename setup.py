@@ -79,6 +79,7 @@ NVCC_FLAGS = [
     "--expt-relaxed-constexpr",
     "-DCUTLASS_ENABLE_GDC_FOR_SM90",  # griddepcontrol, or CUTLASS's wrappers of it do nothing
     "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Xfatbin=-compress-all",  # also kernels with line numbers, which are three times as large
     "-Xptxas=-v",  # check_ptxas_report reads what this prints
 ]
 # torch opens its libraries RTLD_LOCAL, so ours must name libtorch.so itself or the symbols of its

@@ -24,10 +24,12 @@ from .ops import (
     moe,
     moe_combine,
     moe_schedule,
+    pack_int8_weight,
     pack_weight,
     quantize_activation,
     quantize_activation_rows,
     rms_norm_quantize,
+    unpack_int8_weight,
     unpack_weight,
 )
 from .ops._cpu import cpu_kernel, cpu_kernels, set_cpu_kernel
@@ -75,6 +77,7 @@ __all__ = [
     "moe",
     "moe_combine",
     "moe_schedule",
+    "pack_int8_weight",
     "pack_weight",
     "quantize_",
     "quantize_activation",
@@ -84,6 +87,7 @@ __all__ = [
     "save_quantized",
     "set_cpu_kernel",
     "unfuse_",
+    "unpack_int8_weight",
     "unpack_weight",
 ]
 

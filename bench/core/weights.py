@@ -9,11 +9,18 @@ import liquidgemm
 COLD_BYTES = 160e6  # more than three times the L2 cache
 
 
-def random_weights(n: int, k: int) -> list[torch.Tensor]:
+def random_weights(n: int, k: int, format: str = "liquidquant") -> list[torch.Tensor]:
     """Copies of one packed weight, enough to find the L2 cache cold."""
     blocks = -(-k // 64)
+    if format == "int8":
+        w8 = torch.randint(-128, 128, (n, blocks * 64), dtype=torch.int8, device="cuda")
+        return copies_of(liquidgemm.pack_int8_weight(w8))
     qweight = torch.randint(0, 256, (n, blocks * 32), dtype=torch.uint8, device="cuda")
     qscale = torch.randint(1, 18, (n, blocks), dtype=torch.uint8, device="cuda")
     packed = liquidgemm.pack_weight(qweight, qscale, torch.zeros_like(qscale))
+    return copies_of(packed)
+
+
+def copies_of(packed: torch.Tensor) -> list[torch.Tensor]:
     copies = max(2, int(COLD_BYTES / packed.numel()) + 1)
     return [packed, *(packed.clone() for _ in range(copies - 1))]

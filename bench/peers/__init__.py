@@ -5,7 +5,7 @@ from __future__ import annotations
 from .base import Peer, Unsupported
 from .gemlite import GemLite
 from .humming import Humming, HummingChannel, HummingGroup128
-from .liquid import Liquid
+from .liquid import Liquid, LiquidInt8
 from .native import Bf16, Fp8, Int8
 from .vllm import Vllm
 
@@ -13,7 +13,18 @@ OURS = Liquid.name
 
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer
-    for peer in (Liquid, Bf16, Fp8, Int8, Humming, HummingGroup128, HummingChannel, GemLite, Vllm)
+    for peer in (
+        Liquid,
+        Bf16,
+        Fp8,
+        Int8,
+        Humming,
+        HummingGroup128,
+        HummingChannel,
+        GemLite,
+        Vllm,
+        LiquidInt8,
+    )
 }
 
 __all__ = ["OURS", "PEERS", "Peer", "Unsupported", "parse_peers"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import liquidgemm
-from liquidgemm.formats.liquidquant import decode
+from liquidgemm.formats.liquidquant import decode, padded
 from liquidgemm.ops import _library
 
 from ..core import machine
@@ -23,6 +23,7 @@ class Liquid(Peer):
     module = "liquidgemm"
     ways = (Way("gemm"), Way("linear"))
     tolerance = 0.0
+    bits = 4
 
     @classmethod
     def why_absent(cls) -> str | None:
@@ -67,5 +68,22 @@ class Liquid(Peer):
 
     def describe(self, way: Way, m: int) -> str:
         with suppress(AttributeError, RuntimeError):  # a build without the testing ops
-            return machine.chosen_plan(m, *self.w8.shape, self.w8.device)
+            return machine.chosen_plan(m, *self.w8.shape, self.w8.device, self.bits)
         return ""
+
+
+class LiquidInt8(Liquid):
+    """W8A8: INT8 weights, which the kernel does not decode. Every bit of the result counts."""
+
+    name = "liquidgemm-int8"
+    bits = 8
+
+    def __init__(self, weight: Tensor) -> None:
+        n, k = weight.shape
+        self.scale = weight.abs().amax(1).float() / 127
+        w8 = torch.empty(n, padded(k), dtype=torch.int8, device=weight.device)
+        w8[:, k:] = 0
+        for to, part, scale in zip(*(t.split(4096) for t in (w8, weight, self.scale)), strict=True):
+            to[:, :k] = (part.float() / scale.unsqueeze(1)).round()
+        self.w8 = w8[:, :k]
+        self.packed = liquidgemm.pack_int8_weight(w8)

@@ -19,10 +19,12 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import least_squares
 
-from liquidgemm.formats.liquidquant import BLOCK_BYTES
+from liquidgemm.formats import int8, liquidquant
 
 from ..core.machine import ROOT
 
+# Bytes of a block, and what a header's names begin with.
+FORMATS = {"liquidquant": (liquidquant.BLOCK_BYTES, "k"), "int8": (int8.BLOCK_BYTES, "kInt8")}
 PLAN = ROOT / "csrc/liquidgemm/plan"
 # Constants of the library, under the same names there.
 SOFTNESS = 6.0
@@ -66,11 +68,13 @@ class Sweep:
     names: list[str]  # of the tiles, such as t64_p1_k3_s2
     sms: int
     memory_bytes_per_us: float  # peak of the GPU
+    format: str = "liquidquant"  # of the weights
 
     @classmethod
     def load(cls, path: Path) -> Sweep:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return cls.of(data["rows"], data["sms"], data["memory_bytes_per_us"])
+        sweep = cls.of(data["rows"], data["sms"], data["memory_bytes_per_us"])
+        return replace(sweep, format=data.get("format", "liquidquant"))
 
     @classmethod
     def of(cls, rows: list[dict], sms: int, memory_bytes_per_us: float) -> Sweep:
@@ -97,6 +101,10 @@ class Sweep:
             sms,
             memory_bytes_per_us,
         )
+
+    @property
+    def block_bytes(self) -> int:
+        return FORMATS[self.format][0]
 
     def cluster(self) -> np.ndarray:
         return np.where(self.pairs, 2, self.split_k)
@@ -144,7 +152,7 @@ class Sweep:
         """
         one_round = self.units() <= self.most_workers()
         stages = ceil_div(ceil_div(ceil_div(self.k, 64), self.stage_blocks), self.split_k)
-        read = stages * self.stage_blocks * (BLOCK_BYTES + 64 * self.tokens)
+        read = stages * self.stage_blocks * (self.block_bytes + 64 * self.tokens)
         keep = (self.split_k < 4) | one_round
         keep &= ~self.half_sm | (one_round & (read <= HALF_SM_BYTES))
         columns = {k: v[keep] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
@@ -181,7 +189,7 @@ def predictor(s: Sweep, pair_gain: float) -> Callable[[np.ndarray], np.ndarray]:
     last = np.where(splits, rest, units - (whole - 1) * workers)
     last_ctas = np.where(splits, 2 * rest, last) * s.cluster()
     busy_cubed = (last_ctas / s.sms) ** 3
-    streaming = panels * k_blocks * BLOCK_BYTES / s.memory_bytes_per_us
+    streaming = panels * k_blocks * s.block_bytes / s.memory_bytes_per_us
 
     def predict(parameters: np.ndarray) -> np.ndarray:
         values = np.exp(parameters)
@@ -233,8 +241,12 @@ def tile_costs(s: Sweep, parameters: np.ndarray) -> list[tuple[float, ...]]:
 
 
 def header(s: Sweep, parameters: np.ndarray, pair_gain: float, gpu: str, source: str) -> str:
-    """The text of plan/costs_GPU.hpp; `source` says where the sweep comes from."""
-    suffix = gpu.upper()
+    """The text of plan/costs_GPU.hpp, or of its twin for another format.
+
+    `source` says where the sweep comes from.
+    """
+    suffix, prefix = gpu.upper(), FORMATS[s.format][1]
+    what = "" if s.format == "liquidquant" else f" with {s.format} weights"
     rows = []
     for name, costs in zip(s.names, tile_costs(s, parameters), strict=True):
         shape = re.findall(r"\d+", name) + ["2"] * name.endswith("_half")
@@ -246,7 +258,7 @@ def header(s: Sweep, parameters: np.ndarray, pair_gain: float, gpu: str, source:
     )
     return "\n".join(
         [
-            f"// Costs measured on an {gpu.upper()}. Written by bench/plan/fit.py: do not edit.",
+            f"// Costs measured on an {suffix}{what}. Written by bench/plan/fit.py: do not edit.",
             *(f"// {line}" for line in source.splitlines()),
             "#pragma once",
             "",
@@ -254,13 +266,13 @@ def header(s: Sweep, parameters: np.ndarray, pair_gain: float, gpu: str, source:
             "",
             "namespace liquidgemm {",
             "",
-            f"inline constexpr TileCost kTileCostsOf{suffix}[] = {{",
+            f"inline constexpr TileCost {prefix}TileCostsOf{suffix}[] = {{",
             *(f"{row:{width}}// {name}" for row, name in rows),
             "};",
             "",
-            f"inline constexpr Costs kCostsOf{suffix} = {{",
+            f"inline constexpr Costs {prefix}CostsOf{suffix} = {{",
             *(f"    .{name} = {value:.4g}," for name, value in constants),
-            f"    .tiles = kTileCostsOf{suffix},",
+            f"    .tiles = {prefix}TileCostsOf{suffix},",
             "};",
             "",
             "}  // namespace liquidgemm",
@@ -300,7 +312,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--write",
         metavar="GPU",
-        help="write csrc/liquidgemm/plan/costs_GPU.hpp (printed by default)",
+        help="write csrc/liquidgemm/plan/costs_GPU.hpp, or with the name of another format than "
+        "LiquidQuant costs_GPU_FORMAT.hpp (printed by default)",
     )
     options = parser.parse_args(arguments)
     sweep = Sweep.load(options.sweep).considered()
@@ -308,7 +321,8 @@ def main(arguments: list[str] | None = None) -> None:
     costs = fit(sweep, gain)
     text = header(sweep, costs, gain, options.write or "h100", provenance(options.sweep))
     if options.write:
-        file = PLAN / f"costs_{options.write.lower()}.hpp"
+        of_format = "" if sweep.format == "liquidquant" else f"_{sweep.format}"
+        file = PLAN / f"costs_{options.write.lower()}{of_format}.hpp"
         file.write_text(text, encoding="utf-8")
         print(f"written: {file}")
     else:

@@ -49,10 +49,10 @@ CALLS = 48
 REPLAYS = 4
 
 
-def plausible_plans(m: int, wanted: str) -> Iterator[tuple[int, str]]:
+def plausible_plans(m: int, wanted: str, format: str) -> Iterator[tuple[int, str]]:
     """Index and name, without tiles far too large or too small for m tokens."""
     names = plan_names()
-    for plan in torch.ops.liquidgemm_plan.plausible(m):
+    for plan in torch.ops.liquidgemm_plan.plausible(m, format):
         if re.search(wanted, names[plan]):
             yield plan, names[plan]
 
@@ -77,13 +77,14 @@ def time_plan(m: int, k: int, weights: list[torch.Tensor], scale: torch.Tensor, 
     return statistics.median(times)
 
 
-def measure(n: int, k: int, tokens: list[int], wanted: str) -> Iterator[dict]:
+def measure(n: int, k: int, tokens: list[int], wanted: str, format: str) -> Iterator[dict]:
     """A row for every plan of one weight, and on the screen the best one for each m."""
-    weights = random_weights(n, k)
+    weights = random_weights(n, k, format)
     scale = torch.rand(n, device="cuda")
     for m in tokens:
         times = {
-            name: time_plan(m, k, weights, scale, plan) for plan, name in plausible_plans(m, wanted)
+            name: time_plan(m, k, weights, scale, plan)
+            for plan, name in plausible_plans(m, wanted, format)
         }
         torch.cuda.empty_cache()  # the graphs' memory
         if times:
@@ -129,6 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
         type=argument(parse_tokens),
         help=f"tokens (default: {TOKENS}, fewer for some of the default shapes)",
     )
+    parser.add_argument(
+        "--format", default="liquidquant", choices=("liquidquant", "int8"), help="of the weights"
+    )
     parser.add_argument("--plans", default="", help="regular expression, all plans by default")
     parser.add_argument("--update", action="store_true", help="keep what is not measured anew")
     parser.add_argument("--commit", help="the commit to record, where there is no git checkout")
@@ -140,6 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         "gpu": device.name,
         "sms": device.multi_processor_count,
         "memory_bytes_per_us": machine.memory_bytes_per_us(device),
+        "format": options.format,
         "runs": [],
         "rows": [],
     }
@@ -147,6 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
         before = json.loads(options.json.read_text())
         if before["gpu"] != device.name:
             parser.error(f"--update: {options.json} is of {before['gpu']}, this is {device.name}")
+        if before.get("format", "liquidquant") != options.format:
+            parser.error(f"--update: {options.json} is of another format than {options.format}")
     run = {
         "commit": options.commit or machine.commit(),
         "started": machine.now(),
@@ -157,6 +164,6 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[dict] = []
     with torch.cuda.stream(torch.cuda.Stream()):
         for shape, tokens in problems:
-            rows += measure(shape.n, shape.k, tokens, options.plans)
+            rows += measure(shape.n, shape.k, tokens, options.plans, options.format)
             machine.save_json(options.json, merged(before, run, rows), indent=None)
     return 0

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "liquidgemm/common/element.hpp"
+#include "liquidgemm/formats/format_id.hpp"
 
 namespace liquidgemm {
 
@@ -15,6 +16,7 @@ struct DequantizeArguments {
   void* out;              // [n, k] without gaps
   Element type;           // kBFloat16, kFloat16 or kFloat32
   int64_t n, k;
+  FormatId format = FormatId::kLiquidQuant;  // of packed
 };
 
 // Enqueues out = cast(float32(w8) * scale), rounded once per operation. Never synchronizes, never

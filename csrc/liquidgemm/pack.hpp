@@ -5,12 +5,13 @@
 
 #include <cstdint>
 
+#include "liquidgemm/formats/format_id.hpp"
 #include "liquidgemm/formats/logical_weight.hpp"
 
 namespace liquidgemm {
 
 // Of a packed weight of n channels: [ceil(n / 64), k_blocks] blocks of 64 x 64.
-int64_t packed_bytes(int64_t n, int64_t k_blocks);
+int64_t packed_bytes(int64_t n, int64_t k_blocks, FormatId format = FormatId::kLiquidQuant);
 
 // Enqueues the packing; rows past n decode to 0. *infeasible, in device memory and zeroed by the
 // caller, becomes 1 if some code * step + offset exceeds 255. Returns what the launch returns.
@@ -21,5 +22,11 @@ cudaError_t pack_weight(LogicalWeight const& logical,
 
 // The exact inverse.
 cudaError_t unpack_weight(uint8_t const* packed, LogicalWeight const& logical, cudaStream_t stream);
+
+// The same of INT8 weights, all of which are representable: a problem's format says which ones.
+cudaError_t pack_weight(LogicalInt8Weight const& logical, uint8_t* packed, cudaStream_t stream);
+cudaError_t unpack_weight(uint8_t const* packed,
+                          LogicalInt8Weight const& logical,
+                          cudaStream_t stream);
 
 }  // namespace liquidgemm

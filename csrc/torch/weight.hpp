@@ -1,4 +1,4 @@
-// What pack_weight and unpack_weight share on CPU and CUDA: argument checks, shapes and allocation.
+// What packing and unpacking share on CPU and CUDA: argument checks, shapes and allocation.
 #pragma once
 
 #include "liquidgemm/common/int8.hpp"
@@ -57,27 +57,56 @@ inline LogicalTensors checked_logical(Tensor const& qweight,
   return {dense(qweight), dense(qscale), dense(qoffset)};
 }
 
-inline Tensor empty_packed(LogicalTensors const& logical) {
-  const LogicalWeight w = logical.view();
-  return allocate(logical.qweight,
-                  {ceil_div(w.n, kBlockRows), w.k_blocks, LiquidQuant::kBlockBytes},
+// The same of INT8 weights.
+struct LogicalInt8Tensors {
+  Tensor qweight;
+  LogicalInt8Weight view() const {
+    return {static_cast<int8_t*>(qweight.data_ptr()), qweight.size(0), qweight.size(1) / kBlockK};
+  }
+};
+
+inline LogicalInt8Tensors checked_logical_int8(Tensor const& qweight) {
+  check_dtype("qweight", qweight, {ScalarType::Char});
+  check(qweight.dim() == 2 && qweight.size(0) > 0 && qweight.size(1) > 0 &&
+            qweight.size(1) % kBlockK == 0,
+        "qweight: expected [N, K] with K a positive multiple of ", kBlockK, ", got shape ",
+        shape_of(qweight));
+  check_k("qweight", qweight.size(1), kMaxPackedK);
+  return {dense(qweight)};
+}
+
+template <class Format, class Logical>
+Tensor empty_packed(Logical const& logical) {
+  const auto w = logical.view();
+  return allocate(logical.qweight, {ceil_div(w.n, kBlockRows), w.k_blocks, Format::kBlockBytes},
                   ScalarType::Byte);
 }
 
-inline LogicalTensors empty_logical(Tensor const& packed, int64_t n) {
+// Of a format that `packer` packs.
+template <class Format>
+void check_packed(Tensor const& packed, int64_t n, char const* packer) {
   check_dtype("packed", packed, {ScalarType::Byte});
   check(packed.dim() == 3 && packed.size(0) > 0 && packed.size(1) > 0 &&
-            packed.size(2) == LiquidQuant::kBlockBytes,
+            packed.size(2) == Format::kBlockBytes,
         "packed: expected a packed weight [ceil(N / ", kBlockRows, "), K / ", kBlockK, ", ",
-        LiquidQuant::kBlockBytes, "] from pack_weight, got shape ", shape_of(packed));
+        Format::kBlockBytes, "] from ", packer, ", got shape ", shape_of(packed));
   check_k("packed", packed.size(1) * kBlockK, kMaxPackedK);
   check(n > 0 && ceil_div(n, kBlockRows) == packed.size(0), "n: expected ",
         (packed.size(0) - 1) * kBlockRows + 1, " to ", packed.size(0) * kBlockRows,
         " rows for packed of shape ", shape_of(packed), ", got ", n);
+}
+
+inline LogicalTensors empty_logical(Tensor const& packed, int64_t n) {
+  check_packed<LiquidQuant>(packed, n, "pack_weight");
   const int64_t k_blocks = packed.size(1);
   return {allocate(packed, {n, k_blocks * kBlockK / 2}, ScalarType::Byte),
           allocate(packed, {n, k_blocks}, ScalarType::Byte),
           allocate(packed, {n, k_blocks}, ScalarType::Byte)};
+}
+
+inline LogicalInt8Tensors empty_logical_int8(Tensor const& packed, int64_t n) {
+  check_packed<Int8>(packed, n, "pack_int8_weight");
+  return {allocate(packed, {n, packed.size(1) * kBlockK}, ScalarType::Char)};
 }
 
 }  // namespace liquidgemm::binding

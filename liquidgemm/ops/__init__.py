@@ -13,7 +13,7 @@ from ._glu import glu_quantize
 from ._grouped import ACTIVATIONS, GATED, INTERLEAVE, grouped_gemm
 from ._linear import linear
 from ._moe import moe, moe_combine, moe_schedule, quantize_activation_rows
-from ._pack import pack_weight, unpack_weight
+from ._pack import pack_int8_weight, pack_weight, unpack_int8_weight, unpack_weight
 from ._quantize import quantize_activation
 from ._rms_norm import rms_norm_quantize
 from ._tokens import QuantizedTokens
@@ -32,9 +32,11 @@ __all__ = [
     "moe",
     "moe_combine",
     "moe_schedule",
+    "pack_int8_weight",
     "pack_weight",
     "quantize_activation",
     "quantize_activation_rows",
     "rms_norm_quantize",
+    "unpack_int8_weight",
     "unpack_weight",
 ]

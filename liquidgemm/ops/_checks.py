@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..formats import int8
 from ..formats.liquidquant import BLOCK_BYTES, GROUP, MAX_IN_FEATURES, PANEL, ceil_div
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,6 +48,13 @@ def check_rows(x: Tensor, *dtypes: torch.dtype) -> None:
     require(x.shape[-1] >= 1, "x", "at least 1 column", got)
 
 
+def check_blocks(weight: Tensor, n: int, k: int, why: str) -> None:
+    """Checks the shape of a packed weight. What is of no format is taken for LiquidQuant."""
+    is_int8 = weight.dim() > 0 and int8.is_packed(weight)
+    block = int8.BLOCK_BYTES if is_int8 else BLOCK_BYTES
+    require_shape("weight", weight, [ceil_div(n, PANEL), ceil_div(k, GROUP), block], why)
+
+
 def check_product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
     """What `gemm` and `linear` ask of everything but the dtype of x and the token scales."""
     k = x.shape[-1]
@@ -57,7 +65,7 @@ def check_product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor 
     require(weight_scale.dim() == 1 and shape[0] >= 1, "weight_scale", "shape [N]", shape)
     n = shape[0]
     why = f" for N = {n} of weight_scale and K = {k} of x"
-    require_shape("weight", weight, [ceil_div(n, PANEL), ceil_div(k, GROUP), BLOCK_BYTES], why)
+    check_blocks(weight, n, k, why)
     if bias is not None:
         require_dtype("bias", bias, *FLOATS)
         require_shape("bias", bias, [n])

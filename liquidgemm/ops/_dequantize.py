@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats.liquidquant import BLOCK_BYTES, GROUP, MAX_IN_FEATURES, PANEL, ceil_div, decode
+from ..formats.liquidquant import MAX_IN_FEATURES
 from . import _autograd, _registry
 from ._checks import (
     FLOATS,
+    check_blocks,
     dtype_names,
     require,
     require_device,
     require_dtype,
     require_k,
-    require_shape,
 )
-from ._pack import unpack_weight
+from ._pack import decoded
 
 
 def _dequantize_fake(weight: Tensor, weight_scale: Tensor, k: int, dtype: torch.dtype) -> Tensor:
@@ -29,14 +29,14 @@ def _dequantize_fake(weight: Tensor, weight_scale: Tensor, k: int, dtype: torch.
     require_k("k", k, MAX_IN_FEATURES)
     n = shape[0]
     why = f" for N = {n} of weight_scale and K = {k}"
-    require_shape("weight", weight, [ceil_div(n, PANEL), ceil_div(k, GROUP), BLOCK_BYTES], why)
+    check_blocks(weight, n, k, why)
     require(dtype in FLOATS, "dtype", dtype_names(*FLOATS), dtype_names(dtype))
     return weight.new_empty((n, k), dtype=dtype)
 
 
 def _dequantize_cpu(weight: Tensor, weight_scale: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     _dequantize_fake(weight, weight_scale, k, dtype)
-    w8 = decode(*unpack_weight(weight, weight_scale.shape[0]))[:, :k]
+    w8 = decoded(weight, weight_scale.shape[0])[:, :k]
     return (w8.float() * weight_scale.unsqueeze(-1)).to(dtype)
 
 
@@ -54,7 +54,7 @@ def dequantize_packed(
     """``W[n, k] = cast(float32(w8[n, k]) * weight_scale[n])``, each operation rounded once.
 
     Args:
-        weight: packed weight, uint8 ``[ceil(N / 64), ceil(K / 64), 2176]``.
+        weight: packed weight, uint8 ``[ceil(N / 64), ceil(K / 64), 2176]``, or 4096 if INT8.
         weight_scale: float32 ``[N]``.
         k: K.
         dtype: float32, bfloat16 or float16.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..formats import int8
 from ..formats.liquidquant import BLOCK_BYTES, GROUP, MAX_IN_FEATURES, PANEL, ceil_div
 from . import _autograd, _registry
 from ._checks import (
@@ -44,6 +45,9 @@ def check_experts(
     whole = len(shape) == 2 and shape[0] >= 1 and shape[1] >= 1
     require(whole, scale_name, "shape [E, N]", shape)
     experts, n = shape
+    only = "4-bit weights, which experts alone are compiled for"
+    refused = weight.dim() > 0 and int8.is_packed(weight)
+    require(not refused, weight_name, only, f"INT8 weights of shape {list(weight.shape)}")
     packed = [experts, ceil_div(n, PANEL), ceil_div(k, GROUP), BLOCK_BYTES]
     why = f" for E = {experts} and N = {n} of {scale_name} and K = {k}"
     require_shape(weight_name, weight, packed, why)

@@ -1,11 +1,20 @@
-"""The ops `pack_weight` and `unpack_weight`."""
+"""The ops `pack_weight` and `unpack_weight`, and those of INT8 weights."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..formats.liquidquant import BLOCK_BYTES, GROUP, MAX_IN_FEATURES, PANEL, ceil_div, padded
+from ..formats import int8
+from ..formats.liquidquant import (
+    BLOCK_BYTES,
+    GROUP,
+    MAX_IN_FEATURES,
+    PANEL,
+    ceil_div,
+    decode,
+    padded,
+)
 from . import _registry
 from ._checks import require, require_device, require_dtype, require_k, require_shape
 
@@ -25,21 +34,43 @@ def _pack_weight_fake(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tenso
     return qweight.new_empty(ceil_div(n, PANEL), k // GROUP, BLOCK_BYTES)
 
 
-def _unpack_weight_fake(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+def _check_packed(packed: Tensor, n: int, block_bytes: int, packer: str) -> int:
+    """Returns its groups along K."""
     require_dtype("packed", packed, torch.uint8)
     shape = list(packed.shape)
-    whole = packed.dim() == 3 and shape[0] >= 1 and shape[1] >= 1 and shape[2] == BLOCK_BYTES
-    expected = f"a packed weight [ceil(N / {PANEL}), K / {GROUP}, {BLOCK_BYTES}] from pack_weight"
+    whole = packed.dim() == 3 and shape[0] >= 1 and shape[1] >= 1 and shape[2] == block_bytes
+    expected = f"a packed weight [ceil(N / {PANEL}), K / {GROUP}, {block_bytes}] from {packer}"
     require(whole, "packed", expected, f"shape {shape}")
     panels, groups = shape[:2]
     require_k("packed", groups * GROUP, padded(MAX_IN_FEATURES))
     span = f"{(panels - 1) * PANEL + 1} to {panels * PANEL} rows for packed of shape {shape}"
     require(n >= 1 and ceil_div(n, PANEL) == panels, "n", span, n)
+    return groups
+
+
+def _unpack_weight_fake(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    groups = _check_packed(packed, n, BLOCK_BYTES, "pack_weight")
     return (
         packed.new_empty(n, groups * GROUP // 2),
         packed.new_empty(n, groups),
         packed.new_empty(n, groups),
     )
+
+
+def _pack_int8_weight_fake(qweight: Tensor) -> Tensor:
+    require_dtype("qweight", qweight, torch.int8)
+    shape = list(qweight.shape)
+    whole = qweight.dim() == 2 and shape[0] >= 1 and shape[1] >= 1 and shape[1] % GROUP == 0
+    require(whole, "qweight", f"[N, K] with K a positive multiple of {GROUP}", f"shape {shape}")
+    require_k("qweight", shape[1], padded(MAX_IN_FEATURES))
+    return qweight.new_empty(
+        ceil_div(shape[0], PANEL), shape[1] // GROUP, int8.BLOCK_BYTES, dtype=torch.uint8
+    )
+
+
+def _unpack_int8_weight_fake(packed: Tensor, n: int) -> Tensor:
+    groups = _check_packed(packed, n, int8.BLOCK_BYTES, "pack_int8_weight")
+    return packed.new_empty(n, groups * GROUP, dtype=torch.int8)
 
 
 _registry.define(
@@ -48,6 +79,8 @@ _registry.define(
 _registry.define(
     "unpack_weight(Tensor packed, int n) -> (Tensor, Tensor, Tensor)", _unpack_weight_fake
 )
+_registry.define("pack_int8_weight(Tensor qweight) -> Tensor", _pack_int8_weight_fake)
+_registry.define("unpack_int8_weight(Tensor packed, int n) -> Tensor", _unpack_int8_weight_fake)
 
 
 def pack_weight(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tensor:
@@ -82,3 +115,42 @@ def unpack_weight(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
         RuntimeError: a wrong dtype or shape, or an n that does not have this many panels.
     """
     return torch.ops.liquidgemm.unpack_weight(packed, n)
+
+
+def pack_int8_weight(qweight: Tensor) -> Tensor:
+    """Bring an INT8 weight to the layout that the kernel reads: 8 bits per weight, not decoded.
+
+    Args:
+        qweight: int8 ``[N, K]``, K a multiple of 64. The product is ``x8 @ qweight.T``.
+
+    Returns:
+        uint8 ``[ceil(N / 64), K / 64, 4096]``, contiguous. `gemm` and `linear` take it as they take
+        a weight of `pack_weight`; experts do not.
+
+    Raises:
+        RuntimeError: a wrong dtype or shape, K = 0 or too large for an exact INT32 sum.
+    """
+    return torch.ops.liquidgemm.pack_int8_weight(qweight)
+
+
+def unpack_int8_weight(packed: Tensor, n: int) -> Tensor:
+    """Exact inverse of `pack_int8_weight`.
+
+    Args:
+        packed: uint8 ``[ceil(n / 64), K / 64, 4096]``.
+        n: number of rows N of the weight.
+
+    Returns:
+        int8 ``[n, K]``.
+
+    Raises:
+        RuntimeError: a wrong dtype or shape, or an n that does not have this many panels.
+    """
+    return torch.ops.liquidgemm.unpack_int8_weight(packed, n)
+
+
+def decoded(packed: Tensor, n: int) -> Tensor:
+    """The int8 weight ``[n, K]`` that a packed weight of any format means."""
+    if int8.is_packed(packed):
+        return unpack_int8_weight(packed, n)
+    return decode(*unpack_weight(packed, n))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from ..formats.liquidquant import PANEL, ceil_div, decode
+from ..formats.liquidquant import PANEL, ceil_div
+from ._pack import decoded
 
 NAME = "reference"
 
@@ -60,8 +61,7 @@ def gemm(
     rows, row_scale, out_rows = x.reshape(-1, k), x_scale.reshape(-1, 1), out.view(-1, n)
     for n_chunk in _row_chunks(n, 8 * k, PANEL):
         panels = weight[n_chunk.start // PANEL : ceil_div(n_chunk.stop, PANEL)]
-        logical = torch.ops.liquidgemm.unpack_weight(panels, n_chunk.stop - n_chunk.start)
-        w = decode(*logical)[:, :k].double()
+        w = decoded(panels, n_chunk.stop - n_chunk.start)[:, :k].double()
         for m_chunk in _row_chunks(len(rows), 8 * k):
             acc = rows[m_chunk].double() @ w.T
             if out_dtype != torch.int32:

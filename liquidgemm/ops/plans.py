@@ -20,6 +20,7 @@ H100_SMS = 132
 H100_MEMORY_TBPS = 3.35
 
 _OPS = ("gemm", "gemm_behind_producer", "linear")
+_FORMATS = {4: "liquidquant", 8: "int8"}
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,13 @@ def plan_names() -> list[str]:
     return list(torch.ops.liquidgemm_plan.names())
 
 
+def compiled_plans(bits: int = 4) -> list[tuple[int, str]]:
+    """Index and name, in `plan_names`, of the plans for weights of so many bits."""
+    names = plan_names()
+    plans = torch.ops.liquidgemm_plan.plausible(0, _FORMATS[bits])
+    return [(plan, names[plan]) for plan in plans]
+
+
 def grouped_plan_names() -> list[str]:
     """The names of all compiled plans of `grouped_gemm`."""
     return list(torch.ops.liquidgemm_plan.grouped_names())
@@ -172,6 +180,7 @@ def explain_plan(
     k: int,
     *,
     op: str = "gemm",
+    bits: int = 4,
     num_sms: int = H100_SMS,
     memory_tbps: float = H100_MEMORY_TBPS,
 ) -> PlanExplanation:
@@ -185,21 +194,27 @@ def explain_plan(
         k: input channels.
         op: "gemm" for int8 activations, "gemm_behind_producer" for those that the kernel right
             before writes, "linear" for 16-bit ones that are quantized first.
+        bits: of a weight: 4, or 8 (INT8).
         num_sms: of the GPU; 132 on an H100 or H200 SXM.
         memory_tbps: peak of its memory, in 1e12 bytes per second: 3.35 on an H100 SXM, 4.8 on an
             H200.
 
     Raises:
-        ValueError: an unknown op, a size below 1 or from 2^31 on, or no positive bandwidth.
+        ValueError: an unknown op, other bits, a size below 1 or from 2^31 on, or no positive
+            bandwidth.
     """
     if op not in _OPS:
         raise ValueError(f"op: expected one of {', '.join(_OPS)}, got {op!r}")
+    if bits not in _FORMATS:
+        raise ValueError(f"bits: expected 4 or 8, got {bits!r}")
     for name, value in (("m", m), ("n", n), ("k", k), ("num_sms", num_sms)):
         if not 1 <= value < 2**31:
             raise ValueError(f"{name}: expected 1 to 2^31 - 1, got {value}")
     if not memory_tbps > 0:
         raise ValueError(f"memory_tbps: expected a positive number, got {memory_tbps}")
-    found = json.loads(torch.ops.liquidgemm_plan.explain(m, n, k, op, num_sms, memory_tbps))
+    found = json.loads(
+        torch.ops.liquidgemm_plan.explain(m, n, k, op, _FORMATS[bits], num_sms, memory_tbps)
+    )
     unknown = dict.fromkeys(Candidate.__annotations__)
     candidates = tuple(Candidate(**{**unknown, **c}) for c in found.pop("candidates"))
     return PlanExplanation(m, n, k, op, num_sms, memory_tbps, **found, candidates=candidates)

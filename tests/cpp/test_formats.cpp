@@ -53,6 +53,20 @@ struct Sample<LiquidQuant> {
   bool operator==(Sample const&) const = default;
 };
 
+template <>
+struct Sample<Int8> {
+  std::vector<int8_t> qweight = std::vector<int8_t>(kN * kKBlocks * kBlockK);
+
+  explicit Sample(bool fill) {
+    uint32_t state = 1;
+    for (size_t i = 0; fill && i < qweight.size(); ++i)
+      qweight[i] = static_cast<int8_t>((state = state * 1664525u + 1013904223u) >> 24);
+  }
+  Int8::Logical view() { return {qweight.data(), kN, kKBlocks}; }
+  int weight(int n, int k) const { return qweight[n * kKBlocks * kBlockK + k]; }
+  bool operator==(Sample const&) const = default;
+};
+
 template <class Format>
 void test_format() {
   static_assert(WeightFormat<Format>);

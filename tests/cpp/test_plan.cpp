@@ -64,9 +64,10 @@ void expect_good(LaunchPlan const& l) {
   Problem const& p = l.problem;
   expect(is_listed(l.plan) && l.plan.cluster() <= p.num_sms, "a possible plan", l);
   expect(l.plan.split_k <= l.division.stages, "work for every CTA of a cluster", l);
-  expect(is_plausible(l.plan.tile, p.m), "a tile of a fitting size", l);
+  expect(supports(p.format, l.plan.tile, Element::kInt8), "a tile of the weights' format", l);
+  expect(is_plausible(l.plan.tile, p.m, p.format), "a tile of a fitting size", l);
   expect(l.plan.split_k < 4 || l.division.whole_rounds == 1, "clusters of 4 in one round", l);
-  const double us = estimate(p, l.plan, l.division, kCostsOfH100).total();
+  const double us = estimate(p, l.plan, l.division, costs_of(p.format)).total();
   expect(us > 0 && std::isfinite(us), "a positive estimate", l);
   expect(l.division == divide(p, l.plan), "the division that was scored is launched", l);
   // A kernel that quantizes has the plan of a GEMM.
@@ -114,11 +115,12 @@ void test_cache() {
   expect(selections == 1, "a plan is selected once", first);
   get(problem(1), 1);
   expect(selections == 2, "another kind is another plan", first);
-  for (Problem p : {Problem{2, 4096, 4096, 132, 3.35e6}, Problem{1, 4095, 4096, 132, 3.35e6},
-                    Problem{1, 4096, 4095, 132, 3.35e6}, Problem{1, 4096, 4096, 131, 3.35e6},
-                    Problem{1, 4096, 4096, 132, 3.36e6}})
+  for (Problem p :
+       {Problem{2, 4096, 4096, 132, 3.35e6}, Problem{1, 4095, 4096, 132, 3.35e6},
+        Problem{1, 4096, 4095, 132, 3.35e6}, Problem{1, 4096, 4096, 131, 3.35e6},
+        Problem{1, 4096, 4096, 132, 3.36e6}, Problem{1, 4096, 4096, 132, 3.35e6, FormatId::kInt8}})
     get(p);
-  expect(selections == 7, "every part of a problem counts", first);
+  expect(selections == 8, "every part of a problem counts", first);
   // More problems than the cache holds, again and again.
   constexpr int64_t kProblems = 2 * PlanCache::kSets * PlanCache::kWays;
   for (int round = 0; round < 2; ++round) {
@@ -174,6 +176,10 @@ int main() {
           expect(select_gemm(p).launches() == 1, "a GEMM is one launch", select_gemm(p));
           expect(select_linear(p, false).launches() == 2, "unreadable x takes two launches",
                  select_linear(p, false));
+          const Problem p8{m, n, k, sms, 3.35e6, FormatId::kInt8};
+          for (LaunchPlan const& l : {select_gemm(p8), select_gemm(p8, Activations::kJustQuantized),
+                                      select_linear(p8, true), select_linear(p8, false)})
+            expect_good(l);
           for (Plan const& any : all_plans()) {
             for (Activations activations :
                  {Activations::kReady, Activations::kJustQuantized, Activations::kQuantizeInKernel})
@@ -185,6 +191,7 @@ int main() {
         expect_explained(explain_gemm(p));
         expect_explained(explain_gemm(p, true));
         expect_explained(explain_linear(p));
+        expect_explained(explain_gemm({16, n, k, sms, 3.35e6, FormatId::kInt8}));
       }
     }
   }

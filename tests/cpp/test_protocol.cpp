@@ -3,7 +3,6 @@
 #include <cstdio>
 #include <utility>
 
-#include "liquidgemm/formats/liquidquant.hpp"
 #include "liquidgemm/kernel/protocol.hpp"
 #include "liquidgemm/kernel/storage.hpp"
 #include "liquidgemm/kernel/tile.hpp"
@@ -44,15 +43,22 @@ void test_tile() {
   expect(Arrivals::kFull == (Tile::kQuantizes ? 1 : 2), Tile::kShape, "full");
 }
 
-template <int... I>
-void test_tiles(std::integer_sequence<int, I...>) {
-  (test_tile<Tile<kTileShapes[I], LiquidQuant>>(), ...);
+template <TileShape tile, class Format>
+void test_if_compiled() {
+  if constexpr (supports<Format>(tile, Element::kInt8))
+    test_tile<Tile<tile, Format>>();
+}
+
+template <int... I, class... Format>
+void test_tiles(std::integer_sequence<int, I...>, std::tuple<Format...>) {
+  const auto test_all = [&]<class F>(F*) { (test_if_compiled<kTileShapes[I], F>(), ...); };
+  (test_all(static_cast<Format*>(nullptr)), ...);
 }
 
 }  // namespace
 
 int main() {
-  test_tiles(std::make_integer_sequence<int, kNumTileShapes>{});
+  test_tiles(std::make_integer_sequence<int, kNumTileShapes>{}, Formats{});
   struct TwoBytes {};  // in place of the device's 16-bit types
   for (TileShape const& tile : kTileShapes)
     expect(tile.can_quantize() == supports<LiquidQuant>(tile, Element::kFloat16), tile,

@@ -54,15 +54,22 @@ def random_weight(n: int, k: int, generator: torch.Generator) -> tuple[torch.Ten
     return *logical, w8[:, :k].to(torch.int8)
 
 
-def random_problem(m: int, n: int, k: int, seed: int = 0) -> Problem:
+def random_problem(m: int, n: int, k: int, seed: int = 0, bits: int = 4) -> Problem:
     generator = torch.Generator(DEVICE).manual_seed(seed)
-    *logical, w8 = random_weight(n, k, generator)
+    if bits == 8:
+        whole = -(-k // 64) * 64
+        w8 = torch.randint(-128, 128, (n, whole), generator=generator, device=DEVICE)
+        w8 = w8.to(torch.int8)
+        weight, w8 = liquidgemm.pack_int8_weight(w8), w8[:, :k]
+    else:
+        *logical, w8 = random_weight(n, k, generator)
+        weight = liquidgemm.pack_weight(*logical)
     x = torch.randint(-127, 128, (m, k), generator=generator, device=DEVICE).to(torch.int8)
     return Problem(
         x=x,
         x_scale=torch.rand(m, generator=generator, device=DEVICE) + 0.01,
         w8=w8,
-        weight=liquidgemm.pack_weight(*logical),
+        weight=weight,
         weight_scale=torch.rand(n, generator=generator, device=DEVICE) + 0.01,
         bias=torch.randn(n, generator=generator, device=DEVICE),
     )

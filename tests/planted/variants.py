@@ -33,12 +33,16 @@ TILES = (
     *("t128_p2_k1_s2", "t256_p2_k1_s2"),
 )
 
+# Of INT8 weights: with k groups, and without, both among those above.
+INT8_TILES = ("t32_p1_k3_s2", "t256_p2_k1_s2")
+
 # Of grouped products: decode with several k groups, and prefill.
 GROUPED_TILES = ("t8_p1_k2_s4_half", "t16_p1_k4_s4", "t128_p3_k1_s2")
 
 # Per folder of instantiations: where its tiles are listed, in which array, and which are kept.
 LISTS = {
     "liquidquant": ("csrc/liquidgemm/plan/tiles.hpp", "kTileShapes", TILES),
+    "int8": ("csrc/liquidgemm/plan/tiles.hpp", "kInt8TileShapes", INT8_TILES),
     "grouped": ("csrc/liquidgemm/plan/grouped.hpp", "kGroupedTileShapes", GROUPED_TILES),
 }
 

@@ -35,10 +35,14 @@ struct Ahead {
   uint8_t const* panel = nullptr;  // the rest of the next panel, or null
   int lines = 0;                   // of it
 
+  template <class Format>
   void step(uint8_t const* chunks) {
     if (panel == nullptr) {
-      for (int i = 0; i < kBandChunks; ++i)
-        __builtin_prefetch(chunks + kBlock + kChunk * i);
+      for (int i = 0; i < kBandChunks; ++i) {
+        __builtin_prefetch(chunks + Format::kBlock + kChunk * i);
+        if constexpr (!kHasParams<Format>)
+          __builtin_prefetch(chunks + Format::kBlock + kHigh + kChunk * i);
+      }
       return;
     }
     for (int i = 0; i < lines; ++i)
@@ -49,6 +53,7 @@ struct Ahead {
 
 // One group after the other of some bands, decoded while the tiles of the group before it are
 // multiplied, which another unit of the core does.
+template <class Format>
 struct Decoder {
   Place const& at;
   Ahead& ahead;
@@ -64,8 +69,8 @@ struct Decoder {
     if (group == groups)
       return;
     for (int b = 0; b < Bands; ++b) {
-      ahead.step(at.block(group) + kChunk * kBandChunks * (at.begin + b));
-      decode_band_at<Avx512Vnni>(at, group, b, bytes[group % 2] + b * kTileBytes);
+      ahead.template step<Format>(at.block<Format>(group) + kChunk * kBandChunks * (at.begin + b));
+      decode_band_at<Avx512Vnni, Format>(at, group, b, bytes[group % 2] + b * kTileBytes);
     }
     ++group;
   }
@@ -73,10 +78,10 @@ struct Decoder {
 
 // One tile of tokens times up to 4 bands. Tile registers: sums 0-3, weights 4 and 5, tokens 6
 // and 7.
-template <int Bands>
+template <class Format, int Bands>
 void multiply_tile(Place const& at, Activations const& x, PanelSums& sums, Ahead& ahead) {
-  Decoder decoder(at, ahead, x.groups);
-  decoder.step<Bands>();
+  Decoder<Format> decoder(at, ahead, x.groups);
+  decoder.template step<Bands>();
   int8_t const* tokens = x.x + at.token * x.groups * kGroup;
   int32_t* const to = sums[0];
   fence();
@@ -89,7 +94,7 @@ void multiply_tile(Place const& at, Activations const& x, PanelSums& sums, Ahead
     _tile_loadd(3, to + 3 * kBand, kSumStride);
   for (int64_t g = 0; g < x.groups; ++g) {
     uint8_t const* const weights = decoder.decoded(g);
-    decoder.step<Bands>();
+    decoder.template step<Bands>();
     fence();
     _tile_loadd(6, tokens, 64);
     _tile_loadd(4, weights, 64);
@@ -121,10 +126,10 @@ void multiply_tile(Place const& at, Activations const& x, PanelSums& sums, Ahead
 
 // Two tiles of tokens times up to 2 bands. To decode a band again for the next two tiles is faster
 // than to keep it: stores to the second cache take 4 clocks per line, and tile loads from there 25.
-template <int Bands>
+template <class Format, int Bands>
 void multiply_tiles(Place const& at, Activations const& x, PanelSums& sums, Ahead& ahead) {
-  Decoder decoder(at, ahead, x.groups);
-  decoder.step<Bands>();
+  Decoder<Format> decoder(at, ahead, x.groups);
+  decoder.template step<Bands>();
   int8_t const* tokens = x.x + at.token * x.groups * kGroup;
   int8_t const* later = tokens + x.groups * kTileBytes;
   int32_t *const to = sums[0], *const to_later = sums[kTile];
@@ -137,7 +142,7 @@ void multiply_tiles(Place const& at, Activations const& x, PanelSums& sums, Ahea
   }
   for (int64_t g = 0; g < x.groups; ++g) {
     uint8_t const* const weights = decoder.decoded(g);
-    decoder.step<Bands>();
+    decoder.template step<Bands>();
     fence();
     _tile_loadd(6, tokens, 64);
     _tile_loadd(4, weights, 64);
@@ -163,17 +168,20 @@ void multiply_tiles(Place const& at, Activations const& x, PanelSums& sums, Ahea
 }
 
 using Multiply = void(Place const&, Activations const&, PanelSums&, Ahead&);
-constexpr Multiply* kOneTile[] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
-                                  multiply_tile<4>};
-constexpr Multiply* kTwoTiles[] = {multiply_tiles<1>, multiply_tiles<2>};
+template <class Format>
+constexpr Multiply* kOneTile[] = {multiply_tile<Format, 1>, multiply_tile<Format, 2>,
+                                  multiply_tile<Format, 3>, multiply_tile<Format, 4>};
+template <class Format>
+constexpr Multiply* kTwoTiles[] = {multiply_tiles<Format, 1>, multiply_tiles<Format, 2>};
 
+template <class Format>
 void multiply_by_tiles(
     uint8_t const* weight, int64_t first, int64_t last, Activations const& x, Output const& out) {
   const TileConfig config;
   fence();
   _tile_loadconfig(&config);
   alignas(64) PanelSums sums;
-  const int64_t panel_bytes = x.groups * kBlock;
+  const int64_t panel_bytes = x.groups * Format::kBlock;
   for (int64_t band = first; band < last;) {
     const int64_t panel = band / kPanelBands;
     const int begin = int(band % kPanelBands);
@@ -190,7 +198,7 @@ void multiply_by_tiles(
       for (int b = 0; b < bands; b += at_once) {
         const Place at{blocks, begin + b, int(smaller(at_once, bands - b)), token, tokens};
         start_sums(at, x, sums);
-        (tokens > kTile ? kTwoTiles : kOneTile)[at.bands - 1](at, x, sums, ahead);
+        (tokens > kTile ? kTwoTiles<Format> : kOneTile<Format>)[at.bands - 1](at, x, sums, ahead);
         store_sums(at, kBand * (band + b), sums, out);
       }
     }
@@ -199,14 +207,20 @@ void multiply_by_tiles(
   _tile_release();
 }
 
+template <class Format>
+constexpr Products products_by_tiles(int64_t fewest_many) {
+  return {product_by_codes<Avx512Vnni, Format>(),
+          {kTile, kGroup, Avx512Vnni::arrange, multiply_by_tiles<Format>},
+          fewest_many};
+}
+
 }  // namespace
 
 Kernels const* amx_kernels() {
   static constexpr int64_t kFewestTokens = 5;
   static constexpr Kernels kernels{"amx",
-                                   product_by_codes<Avx512Vnni>(),
-                                   {kTile, kGroup, Avx512Vnni::arrange, multiply_by_tiles},
-                                   kFewestTokens,
+                                   products_by_tiles<Nibbles>(kFewestTokens),
+                                   products_by_tiles<Bytes>(kFewestTokens),
                                    quantize,
                                    rms_norm,
                                    glu,

@@ -33,6 +33,29 @@ struct Avx2 : X86With32Bytes {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_add_epi16(low, high), steps));
   }
 
+  // INT8 weights do not fit vpmaddubsw's 16-bit sums: 16-bit halves of the bytes at even and at odd
+  // places.
+  struct Int8s {
+    __m256i even[2], odd[2];
+  };
+  static constexpr bool kInt8sAreBiased = false;
+  static __m256i even_bytes(__m256i bytes) {
+    return _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
+  }
+  static Int8s int8s(uint8_t const* chunk) {
+    const __m256i bytes[2] = {load256(chunk), load256(chunk + 32)};
+    return {{even_bytes(bytes[0]), even_bytes(bytes[1])},
+            {_mm256_srai_epi16(bytes[0], 8), _mm256_srai_epi16(bytes[1], 8)}};
+  }
+  static Sums multiply_add(Sums sums, Int8s const& weights, int8_t const* x) {
+    for (int i = 0; i < 2; ++i) {
+      const __m256i bytes = load256(x + 32 * i);
+      sums = _mm256_add_epi32(sums, _mm256_madd_epi16(weights.even[i], even_bytes(bytes)));
+      sums = _mm256_add_epi32(sums, _mm256_madd_epi16(weights.odd[i], _mm256_srai_epi16(bytes, 8)));
+    }
+    return sums;
+  }
+
   // Codes as lanes of one row each, then (s, s) of each of the 16 lanes, then (a, 0).
   static constexpr int kSteps = kTileBytes, kOffsets = kSteps + 4 * kBand;
   static constexpr int kDecodedBand = kOffsets + 4 * kBand;
@@ -161,9 +184,8 @@ struct Avx2 : X86With32Bytes {
 Kernels const* avx2_kernels() {
   static constexpr int64_t kFewestTokens = 5;
   static constexpr Kernels kernels{"avx2",
-                                   product_by_codes<Avx2>(),
-                                   product_by_bytes<Avx2>(),
-                                   kFewestTokens,
+                                   products<Avx2, Nibbles>(kFewestTokens),
+                                   always(product_by_codes<Avx2, Bytes>()),
                                    quantize,
                                    rms_norm,
                                    glu,

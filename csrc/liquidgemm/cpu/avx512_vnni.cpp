@@ -8,9 +8,8 @@ namespace liquidgemm::cpu {
 Kernels const* avx512_vnni_kernels() {
   static constexpr int64_t kFewestTokens = 5;
   static constexpr Kernels kernels{"avx512_vnni",
-                                   product_by_codes<Avx512Vnni>(),
-                                   product_by_bytes<Avx512Vnni>(),
-                                   kFewestTokens,
+                                   products<Avx512Vnni, Nibbles>(kFewestTokens),
+                                   products<Avx512Vnni, Bytes>(kFewestTokens),
                                    quantize,
                                    rms_norm,
                                    glu,

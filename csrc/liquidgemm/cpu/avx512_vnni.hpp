@@ -38,6 +38,15 @@ struct Avx512Vnni {
     return _mm512_dpwssd_epi32(sums, products, steps);
   }
 
+  using Int8s = __m512i;
+  static constexpr bool kInt8sAreBiased = true;
+  static Int8s int8s(uint8_t const* chunk) {
+    return _mm512_xor_si512(_mm512_loadu_si512(chunk), _mm512_set1_epi8(-128));
+  }
+  static Sums multiply_add(Sums sums, Int8s weights, int8_t const* x) {
+    return _mm512_dpbusd_epi32(sums, weights, _mm512_loadu_si512(x));
+  }
+
   static void add_offsets(uint8_t const* params, int32_t sum, int32_t* rows) {
     add_offsets256(params, sum, rows);
   }
@@ -59,6 +68,8 @@ struct Avx512Vnni {
   static void decode_band(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
     decode_band512(chunks, params, to);
   }
+
+  static void arrange_band(uint8_t const* chunks, uint8_t* to) { arrange_band512(chunks, to); }
 
   static int32_t sum(int8_t const* row, int64_t count) { return sum512(row, count); }
 

@@ -28,6 +28,21 @@ struct AvxVnni : X86With32Bytes {
     return _mm256_dpwssd_avx_epi32(sums, products, steps);
   }
 
+  struct Int8s {
+    __m256i of[2];
+  };
+  static constexpr bool kInt8sAreBiased = true;
+  static Int8s int8s(uint8_t const* chunk) {
+    const __m256i bias = _mm256_set1_epi8(-128);
+    return {{_mm256_xor_si256(load256(chunk), bias), _mm256_xor_si256(load256(chunk + 32), bias)}};
+  }
+  static Sums multiply_add(Sums sums, Int8s const& weights, int8_t const* x) {
+    sums = _mm256_dpbusd_avx_epi32(sums, weights.of[0], load256(x));
+    return _mm256_dpbusd_avx_epi32(sums, weights.of[1], load256(x + 32));
+  }
+
+  static void arrange_band(uint8_t const* chunks, uint8_t* to) { arrange_band256(chunks, to); }
+
   // A code times s fits a byte, so that a 16-bit product of two codes does not carry.
   static void decode_band(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
     const __m256i step_order = _mm256_broadcastsi128_si256(
@@ -107,9 +122,8 @@ struct AvxVnni : X86With32Bytes {
 Kernels const* avx_vnni_kernels() {
   static constexpr int64_t kFewestTokens = 5;
   static constexpr Kernels kernels{"avx_vnni",
-                                   product_by_codes<AvxVnni>(),
-                                   product_by_bytes<AvxVnni>(),
-                                   kFewestTokens,
+                                   products<AvxVnni, Nibbles>(kFewestTokens),
+                                   products<AvxVnni, Bytes>(kFewestTokens),
                                    quantize,
                                    rms_norm,
                                    glu,

@@ -10,6 +10,7 @@
 //
 //   kDecodedBand                              bytes of a decoded band of one group
 //   decode_band(chunks, params, to)           of one group: [k / 4][16 lanes][4 k] bytes first
+//   arrange_band(chunks, to)                  the same of INT8 weights, with 128 added
 //   kToken                                    bytes of a token and group: 64 k first
 //   arrange(rows, first, to)                  arrange_tile, and what comes behind the 64 k
 //   multiply(bands, weights, x, tokens, depth, sums)
@@ -63,7 +64,10 @@ struct Place {
   int64_t token;
   int tokens;
 
-  uint8_t const* block(int64_t group) const { return panel + group * kBlock; }
+  template <class Format>
+  uint8_t const* block(int64_t group) const {
+    return panel + group * Format::kBlock;
+  }
 };
 
 using PanelSums = int32_t[kMostTokens][kPanel];
@@ -88,11 +92,14 @@ inline void store_sums(Place const& at, int64_t n, PanelSums const& sums, Output
 }
 
 // Band b of those at a place, of one group.
-template <class Simd>
+template <class Simd, class Format>
 void decode_band_at(Place const& at, int64_t group, int b, uint8_t* to) {
-  uint8_t const* const block = at.block(group);
+  uint8_t const* const block = at.block<Format>(group);
   const int chunk = kBandChunks * (at.begin + b);
-  Simd::decode_band(block + kChunk * chunk, block + kParams + 4 * chunk, to);
+  if constexpr (kHasParams<Format>)
+    Simd::decode_band(block + kChunk * chunk, block + kParams + 4 * chunk, to);
+  else
+    Simd::arrange_band(block + kChunk * chunk, to);
 }
 
 // Memory that is asked for in equal steps while something else is done.
@@ -134,7 +141,7 @@ void multiply_parts(uint8_t const* weights,
                             ahead, parts - 1);
 }
 
-template <class Simd>
+template <class Simd, class Format>
 void multiply_bytes(Place const& at, int64_t n, Activations const& x, Output const& out) {
   constexpr int kDecodedGroup = kPanelBands * Simd::kDecodedBand;
   alignas(64) uint8_t decoded[kDepth * kDecodedGroup];
@@ -145,9 +152,11 @@ void multiply_bytes(Place const& at, int64_t n, Activations const& x, Output con
     const int depth = int(smaller(kDepth, x.groups - g));
     for (int d = 0; d < depth; ++d) {
       for (int b = 0; b < at.bands; ++b)
-        decode_band_at<Simd>(at, g + d, b, decoded + d * kDecodedGroup + b * Simd::kDecodedBand);
+        decode_band_at<Simd, Format>(at, g + d, b,
+                                     decoded + d * kDecodedGroup + b * Simd::kDecodedBand);
     }
-    Lines ahead{at.block(g + kDepth), (kDepth * kBlock / kChunk + steps - 1) / steps};
+    Lines ahead{at.block<Format>(g + kDepth),
+                (kDepth * Format::kBlock / kChunk + steps - 1) / steps};
     for (int t = 0; t < at.tokens; t += kTile)
       Simd::multiply(at.bands, decoded, tile_x<Simd>(x, at.token + t, g),
                      int(smaller(kTile, at.tokens - t)), depth, sums[t], ahead);
@@ -155,7 +164,7 @@ void multiply_bytes(Place const& at, int64_t n, Activations const& x, Output con
   store_sums(at, n, sums, out);
 }
 
-template <class Simd>
+template <class Simd, class Format>
 void multiply_by_bytes(
     uint8_t const* weight, int64_t first, int64_t last, Activations const& x, Output const& out) {
   for (int64_t band = first; band < last;) {
@@ -163,16 +172,21 @@ void multiply_by_bytes(
     const int begin = int(band % kPanelBands);
     const int bands = int(smaller(kPanelBands - begin, last - band));
     for (int64_t token = 0; token < out.tokens; token += kMostTokens)
-      multiply_bytes<Simd>({weight + panel * x.groups * kBlock, begin, bands, token,
-                            int(smaller(kMostTokens, out.tokens - token))},
-                           kBand * band, x, out);
+      multiply_bytes<Simd, Format>({weight + panel * x.groups * Format::kBlock, begin, bands, token,
+                                    int(smaller(kMostTokens, out.tokens - token))},
+                                   kBand * band, x, out);
     band += bands;
   }
 }
 
-template <class Simd>
+template <class Simd, class Format = Nibbles>
 constexpr Product product_by_bytes() {
-  return {kTile, Simd::kToken, Simd::arrange, multiply_by_bytes<Simd>};
+  return {kTile, Simd::kToken, Simd::arrange, multiply_by_bytes<Simd, Format>};
+}
+
+template <class Simd, class Format>
+constexpr Products products(int64_t fewest_many) {
+  return {product_by_codes<Simd, Format>(), product_by_bytes<Simd, Format>(), fewest_many};
 }
 
 }  // namespace

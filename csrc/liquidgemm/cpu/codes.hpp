@@ -4,6 +4,9 @@
 //
 // and the sum of q * x, of 4-bit codes, fits 16 bits, so that one widening multiply-add applies s
 // and adds into 32 bits. Nothing is decoded. Sums are modulo 2^32: only the last one has to fit.
+//
+// INT8 weights have neither s nor a: their products are added as they are, by the sets that
+// multiply unsigned bytes with 128 added.
 #pragma once
 
 #include "liquidgemm/cpu/epilogue.hpp"
@@ -59,8 +62,30 @@ inline void arrange_for_codes(int8_t const* row, int64_t token, Activations cons
   to.totals[token] = int32_t(total);
 }
 
+template <class Format>
+inline constexpr bool kHasParams = false;
+template <>
+inline constexpr bool kHasParams<Nibbles> = true;
+
+// sums[t] += chunk * x[t], of one block.
+template <class Simd, class Format, int T>
+void add_chunk(typename Simd::Sums (&sums)[T], uint8_t const* block, int chunk, int8_t const* x) {
+  if constexpr (kHasParams<Format>) {
+    const typename Simd::Codes codes = Simd::codes(block + kChunk * chunk);
+    const typename Simd::Steps steps = Simd::steps(block + kParams + 4 * chunk);
+    for (int t = 0; t < T; ++t)
+      sums[t] = Simd::multiply_add(sums[t], codes, x + kArranged * t, steps);
+  } else {
+    for (int half = 0; half < 2; ++half) {
+      const typename Simd::Int8s weights = Simd::int8s(block + kHigh * half + kChunk * chunk);
+      for (int t = 0; t < T; ++t)
+        sums[t] = Simd::multiply_add(sums[t], weights, x + kArranged * t + kChunk * half);
+    }
+  }
+}
+
 // Tokens [token, token + T) times bands [first, last) of one panel.
-template <class Simd, int T>
+template <class Simd, class Format, int T>
 void multiply_codes(uint8_t const* panel,
                     int64_t n,
                     int first,
@@ -75,7 +100,8 @@ void multiply_codes(uint8_t const* panel,
       sums[chunk][t] = Simd::zero();
   }
   for (int t = 0; t < T; ++t) {
-    const int32_t bias = minus_128_times(x.totals[token + t]);
+    const bool is_biased = kHasParams<Format> || Simd::kInt8sAreBiased;
+    const int32_t bias = is_biased ? minus_128_times(x.totals[token + t]) : 0;
     for (int row = kBand * first; row < kBand * last; ++row)
       rows[t][row] = bias;
   }
@@ -83,7 +109,7 @@ void multiply_codes(uint8_t const* panel,
   for (int64_t begin = 0; begin < x.groups; begin += kRun) {
     const int64_t end = smaller(begin + kRun, x.groups);
     int8_t const* const x_run = tile.x + begin * tile.width * kArranged;
-    uint8_t const* const block_run = panel + begin * kBlock;
+    uint8_t const* const block_run = panel + begin * Format::kBlock;
     for (int chunk = kBandChunks * first; chunk < kBandChunks * last; ++chunk) {
       typename Simd::Sums run[T];
       for (int t = 0; t < T; ++t)
@@ -91,21 +117,20 @@ void multiply_codes(uint8_t const* panel,
       int8_t const* x_group = x_run;
       uint8_t const* block = block_run;
       for (int64_t g = begin; g < end; ++g) {
-        __builtin_prefetch(block + kRun * kBlock + kChunk * chunk);
-        const typename Simd::Codes codes = Simd::codes(block + kChunk * chunk);
-        const typename Simd::Steps steps = Simd::steps(block + kParams + 4 * chunk);
-        for (int t = 0; t < T; ++t)
-          run[t] = Simd::multiply_add(run[t], codes, x_group + kArranged * t, steps);
+        __builtin_prefetch(block + kRun * Format::kBlock + kChunk * chunk);
+        if constexpr (!kHasParams<Format>)
+          __builtin_prefetch(block + kRun * Format::kBlock + kHigh + kChunk * chunk);
+        add_chunk<Simd, Format, T>(run, block, chunk, x_group);
         x_group += tile.width * kArranged;
-        block += kBlock;
+        block += Format::kBlock;
       }
       for (int t = 0; t < T; ++t)
         sums[chunk][t] = run[t];
     }
-    for (int64_t g = begin; g < end; ++g) {
+    for (int64_t g = begin; kHasParams<Format> && g < end; ++g) {
       int32_t const* const group_sums = tile.group_sums + g * tile.width;
       for (int band = first; band < last; ++band) {
-        uint8_t const* const params = panel + g * kBlock + kParams + 4 * kBandChunks * band;
+        uint8_t const* const params = panel + g * Format::kBlock + kParams + 4 * kBandChunks * band;
         for (int t = 0; t < T; ++t)
           Simd::add_offsets(params, group_sums[t], rows[t] + kBand * band);
       }
@@ -119,7 +144,7 @@ void multiply_codes(uint8_t const* panel,
 }
 
 // All tokens from `token` on, T at a time, then fewer.
-template <class Simd, int T>
+template <class Simd, class Format, int T>
 void multiply_codes_of_all(uint8_t const* panel,
                            int64_t n,
                            int first,
@@ -128,27 +153,32 @@ void multiply_codes_of_all(uint8_t const* panel,
                            int64_t token,
                            Output const& out) {
   for (; token + T <= out.tokens; token += T)
-    multiply_codes<Simd, T>(panel, n, first, last, x, token, out);
+    multiply_codes<Simd, Format, T>(panel, n, first, last, x, token, out);
   if constexpr (T > 1)
-    multiply_codes_of_all<Simd, T / 2>(panel, n, first, last, x, token, out);
+    multiply_codes_of_all<Simd, Format, T / 2>(panel, n, first, last, x, token, out);
 }
 
-template <class Simd>
+template <class Simd, class Format>
 void multiply_by_codes(
     uint8_t const* weight, int64_t first, int64_t last, Activations const& x, Output const& out) {
   for (int64_t band = first; band < last;) {
     const int64_t panel = band / kPanelBands;
     const int begin = int(band % kPanelBands);
     const int end = int(smaller(kPanelBands, last - panel * kPanelBands));
-    multiply_codes_of_all<Simd, Simd::kTokens>(weight + panel * x.groups * kBlock, panel * kPanel,
-                                               begin, end, x, 0, out);
+    multiply_codes_of_all<Simd, Format, Simd::kTokens>(weight + panel * x.groups * Format::kBlock,
+                                                       panel * kPanel, begin, end, x, 0, out);
     band += end - begin;
   }
 }
 
-template <class Simd>
+template <class Simd, class Format = Nibbles>
 constexpr Product product_by_codes() {
-  return {1, kArranged, arrange_for_codes, multiply_by_codes<Simd>};
+  return {1, kArranged, arrange_for_codes, multiply_by_codes<Simd, Format>};
+}
+
+// By one way for any number of tokens.
+constexpr Products always(Product const& product) {
+  return {product, product, INT64_MAX};
 }
 
 }  // namespace

@@ -56,6 +56,20 @@ inline void decode_band512(uint8_t const* chunks, uint8_t const* params, uint8_t
   }
 }
 
+// INT8 weights plus 128.
+inline void arrange_band512(uint8_t const* chunks, uint8_t* to) {
+  const __m512i bias = _mm512_set1_epi8(-128);
+  for (int half = 0; half < 2; ++half) {
+    __m512i pairs[kBandChunks];
+    for (int i = 0; i < kBandChunks; ++i)
+      pairs[i] = _mm512_loadu_si512(chunks + kHigh * half + kChunk * i);
+    transpose_pairs(pairs);
+    for (int i = 0; i < kBandChunks; ++i)
+      _mm512_store_si512(to + half * kTileBytes / 2 + 4 * kBand * quad_of_pair(i),
+                         _mm512_xor_si512(pairs[i], bias));
+  }
+}
+
 inline int32_t sum512(int8_t const* row, int64_t count) {
   const __m512i ones = _mm512_set1_epi8(1);
   __m512i sum = _mm512_setzero_si512();

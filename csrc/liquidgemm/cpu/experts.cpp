@@ -142,7 +142,7 @@ void grouped_gemm(Kernels const& kernels, GroupedArguments const& a, ParallelFor
   GemmArguments const& all = a.product;
   const int64_t panels = round_up(all.n, kPanel) / kPanel;
   const int64_t groups = round_up(all.k, kGroup) / kGroup;
-  const int64_t weight_bytes = panels * groups * kBlock;
+  const int64_t weight_bytes = panels * groups * Nibbles::kBlock;
   const int64_t size = size_of(all.y_type);
   const int64_t columns = a.gate ? all.n / 2 : all.n;
   for (int64_t e = 0; e < a.experts; ++e) {

@@ -60,7 +60,7 @@ void gemm(Kernels const& kernels, GemmArguments const& a, ParallelFor parallel_f
   if (a.m == 0)
     return;
   const int64_t groups = ceil_div(a.k, kGroup), bands = ceil_div(a.n, kBand);
-  Product const& product = kernels.product(a.m);
+  Product const& product = kernels.product(a.format, a.m);
   const int64_t in_a_round =
       std::max<int64_t>(64, kRoundBytes / (groups * product.bytes_per_group) / 64 * 64);
   const int64_t round = std::min(in_a_round, ceil_div(a.m, product.tile) * product.tile);

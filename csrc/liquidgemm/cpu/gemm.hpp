@@ -22,6 +22,7 @@ struct GemmArguments {
   void* y;                    // [m, n]
   Element y_type;
   int64_t m, n, k;
+  FormatId format = FormatId::kLiquidQuant;  // of the weight
 };
 
 void gemm(Kernels const& kernels, GemmArguments const& arguments, ParallelFor parallel_for);

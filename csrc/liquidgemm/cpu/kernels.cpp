@@ -6,14 +6,15 @@
 #include "liquidgemm/cpu/layout.hpp"
 #include "liquidgemm/cpu/processor.hpp"
 #include "liquidgemm/cpu/sets.hpp"
-#include "liquidgemm/formats/liquidquant.hpp"
+#include "liquidgemm/formats/formats.hpp"
 
 namespace liquidgemm::cpu {
 namespace {
 
-// What layout.hpp says of the packed layout is what formats/liquidquant.hpp derives.
-static_assert(kGroup == kBlockK && kPanel == kBlockRows && kBlock == LiquidQuant::kBlockBytes &&
-              kParams == LiquidQuant::kCodeBytes && kLargestCode == LiquidQuant::kMaxCode);
+// What layout.hpp says of the packed layouts is what formats/*.hpp derive.
+static_assert(kGroup == kBlockK && kPanel == kBlockRows &&
+              Nibbles::kBlock == LiquidQuant::kBlockBytes && kParams == LiquidQuant::kCodeBytes &&
+              kLargestCode == LiquidQuant::kMaxCode && Bytes::kBlock == Int8::kBlockBytes);
 
 constexpr bool chunks_are_the_layout() {
   for (int chunk = 0; chunk < kPanelChunks; ++chunk) {
@@ -29,6 +30,9 @@ constexpr bool chunks_are_the_layout() {
       if (later.byte != at.byte || later.shift != 4)
         return false;
       if (LiquidQuant::param_position(row) != kParams + 4 * chunk + 2 * (word % 2))
+        return false;
+      if (Int8::position(row, first_k(word) + byte % 4) != kChunk * chunk + byte ||
+          Int8::position(row, first_k(word) + byte % 4 + 32) != kHigh + kChunk * chunk + byte)
         return false;
     }
   }

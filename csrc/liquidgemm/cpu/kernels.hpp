@@ -6,6 +6,7 @@
 #include "liquidgemm/common/activation.hpp"
 #include "liquidgemm/common/element.hpp"
 #include "liquidgemm/common/norm.hpp"
+#include "liquidgemm/formats/format_id.hpp"
 
 namespace liquidgemm::cpu {
 
@@ -81,11 +82,16 @@ struct GluRow {
   void* y;  // [k], as above
 };
 
-struct Kernels {
-  char const* name;
+// The products with the weights of one format.
+struct Products {
   Product few;          // tokens
   Product many;         // tokens
   int64_t fewest_many;  // tokens from which on `many` is the faster one
+};
+
+struct Kernels {
+  char const* name;
+  Products liquidquant, int8;
 
   // One row of K activations to int8, and its scale.
   float (*quantize)(void const* x, Element type, int64_t k, int8_t* out);
@@ -95,7 +101,10 @@ struct Kernels {
 
   void (*search)(Search const& arguments);
 
-  Product const& product(int64_t tokens) const { return tokens < fewest_many ? few : many; }
+  Product const& product(FormatId format, int64_t tokens) const {
+    Products const& of = format == FormatId::kInt8 ? int8 : liquidquant;
+    return tokens < of.fewest_many ? of.few : of.many;
+  }
 };
 
 // The sets that this processor and its operating system support, the fastest first, and how many.

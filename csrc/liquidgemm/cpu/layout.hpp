@@ -1,9 +1,9 @@
-// The packed layout as the CPU reads it. The layout itself is formats/liquidquant.hpp;
-// kernels.cpp asserts that both say the same. This header includes nothing else, because it is
-// compiled once per instruction set (see simd.hpp).
+// The packed layouts as the CPU reads them. The layouts themselves are formats/*.hpp; kernels.cpp
+// asserts that both say the same. This header includes nothing else, because it is compiled once
+// per instruction set (see simd.hpp).
 //
-// The 64 x 64 codes of a block are 32 chunks of 64 bytes. Chunk 8 b + g holds all codes of two
-// rows, 16 b + g and 16 b + g + 8, as 16 words of four k each:
+// LiquidQuant: the 64 x 64 codes of a block are 32 chunks of 64 bytes. Chunk 8 b + g holds all
+// codes of two rows, 16 b + g and 16 b + g + 8, as 16 words of four k each:
 //
 //   word        0        1        2         3         4        5       ...  15
 //   row         g        g + 8    g         g + 8     g        g + 8
@@ -13,6 +13,9 @@
 // so that a 32-bit lane belongs to one row throughout: even lanes to row g, odd ones to row g + 8.
 // The word (s[g], a[g], s[g + 8], a[g + 8]) of the chunk lies at kParams + 4 (8 b + g). The eight
 // chunks of one b are a band: 16 rows.
+//
+// INT8: the same chunks twice, with a weight in place of a code: those of k 0-31, and at kHigh
+// those of k 32-63.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +30,15 @@ inline constexpr int kBandChunks = 8;    // chunks per band
 inline constexpr int kPanelBands = 4;    // bands per panel
 inline constexpr int kPanelChunks = 32;  // chunks per block
 inline constexpr int kParams = kPanelChunks * kChunk;
-inline constexpr int kBlock = kParams + 2 * kPanel;  // bytes
-inline constexpr int kArranged = 2 * kGroup;         // bytes of one token's group, arranged
+inline constexpr int kHigh = kParams;
+inline constexpr int kArranged = 2 * kGroup;  // bytes of one token's group, arranged
+
+struct Nibbles {                                       // of LiquidQuant
+  static constexpr int kBlock = kParams + 2 * kPanel;  // bytes
+};
+struct Bytes {  // of INT8
+  static constexpr int kBlock = 2 * kHigh;
+};
 
 // The first k of the four of a word, for its low nibbles; those of the high nibbles are 32 later.
 constexpr int first_k(int word) {

@@ -45,6 +45,22 @@ struct NeonDotprod {
     return vmlaq_s32(sums, vaddq_s32(low, high), steps);
   }
 
+  struct Int8s {
+    int8x16_t of[kRegisters];
+  };
+  static constexpr bool kInt8sAreBiased = false;
+  static Int8s int8s(uint8_t const* chunk) {
+    Int8s result;
+    for (int i = 0; i < kRegisters; ++i)
+      result.of[i] = vreinterpretq_s8_u8(vld1q_u8(chunk + 16 * i));
+    return result;
+  }
+  static Sums multiply_add(Sums sums, Int8s const& weights, int8_t const* x) {
+    for (int i = 0; i < kRegisters; ++i)
+      sums = vdotq_s32(sums, weights.of[i], vld1q_s8(x + 16 * i));
+    return sums;
+  }
+
   static void add_offsets(uint8_t const* params, int32_t sum, int32_t* rows) {
     const uint8x8x4_t of_chunks = vld4_u8(params);  // s[g], a[g], s[g + 8], a[g + 8] of 8 chunks
     for (int half = 0; half < 2; ++half) {

@@ -64,8 +64,8 @@ void multiply_pairs(uint8_t const* panel,
       for (int p = 0; p < Pairs; ++p)
         run[p] = sums[chunk][p];
       for (int64_t g = begin; g < end; ++g) {
-        uint8_t const* const block = panel + g * kBlock;
-        __builtin_prefetch(block + kRun * kBlock + kChunk * chunk);
+        uint8_t const* const block = panel + g * Nibbles::kBlock;
+        __builtin_prefetch(block + kRun * Nibbles::kBlock + kChunk * chunk);
         int32x4_t products[Pairs];
         for (int p = 0; p < Pairs; ++p)
           products[p] = vdupq_n_s32(0);
@@ -89,7 +89,8 @@ void multiply_pairs(uint8_t const* panel,
     }
     for (int64_t g = begin; g < end; ++g) {
       for (int band = first; band < last; ++band) {
-        uint8_t const* const params = panel + g * kBlock + kParams + 4 * kBandChunks * band;
+        uint8_t const* const params =
+            panel + g * Nibbles::kBlock + kParams + 4 * kBandChunks * band;
         for (int t = 0; t < 2 * Pairs; ++t)
           NeonDotprod::add_offsets(params, x.group_sums[(token + t) * x.groups + g],
                                    rows[t] + kBand * band);
@@ -118,7 +119,7 @@ void multiply_by_pairs(
     const int64_t panel = band / kPanelBands;
     const int begin = int(band % kPanelBands);
     const int end = int(smaller(kPanelBands, last - panel * kPanelBands));
-    uint8_t const* const blocks = weight + panel * x.groups * kBlock;
+    uint8_t const* const blocks = weight + panel * x.groups * Nibbles::kBlock;
     int64_t token = 0;
     for (; token + 8 <= x.tokens; token += 8)
       multiply_pairs<4>(blocks, panel * kPanel, begin, end, x, token, out);
@@ -133,9 +134,10 @@ void multiply_by_pairs(
 Kernels const* neon_i8mm_kernels() {
   static constexpr int64_t kFewestTokens = 2;
   static constexpr Kernels kernels{"neon_i8mm",
-                                   product_by_codes<NeonDotprod>(),
-                                   {2, kGroup, arrange_pair, multiply_by_pairs},
-                                   kFewestTokens,
+                                   {product_by_codes<NeonDotprod>(),
+                                    {2, kGroup, arrange_pair, multiply_by_pairs},
+                                    kFewestTokens},
+                                   always(product_by_codes<NeonDotprod, Bytes>()),
                                    quantize,
                                    rms_norm,
                                    glu,

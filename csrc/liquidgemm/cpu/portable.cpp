@@ -57,6 +57,28 @@ struct Portable {
     return sums;
   }
 
+  struct Int8s {
+    int16_t even[kHalves], odd[kHalves];
+  };
+  static constexpr bool kInt8sAreBiased = false;
+
+  static Int8s int8s(uint8_t const* chunk) {
+    Int8s result;
+    for (int i = 0; i < kHalves; ++i) {
+      result.even[i] = int8_t(chunk[2 * i]);
+      result.odd[i] = int8_t(chunk[2 * i + 1]);
+    }
+    return result;
+  }
+
+  static Sums multiply_add(Sums sums, Int8s const& weights, int8_t const* x) {
+    for (int i = 0; i < kHalves; ++i) {
+      sums.words[i / 2] +=
+          uint32_t(weights.even[i] * x[2 * i]) + uint32_t(weights.odd[i] * x[2 * i + 1]);
+    }
+    return sums;
+  }
+
   static void add_offsets(uint8_t const* params, int32_t sum, int32_t* rows) {
     for (int g = 0; g < kBandChunks; ++g) {
       rows[g] = int32_t(uint32_t(rows[g]) + uint32_t(params[4 * g + 1] * sum));
@@ -78,9 +100,13 @@ struct Portable {
 }  // namespace
 
 Kernels const* portable_kernels() {
-  static constexpr Product by_codes = product_by_codes<Portable>();
-  static constexpr Kernels kernels{"portable", by_codes, by_codes, INT64_MAX,
-                                   quantize,   rms_norm, glu,      search};
+  static constexpr Kernels kernels{"portable",
+                                   always(product_by_codes<Portable>()),
+                                   always(product_by_codes<Portable, Bytes>()),
+                                   quantize,
+                                   rms_norm,
+                                   glu,
+                                   search};
   return &kernels;
 }
 

@@ -1,10 +1,10 @@
-// One CTA per block, and each thread's part of it is that of a thread of the GEMM: 16 bytes of
-// codes become eight times four neighbouring k, and the stores of a quad fill whole sectors.
+// One CTA per block, and each thread's part of it is that of a thread of the GEMM: a fragment
+// becomes eight times four neighbouring k, and the stores of a quad fill whole sectors.
 #include "liquidgemm/dequantize.hpp"
 
 #include "liquidgemm/common/launch.hpp"
 #include "liquidgemm/common/math.hpp"
-#include "liquidgemm/formats/liquidquant.hpp"
+#include "liquidgemm/formats/formats.hpp"
 
 namespace liquidgemm {
 namespace {
@@ -46,7 +46,7 @@ __device__ void store(uint32_t weights, float scale, T* out, int64_t inside, boo
   }
 }
 
-template <class T>
+template <class Format, class T>
 __global__ void __launch_bounds__(kWarpGroupThreads) dequantize_kernel(uint8_t const* packed,
                                                                        float const* scale,
                                                                        T* out,
@@ -58,9 +58,9 @@ __global__ void __launch_bounds__(kWarpGroupThreads) dequantize_kernel(uint8_t c
   const int64_t first_k = blockIdx.x % k_blocks * kBlockK;
   // Without the assumption the fragment is read byte by byte.
   auto const* const block = static_cast<uint8_t const*>(
-      __builtin_assume_aligned(packed + blockIdx.x * int64_t(LiquidQuant::kBlockBytes), 16));
+      __builtin_assume_aligned(packed + blockIdx.x * int64_t(Format::kBlockBytes), 16));
   BlockOperand operand;
-  LiquidQuant::dequantize(LiquidQuant::fragment(block, threadIdx.x), operand);
+  Format::dequantize(Format::fragment(block, threadIdx.x), operand);
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const int at = AOperandLayout{}(int(threadIdx.x), kRegisterWeights * r);
@@ -76,13 +76,13 @@ __global__ void __launch_bounds__(kWarpGroupThreads) dequantize_kernel(uint8_t c
   }
 }
 
-template <class T>
+template <class Format, class T>
 cudaError_t launch(DequantizeArguments const& a, cudaStream_t stream) {
   const int64_t k_blocks = ceil_div(a.k, kBlockK);
   const auto ctas = static_cast<unsigned>(ceil_div(a.n, kBlockRows) * k_blocks);
   const bool aligned =
       a.k % kRegisterWeights == 0 && reinterpret_cast<uintptr_t>(a.out) % sizeof(Vector4<T>) == 0;
-  dequantize_kernel<<<ctas, kWarpGroupThreads, 0, stream>>>(
+  dequantize_kernel<Format><<<ctas, kWarpGroupThreads, 0, stream>>>(
       a.packed, a.scale, static_cast<T*>(a.out), a.n, a.k, k_blocks, aligned);
   return cudaGetLastError();
 }
@@ -90,7 +90,11 @@ cudaError_t launch(DequantizeArguments const& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t dequantize(DequantizeArguments const& a, cudaStream_t stream) {
-  return launch_for(a.type, [&](auto of_type) { return launch<decltype(of_type)>(a, stream); });
+  return visit_format(a.format, [&](auto of) {
+    using Format = typename decltype(of)::type;
+    return launch_for(a.type,
+                      [&](auto of_type) { return launch<Format, decltype(of_type)>(a, stream); });
+  });
 }
 
 }  // namespace liquidgemm

@@ -3,6 +3,6 @@
 
 namespace liquidgemm {
 
-enum class FormatId : int { kLiquidQuant };
+enum class FormatId : int { kLiquidQuant, kInt8 };
 
 }  // namespace liquidgemm

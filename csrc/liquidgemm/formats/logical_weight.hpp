@@ -5,12 +5,19 @@
 
 namespace liquidgemm {
 
-// Logical tensors, row-major: qweight [n, k / 2] (column 2j in the low nibble of byte j), qscale
+// Of LiquidQuant, row-major: qweight [n, k / 2] (column 2j in the low nibble of byte j), qscale
 // and qoffset [n, k / 64].
 struct LogicalWeight {
   uint8_t* qweight;
   uint8_t* qscale;
   uint8_t* qoffset;
+  int64_t n;
+  int64_t k_blocks;
+};
+
+// Of INT8, row-major: qweight [n, k].
+struct LogicalInt8Weight {
+  int8_t* qweight;
   int64_t n;
   int64_t k_blocks;
 };

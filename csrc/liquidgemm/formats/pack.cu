@@ -1,52 +1,81 @@
 // Packing and unpacking on the GPU: one CTA per block, one thread per row, through the functions of
-// formats/liquidquant.hpp.
-#include "liquidgemm/pack.hpp"
-
+// the formats.
 #include "liquidgemm/common/math.hpp"
-#include "liquidgemm/formats/liquidquant.hpp"
+#include "liquidgemm/formats/formats.hpp"
+#include "liquidgemm/pack.hpp"
 
 namespace liquidgemm {
 namespace {
 
-__global__ void pack_kernel(LogicalWeight logical, uint8_t* packed, int* infeasible) {
+// *infeasible, unless null, becomes 1 if some weight is not representable.
+template <class Format>
+__global__ void pack_kernel(typename Format::Logical logical, uint8_t* packed, int* infeasible) {
   const int64_t panel = blockIdx.x / logical.k_blocks;
   const int64_t k_block = blockIdx.x % logical.k_blocks;
-  if (!LiquidQuant::pack_row(logical, panel, k_block, LiquidQuant::row(threadIdx.x),
-                             packed + blockIdx.x * int64_t(LiquidQuant::kBlockBytes))) {
+  if (!Format::pack_row(logical, panel, k_block, Format::row(threadIdx.x),
+                        packed + blockIdx.x * int64_t(Format::kBlockBytes)) &&
+      infeasible) {
     *infeasible = 1;
   }
 }
 
-__global__ void unpack_kernel(uint8_t const* packed, LogicalWeight logical) {
+template <class Format>
+__global__ void unpack_kernel(uint8_t const* packed, typename Format::Logical logical) {
   const int64_t panel = blockIdx.x / logical.k_blocks;
   const int64_t k_block = blockIdx.x % logical.k_blocks;
-  LiquidQuant::unpack_row(packed + blockIdx.x * int64_t(LiquidQuant::kBlockBytes), panel, k_block,
-                          LiquidQuant::row(threadIdx.x), logical);
+  Format::unpack_row(packed + blockIdx.x * int64_t(Format::kBlockBytes), panel, k_block,
+                     Format::row(threadIdx.x), logical);
 }
 
-dim3 blocks(LogicalWeight const& logical) {
+template <class Logical>
+dim3 blocks(Logical const& logical) {
   return dim3(static_cast<unsigned>(ceil_div(logical.n, kBlockRows) * logical.k_blocks));
+}
+
+template <class Format>
+cudaError_t pack(typename Format::Logical const& logical,
+                 uint8_t* packed,
+                 int* infeasible,
+                 cudaStream_t stream) {
+  pack_kernel<Format><<<blocks(logical), kBlockRows, 0, stream>>>(logical, packed, infeasible);
+  return cudaGetLastError();
+}
+
+template <class Format>
+cudaError_t unpack(uint8_t const* packed,
+                   typename Format::Logical const& logical,
+                   cudaStream_t stream) {
+  unpack_kernel<Format><<<blocks(logical), kBlockRows, 0, stream>>>(packed, logical);
+  return cudaGetLastError();
 }
 
 }  // namespace
 
-int64_t packed_bytes(int64_t n, int64_t k_blocks) {
-  return ceil_div(n, kBlockRows) * k_blocks * LiquidQuant::kBlockBytes;
+int64_t packed_bytes(int64_t n, int64_t k_blocks, FormatId format) {
+  return ceil_div(n, kBlockRows) * k_blocks * block_bytes(format);
 }
 
 cudaError_t pack_weight(LogicalWeight const& logical,
                         uint8_t* packed,
                         int* infeasible,
                         cudaStream_t stream) {
-  pack_kernel<<<blocks(logical), kBlockRows, 0, stream>>>(logical, packed, infeasible);
-  return cudaGetLastError();
+  return pack<LiquidQuant>(logical, packed, infeasible, stream);
 }
 
 cudaError_t unpack_weight(uint8_t const* packed,
                           LogicalWeight const& logical,
                           cudaStream_t stream) {
-  unpack_kernel<<<blocks(logical), kBlockRows, 0, stream>>>(packed, logical);
-  return cudaGetLastError();
+  return unpack<LiquidQuant>(packed, logical, stream);
+}
+
+cudaError_t pack_weight(LogicalInt8Weight const& logical, uint8_t* packed, cudaStream_t stream) {
+  return pack<Int8>(logical, packed, nullptr, stream);
+}
+
+cudaError_t unpack_weight(uint8_t const* packed,
+                          LogicalInt8Weight const& logical,
+                          cudaStream_t stream) {
+  return unpack<Int8>(packed, logical, stream);
 }
 
 }  // namespace liquidgemm

@@ -50,11 +50,20 @@ constexpr Launcher launcher() {
   }
 }
 
+// Not every tile can be made of every format.
+template <TileShape tile, class Format>
+constexpr bool stores_by_tma() {
+  if constexpr (supports<Format>(tile, Element::kInt8))
+    return Tile<tile, Format>::kStoresByTma;
+  else
+    return false;
+}
+
 template <class Format, int... I>
 constexpr std::array<TileKernels, sizeof...(I)> tile_kernels(std::integer_sequence<int, I...>) {
   return {TileKernels{
       .tile = kTileShapes[I],
-      .stores_by_tma = Tile<kTileShapes[I], Format>::kStoresByTma,
+      .stores_by_tma = stores_by_tma<kTileShapes[I], Format>(),
       .of_int8 = launcher<kTileShapes[I], Format, Element::kInt8, int8_t>(),
       .of_bfloat16 = launcher<kTileShapes[I], Format, Element::kBFloat16, __nv_bfloat16>(),
       .of_float16 = launcher<kTileShapes[I], Format, Element::kFloat16, __half>(),

@@ -36,9 +36,11 @@ constexpr auto kTileKernels =
 // Null if the tile is not compiled for weights of this format.
 template <class Format>
 TileKernel const* find_kernel(TileShape const& tile) {
-  for (TileKernel const& kernel : kTileKernels<Format>) {
-    if (kernel.tile == tile)
-      return &kernel;
+  if constexpr (has_grouped_kernels<Format>()) {
+    for (TileKernel const& kernel : kTileKernels<Format>) {
+      if (kernel.tile == tile)
+        return &kernel;
+    }
   }
   return nullptr;
 }

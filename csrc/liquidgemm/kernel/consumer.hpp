@@ -16,6 +16,7 @@
 
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
+#include <utility>
 
 #include "liquidgemm/common/cluster_ptx.hpp"
 #include "liquidgemm/kernel/load/tokens.hpp"
@@ -28,8 +29,8 @@ namespace liquidgemm {
 template <class Tile>
 class Consumer {
   using Format = typename Tile::Format;
-  using Weights = typename Format::Fragment;
   using WeightReader = typename Format::Reader;
+  using Weights = decltype(std::declval<WeightReader const&>().load(0));
   using Barrier = cutlass::arch::ClusterBarrier;
 
  public:

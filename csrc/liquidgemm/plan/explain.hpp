@@ -14,6 +14,8 @@ inline char const* in_words(Rejection rejection) {
   switch (rejection) {
     case Rejection::kNone:
       return "";
+    case Rejection::kNotCompiled:
+      return "its tile is not compiled for weights of this format";
     case Rejection::kImplausible:
       return "its tile is far too large or too small for so many tokens";
     case Rejection::kLargerThanGpu:
@@ -127,7 +129,7 @@ inline Explanation explain_linear(Problem const& p) {
 // One line about a launch, whatever its plan.
 inline std::string describe(LaunchPlan const& launch) {
   Problem const& p = launch.problem;
-  const Estimate e = estimate(p, launch.plan, launch.division, kCostsOfH100);
+  const Estimate e = estimate(p, launch.plan, launch.division, costs_of(p.format));
   return plan_detail::format(
       "M=%lld N=%lld K=%lld on %d SMs, %.2f TB/s: plan %s, %s; estimated %.1f us: memory %.1f, "
       "SMs %.1f, fixed %.1f; bound by %s",

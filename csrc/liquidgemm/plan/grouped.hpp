@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "liquidgemm/plan/cost_model.hpp"
@@ -29,6 +30,12 @@ inline constexpr TileShape kGroupedTileShapes[] = {
 };
 inline constexpr int kNumGroupedTileShapes =
     sizeof(kGroupedTileShapes) / sizeof(kGroupedTileShapes[0]);
+
+// Of the formats that experts can have.
+template <class Format>
+constexpr bool has_grouped_kernels() {
+  return std::is_same_v<Format, LiquidQuant>;
+}
 
 // What random rows are expected to be.
 struct ExpectedRows {

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "liquidgemm/plan/divide.hpp"
+#include "liquidgemm/plan/tiles.hpp"
 #include "liquidgemm/producers/quantizer_threads.hpp"
 
 namespace liquidgemm {
@@ -14,10 +15,14 @@ namespace liquidgemm {
 // --------------------------------------------------------------------------------------------------
 // Which plans are considered. bench/plan/ measures and fits the same ones.
 
-// A tile far too large or too small for m tokens is neither measured nor considered.
+// A tile far too large or too small for m tokens is neither measured nor considered, unless there
+// is no smaller one.
 // Experiment: decode.md, "Tiles".
-inline bool is_plausible(TileShape const& tile, int64_t m) {
-  const bool too_large = tile.tokens >= (m <= 16 ? 2 : 4) * std::max<int64_t>(m, 8);
+inline bool is_plausible(TileShape const& tile,
+                         int64_t m,
+                         FormatId format = FormatId::kLiquidQuant) {
+  const bool too_large = tile.tokens > fewest_tokens(format) &&
+                         tile.tokens >= (m <= 16 ? 2 : 4) * std::max<int64_t>(m, 8);
   const bool too_small = m > 4 * tile.tokens && tile.tokens < 128;
   return !too_large && !too_small;
 }

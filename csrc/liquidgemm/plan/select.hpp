@@ -6,7 +6,7 @@
 
 #include "liquidgemm/plan/all_plans.hpp"
 #include "liquidgemm/plan/cost_model.hpp"
-#include "liquidgemm/plan/costs_h100.hpp"
+#include "liquidgemm/plan/costs.hpp"
 #include "liquidgemm/plan/rules.hpp"
 
 namespace liquidgemm {
@@ -14,6 +14,7 @@ namespace liquidgemm {
 // The rule by which a plan is not even scored.
 enum class Rejection {
   kNone,
+  kNotCompiled,
   kImplausible,
   kLargerThanGpu,
   kTooFewStages,
@@ -36,12 +37,13 @@ struct Candidate {
 inline Candidate candidate(Problem const& p,
                            Plan const& plan,
                            Activations activations,
-                           Costs const& costs = kCostsOfH100) {
+                           Costs const& costs) {
   Candidate c{};
   c.plan = plan;
-  c.rejection = !is_plausible(plan.tile, p.m) ? Rejection::kImplausible
-                : plan.cluster() > p.num_sms  ? Rejection::kLargerThanGpu
-                                              : Rejection::kNone;
+  c.rejection = !supports(p.format, plan.tile, Element::kInt8) ? Rejection::kNotCompiled
+                : !is_plausible(plan.tile, p.m, p.format)      ? Rejection::kImplausible
+                : plan.cluster() > p.num_sms                   ? Rejection::kLargerThanGpu
+                                                               : Rejection::kNone;
   if (c.rejection != Rejection::kNone)
     return c;
   c.division = divide(p, plan);
@@ -59,6 +61,9 @@ inline Candidate candidate(Problem const& p,
   if (activations == Activations::kJustQuantized)
     c.behind_quantizer_us = us_behind_quantizer(p, plan, c.division);
   return c;
+}
+inline Candidate candidate(Problem const& p, Plan const& plan, Activations activations) {
+  return candidate(p, plan, activations, costs_of(p.format));
 }
 
 // The cheapest plan; of equals the first.

@@ -2,6 +2,7 @@
 // choice of plans takes it once its costs are measured.
 #pragma once
 
+#include <span>
 #include <type_traits>
 
 #include "liquidgemm/common/element.hpp"
@@ -37,21 +38,53 @@ inline constexpr TileShape kTileShapes[] = {
 };
 inline constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
 
-constexpr bool is_listed(TileShape const& tile) {
-  for (TileShape const& listed : kTileShapes) {
+constexpr bool is_listed(TileShape const& tile, std::span<TileShape const> tiles) {
+  for (TileShape const& listed : tiles) {
     if (listed == tile)
       return true;
   }
   return false;
 }
 
+// Of these, the ones that are compiled for INT8 weights: whatever it holds, a block takes 4096
+// bytes of the ring, so that tiles of more panels, or of more tokens to a panel, have too few
+// stages.
+inline constexpr TileShape kInt8TileShapes[] = {
+    {16, 1, 2, 2, 2, 3},  // decode, a short K
+    {16, 1, 4, 4, 1, 2},  // a longer one
+    {32, 1, 3, 2},        //
+    {64, 3, 1, 2},        //
+    {128, 2, 1, 2},       //
+    {192, 2, 1, 2},       //
+    {256, 2, 1, 2},       // prefill
+};
+
+// Of a format: all, unless it has a list of its own.
+template <class Format>
+constexpr std::span<TileShape const> tiles_of() {
+  if constexpr (std::is_same_v<Format, Int8>)
+    return kInt8TileShapes;
+  else
+    return kTileShapes;
+}
+
 // Whether a kernel is compiled for this tile, weights of this format, and activations of x_type:
 // int8, or 16 bits that the kernel quantizes.
 template <class Format>
 constexpr bool supports(TileShape const& tile, Element x_type) {
-  static_assert(std::is_same_v<Format, LiquidQuant>);
   const bool quantizes = x_type == Element::kBFloat16 || x_type == Element::kFloat16;
-  return is_listed(tile) && (x_type == Element::kInt8 || (quantizes && tile.can_quantize()));
+  return is_listed(tile, tiles_of<Format>()) &&
+         (x_type == Element::kInt8 || (quantizes && tile.can_quantize()));
+}
+constexpr bool supports(FormatId format, TileShape const& tile, Element x_type) {
+  return visit_format(format,
+                      [&](auto of) { return supports<typename decltype(of)::type>(tile, x_type); });
+}
+
+// Of the tiles of a format, which are sorted by them.
+constexpr int fewest_tokens(FormatId format) {
+  return visit_format(
+      format, [](auto of) { return tiles_of<typename decltype(of)::type>().front().tokens; });
 }
 
 }  // namespace liquidgemm

@@ -17,9 +17,10 @@ Tensor dequantize_packed_op(Tensor const& weight,
   check(k >= 1, "k: expected at least 1, got ", k);
   check_k("k", k, kMaxK);
   const int64_t n = weight_scale.size(0);
+  const FormatId format = format_of(weight);
   check_shape("weight", weight,
-              {ceil_div(n, kBlockRows), ceil_div(k, kBlockK), LiquidQuant::kBlockBytes},
-              " for N = ", n, " of weight_scale and K = ", k);
+              {ceil_div(n, kBlockRows), ceil_div(k, kBlockK), block_bytes(format)}, " for N = ", n,
+              " of weight_scale and K = ", k);
   check_dtype("dtype", dtype, kFloats, "");
 
   const DeviceGuard guard(weight.get_device_index());
@@ -34,7 +35,8 @@ Tensor dequantize_packed_op(Tensor const& weight,
                          .out = out.mutable_data_ptr(),
                          .type = element_of(dtype),
                          .n = n,
-                         .k = k},
+                         .k = k,
+                         .format = format},
                         current_stream(weight)),
              "dequantize_packed");
   return out;

@@ -18,6 +18,8 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CUDA, m) {
   m.impl("pack_weight", TORCH_BOX(&pack_weight_op));
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight_op));
   m.impl("dequantize_packed", TORCH_BOX(&dequantize_packed_op));
+  m.impl("pack_int8_weight", TORCH_BOX(&pack_int8_weight_op));
+  m.impl("unpack_int8_weight", TORCH_BOX(&unpack_int8_weight_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm_testing, CUDA, m) {

@@ -69,6 +69,8 @@ Tensor dequantize_packed_op(Tensor const& weight,
                             Tensor const& weight_scale,
                             int64_t k,
                             ScalarType dtype);
+Tensor pack_int8_weight_op(Tensor const& qweight);
+Tensor unpack_int8_weight_op(Tensor const& packed, int64_t n);
 
 void kv_write_op(Tensor const& k,
                  Tensor const& v,

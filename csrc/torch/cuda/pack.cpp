@@ -10,7 +10,7 @@ Tensor pack_weight_op(Tensor const& qweight, Tensor const& qscale, Tensor const&
   const DeviceGuard guard(qweight.get_device_index());
   hopper_device("pack_weight");
   const cudaStream_t stream = current_stream(qweight);
-  Tensor packed = empty_packed(logical);
+  Tensor packed = empty_packed<LiquidQuant>(logical);
   Tensor infeasible = torch::stable::new_zeros(qweight, {1}, ScalarType::Int);
   int* const flag = static_cast<int*>(infeasible.mutable_data_ptr());
   check_cuda(
@@ -33,6 +33,28 @@ std::tuple<Tensor, Tensor, Tensor> unpack_weight_op(Tensor const& packed, int64_
                            current_stream(packed)),
              "unpack_weight");
   return {logical.qweight, logical.qscale, logical.qoffset};
+}
+
+Tensor pack_int8_weight_op(Tensor const& qweight) {
+  const LogicalInt8Tensors logical = checked_logical_int8(qweight);
+  const DeviceGuard guard(qweight.get_device_index());
+  hopper_device("pack_int8_weight");
+  Tensor packed = empty_packed<Int8>(logical);
+  check_cuda(pack_weight(logical.view(), static_cast<uint8_t*>(packed.mutable_data_ptr()),
+                         current_stream(qweight)),
+             "pack_int8_weight");
+  return packed;
+}
+
+Tensor unpack_int8_weight_op(Tensor const& packed, int64_t n) {
+  const LogicalInt8Tensors logical = empty_logical_int8(packed, n);
+  const DeviceGuard guard(packed.get_device_index());
+  hopper_device("unpack_int8_weight");
+  const Tensor source = dense(packed);
+  check_cuda(unpack_weight(static_cast<uint8_t const*>(source.const_data_ptr()), logical.view(),
+                           current_stream(packed)),
+             "unpack_int8_weight");
+  return logical.qweight;
 }
 
 }  // namespace liquidgemm::binding

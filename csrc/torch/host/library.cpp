@@ -17,6 +17,8 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm, CPU, m) {
   m.impl("moe", TORCH_BOX(&moe_cpu));
   m.impl("pack_weight", TORCH_BOX(&pack_weight_cpu));
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight_cpu));
+  m.impl("pack_int8_weight", TORCH_BOX(&pack_int8_weight_cpu));
+  m.impl("unpack_int8_weight", TORCH_BOX(&unpack_int8_weight_cpu));
 }
 
 STABLE_TORCH_LIBRARY(liquidgemm_cpu, m) {
@@ -36,10 +38,10 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm_cpu, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY(liquidgemm_plan, m) {
   m.def("names() -> str[]");
-  m.def("plausible(int m) -> int[]");
+  m.def("plausible(int m, str format) -> int[]");
   m.def("grouped_names() -> str[]");
   m.def("grouped(int rows, int experts, int n, int k, int num_sms, float memory_tbps) -> str");
-  m.def("explain(int m, int n, int k, str op, int num_sms, float memory_tbps) -> str");
+  m.def("explain(int m, int n, int k, str op, str format, int num_sms, float memory_tbps) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm_plan, CompositeExplicitAutograd, m) {

@@ -67,6 +67,8 @@ Tensor moe_cpu(Tensor const& x,
 
 Tensor pack_weight_cpu(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset);
 std::tuple<Tensor, Tensor, Tensor> unpack_weight_cpu(Tensor const& packed, int64_t n);
+Tensor pack_int8_weight_cpu(Tensor const& qweight);
+Tensor unpack_int8_weight_cpu(Tensor const& packed, int64_t n);
 
 // Names of the kernels that this processor can run; the chosen one, or "reference"; and a choice.
 std::vector<std::string> cpu_kernels();
@@ -79,14 +81,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> search_cpu(Tensor const& units,
                                                       OptionalTensor const& weight);
 
 std::vector<std::string> plan_names();
-std::vector<int64_t> plausible_plans(int64_t m);
+// Of those that are compiled for a weight format, for m tokens; m = 0: for any number of them.
+std::vector<int64_t> plausible_plans(int64_t m, std::string format);
 std::vector<std::string> grouped_plan_names();
 // One line in words: the plan of a grouped GEMM.
 std::string grouped_plan(
     int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t num_sms, double memory_tbps);
 // JSON, see plan/explain.hpp. `op`: "gemm", "gemm_behind_producer", or "linear" with 16-bit
 // activations.
-std::string explain_plan(
-    int64_t m, int64_t n, int64_t k, std::string op, int64_t num_sms, double memory_tbps);
+std::string explain_plan(int64_t m,
+                         int64_t n,
+                         int64_t k,
+                         std::string op,
+                         std::string format,
+                         int64_t num_sms,
+                         double memory_tbps);
 
 }  // namespace liquidgemm::binding

@@ -5,6 +5,18 @@
 #include "ops.hpp"
 
 namespace liquidgemm::binding {
+namespace {
+
+FormatId format_named(std::string const& name) {
+  for (size_t i = 0; i < std::tuple_size_v<Formats>; ++i) {
+    const FormatId id = static_cast<FormatId>(i);
+    if (name == visit_format(id, [](auto format) { return decltype(format)::type::kName; }))
+      return id;
+  }
+  fail("format: expected the name of a weight format, got '", name, "'");
+}
+
+}  // namespace
 
 std::vector<std::string> plan_names() {
   std::vector<std::string> names;
@@ -13,10 +25,12 @@ std::vector<std::string> plan_names() {
   return names;
 }
 
-std::vector<int64_t> plausible_plans(int64_t m) {
+std::vector<int64_t> plausible_plans(int64_t m, std::string format) {
+  const FormatId id = format_named(format);
   std::vector<int64_t> plans;
   for (size_t i = 0; i < all_plans().size(); ++i) {
-    if (is_plausible(all_plans()[i].tile, m))
+    TileShape const& tile = all_plans()[i].tile;
+    if (supports(id, tile, Element::kInt8) && (m == 0 || is_plausible(tile, m, id)))
       plans.push_back(static_cast<int64_t>(i));
   }
   return plans;
@@ -39,12 +53,18 @@ std::string grouped_plan(
       select_grouped({rows, experts, n, k, static_cast<int>(num_sms), memory_tbps * 1e6}));
 }
 
-std::string explain_plan(
-    int64_t m, int64_t n, int64_t k, std::string op, int64_t num_sms, double memory_tbps) {
+std::string explain_plan(int64_t m,
+                         int64_t n,
+                         int64_t k,
+                         std::string op,
+                         std::string format,
+                         int64_t num_sms,
+                         double memory_tbps) {
   for (auto const& [name, value] : {std::pair{"m", m}, {"n", n}, {"k", k}, {"num_sms", num_sms}})
     check(value >= 1 && value <= INT32_MAX, name, ": expected 1 to 2^31 - 1, got ", value);
   check(memory_tbps > 0, "memory_tbps: expected a positive number, got ", memory_tbps);
-  const Problem problem{m, n, k, static_cast<int>(num_sms), memory_tbps * 1e6};
+  const Problem problem{
+      m, n, k, static_cast<int>(num_sms), memory_tbps * 1e6, format_named(format)};
   return to_json(op == "linear" ? explain_linear(problem)
                                 : explain_gemm(problem, op == "gemm_behind_producer"));
 }

@@ -34,6 +34,7 @@ Tensor multiply(cpu::Kernels const& kernels,
   arguments.m = rows_of(x);
   arguments.n = n;
   arguments.k = k;
+  arguments.format = weight.format;
   cpu::gemm(kernels, arguments, on_torch_threads);
   return y;
 }

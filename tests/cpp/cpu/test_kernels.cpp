@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "liquidgemm/cpu/gemm.hpp"
-#include "liquidgemm/formats/liquidquant.hpp"
+#include "liquidgemm/formats/formats.hpp"
 
 using namespace liquidgemm;
 
@@ -45,15 +45,63 @@ void serially(int64_t count, int64_t, cpu::Body body, void* context) {
 
 struct Problem {
   int64_t m, n, k, groups;
+  FormatId format;
   std::vector<uint8_t> packed;
   std::vector<int8_t> x;
   std::vector<float> x_scale, weight_scale, bias;
   std::vector<int32_t> sums;
 
-  // `extreme`: groups with s = 255 or q * s + a = 255, and x = +-127.
-  Problem(int64_t m, int64_t n, int64_t k, bool extreme, uint32_t seed)
-      : m(m), n(n), k(k), groups((k + 63) / 64) {
+  // `extreme`: groups with s = 255 or q * s + a = 255, weights of INT8 at the ends of their range,
+  // and x = +-127.
+  Problem(int64_t m, int64_t n, int64_t k, bool extreme, uint32_t seed, FormatId format)
+      : m(m), n(n), k(k), groups((k + 63) / 64), format(format) {
     Random random{seed};
+    const std::vector<int> weights =
+        format == FormatId::kInt8 ? pack_int8(extreme, random) : pack_liquidquant(extreme, random);
+    x.resize(m * k);
+    for (int8_t& value : x)
+      value = int8_t(extreme ? (random(2) ? 127 : -127) : int(random(255)) - 127);
+    const auto fill = [&](std::vector<float>& values, int64_t count) {
+      for (int64_t i = 0; i < count; ++i)
+        values.push_back((float(random(1000)) + 1.f) * 1e-5f);
+    };
+    fill(x_scale, m);
+    fill(weight_scale, n);
+    fill(bias, n);
+    sums.resize(m * n);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        int64_t sum = 0;
+        for (int64_t c = 0; c < k; ++c)
+          sum += weights[j * groups * 64 + c] * x[i * k + c];
+        sums[i * n + j] = int32_t(sum);
+      }
+    }
+  }
+
+  template <class Format>
+  void pack(typename Format::Logical const& logical) {
+    const int64_t panels = (n + 63) / 64;
+    packed.resize(panels * groups * Format::kBlockBytes);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      for (int64_t g = 0; g < groups; ++g) {
+        for (int row = 0; row < 64; ++row)
+          Format::pack_row(logical, panel, g, Format::row(row),
+                           packed.data() + (panel * groups + g) * Format::kBlockBytes);
+      }
+    }
+  }
+
+  // Both return the weights [n, groups * 64].
+  std::vector<int> pack_int8(bool extreme, Random& random) {
+    std::vector<int8_t> qweight(n * groups * 64);
+    for (int8_t& w : qweight)
+      w = int8_t(extreme ? (random(2) ? 127 : -128) : int(random(256)) - 128);
+    pack<Int8>({qweight.data(), n, groups});
+    return {qweight.begin(), qweight.end()};
+  }
+
+  std::vector<int> pack_liquidquant(bool extreme, Random& random) {
     std::vector<uint8_t> qweight(n * groups * 32), qscale(n * groups), qoffset(n * groups);
     for (int64_t g = 0; g < n * groups; ++g) {
       const int largest = extreme ? (g % 3 ? 15 : 1) : 15;
@@ -69,39 +117,13 @@ struct Problem {
         qweight[32 * g + i] = uint8_t(low | code() << 4);
       }
     }
-    const LogicalWeight logical{qweight.data(), qscale.data(), qoffset.data(), n, groups};
-    const int64_t panels = (n + 63) / 64;
-    packed.resize(panels * groups * LiquidQuant::kBlockBytes);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      for (int64_t g = 0; g < groups; ++g) {
-        for (int row = 0; row < 64; ++row)
-          LiquidQuant::pack_row(logical, panel, g, LiquidQuant::row(row),
-                                packed.data() + (panel * groups + g) * LiquidQuant::kBlockBytes);
-      }
+    pack<LiquidQuant>({qweight.data(), qscale.data(), qoffset.data(), n, groups});
+    std::vector<int> weights(n * groups * 64);
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const int code = qweight[i / 2] >> 4 * (i % 2) & 15;
+      weights[i] = code * qscale[i / 64] + qoffset[i / 64] - 128;
     }
-    x.resize(m * k);
-    for (int8_t& value : x)
-      value = int8_t(extreme ? (random(2) ? 127 : -127) : int(random(255)) - 127);
-    const auto fill = [&](std::vector<float>& values, int64_t count) {
-      for (int64_t i = 0; i < count; ++i)
-        values.push_back((float(random(1000)) + 1.f) * 1e-5f);
-    };
-    fill(x_scale, m);
-    fill(weight_scale, n);
-    fill(bias, n);
-    sums.resize(m * n);
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < n; ++j) {
-        int64_t sum = 0;
-        for (int64_t c = 0; c < k; ++c) {
-          const int64_t group = j * groups + c / 64;
-          const int byte = qweight[(group * 64 + c % 64) / 2];
-          const int code = c % 2 ? byte >> 4 : byte & 15;
-          sum += (code * qscale[group] + qoffset[group] - 128) * x[i * k + c];
-        }
-        sums[i * n + j] = int32_t(sum);
-      }
-    }
+    return weights;
   }
 
   cpu::GemmArguments arguments() const {
@@ -114,13 +136,15 @@ struct Problem {
     a.m = m;
     a.n = n;
     a.k = k;
+    a.format = format;
     return a;
   }
 };
 
 void test_gemm(cpu::Kernels const& kernels, Problem const& p) {
   const std::string where = std::string(kernels.name) + " " + std::to_string(p.m) + " x " +
-                            std::to_string(p.n) + " x " + std::to_string(p.k);
+                            std::to_string(p.n) + " x " + std::to_string(p.k) +
+                            (p.format == FormatId::kInt8 ? " int8" : "");
   std::vector<int32_t> sums(p.m * p.n, -1);
   cpu::GemmArguments a = p.arguments();
   a.y = sums.data();
@@ -235,10 +259,14 @@ int main() {
   std::vector<Problem> problems;
   uint32_t seed = 1;
   for (int64_t m : {1, 2, 5, 8, 9, 16, 17, 33, 50}) {
-    for (auto [n, k] : {std::pair<int, int>{1, 1}, {16, 64}, {70, 100}, {130, 577}, {33, 700}})
-      problems.emplace_back(m, n, k, seed % 2, seed), ++seed;
+    for (auto [n, k] : {std::pair<int, int>{1, 1}, {16, 64}, {70, 100}, {130, 577}, {33, 700}}) {
+      for (FormatId format : {FormatId::kLiquidQuant, FormatId::kInt8})
+        problems.emplace_back(m, n, k, seed % 2, seed, format);
+      ++seed;
+    }
   }
-  problems.emplace_back(300, 17, 4200, true, 7);  // in several rounds
+  for (FormatId format : {FormatId::kLiquidQuant, FormatId::kInt8})
+    problems.emplace_back(300, 17, 4200, true, 7, format);  // in several rounds
   for (int i = 0; i < count; ++i) {
     for (Problem const& problem : problems)
       test_gemm(*sets[i], problem);

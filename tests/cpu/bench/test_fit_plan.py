@@ -178,12 +178,12 @@ def test_tells_whether_linear_is_one_launch(sizes, launches):
 
 def test_only_plausible_plans_are_swept_and_chosen():
     for m in (1, 16, 17, 64, 100, 128, 1000, 4096):
-        plans = dict(plan_sweep.plausible_plans(m, ""))
+        plans = dict(plan_sweep.plausible_plans(m, "", "liquidquant"))
         tokens = {int(re.match(r"t(\d+)_", name)[1]) for name in plans.values()}
         assert max(tokens) < (2 if m <= 16 else 4) * max(m, 8)
         assert min(tokens) >= min(m / 4, 128)
         assert explain_plan(m, 4096, 4096).plan in plans.values()
-    assert set(dict(plan_sweep.plausible_plans(64, "t64_p1")).values()) == {
+    assert set(dict(plan_sweep.plausible_plans(64, "t64_p1", "liquidquant")).values()) == {
         f"t64_p1_{groups}_s2{rest}{split}"
         for groups, rest in (("k2", "_half"), ("k3", ""))
         for split in ("", "_split2", "_split4")

@@ -99,8 +99,9 @@ def test_every_public_op_is_checked():
         "quantize_activation_rows",
     }
     producers = {"glu_quantize", "rms_norm_quantize"}
+    int8 = {"pack_int8_weight", "unpack_int8_weight"}
     caches = {"kv_attention", "kv_write_"}
-    assert names == {op for op, _ in op_samples()} | experts | producers | caches
+    assert names == {op for op, _ in op_samples()} | experts | producers | caches | int8
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -17,6 +17,7 @@ QUANTIZING = "tests/gpu/test_quantizing_gemm.py"
 GROUPED = "tests/gpu/test_grouped_gemm.py"
 MOE = "tests/gpu/test_moe_chain.py"
 PRODUCERS = "liquidgemm/producers"  # below csrc
+INT8 = "tests/gpu/test_int8_weights.py"
 OF_GROUPED = ("instantiations/grouped/t16_p1_k4_s4.cu",)
 FUSED = "tests/gpu/test_fused_producers.py"
 ATTENTION = "liquidgemm/attention"  # below csrc

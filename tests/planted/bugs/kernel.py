@@ -7,6 +7,7 @@ from .bug import (
     EPILOGUE,
     EXACT,
     INSTANTIATIONS,
+    INT8,
     KERNEL,
     OVERTAKING,
     Bug,
@@ -279,5 +280,17 @@ OF_KERNEL = (
         "0",
         EXACT,
         units=(f"{INSTANTIATIONS}/t128_p2_k1_s2.cu",),
+    ),
+    Bug(
+        "second k step of INT8 weights is read where the first lies",
+        (
+            Patch(
+                "csrc/liquidgemm/formats/int8.hpp",
+                '"r"(f.address + kStepBytes * step)',
+                '"r"(f.address)',
+            ),
+        ),
+        (f"{INT8} -k every_weight", f"{INT8} -k every_plan"),
+        units=("instantiations/int8/t32_p1_k3_s2.cu",),
     ),
 )

@@ -1,0 +1,10 @@
+#include "liquidgemm/formats/int8.hpp"
+#include "liquidgemm/host/launch_impl.hpp"
+#include "liquidgemm/kernel/schedule/dense.hpp"
+
+namespace liquidgemm {
+
+constexpr TileShape kTile{192, 2, 1, 2};
+template cudaError_t launch<kTile, Int8, int8_t>(DenseParams const&, int, cudaStream_t);
+
+}  // namespace liquidgemm
