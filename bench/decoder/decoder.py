@@ -105,7 +105,7 @@ class Decoder:
             return h
         logits = self.head_form.linear(tokens, self.head)
         if write:
-            ids.copy_(logits.argmax(-1))
+            ids.copy_(self.form.elementwise.greedy(logits))
         return logits
 
     def linears(self, batch: int) -> list:

@@ -6,6 +6,7 @@ it, so that Inductor can fuse the two: what a compiled model of that format woul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ FP8_MAX = 448.0  # of e4m3
 # A static scale for whole tensors, as checkpoints have it: random weights give activations of order
 # 1, of which 16 is never exceeded.
 FP8_STATIC = 16 / FP8_MAX
+_GREEDY_PARTS = 256
 
 
 def add_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -112,6 +114,15 @@ def rope_sequence(qkv: Tensor, cos: Tensor, sin: Tensor, batch: int, heads: int,
     q, k, v = whole.split([heads, kv_heads, kv_heads], 1)
     cos, sin = cos[: q.shape[2]], sin[: q.shape[2]]
     return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most likely token of each row, the first of equals; in two steps, since one reduction
+    for each row would leave a GPU idle where there are few."""
+    parts = logits.unflatten(-1, (math.gcd(logits.shape[-1], _GREEDY_PARTS), -1))
+    most, place = parts.max(-1)
+    part = most.argmax(-1, keepdim=True)
+    return (part * parts.shape[-1] + place.gather(-1, part)).squeeze(-1)
 
 
 class Elementwise:

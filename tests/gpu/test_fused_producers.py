@@ -88,6 +88,21 @@ def test_glu_equals_the_cpu(k: int, dtype: torch.dtype) -> None:
             assert_same(got, expected, f"{k=} {dtype} {repeats=} {activation}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [16376, 16392, 28672, 33000, 132104])
+def test_glu_of_many_long_rows(k: int, dtype: torch.dtype) -> None:
+    """CHECKLIST 8, 9: where many rows share CTAs otherwise than few do."""
+    generator = torch.Generator().manual_seed(k)
+    gate_up = torch.cat((hard_rows(k, dtype), torch.randn(12, k, generator=generator).to(dtype)), 1)
+    expected = torch.ops.liquidgemm.glu_quantize(gate_up, ACTIVATIONS[0], True)
+    repeats = 2**19 // (12 * (k // 8)) + 1  # as many as divide_rows() calls many
+    many = gate_up.to(DEVICE).repeat(repeats, 1)
+    results = tensors(poisoned(torch.ops.liquidgemm.glu_quantize, many, ACTIVATIONS[0], True))
+    for i in range(repeats):
+        rows = slice(12 * i, 12 * (i + 1))
+        assert_same([result[rows] for result in results], expected, f"{k=} {dtype} repeat {i}")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_gate_of_16_bits(activation: str, dtype: torch.dtype) -> None:

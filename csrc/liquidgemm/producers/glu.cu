@@ -1,4 +1,4 @@
-// The activation of a gated MLP and quantization: one CTA per token, or for few long ones a cluster
+// The activation of a gated MLP and quantization: one CTA per token, or for long ones a cluster
 // of them. The functions are those of common/activation.hpp, the quantizer's formula that of
 // producers/quantizer.hpp.
 //
@@ -151,7 +151,9 @@ cudaError_t launch(GluArguments const& a, cudaStream_t stream) {
                         .k = a.k,
                         .aligned = aligned,
                         .streamed = is_streamed(2 * a.m * row_bytes)};
-  const RowDivision division = divide_rows(a.m, a.k, true, max_threads<T>);
+  // A thread that holds more waits for each of its loads, and half as many threads fit on an SM.
+  constexpr int64_t kMostOfCta = 4 * kMaxQuantizerThreads / 2;
+  const RowDivision division = divide_rows(a.m, a.k, {true, kMostOfCta}, max_threads<T>);
   return launch_rows(kernel_holding<T, kActivation>(division.held), division, a.m, stream, rows);
 }
 

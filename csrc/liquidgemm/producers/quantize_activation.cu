@@ -102,7 +102,7 @@ auto kernel_holding(int held) {
 
 template <class T>
 cudaError_t launch(QuantizeArguments const& a, cudaStream_t stream) {
-  const RowDivision division = divide_rows(a.m, a.k, true, max_threads);
+  const RowDivision division = divide_rows(a.m, a.k, {true, kNoClusters}, max_threads);
   const bool aligned =
       has_aligned_rows(a.x, a.k * sizeof(T), 16) && has_aligned_rows(a.out, a.out_stride, kVector);
   return launch_rows(kernel_holding<T>(division.held), division, a.m, stream,

@@ -251,7 +251,7 @@ cudaError_t launch(RmsNormArguments const& a, cudaStream_t stream) {
                             .weight_aligned = has_aligned_rows(a.weight, 0, 16),
                             .weight_is_old = a.weight_is_old,
                             .streamed = is_streamed(a.m * row_bytes)};
-  const RowDivision division = divide_rows(a.m, a.k, false, max_threads<T>);
+  const RowDivision division = divide_rows(a.m, a.k, {false, kNoClusters}, max_threads<T>);
   return launch_rows(kernel_holding<T, W>(division.held), division, a.m, stream, rows);
 }
 

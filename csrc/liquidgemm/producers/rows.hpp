@@ -1,5 +1,5 @@
 // How producers divide rows among CTAs and threads, and what those of a row share: one CTA per
-// token, or for few long ones a cluster of them.
+// token, or for long ones a cluster of them.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -25,22 +25,35 @@ constexpr int64_t kStreamedBytes = 12 << 20;  // with what is written, about hal
 // Vectors that a thread can hold.
 constexpr int kMaxHeld = 8;
 
+constexpr int64_t kNoClusters = INT64_MAX;
+
 struct RowDivision {
   int cluster;  // CTAs of a row
   int held;     // vectors of a thread that stay in registers: 1, 2, 4 or kMaxHeld
   int threads;  // of a CTA
 };
 
-// `max_threads(held)`: those that have the registers for it. Few rows: a thread for each vector,
-// and for long rows, if `clusters`, up to four CTAs where the GPU has room for them. Many: at least
-// two vectors per thread, and several CTAs to an SM, so that some load while others wait.
+// Which long rows have clusters of up to four CTAs: few rows, where the GPU has room for them, and
+// many rows of more than `many` vectors for each CTA.
+struct RowClusters {
+  bool few;
+  int64_t many;
+};
+
+// `max_threads(held)`: those that have the registers for it. Few rows: a thread for each vector.
+// Many: at least two vectors per thread, and several CTAs to an SM, so that some load while others
+// wait.
 template <class MaxThreads>
-RowDivision divide_rows(int64_t m, int64_t k, bool clusters, MaxThreads max_threads) {
+RowDivision divide_rows(int64_t m, int64_t k, RowClusters clusters, MaxThreads max_threads) {
   const int64_t vectors = ceil_div(k, kVector);
   const bool few = m * vectors < kManyVectors;
+  const auto wants_more = [&](int cluster) {
+    if (few)
+      return clusters.few && vectors > kMaxQuantizerThreads && 2 * cluster * m <= kFewCtas;
+    return vectors > cluster * clusters.many;
+  };
   int cluster = 1;
-  while (clusters && few && vectors > kMaxQuantizerThreads && cluster < kMaxCluster &&
-         2 * cluster * m <= kFewCtas)
+  while (cluster < kMaxCluster && wants_more(cluster))
     cluster *= 2;
   int held = few ? 1 : 2;
   const auto most_threads = [&] {

@@ -110,6 +110,14 @@ def test_a_step_writes_the_next_tokens():
     assert decoder.step(ids, cache, PARTS - {"head"}).shape == (3, TINY.hidden)
 
 
+@pytest.mark.parametrize("vocabulary", [1, 97, 256, 32000, 128256])
+def test_the_most_likely_token_is_the_first_of_equals(vocabulary):
+    logits = torch.randint(-20, 20, (3, vocabulary)).bfloat16()
+    logits[2] = 1
+    expected = torch.from_numpy(logits.float().numpy().argmax(-1))
+    assert torch.equal(ELEMENTWISE.greedy(logits), expected)
+
+
 def test_weights_in_our_formats():
     weight = random_weight(128, 96, 0, CPU)
     x = torch.randn(5, 96, dtype=torch.bfloat16)
