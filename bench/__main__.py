@@ -32,6 +32,7 @@ COMMANDS = {
     "quality-moe": ("suites.quality_moe", "perplexity of a small model with experts by recipe"),
     "sweep": ("plan.sweep", "every plan of the kernel at every shape"),
     "fit": ("plan.fit", "constants of the plan's cost model from a sweep"),
+    "fit-grouped": ("plan.fit_grouped", "the same for grouped products, from moe --sweep"),
     "report": ("report.write", "tables and plots from results, without a GPU"),
     "readme-table": ("report.readme", "the tables of README and docs/performance.md"),
     "folder": ("core.machine", "the folder that results of this machine belong in"),

@@ -158,7 +158,7 @@ def grouped_plan(
     """Say in one line which plan runs a `grouped_gemm` on a GPU.
 
     Needs no GPU. The plan is that of rows which are given to experts at random: how they are
-    distributed, the device alone knows.
+    distributed, the device alone knows. So does the estimated time.
 
     Args:
         rows: of all experts.

@@ -19,6 +19,16 @@ struct TileCost {
   double split_us[2];  // what it costs more if 2 or 4 CTAs share it along K
 };
 
+// The cost of a tile that is not measured is infinite, if a launch asks for it by name.
+constexpr TileCost cost_of(std::span<TileCost const> costs, TileShape const& tile) {
+  for (TileCost const& cost : costs) {
+    if (has_same_name(cost.tile, tile))
+      return cost;
+  }
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  return {tile, kInfinity, kInfinity, {kInfinity, kInfinity}};
+}
+
 // Measured costs of a GPU; the bandwidth of its memory is part of the problem.
 struct Costs {
   double launch_us;
@@ -34,15 +44,15 @@ struct Costs {
     return std::any_of(tiles.begin(), tiles.end(),
                        [&](TileCost const& cost) { return has_same_name(cost.tile, tile); });
   }
-  // A tile that is not measured costs infinitely much, if a launch asks for it by name.
-  constexpr TileCost of(TileShape const& tile) const {
-    for (TileCost const& cost : tiles) {
-      if (has_same_name(cost.tile, tile))
-        return cost;
-    }
-    constexpr double kInfinity = std::numeric_limits<double>::infinity();
-    return {tile, kInfinity, kInfinity, {kInfinity, kInfinity}};
-  }
+  constexpr TileCost of(TileShape const& tile) const { return cost_of(tiles, tile); }
+};
+
+// The same of grouped GEMMs, whose tiles share an SM and its memory otherwise: every CTA of half an
+// SM is beside another one. No plan of them splits K by 4.
+struct GroupedCosts {
+  double launch_us;  // with a wait for the offsets
+  double memory_efficiency;
+  std::span<TileCost const> tiles;
 };
 
 // From this number of rounds on CTAs are out of step, and shared loads of pairs are faster.

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "liquidgemm/plan/cost_model.hpp"
-#include "liquidgemm/plan/costs_h100.hpp"
+#include "liquidgemm/plan/grouped_costs_h100.hpp"
 #include "liquidgemm/plan/grouped_plan.hpp"
 
 namespace liquidgemm {
@@ -94,26 +94,20 @@ inline GroupedPlan complete(GroupedProblem const& p, Plan const& plan) {
           .weights_are_read_once = p.rows <= p.experts * tokens};
 }
 
-// Of two CTAs on an SM, each takes so many times as long for a block.
-inline constexpr double kSharedSm = 1.5;
-
-inline double estimated_us(GroupedProblem const& p, Plan const& plan, Costs const& costs) {
+// Its twin is `predictor` in bench/plan/fit_grouped.py; a test holds the two equal.
+inline double estimated_us(GroupedProblem const& p, Plan const& plan, GroupedCosts const& costs) {
   TileShape const& tile = plan.tile;
   const GroupedPlan complete_plan = complete(p, plan);
-  const TileCost cost = costs.of(tile);
+  const TileCost cost = cost_of(costs.tiles, tile);
   const ExpectedRows rows = expected_rows(p.rows, p.experts, complete_plan.tile_tokens);
-  const double stages = double(ceil_div(ceil_div(p.k, kBlockK), tile.stage_blocks));
-  const double tiles = rows.m_tiles * complete_plan.n_tiles;
-  const double share = tiles / complete_plan.workers;
-  const double rounds = share <= 1 ? 1 : share + 0.5;
-  const double shared_sm = tile.ctas_per_sm > 1 ? kSharedSm : 1;
+  const int64_t stages = ceil_div(ceil_div(p.k, kBlockK), tile.stage_blocks);
+  const double rounds = std::ceil(rows.m_tiles * complete_plan.n_tiles / complete_plan.workers);
   const double tile_us = cost.tile_us + (plan.split_k > 1 ? cost.split_us[plan.split_k == 4] : 0);
+  const double blocks = static_cast<double>(ceil_div(stages, plan.split_k) * tile.stage_blocks);
   const Estimate estimate{
       .memory = rows.active * double(ceil_div(p.n, kBlockRows) * ceil_div(p.k, kBlockK)) *
                 block_bytes(p.format) / (p.memory_bytes_per_us * costs.memory_efficiency),
-      .sm = rounds *
-            (std::ceil(stages / plan.split_k) * tile.stage_blocks * cost.block_us * shared_sm +
-             tile_us),
+      .sm = rounds * (blocks * cost.block_us + tile_us),
       .fixed = costs.launch_us};
   return estimate.total();
 }
@@ -136,7 +130,7 @@ inline GroupedPlan select_grouped(GroupedProblem const& p) {
     const int64_t stages = ceil_div(ceil_div(p.k, kBlockK), plan.tile.stage_blocks);
     if (plan.split_k > stages || plan.cluster() > p.num_sms)
       continue;
-    const double us = estimated_us(p, plan, kCostsOfH100);
+    const double us = estimated_us(p, plan, kGroupedCostsOfH100);
     if (us < best_us) {
       best_us = us;
       best = plan;

@@ -1,4 +1,6 @@
 // What liquidgemm/ops/plans.py asks: which plans there are, and why one is selected.
+#include <cstdio>
+
 #include "../check.hpp"
 #include "liquidgemm/plan/explain.hpp"
 #include "liquidgemm/plan/grouped.hpp"
@@ -49,8 +51,11 @@ std::string grouped_plan(
        {std::pair{"rows", rows}, {"experts", experts}, {"n", n}, {"k", k}, {"num_sms", num_sms}})
     check(value >= 1 && value <= INT32_MAX, name, ": expected 1 to 2^31 - 1, got ", value);
   check(memory_tbps > 0, "memory_tbps: expected a positive number, got ", memory_tbps);
-  return describe(
-      select_grouped({rows, experts, n, k, static_cast<int>(num_sms), memory_tbps * 1e6}));
+  const GroupedProblem problem{rows, experts, n, k, static_cast<int>(num_sms), memory_tbps * 1e6};
+  const GroupedPlan plan = select_grouped(problem);
+  char us[32];
+  std::snprintf(us, sizeof us, "%.4g", estimated_us(problem, plan.plan, kGroupedCostsOfH100));
+  return describe(plan) + ", estimated " + us + " us";
 }
 
 std::string explain_plan(int64_t m,
