@@ -166,8 +166,8 @@ def header(s: GroupedSweep, parameters: np.ndarray, gpu: str, source: str) -> st
     rows = []
     for i, (name, (block_us, tile_us, split_us)) in enumerate(zip(s.names, costs, strict=True)):
         shape = re.findall(r"\d+", name) + ["2"] * name.endswith("_half")
-        split_us *= (s.split_k[s.tile == i] > 1).any()
-        numbers = f"{block_us:.4f}, {tile_us:.3f}, {{{split_us:.3f}, 0}}"
+        split = split_us * (s.split_k[s.tile == i] > 1).any()
+        numbers = f"{block_us:.4f}, {tile_us:.3f}, {{{split:.3f}, 0}}"
         rows.append((f"    {{{{{', '.join(shape)}}}, {numbers}}},", name))
     width = max(len(row) for row, _ in rows) + 2
     constants = zip(NAMES, np.exp(parameters[: len(NAMES)]), strict=True)
