@@ -1,7 +1,7 @@
 """vLLM with our kernel on Hopper GPUs, checked part by part, where no test suite can be installed.
 
     python tests/serving/serve_check.py served invariant online experts endpoint --json OUT.json
-    python tests/serving/serve_check.py tensor-parallel --json OUT.json      (two GPUs)
+    python tests/serving/serve_check.py tensor-parallel exact --json OUT.json       (two GPUs)
 
 Each part has a process and a time limit of its own. All but the endpoint, which takes the GPU's
 memory as vLLM does without flags, can run at the same time, by one command for each.
@@ -16,9 +16,11 @@ memory as vLLM does without flags, can run at the same time, by one command for 
   depend on the batch: tokens and logits are those of a run alone, to the bit.
 - online: the float model, quantized while it is loaded, against `quantize_`; the peak of memory
   stays below the float weights.
-- experts: Qwen3-MoE's structure, saved by us and quantized while it is loaded.
+- experts: Qwen3-MoE's structure, saved by us and quantized while it is loaded: each layer of
+  experts gives the bits of `LiquidExperts`.
 - endpoint: `vllm serve DIR` and requests by HTTP.
-- tensor-parallel: two GPUs against one.
+- tensor-parallel: two GPUs, against transformers.
+- exact: two GPUs in the exact mode, against one, to the bit, with VLLM_BATCH_INVARIANT.
 
 `--tiny --device cpu` is a rehearsal on a machine without a GPU.
 """
@@ -113,9 +115,9 @@ def main() -> int:
             words = [word for word in sys.argv[1:] if word not in options.parts]
             command = [sys.executable, __file__, part, *words, "--part-json", str(file)]
             inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-            if part in ("tensor-parallel", "endpoint"):
+            if part in ("tensor-parallel", "exact", "endpoint"):
                 inside = {}
-            elif part == "invariant":
+            if part in ("invariant", "exact"):
                 inside["VLLM_BATCH_INVARIANT"] = "1"
             path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
             environment = os.environ | ENVIRONMENT | inside | {"PYTHONPATH": path}

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,7 +19,7 @@ WAIT = 240  # seconds for the server to be there
 
 def endpoint(check, folder: Path) -> None:
     """Answers by HTTP, with log-probabilities near those of transformers."""
-    floats, wanted = check.save(folder)
+    floats, wanted = check.save(folder, layers=2)
     write_tokenizer(check, folder)
     port = free_port()
     script = shutil.which("vllm")
@@ -27,16 +28,16 @@ def endpoint(check, folder: Path) -> None:
     if check.options.device == "cpu":
         command.append("--enforce-eager")  # a rehearsal
     check.note("command", " ".join(command))
-    log = folder.parent / "server.log"
     began = time.perf_counter()
-    with log.open("w") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said: list[str] = []
+    threading.Thread(target=listen, args=(server, said), daemon=True).start()
     try:
         if not there(server, port):
             check.require(False, "the server is there, and neither ended nor late")
             return
         check.note("started_s", round(time.perf_counter() - began, 1))
-        lines = [line for line in log.read_text().splitlines() if "linear layers in W4A8" in line]
+        lines = [line for line in said if "linear layers in W4A8" in line]
         check.note("its line", lines)
         check.require(bool(lines), "its log says which kernel runs")
         body = {"model": str(folder), "temperature": 0, "logprobs": 5}
@@ -66,7 +67,13 @@ def endpoint(check, folder: Path) -> None:
             server.kill()
             ended = "not in time"
         check.note("ended with", ended)
-        print(log.read_text()[-12000:])
+
+
+def listen(server: subprocess.Popen, said: list[str]) -> None:
+    """So that the log has what the server says, also if this is killed."""
+    for line in server.stdout:
+        said.append(line.rstrip())
+        print(f"    {said[-1]}", flush=True)
 
 
 def write_tokenizer(check, folder: Path) -> None:

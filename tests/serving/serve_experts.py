@@ -8,7 +8,7 @@ SETTINGS = {"skip": ["lm_head", "*self_attn*"]}  # so that what reaches the expe
 
 
 def experts(check, folder: Path) -> None:
-    """Logits near those of transformers; each layer to the bit what `LiquidExperts` gives."""
+    """Each layer gives to the bit what `LiquidExperts` of the same model gives offline."""
     import torch
 
     import liquidgemm
@@ -37,7 +37,8 @@ def experts(check, folder: Path) -> None:
             folder / kind, enable_prefix_caching=False, enforce_eager=True, **options
         )
         found.clear()
-        check.near(check.twice(llm), wanted, plain, f"experts, {kind}")
+        # Not required: with random routers a token's experts are near-ties, and others elsewhere.
+        check.near(check.twice(llm), wanted, plain, f"experts, {kind}", required=False)
         same = [
             torch.equal(layers[i % len(layers)](x, ids, weights), y)
             for i, (x, ids, weights, y) in enumerate(found)

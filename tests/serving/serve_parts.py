@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import random
 import time
 from pathlib import Path
@@ -53,9 +55,10 @@ class Check:
             hidden_size=256 if tiny else 2048,
             intermediate_size=448 if tiny else 5632,
             num_hidden_layers=2 if tiny else layers,
-            num_attention_heads=8 if tiny else 32,
-            num_key_value_heads=2 if tiny else 8,
-            head_dim=32 if tiny else 64,
+            num_attention_heads=8 if tiny else 16,
+            num_key_value_heads=2 if tiny else 4,
+            # With 64, vLLM's attention depends on the batch beyond 128 tokens whatever is asked.
+            head_dim=32 if tiny else 128,
             attention_bias=True,
             tie_word_embeddings=False,
             max_position_embeddings=2048,
@@ -76,12 +79,12 @@ class Check:
         liquidgemm.quantize_(model, config, progress=False, verify=False)
         return model
 
-    def save(self, folder: Path) -> tuple[list, list]:
+    def save(self, folder: Path, layers: int = 8) -> tuple[list, list]:
         """Writes the quantized model; the logits of the float one and its own."""
         import liquidgemm
 
-        floats = self.logits(self.float_model())
-        model = self.quantized(RECIPE)
+        floats = self.logits(self.float_model(layers))
+        model = self.quantized(RECIPE, layers)
         liquidgemm.save_quantized(model, folder)
         wanted = self.logits(model)
         del model
@@ -144,23 +147,30 @@ class Check:
             logits.append(torch.tensor([first[i].logprob for i in range(self.vocabulary)]))
         return logits, [list(result.outputs[0].token_ids) for result in results]
 
-    def near(self, got: list, wanted: list, changed: list, what: str) -> None:
+    def near(
+        self, got: list, wanted: list, changed: list, what: str, required: bool = True
+    ) -> None:
         """Logits differ by less than half of what quantization changes."""
         for prompt, one, other, floats in zip(self.prompts(), got, wanted, changed, strict=True):
             error = float((one - other).norm() / other.norm())
             quantization = float((other - floats).norm() / floats.norm())
-            self.require(
-                error < quantization / 2,
+            said = (
                 f"{what}, {len(prompt)} tokens: differs by {error:.4f} from transformers, "
-                f"quantization by {quantization:.4f} from floats",
+                f"quantization by {quantization:.4f} from floats"
             )
+            if required:
+                self.require(error < quantization / 2, said)
+            else:
+                print(f"  {said}", flush=True)
 
     def twice(self, llm) -> list:
         import torch
 
-        (first, tokens), (second, again) = self.served(llm), self.served(llm)
-        same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        first, tokens = self.served(llm)
         llm.reset_prefix_cache()
+        second, again = self.served(llm)
+        llm.reset_prefix_cache()
+        same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         self.require(same, "the second run gives the same logits to the bit")
         self.require(tokens == again, "and the same tokens")
         return first
@@ -258,6 +268,37 @@ def tensor_parallel(check: Check, folder: Path) -> None:
     check.near(check.twice(llm), wanted, floats, "two GPUs")
 
 
+EXACT = {"additional_config": {"liquidgemm": {"exact_tensor_parallel": True}}}
+
+
+def exact(check: Check, folder: Path) -> None:
+    """The exact mode on two GPUs beside one, where vLLM's own arithmetic does not depend on it."""
+    import torch
+
+    check.save(folder)
+    out = folder.with_suffix(".pt")
+    alone = multiprocessing.get_context("spawn").Process(
+        target=_on_one_gpu, args=(check.options, folder, out)
+    )
+    alone.start()
+    if check.options.device == "cpu":
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    llm = check.engine(folder, tensor_parallel_size=2, enable_prefix_caching=False, **EXACT)
+    two = check.twice(llm)
+    alone.join()
+    one = torch.load(out)
+    same = [torch.equal(a, b) for a, b in zip(one, two, strict=True)]
+    check.require(all(same), f"two GPUs give the logits of one to the bit, by prompt: {same}")
+
+
+def _on_one_gpu(options: argparse.Namespace, folder: Path, out: Path) -> None:
+    import torch
+
+    check = Check(options)
+    logits, _ = check.served(check.engine(folder, enable_prefix_caching=False))
+    torch.save(logits, out)
+
+
 def _collect() -> None:
     import gc
 
@@ -275,4 +316,5 @@ PARTS = {
     "experts": experts,
     "endpoint": endpoint,
     "tensor-parallel": tensor_parallel,
+    "exact": exact,
 }

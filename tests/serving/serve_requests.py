@@ -22,12 +22,14 @@ class Comparison:
     tokens: int = 0
     changes: list[float] = field(default_factory=list)  # the largest of each token
     unlike: int = 0  # tokens of which not all is equal to the bit
+    shortest: int | None = None  # what was before the one of them with the least before it
     flips: list[dict] = field(default_factory=list)
 
-    def add(self, name: str, crowd, alone) -> None:
+    def add(self, name: str, length: int, crowd, alone) -> None:
         """Compare one request.
 
         Args:
+            length: of the prompt.
             crowd, alone: token_ids, and logprobs, a dict of the best logits of each token.
         """
         runs = zip(crowd.token_ids, alone.token_ids, crowd.logprobs, alone.logprobs, strict=True)
@@ -41,7 +43,9 @@ class Comparison:
             if token not in two:
                 change = max(change, one[token] - min(two.values()))
             self.tokens += 1
-            self.unlike += token != other or one != two
+            if token != other or one != two:
+                self.unlike += 1
+                self.shortest = min(length + at, self.shortest or length + at)
             self.changes.append(change)
             if token != other:
                 best = [sorted(run.items(), key=lambda pair: -pair[1])[:2] for run in (one, two)]
@@ -117,10 +121,11 @@ def requests(check, llm, bound: float | None) -> None:
         params = vllm.SamplingParams(max_tokens=wishes[name], **SAMPLING)
         engine.reset_prefix_cache()
         (alone,) = llm.generate([{"prompt_token_ids": prompts[name]}], params, use_tqdm=False)
-        found.add(name, finished[name].outputs[0], alone.outputs[0])
+        found.add(name, len(prompts[name]), finished[name].outputs[0], alone.outputs[0])
     check.require(found.tokens > 0, "some were compared with a run alone")
     check.note("tokens_compared", found.tokens)
     check.note("tokens of which a logit is not equal to the bit", found.unlike)
+    check.note("the least context of one of them", found.shortest)
     check.note("largest change of a logit, by share of tokens", found.spread())
     check.note("flips", found.flips)
     if bound is None:

@@ -34,14 +34,17 @@ FIRST, SECOND = {3: 1.0, 4: 0.5}, {5: 2.0, 6: 1.875}
 )
 def test_a_change_is_that_of_the_logits(tokens, last, change, unlike):
     found = Comparison()
-    found.add("a", run([3, 5], [FIRST, SECOND]), run(tokens, [FIRST, last]))
+    found.add("a", 10, run([3, 5], [FIRST, SECOND]), run(tokens, [FIRST, last]))
     assert (found.tokens, found.unlike, max(found.changes)) == (2, unlike, change)
+    assert found.shortest == (11 if unlike else None)
     assert len(found.flips) == (tokens[1] != 5)
 
 
 def test_what_follows_another_token_is_not_compared():
     found = Comparison()
-    found.add("a", run([3, 5], [FIRST, SECOND]), run([4, 9], [{4: 1.0, 3: 0.9}, {9: 7.0, 8: 1.0}]))
+    found.add(
+        "a", 10, run([3, 5], [FIRST, SECOND]), run([4, 9], [{4: 1.0, 3: 0.9}, {9: 7.0, 8: 1.0}])
+    )
     assert found.tokens == 1
 
 
