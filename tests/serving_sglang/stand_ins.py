@@ -1,7 +1,7 @@
 """Makes SGLang importable without a GPU: to be imported before it.
 
-SGLang imports modules that only a GPU needs, or that its layers do not. Where they are absent, what
-stands in for them does nothing.
+SGLang imports modules whose wheels are for GPUs alone, or that only sounds and images need. Where
+they are absent, what stands in for them can be imported, and raises if it is to compute.
 """
 
 import importlib.abc
@@ -10,44 +10,26 @@ import importlib.util
 import sys
 import types
 
-import pytest
-import torch
-import torch._dynamo
-import torch._inductor.compile_fx  # before anything stands in for Triton
-import torch.distributed.tensor
-import torch.utils.flop_counter  # noqa: F401
-import transformers.models.llama.modeling_llama  # noqa: F401
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-if importlib.util.find_spec("sglang") is None:
-    pytest.skip("SGLang is not installed: make test-serve", allow_module_level=True)
-
-ABSENT = ("IPython", "orjson", "torchvision", "triton")
+ABSENT = ("sgl_kernel", "soundfile", "torchvision")
 
 
-class _Nothing(types.ModuleType):
-    """A module, decorator, class or value of which nothing comes."""
+class _Absent(types.ModuleType):
+    """A module, class or function of which only the name is there."""
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        if name == "backend":  # of Triton's target, which is the name of a device
-            return "cpu"
-        found = _Nothing(f"{self.__name__}.{name}")
+        found = _Absent(f"{self.__name__}.{name}")
         setattr(self, name, found)
         return found
 
     def __call__(self, *args, **kwargs):
-        decorates = len(args) == 1 and isinstance(args[0], types.FunctionType | type)
-        return args[0] if decorates else self
+        raise RuntimeError(f"{self.__name__}: expected not to be called by a test, as it is absent")
 
     def __mro_entries__(self, bases):
         return ()
 
-    def __getitem__(self, key):
-        return self
-
-    def __or__(self, other):
+    def __or__(self, other):  # in annotations
         return self
 
     __ror__ = __or__
@@ -55,18 +37,36 @@ class _Nothing(types.ModuleType):
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] not in ABSENT:
+        if name.split(".")[0] not in ABSENT or _is_asked_for():
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec):
-        return _Nothing(spec.name)
+        if spec.name == "torchvision":
+            from transformers.utils import is_torchvision_available
+
+            is_torchvision_available()  # it is not, which is remembered
+            _let_models_be_registered_twice()
+        return _Absent(spec.name)
 
     def exec_module(self, module):
         module.__path__ = []
 
 
+def _let_models_be_registered_twice() -> None:
+    """A release of SGLang brings models that a later one of transformers has as well."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    register = CONFIG_MAPPING.register
+    CONFIG_MAPPING.register = lambda key, value, exist_ok=False: register(key, value, exist_ok=True)
+
+
+def _is_asked_for() -> bool:
+    """Whether what looks for a module only wants to know if it is there."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not importlib.util.find_spec.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
 sys.meta_path.append(_Finder())  # the last: only for what is not there
-# A release of SGLang brings models that a later one of transformers has as well.
-_register = CONFIG_MAPPING.register
-CONFIG_MAPPING.register = lambda key, value, exist_ok=False: _register(key, value, exist_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from sglang.srt.layers.linear import (
@@ -21,6 +23,7 @@ from ...ops import FLOATS
 from ..serving import summary
 from ..serving.names import Names
 from ..transformers import LiquidGemmConfig as Settings
+from .experts import LiquidExpertsMethod
 from .linear import LiquidLinearMethod
 
 logger = logging.getLogger("sglang.srt.liquidgemm")
@@ -29,6 +32,8 @@ logger = logging.getLogger("sglang.srt.liquidgemm")
 _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 # SGLang takes the float weight of these apart, or puts it together, itself.
 _OF_MLA = ("kv_b_proj", "fused_qkv_a_proj_with_mqa")
+# What SGLang itself adds to the settings of a checkpoint.
+_OF_SGLANG = ("packed_modules_mapping", "hf_config")
 _REMEDY = "run `liquidgemm quantize` or `liquidgemm import`, and serve its output"
 
 
@@ -53,14 +58,9 @@ class LiquidGemmConfig(QuantizationConfig):
                 "quantization: expected a checkpoint that liquidgemm has quantized, got one in "
                 f"floats, which the plug-in for SGLang does not quantize while loading: {_REMEDY}"
             )
-        if settings.experts:
-            raise ValueError(
-                "experts: expected none, as W4A8 of experts cannot be served with SGLang yet, got "
-                f"{', '.join(settings.experts)}: serve the model with transformers, or quantize "
-                "with a pattern of skip that matches them"
-            )
         self.settings = settings
-        self.names = Names(settings.layers)
+        self.names: Names[int] = Names(settings.layers)
+        self.experts: Names[Mapping[str, Any]] = Names(settings.experts)
         self.summary = Summary()
 
     @classmethod
@@ -71,7 +71,7 @@ class LiquidGemmConfig(QuantizationConfig):
                 f"quant_method: expected 'liquidgemm', got {method!r}, which the plug-in for "
                 f"SGLang does not convert while loading: {_REMEDY}"
             )
-        own = {key: value for key, value in config.items() if key != "packed_modules_mapping"}
+        own = {key: value for key, value in config.items() if key not in _OF_SGLANG}
         found = cls(Settings(**own))
         found.update_packed_modules_mapping(config.get("packed_modules_mapping") or {})
         return found
@@ -95,14 +95,12 @@ class LiquidGemmConfig(QuantizationConfig):
 
     def apply_weight_name_mapper(self, hf_to_sglang_mapper) -> None:
         self.names = Names(hf_to_sglang_mapper.apply_dict(dict(self.names.layers)))
+        self.experts = Names(hf_to_sglang_mapper.apply_dict(dict(self.experts.layers)))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         found = self.names.of(prefix, _FUSED | self.packed_modules_mapping)
         if isinstance(layer, FusedMoE):
-            inside = [name for name in self.names.layers if name.startswith(f"{prefix}.")]
-            self._refuse(inside, "experts in W4A8 cannot be served with SGLang yet")
-            self.summary.leave(prefix, "experts in W4A8 cannot be served yet")
-            return None
+            return self._experts(prefix)
         if isinstance(layer, VocabParallelEmbedding):
             self._refuse(found, "a quantized head cannot be served with SGLang yet")
             return None
@@ -119,6 +117,19 @@ class LiquidGemmConfig(QuantizationConfig):
         check_device()
         return LiquidLinearMethod(tuple(found), tuple(found.values()), self.summary)
 
+    def _experts(self, prefix: str) -> QuantizeMethodBase | None:
+        inside = [name for name in self.names.layers if name.startswith(f"{prefix}.")]
+        self._refuse(inside, "experts of their own tensors in W4A8 cannot be served with SGLang")
+        if found := self.experts.of(prefix, {}):
+            check_device()
+            ((name, sizes),) = found.items()
+            return LiquidExpertsMethod(name, sizes, self.summary)
+        block = _block(prefix)
+        elsewhere = [name for name in self.experts.layers if block and _block(name) == block]
+        self._refuse(elsewhere, f"SGLang, which calls it {prefix}, would not find its tensors")
+        self.summary.leave(prefix, "so in the checkpoint")
+        return None
+
     @staticmethod
     def _refuse(found, reason: str) -> None:
         if found:
@@ -126,6 +137,11 @@ class LiquidGemmConfig(QuantizationConfig):
                 f"{next(iter(found))}: {reason}: quantize with a pattern of skip that matches it, "
                 "or serve the model with vLLM or transformers"
             )
+
+
+def _block(name: str) -> str:
+    """The number of the block that a layer is in, as text; empty without one."""
+    return next((part for part in name.split(".") if part.isdigit()), "")
 
 
 def check_device() -> None:
