@@ -30,6 +30,7 @@ PLAN = ROOT / "csrc/liquidgemm/plan"
 SOFTNESS = 6.0
 QUAD_CLUSTER_FIT = 0.91
 HALF_SM_BYTES = 160e3
+IDLE_SMS_BYTES = 200e3
 MANY_ROUNDS = 3
 NAMES = {  # of the costs that are not a tile's, in the library's order, and where the fit starts
     "launch_us": 1.0,
@@ -148,13 +149,19 @@ class Sweep:
     def considered(self) -> Sweep:
         """Without what `select_plan` leaves out.
 
-        Clusters of 4 in several rounds; half SMs in several rounds, or with too much to read.
+        Clusters of 4 in several rounds; half SMs in several rounds, or with too much to read; of
+        INT8 weights too much to read beside idle SMs.
         """
         one_round = self.units() <= self.most_workers()
         stages = ceil_div(ceil_div(ceil_div(self.k, 64), self.stage_blocks), self.split_k)
-        read = stages * self.stage_blocks * (self.block_bytes + 64 * self.tokens)
+        weights = stages * self.stage_blocks * self.block_bytes
+        read = weights + stages * self.stage_blocks * 64 * self.tokens
         keep = (self.split_k < 4) | one_round
         keep &= ~self.half_sm | (one_round & (read <= HALF_SM_BYTES))
+        k_groups = np.array([int(re.search(r"_k(\d+)", plan)[1]) for plan in self.plans])
+        half_idle = 2 * self.units() * self.cluster() <= self.sms
+        if self.format == "int8":
+            keep &= ~((k_groups > 1) & (self.split_k < 4) & half_idle & (weights > IDLE_SMS_BYTES))
         columns = {k: v[keep] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         return replace(self, **columns)
 
@@ -271,7 +278,7 @@ def header(s: Sweep, parameters: np.ndarray, pair_gain: float, gpu: str, source:
             "};",
             "",
             f"inline constexpr Costs {prefix}CostsOf{suffix} = {{",
-            *(f"    .{name} = {value:.4g}," for name, value in constants),
+            *(f"    .{name} = {value if value >= 1e-4 else 0.0:.4g}," for name, value in constants),
             f"    .tiles = {prefix}TileCostsOf{suffix},",
             "};",
             "",

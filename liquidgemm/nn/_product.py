@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..formats import int8
 from ..formats.liquidquant import GROUP
 from ..ops import QuantizedTokens
 
@@ -20,9 +21,13 @@ def product(
 ) -> Tensor:
     """Of an x of K features and a packed weight, which may have residual columns.
 
+    An INT8 weight holds all of its bits in K columns: the residual ones are those of a checkpoint.
+
     Raises:
         RuntimeError: as `liquidgemm.linear` or `liquidgemm.gemm`, and for tokens of no float dtype.
     """
+    if int8.is_packed(packed):
+        columns = None
     if isinstance(x, QuantizedTokens):
         if x.dtype not in ops.FLOATS:
             raise RuntimeError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..formats import int8
 from ..formats.liquidquant import GROUP, ceil_div
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
@@ -24,7 +25,8 @@ _STATE = (*_LOGICAL, "scale")
 class LiquidLinear(nn.Module):
     """``y = x @ W.T + bias`` with a 4-bit weight and activations quantized to INT8 on the fly.
 
-    The weight is held once, packed for the kernel. ``state_dict`` holds the logical layout instead
+    The weight is held once, packed for the kernel: as INT8, without residual columns, where all
+    columns are stored twice (`formats.int8`). ``state_dict`` holds the logical layout instead
     (``qweight``, ``qscale``, ``qoffset``, ``scale``, ``bias``), so that checkpoints do not depend
     on the kernel. Pickling and copying the module keep the packed layout.
 
@@ -121,7 +123,7 @@ class LiquidLinear(nn.Module):
         if weight.qweight.is_meta:
             self._hold(None, logical)
         else:
-            self._hold(ops.pack_weight(*logical))
+            self._hold(_pack(logical, columns, self.in_features))
 
     @classmethod
     def from_quantized(
@@ -212,13 +214,15 @@ class LiquidLinear(nn.Module):
             return tensors
         if self.packed is None:
             raise RuntimeError(f"{', '.join(_LOGICAL)}: expected tensors, got None")
-        own = ops.unpack_weight(self.packed, self.out_features)
+        own = _unpack(self.packed, self.out_features)
         return [b if a is None else a for a, b in zip(given, own, strict=True)]
 
     def _pack_for_good(self) -> None:
         """Hold the weight once, packed, or as logical tensors where it has no values."""
         packed = self.packed
         if self._is_packed() and packed is not None and not packed.is_meta:
+            if self.columns is not None and not int8.is_packed(packed):  # from an older pickle
+                packed = _pack(self._logical(), self.columns, self.in_features, packed)
             self._hold(packed)
             return
         tensors = self._logical()
@@ -227,7 +231,7 @@ class LiquidLinear(nn.Module):
                 self._hold(None, tensors)
             return
         try:
-            packed = ops.pack_weight(*tensors)
+            packed = _pack(tensors, self.columns, self.in_features)
         except RuntimeError:  # of memory that is yet to be written to; forward says why
             return
         self._hold(packed)
@@ -346,8 +350,8 @@ class LiquidLinear(nn.Module):
                 setattr(self, name, tensor)
             elif self.scale.is_meta:
                 error_msgs.append(f"{prefix}{name}: is on the meta device; load with assign=True")
-            elif (old := self._buffers[name]) is None:
-                setattr(self, name, tensor.to(self.scale.device))
+            elif (old := self._buffers[name]) is None or old.shape != tensor.shape:
+                setattr(self, name, tensor.to(self.scale.device, copy=True))
             elif name == "columns" and self._part_of_merged:
                 # A merged layer knows them by their tensor, and has to notice other values.
                 if not torch.equal(old, tensor.to(old.device)):
@@ -375,7 +379,9 @@ class LiquidLinear(nn.Module):
             raise ValueError(
                 f"columns: expected shape [{len(self.columns)}], got [{weight.augment}]"
             )
-        buffers = {"packed": _pack(weight), "scale": weight.scale}
+        logical = [getattr(weight, name) for name in _LOGICAL]
+        packed = _pack(logical, weight.columns, self.in_features)
+        buffers = {"packed": packed, "scale": weight.scale}
         if weight.columns is not None and weight.augment:
             buffers["columns"] = weight.columns
         if "bias" in found:
@@ -389,5 +395,20 @@ class LiquidLinear(nn.Module):
         return buffers
 
 
-def _pack(weight: QuantizedWeight) -> Tensor:
-    return ops.pack_weight(weight.qweight, weight.qscale, weight.qoffset)
+def _pack(
+    logical: Sequence[Tensor],
+    columns: Tensor | None,
+    in_features: int,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """Packed as INT8 if that is what the tensors are, else as they are, which may be known."""
+    qweight, qscale, qoffset = logical
+    if int8.is_int8(qweight, qscale, qoffset, columns, in_features):
+        return ops.pack_int8_weight(int8.bytes_of(qweight))
+    return ops.pack_weight(*logical) if packed is None else packed
+
+
+def _unpack(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    if int8.is_packed(packed):
+        return int8.logical_of(ops.unpack_int8_weight(packed, n))
+    return ops.unpack_weight(packed, n)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..formats.liquidquant import padded
 from ..weights.weight import QuantizedWeight, dequantize_weight
 from .calibration.moments import round_activation
 from .layer import relative_error
@@ -254,7 +255,10 @@ class QuantizationReport:
 
 
 def bits_per_weight(quantized: QuantizedWeight) -> float:
-    """4.25 for each stored column and the scale of the row, per column that is used."""
+    """4.25 for each stored column, or 8 of an INT8 weight, and the scale of the row, per column
+    that is used."""
+    if quantized.is_int8:
+        return 8 * (padded(quantized.in_features) + 4) / quantized.in_features
     stored = 8 * (quantized.qweight.nbytes + 2 * quantized.qscale.nbytes + quantized.scale.nbytes)
     return stored / (quantized.out_features * quantized.in_features)
 

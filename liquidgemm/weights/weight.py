@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formats import int8
 from ..formats.liquidquant import GROUP, MAX_IN_FEATURES, ceil_div, decode, first_infeasible, padded
 
 
@@ -115,6 +116,11 @@ class QuantizedWeight:
     def augment(self) -> int:
         """Number of residual columns."""
         return 0 if self.columns is None else len(self.columns)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it is an INT8 weight, as the kernels then hold it: see `formats.int8`."""
+        return int8.is_int8(self.qweight, self.qscale, self.qoffset, self.columns, self.in_features)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight with its tensors on device."""

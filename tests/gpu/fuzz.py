@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from problems import DEVICE, assert_equal, testing
 
 import liquidgemm
-from liquidgemm.ops.plans import plan_names
+from liquidgemm.ops.plans import compiled_plans
 
 LAYOUTS = ("plain", "row stride", "odd row stride", "odd offset", "transposed", "batched", "same")
 VECTORS = ("plain", "strided", "offset")
@@ -23,8 +23,9 @@ SMS = (0, 0, 1, 2, 3, 7, 8, 16, 66, 131, 132)
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `plan` None is the public op; `num_sms` 0 all of them."""
+    """One call. `plan` None is the public op; `num_sms` 0 all of them; `bits` of a weight."""
 
+    bits: int
     m: int
     n: int
     k: int
@@ -65,9 +66,11 @@ def cases(draw) -> Case:
             st.sampled_from([2880, 4096, 5472, 9000]),
         )
     )
-    plan = draw(st.one_of(st.none(), st.integers(0, len(plan_names()) - 1)))
+    bits = draw(st.sampled_from([4, 4, 8]))
+    plan = draw(st.one_of(st.none(), st.sampled_from([plan for plan, _ in compiled_plans(bits)])))
     out_dtype = draw(st.sampled_from(OUT_DTYPES))
     return Case(
+        bits=bits,
         m=m,
         n=n,
         k=k,
@@ -135,6 +138,19 @@ class Maker:
             offset = offset[:, :1].expand_as(offset)
         return codes, step, offset
 
+    def weight(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 ``[N, K]``, K padded, and the same packed."""
+        if self.case.bits == 8:
+            n, k = self.case.n, -(-self.case.k // 64) * 64
+            ends = self.case.groups == "ends"
+            w8 = self.integers(0, 2, n, k) * 255 - 128 if ends else self.integers(-128, 128, n, k)
+            return w8, liquidgemm.pack_int8_weight(w8.to(torch.int8))
+        codes, step, offset = self.groups()
+        w8 = codes * step.repeat_interleave(64, 1) + offset.repeat_interleave(64, 1) - 128
+        qweight = codes[:, 0::2] | codes[:, 1::2] << 4
+        logical = (t.to(torch.uint8) for t in (qweight, step, offset))
+        return w8, liquidgemm.pack_weight(*logical)
+
 
 def place(t: torch.Tensor, layout: str) -> torch.Tensor:
     """The same values in memory of another layout; what lies around them is no zero."""
@@ -164,10 +180,7 @@ def check(case: Case, device: str = DEVICE) -> None:
     """Raises an AssertionError unless every bit of the result is that of the reference."""
     make = Maker(case, device)
     x = make.x()
-    codes, step, offset = make.groups()
-    w8 = codes * step.repeat_interleave(64, 1) + offset.repeat_interleave(64, 1) - 128
-    qweight = codes[:, 0::2] | codes[:, 1::2] << 4
-    weight = liquidgemm.pack_weight(*(t.to(torch.uint8) for t in (qweight, step, offset)))
+    w8, weight = make.weight()
     x_scale = make.rand(case.m) + 0.01
     weight_scale = make.rand(case.n) + 0.01
     bias = None if case.bias_dtype is None else (make.rand(case.n) - 0.5).to(case.bias_dtype)

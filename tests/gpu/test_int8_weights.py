@@ -146,3 +146,24 @@ def test_a_replayed_graph_and_a_busy_gpu() -> None:
         graph.replay()
         for output, y in zip(outputs, expected, strict=True):
             assert_equal(output, y, "replayed")
+
+
+def test_a_layer_of_int8_weights() -> None:
+    """`keep=` on a GPU: held in 8 bits, moved, graph and gradient, the bits of the CPU."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(1000, 328))
+    liquidgemm.quantize_(model, liquidgemm.LiquidConfig(keep=("*",)), progress=False)
+    x = torch.randn(7, 1000)
+    expected = model(x)
+    on_gpu = model.to(DEVICE)
+    assert on_gpu[0].packed.shape[-1] == 4096
+    assert_equal(on_gpu(x.to(DEVICE)).cpu(), expected, "layer")
+    given = x.to(DEVICE).requires_grad_()
+    on_gpu(given).sum().backward()
+    w = on_gpu[0].dequantize()
+    assert_equal(given.grad, torch.ones(7, 328, device=DEVICE) @ w, "gradient")
+    state = on_gpu.state_dict()
+    again = liquidgemm.LiquidLinear(1000, 328, augment=1024, device=DEVICE)
+    again.load_state_dict({name[2:]: tensor for name, tensor in state.items()})
+    assert again.packed.shape[-1] == 4096
+    assert_equal(again(x.to(DEVICE)).cpu(), expected, "loaded")

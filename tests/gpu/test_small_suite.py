@@ -14,7 +14,7 @@ from problems import (
 
 import liquidgemm
 from liquidgemm.ops._dequantize import dequantize_packed
-from liquidgemm.ops.plans import plan_names
+from liquidgemm.ops.plans import compiled_plans, plan_names
 
 
 def test_gemm_small() -> None:
@@ -24,6 +24,19 @@ def test_gemm_small() -> None:
     for plan, name in enumerate(plan_names()):
         actual = run(problem, plan=plan, num_sms=4)
         assert_equal(actual, expected, name)
+
+
+def test_int8_weights_small() -> None:
+    """CHECKLIST 15: the kernels of INT8 weights, and what packs and expands them."""
+    problem = random_problem(33, 200, 1088, bits=8)
+    expected = problem.accumulator()
+    for plan, name in compiled_plans(8):
+        assert_equal(run(problem, plan=plan, num_sms=4), expected, name)
+    w8 = liquidgemm.unpack_int8_weight(problem.weight, 200)
+    assert_equal(w8, problem.w8, "unpacked")
+    w = dequantize_packed(problem.weight, problem.weight_scale, 1087, torch.bfloat16)
+    expected = (problem.w8[:, :1087].float() * problem.weight_scale[:, None]).bfloat16()
+    assert_equal(w, expected, "dequantized")
 
 
 def test_epilogues_small() -> None:

@@ -26,6 +26,8 @@ inline char const* in_words(Rejection rejection) {
       return "clusters of four CTAs would take several rounds";
     case Rejection::kHalfSmDoesNotPay:
       return "CTAs of half an SM would have too much to read, or take several rounds";
+    case Rejection::kShouldShareK:
+      return "half of the SMs would be idle while each CTA reads more than its ring holds";
     case Rejection::kNotMeasured:
       return "the costs of its tile are not measured: see bench sweep and bench fit";
   }

@@ -20,6 +20,7 @@ enum class Rejection {
   kTooFewStages,
   kQuadInSeveralRounds,
   kHalfSmDoesNotPay,
+  kShouldShareK,
   kNotMeasured,
 };
 
@@ -53,6 +54,8 @@ inline Candidate candidate(Problem const& p,
     c.rejection = Rejection::kQuadInSeveralRounds;
   else if (plan.tile.ctas_per_sm > 1 && !half_sm_pays(p, plan, c.division, activations))
     c.rejection = Rejection::kHalfSmDoesNotPay;
+  else if (should_share_k(p, plan, c.division))
+    c.rejection = Rejection::kShouldShareK;
   else if (!costs.knows(plan.tile))
     c.rejection = Rejection::kNotMeasured;
   if (c.rejection != Rejection::kNone)

@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...formats import int8
 from ...formats.liquidquant import GROUP, padded
-from ...ops import pack_weight
+from ...ops import pack_int8_weight, pack_weight
 
 _ZERO = 128  # the offset of a group whose codes of 0 are weights of 0
 
@@ -101,7 +102,7 @@ class Packed:
     """What an engine's layer computes with, as one product.
 
     Attributes:
-        weight: packed, uint8 ``[ceil(N / 64), (held + R) / 64, 2176]``.
+        weight: packed, uint8 ``[ceil(N / 64), (held + R) / 64, 2176]``; INT8 weights 4096, R = 0.
         scale: float32 ``[N]``.
         gather: int32 ``[R]``, which of the held columns are repeated, or None.
         pad: zeros before and after the features of x.
@@ -149,6 +150,8 @@ def pack(
         return Packed(pack_weight(*bare), scale, None, (part.lead, 0))
     if len(lists) > 1 or None in slots:
         codes = _side_by_side(codes, rows, slots, [len(own) for own in lists], width)
+    elif int8.is_int8(*codes, lists[0], end):
+        return Packed(pack_int8_weight(int8.bytes_of(codes[0])), scale, None, (part.lead, 0))
     gather = torch.cat(lists)
     zeros = max(width - end, int(gather.max()) + 1 - end)
     return Packed(pack_weight(*codes), scale, gather, (part.lead, zeros))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...formats import int8
 from ...formats.liquidquant import GROUP, Q_MAX, pack_nibbles, padded
 from ...weights.weight import QuantizedWeight, dequantize_weight
 
@@ -115,34 +116,21 @@ def _residual_grid(weight: Tensor, base: QuantizedWeight, columns: Tensor) -> tu
 
 
 def int8_weight(weight: Tensor) -> QuantizedWeight:
-    """``round(w / sigma)`` with ``sigma = max|w| / 127``, all eight bits, as two times four.
+    """``round(w / sigma)`` with ``sigma = max|w| / 127``: an INT8 weight.
 
     Args:
         weight: float32 ``[N, K]``.
     """
-    n, k = weight.shape
-    device = weight.device
+    k = weight.shape[1]
     sigma = weight.abs().amax(1) / 127
-    groups = padded(k) // GROUP
-
-    def codes(values: Tensor) -> Tensor:
-        return F.pad(values, (0, -k % GROUP))
-
-    packed = []
-    for rows, unit in zip(weight.split(_ROWS), _nonzero(sigma).split(_ROWS), strict=True):
-        w8 = (rows / unit.unsqueeze(1)).round_().clamp_(-127, 127).add_(_ZERO).to(torch.uint8)
-        packed.append(pack_nibbles(torch.cat((codes(w8 >> 4), codes(w8 & 15)), 1)))
-    # The residual columns past K repeat the last one, and hold zeros.
-    columns = torch.arange(padded(k), dtype=torch.int32, device=device).clamp_(max=k - 1)
-    step = torch.ones(n, groups, dtype=torch.uint8, device=device)
-    return QuantizedWeight(
-        torch.cat(packed),
-        torch.cat((16 * step, step), 1),
-        torch.cat((0 * step, _ZERO * step), 1),
-        sigma,
-        k,
-        columns,
-    )
+    # Padding decodes to -128 in the upper bits, as wherever columns are stored twice.
+    w8 = weight.new_full((len(weight), padded(k)), -128, dtype=torch.int8)
+    for to, rows, unit in zip(
+        *(t.split(_ROWS) for t in (w8, weight, _nonzero(sigma))), strict=True
+    ):
+        to[:, :k] = (rows / unit.unsqueeze(1)).round_().clamp_(-127, 127)
+    columns = int8.columns_of(k, weight.device)
+    return QuantizedWeight(*int8.logical_of(w8), sigma, k, columns)
 
 
 def refit_scale(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ pytest.importorskip("scipy")
 from bench.core import machine
 from bench.plan import fit
 from bench.plan import sweep as plan_sweep
-from liquidgemm.ops.plans import explain_plan, plan_names
+from liquidgemm.ops.plans import compiled_plans, explain_plan
 
-COSTS = fit.PLAN / "costs_h100.hpp"
+COSTS = {
+    "liquidquant": fit.PLAN / "costs_h100.hpp",
+    "int8": fit.PLAN / "costs_h100_int8.hpp",
+}
 PLANS = [
     *("t8_p1_k2_s4_half", "t8_p1_k2_s4_half_split2", "t8_p1_k2_s4_half_split4"),
     *("t8_p1_k4_s4", "t8_p1_k4_s4_split2", "t8_p1_k4_s4_split4"),
@@ -51,60 +55,66 @@ def test_fit_recovers_the_constants(tmp_path: Path) -> None:
 
 def library_constant(file: str, name: str) -> float:
     """A number of csrc/liquidgemm/plan, as it is written there."""
-    match = re.search(rf"\b{name} = ([0-9.e]+)[;,]", (fit.PLAN / file).read_text())
+    match = re.search(rf"\b{name} = ([0-9.e-]+)[;,]", (fit.PLAN / file).read_text())
     assert match, f"{file} has no {name}"
     return float(match[1])
 
 
-def library_costs() -> tuple[list[str], np.ndarray, float]:
-    """Tiles, parameters as `fit.predictor` takes them, and pair_gain, of costs_h100.hpp."""
+def library_costs(costs_file: Path) -> tuple[list[str], np.ndarray, float]:
+    """Tiles, parameters as `fit.predictor` takes them, and pair_gain."""
     number = r"([\d.]+)"
     costs = re.findall(
         rf"\{{[\d, ]+\}}, {number}, {number}, \{{{number}, {number}\}}\}},\s+"
         r"// (t\d+_p\d+_k\d+_s\d+\S*)",
-        COSTS.read_text(),
+        costs_file.read_text(),
     )
     by_kind = np.array([cost[:4] for cost in costs], dtype=float).T.ravel()
-    constants = [library_constant(COSTS.name, name) for name in fit.NAMES]
+    constants = [library_constant(costs_file.name, name) for name in fit.NAMES]
     with np.errstate(divide="ignore"):  # what no plan of a tile has costs nothing
         parameters = np.log([*constants, *by_kind])
-    return [cost[4] for cost in costs], parameters, library_constant(COSTS.name, "pair_gain")
+    return [cost[4] for cost in costs], parameters, library_constant(costs_file.name, "pair_gain")
 
 
 def test_constants_are_the_library_s() -> None:
     assert library_constant("divide.hpp", "kQuadClusterFit") == fit.QUAD_CLUSTER_FIT
     assert library_constant("rules.hpp", "kHalfSmBytes") == fit.HALF_SM_BYTES
+    assert library_constant("rules.hpp", "kMostBytesBesideIdleSms") == fit.IDLE_SMS_BYTES
     assert library_constant("cost_model.hpp", "kManyRounds") == fit.MANY_ROUNDS
 
 
-def test_formula_is_the_library_s() -> None:
+@pytest.mark.parametrize(("format", "bits"), [("liquidquant", 4), ("int8", 8)])
+def test_formula_is_the_library_s(format: str, bits: int) -> None:
     """`estimate` in cost_model.hpp and `predictor` agree on every plan that is scored."""
-    tiles, parameters, pair_gain = library_costs()
-    assert tiles == list(dict.fromkeys(map(fit.tile_of, plan_names())))
+    tiles, parameters, pair_gain = library_costs(COSTS[format])
+    plans = [name for _, name in compiled_plans(bits)]
+    assert tiles == list(dict.fromkeys(map(fit.tile_of, plans)))
     scored = set()
     for m, n, k in [
         *((1, 28672, 4096), (16, 10240, 8192), (64, 1024, 8192), (4096, 6144, 4096)),
         *((8, 2048, 2048), (32, 4096, 4096), (64, 6144, 4096), (1, 8192, 1024)),
         *((256, 4096, 4096), (1024, 10240, 8192), (100, 4096, 14336), (8192, 8192, 8192)),
     ]:
-        candidates = [c for c in explain_plan(m, n, k).candidates if c.us is not None]
+        candidates = [c for c in explain_plan(m, n, k, bits=bits).candidates if c.us is not None]
         rows = [{"n": n, "k": k, "m": m, "plan": c.plan, "us": 1.0} for c in candidates]
-        sweep = fit.Sweep.of(rows, 132, 3.35e6)
+        sweep = replace(fit.Sweep.of(rows, 132, 3.35e6), format=format)
         sweep.tile = np.array([tiles.index(fit.tile_of(c.plan)) for c in candidates])
         predicted = fit.predict(sweep, parameters, pair_gain)
         np.testing.assert_allclose(predicted, [c.us for c in candidates], rtol=1e-5)
         # Both leave out the same plans.
         assert len(sweep.considered().us) == len(rows)
         scored |= {c.plan for c in candidates}
-    assert {plan.rsplit("_", 1)[-1] for plan in scored} >= {"pairs", "split4", "s2", "half"}
-    assert {re.search(r"_k(\d)_", plan)[1] for plan in scored} == {"1", "2", "3", "4"}
+    kinds = {plan.rsplit("_", 1)[-1] for plan in scored}
+    assert kinds >= ({"pairs", "split4", "s2", "half"} if bits == 4 else {"pairs", "split2", "s2"})
+    groups = {re.search(r"_k(\d)_", plan)[1] for plan in scored}
+    assert groups >= ({"1", "2", "3", "4"} if bits == 4 else {"1", "3", "4"})
 
 
-def test_costs_are_those_of_the_published_sweep() -> None:
-    """costs_h100.hpp is what `python -m bench fit --write h100` makes of the file that it names."""
-    text = COSTS.read_text()
+@pytest.mark.parametrize("costs_file", COSTS.values(), ids=COSTS)
+def test_costs_are_those_of_the_published_sweep(costs_file: Path) -> None:
+    """A header is what `python -m bench fit --write h100` makes of the file that it names."""
+    text = costs_file.read_text()
     path = machine.ROOT / re.search(r"// Sweep: (\S+),", text)[1]
-    tiles, start, _ = library_costs()
+    tiles, start, _ = library_costs(costs_file)
     sweep = fit.Sweep.load(path).considered()
     assert sweep.names == tiles
     gain = sweep.pair_gain()

@@ -7,7 +7,8 @@ import torch
 from foreign import K, N, write
 from foreign_settings import BASES, assert_refused, codes, ct, result, s128, scales, weight
 
-from liquidgemm import import_checkpoint
+from liquidgemm import LiquidLinear, import_checkpoint, unpack_int8_weight
+from liquidgemm.formats import int8
 
 
 @pytest.mark.parametrize(("base", "sign"), itertools.product(BASES, [1, -1]))
@@ -67,6 +68,24 @@ def eight_bits(k, zero, low=-128, high=127, **weights):
 def test_eight_bits_with_zeros_of_any_size(tmp_path, zero):
     tensors, settings, meant = eight_bits(K, zero)
     assert torch.equal(weight(result(tmp_path, tensors, settings)), meant)
+
+
+def test_w8a8_becomes_int8_weights(tmp_path):
+    """Every value as it is in the source, 8 bits each: no column is multiplied twice."""
+    tensors, settings, meant = eight_bits(K, 0)
+    state = result(tmp_path, tensors, settings)
+    layer = LiquidLinear(K, N, bias=False, augment=K)
+    layer.load_state_dict({name: state[f"a.{name}"] for name in layer.state_dict()})
+    assert layer.packed.shape == (-(-N // 64), K // 64, int8.BLOCK_BYTES)
+    w8 = unpack_int8_weight(layer.packed, N)
+    assert torch.equal(w8, tensors["weight"])
+    assert torch.equal(w8.double() * layer.scale.double()[:, None], meant)
+    # Zeros that leave values beyond INT8 keep columns of their own.
+    tensors, settings, meant = eight_bits(K, 100)
+    state = result(tmp_path, tensors, settings)
+    layer.load_state_dict({name: state[f"a.{name}"] for name in layer.state_dict()})
+    assert layer.packed.shape[1] == 2 * K // 64
+    assert torch.equal(weight(state), meant)
 
 
 def test_eight_bits_of_columns_that_fill_no_group(tmp_path):
