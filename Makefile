@@ -18,13 +18,14 @@ above say why. A first run needs the network (PyPI) or a pip mirror." >&2; exit 
 .DEFAULT_GOAL := help
 # Two pips at once would trip over each other; ninja compiles in parallel by itself.
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu test-serve stress sanitize bench microbench readme-table build wheel lint lint-python lint-types lint-cpp lint-text format clean
+.PHONY: help demo test test-gpu test-serve drift stress sanitize bench microbench readme-table build wheel lint lint-python lint-types lint-cpp lint-text format clean
 
 help:
 	@echo "make demo        set up, then run the demonstration: a small language model before and after"
 	@echo "make test        set up, then run the tests (those for a GPU only where a Hopper GPU is)"
 	@echo "make test-gpu    set up, then run the GPU tests alone"
 	@echo "make test-serve  set up an environment with vLLM for CPUs and SGLang's code, then test serving"
+	@echo "make drift       does the newest vLLM have every name that the plug-in uses?"
 	@echo "make stress      set up, then the tests that take up to half an hour (SLICE=1/6, SEED=0)"
 	@echo "make sanitize    set up, then a small GPU suite under compute-sanitizer"
 	@echo "make bench       set up, then measure everything on a Hopper GPU, into bench/results"
@@ -51,6 +52,12 @@ SERVE := .venv-serve
 test-serve: build $(SERVE)/serve.stamp
 	for file in tests/serving/test_*.py; do $(SERVE)/bin/python -m pytest $$file || exit 1; done
 	$(SERVE)/bin/python -m pytest tests/serving_sglang
+
+# Fetches the newest vLLM, about 330 MB, of which sources are read and nothing is installed.
+drift:
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	  $(PYTHON) -m pip download --quiet --no-deps --dest "$$folder" vllm && \
+	  $(PYTHON) tests/serving/drift.py "$$folder"/vllm-*.whl
 
 # Everything that is measured, into bench/results/GPU/DATE or FOLDER; a part that fails does not keep
 # the others from running.

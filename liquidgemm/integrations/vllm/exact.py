@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.library import Library
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
-from vllm.distributed import get_tp_group
+from vllm.distributed.parallel_state import get_tp_group
 
 from ..serving import exact
 from ..serving.tensors import EngineLayer
