@@ -84,11 +84,17 @@ app.command("info")(readable(info_command))
 @app.command("import")
 @readable
 def import_command(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The checkpoint to import.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="The checkpoint: a folder, or a GGUF file.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")],
+    fine_bits: Annotated[
+        int,
+        typer.Option(help="Of layers whose groups are finer than 64 columns: 8, or 4."),
+    ] = 8,
 ) -> None:
-    """Convert a checkpoint of another project: compressed-tensors, AWQ, GPTQ, QoQ, QQQ.
+    """Convert a checkpoint of another project: compressed-tensors, AWQ, GPTQ, QoQ, QQQ, GGUF.
 
     Prints what became of the layers, how the result was loaded, and what was left out.
     """
-    typer.echo(liquidgemm.import_checkpoint(directory, output))
+    typer.echo(liquidgemm.import_checkpoint(source, output, fine_bits=fine_bits))

@@ -35,6 +35,16 @@ class LayerSettings:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class SourceLayer:
+    """A quantized layer: its name in the checkpoint and in the model, and its tensors' keys."""
+
+    name: str
+    module: str
+    keys: tuple[str, ...]
+    settings: LayerSettings
+
+
 LayerScheme = Callable[[str, str], LayerSettings]
 """The settings of a layer by its name in the checkpoint and its name in the model."""
 

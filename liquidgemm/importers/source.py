@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..formats.liquidquant import GROUP, Q_MAX, ceil_div, pack_nibbles, padded
 from ..ops import FLOATS
+from ..quantization.calibration.gptq import int8_weight
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
 
@@ -35,8 +36,8 @@ class SourceWeight:
         bias: float ``[N]`` or None.
 
     Raises:
-        ValueError: at construction, for shapes that do not fit together, numbers that are not
-            finite, or groups that are not whole groups of 64.
+        ValueError: at construction, for shapes that do not fit together, or numbers that are not
+            finite.
     """
 
     codes: Tensor
@@ -53,12 +54,6 @@ class SourceWeight:
             raise ValueError(
                 f"scales: expected shape {[n, groups]} for groups of {self.span}, "
                 f"got {list(self.step.shape)}"
-            )
-        if groups > 1 and self.span % GROUP:
-            raise ValueError(
-                f"group_size: expected a multiple of {GROUP} or a whole row, got {self.span}: the "
-                f"format has one step and one offset for {GROUP} columns, which groups with scales "
-                "of their own cannot share; quantize the original model instead"
             )
         for name, tensor, shape in (
             ("zeros", self.offset, [n, groups]),
@@ -82,6 +77,11 @@ class SourceWeight:
     def shape(self) -> tuple[int, int]:
         n, k = self.codes.shape
         return n, k
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether groups begin within the 64 columns that share a step and an offset here."""
+        return self.span < self.codes.shape[1] and self.span % GROUP != 0
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as the source's own arithmetic has it, ``[N, K]``."""
@@ -202,8 +202,47 @@ class ByteWeight:
         )
 
 
-def fit(source: SourceWeight | ByteWeight) -> tuple[QuantizedWeight, float]:
+@dataclass(frozen=True, eq=False)
+class FineWeight:
+    """A weight whose groups are finer than 64 columns, expanded by the source's own arithmetic.
+
+    Attributes:
+        values: float32 ``[N, K]``.
+        span: columns of a group.
+        bias: float ``[N]`` or None.
+    """
+
+    values: Tensor
+    span: int
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, k = self.values.shape
+        return n, k
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.values.to(dtype)
+
+    def fit(self, bits: int) -> tuple[QuantizedWeight, float]:
+        """The weight with one INT8 scale per row, or with 4 bits searched anew; its error."""
+        weight = int8_weight(self.values) if bits == 8 else quantize_weight(self.values)
+        error = norm = 0.0
+        rows = max(1, _CHUNK // self.values.shape[1])
+        values = dequantize_weight(weight)
+        for ours, theirs in zip(values.split(rows), self.values.split(rows), strict=True):
+            error += float((ours.double() - theirs).square().sum())
+            norm += float(theirs.double().square().sum())
+        return weight, (error / norm) ** 0.5 if norm > 0 else error**0.5
+
+
+AnyWeight = SourceWeight | ByteWeight | FineWeight
+
+
+def fit(source: AnyWeight, fine_bits: int = 8) -> tuple[QuantizedWeight, float]:
     """The weight on our grid, and the relative error of that: ``|W' - W| / |W|``.
+
+    Groups finer than 64 columns get ``fine_bits``, 8 or 4 (`FineWeight.fit`).
 
     Rows whose grid is one of ours (integer steps and offsets within INT8) are converted code by
     code, without any error. For the others sigma, steps and offsets are searched that come nearest
@@ -212,6 +251,10 @@ def fit(source: SourceWeight | ByteWeight) -> tuple[QuantizedWeight, float]:
     """
     if isinstance(source, ByteWeight):
         return source.fit(), 0.0
+    if isinstance(source, SourceWeight) and source.is_fine:
+        source = FineWeight(source.dequantize(), source.span, source.bias)
+    if isinstance(source, FineWeight):
+        return source.fit(fine_bits)
     parts, error, norm = [], 0.0, 0.0
     for chunk in source.row_chunks():
         positive = chunk.positive()

@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ...formats.liquidquant import GROUP
 from ...importers import FORMATS, layers_of
 from ...importers.settings import LayerSettings, Settings, merged
 from ...importers.source import ByteWeight, SourceWeight, fit
@@ -62,7 +63,17 @@ def foreign_layers(files: Mapping[str, dict], names: Iterable[str]) -> dict[str,
 def convert(
     weight: SourceWeight | ByteWeight, rows: Tensor | None = None
 ) -> tuple[QuantizedWeight, float]:
-    """Some rows of a weight, int64 ``[n]``, on our grid, and how far that is (`fit`)."""
+    """Some rows of a weight, int64 ``[n]``, on our grid, and how far that is (`fit`).
+
+    Raises:
+        ValueError: its groups are finer than 64 columns.
+    """
+    if isinstance(weight, SourceWeight) and weight.is_fine:
+        raise ValueError(
+            f"group_size: expected a multiple of {GROUP} or a whole row, got {weight.span}: finer "
+            "groups than the format's need 8 bits, or a new search: convert the checkpoint before "
+            "by `liquidgemm import`"
+        )
     if rows is not None:
         if isinstance(weight, ByteWeight):
             names: tuple[str, ...] = ("codes", "zero", "scale", "bias")
