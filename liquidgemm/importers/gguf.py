@@ -93,7 +93,7 @@ class GgufFile:
             raise ImportError(f"{path}: needs the package gguf: pip install gguf") from error
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise ValueError(f"{path}: expected a GGUF file, got one that begins otherwise")
+                raise ValueError(f"{path}: expected a folder or a GGUF file, got another file")
         try:
             reader = gguf.GGUFReader(path)
             fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -276,9 +276,8 @@ def _config(architecture: str, fields: dict[str, Any]) -> dict[str, Any]:
     left = [f"{prefix}{key}" for key in own]
     left += [k for k in fields if not k.startswith(prefix) and not _OF_THE_FILE.match(k)]
     if left:
-        raise ValueError(
-            f"{left[0]}: a setting whose meaning is not known, {fields[left[0]]!r:.80}"
-        )
+        value = f"{fields[left[0]]!r:.80}"
+        raise ValueError(f"{left[0]}: expected settings whose meaning is known, got {value}")
     for ours, key in _TOKENS.items():
         if key in fields:
             config[ours] = fields[key]

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from liquidgemm import import_checkpoint, quantize_weight
 from liquidgemm.cli import main as cli
+from liquidgemm.weights.weight import QuantizedWeight, dequantize_weight
 
 FLOAT_FORMATS = [("ct-sym", 1), ("ct-asym", 1), ("awq", 1), ("gptq", 1), ("gptq", 2)]
 
@@ -60,6 +61,23 @@ def test_equal_group_scales_are_exact(tmp_path):
     values, _, layer = run(tmp_path, foreign.awq(codes, scales, zeros), SETTINGS["awq"])
     assert torch.equal(values, weight_of(codes, scales, zeros))
     assert layer.error == 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("name", "version"), FLOAT_FORMATS)
+def test_groups_finer_than_ours(tmp_path, name, version, bits):
+    """Groups of 32 columns: 8 bits by one scale per row, or 4 that are searched anew."""
+    tensors, settings, weight = packed(name, 32, version)
+    source = write(tmp_path / "source", {"a.b": tensors}, settings)
+    report = import_checkpoint(source, tmp_path / "out", False, fine_bits=bits)
+    state = load_file(tmp_path / "out/model.safetensors")
+    parts = (state[f"a.b.{key}"] for key in ("qweight", "qscale", "qoffset", "scale"))
+    found = QuantizedWeight(*parts, K, state.get("a.b.columns"))
+    error = ((dequantize_weight(found) - weight).norm() / weight.norm()).item()
+    assert report.layers[0].error == pytest.approx(error, rel=1e-3)
+    assert report.layers[0].group_size == 32
+    assert 0 < error < (0.01 if bits == 8 else 0.15)
+    assert bool(found.augment) == (bits == 8)
 
 
 @pytest.mark.parametrize("group", [64, 128])

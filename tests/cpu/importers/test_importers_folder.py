@@ -272,11 +272,17 @@ def test_json_that_is_none_or_says_two_things(tmp_path, name, text, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["file", "file/below", "nowhere"])
+@pytest.mark.parametrize("name", ["file/below", "nowhere"])
 def test_a_source_that_is_no_folder(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(FileNotFoundError, match=r"config\.json: .*expected a model folder"):
         import_checkpoint(tmp_path / name, tmp_path / "out", progress=False)
+
+
+def test_a_source_that_is_another_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file: expected a folder or a GGUF file"):
+        import_checkpoint(tmp_path / "file", tmp_path / "out", progress=False)
 
 
 def test_an_output_in_the_way_is_refused_before_anything_is_read(tmp_path):

@@ -23,18 +23,13 @@ def change(tensors: dict[str, Tensor], key: str, value: Tensor | None) -> dict[s
 def refused() -> dict[str, tuple]:
     """Name, tensors, settings and message of each case."""
     ct, awq = SETTINGS["compressed-tensors"], SETTINGS["awq"]
-    codes, scales, zeros = random_grid(32)
-    g32 = r"group_size: expected a multiple of 64 or a whole row, got 32: .* cannot share"
-    _, s128, z128 = random_grid(128)
+    codes, s128, z128 = random_grid(128)
     sym = foreign.compressed_tensors(codes, s128)
     awq128, gptq128 = foreign.awq(codes, s128, z128), foreign.gptq(codes, s128, z128, 128)
     shuffled = gptq128["g_idx"].flip(0)
     nan = s128.clone()
     nan[3, 1] = torch.nan
     return {
-        "ct g32": (foreign.compressed_tensors(codes, scales), ct, g32),
-        "awq g32": (foreign.awq(codes, scales, zeros), awq, g32),
-        "gptq g32": (foreign.gptq(codes, scales, zeros, 32), gptq_settings(32), g32),
         "desc_act": (change(gptq128, "g_idx", shuffled), gptq_settings(128), "g_idx: .*desc_act"),
         "actorder": (change(sym, "weight_g_idx", shuffled), ct, "weight_g_idx: .*actorder"),
         "8 bits": (

@@ -28,6 +28,7 @@ from foreign_settings import (
 from safetensors.torch import load_file
 
 from liquidgemm import import_checkpoint, importers
+from liquidgemm.importers.folder import SETTINGS_FILES
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ OLD = {
 }
 
 
-@pytest.mark.parametrize(("name", "file"), itertools.product(OLD, importers.SETTINGS_FILES))
+@pytest.mark.parametrize(("name", "file"), itertools.product(OLD, SETTINGS_FILES))
 def test_settings_in_a_file_of_their_own(tmp_path, name, file):
     tensors, settings = BASES[name]
     before = result(tmp_path, tensors, settings)
