@@ -126,8 +126,8 @@ def import_checkpoint(
     if fine_bits not in (8, 4) or isinstance(fine_bits, bool):
         raise ValueError(f"fine_bits: expected 8 or 4, got {fine_bits!r}")
     source, output = path_of(source), path_of(output)
-    checkpoint = GgufFile(source) if source.is_file() else FolderCheckpoint(source)
     check_new_folder(output, source)
+    checkpoint = GgufFile(source) if source.is_file() else FolderCheckpoint(source)
     architecture = Architecture(source, checkpoint.config)
     layers = checkpoint.layers(architecture)
     imported, names, notes = [], {}, list(checkpoint.notes)
