@@ -6,7 +6,7 @@ A format is a module with
 - ``SYNONYMS`` and ``HARMLESS``: other names of settings, and settings that change nothing;
 - ``scheme(settings)``: what the settings say of each layer;
 - ``names(layer)``: the tensors that a layer of such settings must have, and may have;
-- ``read(tensors, layer)``: the weight as a `SourceWeight` or a `ByteWeight`.
+- ``read(tensors, layer)``: the weight as a `SourceWeight`, `ByteWeight` or `FineWeight`.
 
 The rest is common.
 """
@@ -19,7 +19,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import awq, compressed_tensors, gptq, qoq, qqq
+from . import awq, bitsandbytes, compressed_tensors, gptq, qoq, qqq
 from .architecture import Architecture
 from .folder import SETTINGS_FILES, Source, copy_other_files, read_json
 from .settings import LayerScheme, Settings, SourceLayer, merged
@@ -31,6 +31,7 @@ FORMATS: dict[str, ModuleType] = {
     "gptq": gptq,
     "qoq": qoq,
     "qqq": qqq,
+    "bitsandbytes": bitsandbytes,
 }
 
 
@@ -150,7 +151,7 @@ def layers_of(
     """
     by_layer: dict[str, list[str]] = {}
     for name in names:
-        layer, _, key = name.rpartition(".")
+        layer, key = _parts(name)
         by_layer.setdefault(layer, []).append(key)
     layers = []
     for name, keys in by_layer.items():
@@ -174,3 +175,12 @@ def layers_of(
             f"weights: expected layers with {' or '.join(sorted(module.MARKS))}, got none"
         )
     return layers
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """A layer's name and the rest, which begins with "weight." where that is no tensor itself."""
+    layer, found, key = name.partition(".weight.")
+    if found:
+        return layer, f"weight.{key}"
+    layer, _, key = name.rpartition(".")
+    return layer, key

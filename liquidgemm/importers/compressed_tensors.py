@@ -1,4 +1,4 @@
-"""compressed-tensors, integers of 4 or 8 bits (vllm-project/compressed-tensors).
+"""compressed-tensors, integers of 4 or 8 bits and FP4 (vllm-project/compressed-tensors).
 
 Per layer, ``pack-quantized``: ``weight_packed`` int32 ``[N, ceil(K * bits / 32)]``, codes + 8 (or
 128), the first of a word's columns in its low bits; ``weight_scale`` float ``[N, G]``;
@@ -6,7 +6,9 @@ Per layer, ``pack-quantized``: ``weight_packed`` int32 ``[N, ceil(K * bits / 32)
 packed likewise along the rows, or int8 ``[N, G]`` as older versions wrote it; ``weight_g_idx``
 ``[K]`` if columns were put into groups out of order. ``int-quantized``: ``weight`` int8
 ``[N, K]`` instead of the first, no shape, and zero points int8 ``[N, G]``.
-``W = scale * (code - zero)``.
+``W = scale * (code - zero)``. ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized``:
+``weight_packed`` uint8 ``[N, K / 2]``, `fp4`; ``weight_scale`` uint8 or E4M3 for groups of 32 or
+16; NVFP4 has ``weight_global_scale`` float32 ``[1]``, by which its scales are divided.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..formats.liquidquant import ceil_div
+from . import fp4
 from .bits import WORDS, expect, expect_matrix, expect_scales, in_order, span_of, unpack_words
 from .settings import LayerScheme, LayerSettings, Settings, harmless, matched, not_quantized
-from .source import ByteWeight, SourceWeight
+from .source import AnyWeight, ByteWeight, SourceWeight
 
 MARKS = frozenset({"weight_packed", "weight_scale", "weight_shape", "weight_zero_point"})
 
@@ -36,7 +39,9 @@ _HARMLESS_ARGUMENTS = harmless(
 )
 
 # naive-quantized stores integers as int-quantized does.
-_LAYOUTS = ("pack-quantized", "int-quantized", "naive-quantized")
+_INTEGERS = ("pack-quantized", "int-quantized", "naive-quantized")
+_FP4 = {f"{kind}-pack-quantized": kind for kind in fp4.SPANS}
+_LAYOUTS = (*_INTEGERS, *_FP4)
 _OFFLINE = ("weight_input", "weight_output")
 
 
@@ -44,6 +49,11 @@ def names(layer: LayerSettings) -> tuple[frozenset[str], frozenset[str]]:
     optional = frozenset({"weight_zero_point", "weight_g_idx", "bias"})
     if layer.layout == "pack-quantized":
         return frozenset({"weight_packed", "weight_scale", "weight_shape"}), optional
+    if layer.layout == "mxfp4":
+        return frozenset({"weight_packed", "weight_scale"}), frozenset({"bias"})
+    if layer.layout == "nvfp4":  # the last one is of activations, which get scales as they come
+        required = frozenset({"weight_packed", "weight_scale", "weight_global_scale"})
+        return required, frozenset({"bias", "input_global_scale"})
     return frozenset({"weight", "weight_scale"}), optional
 
 
@@ -109,6 +119,8 @@ def _group(group: Settings, layout: str | None) -> LayerSettings | str:
     if layout in (None, "mixed-precision", "dense"):
         raise ValueError(f"{group.path}format: expected one of {_LAYOUTS}, got {own!r}")
     weights = Settings(arguments, f"{group.path}weights.")
+    if layout in _FP4:
+        return _fp4(weights, _FP4[layout], note)
     bits = weights.choice("num_bits", (4, 8), 8)
     weights.choice("type", ("int",), "int")
     weights.choice("dynamic", (False,))
@@ -132,10 +144,25 @@ def _group(group: Settings, layout: str | None) -> LayerSettings | str:
     return LayerSettings(layout, bits, span, symmetric, ordered, note)
 
 
+def _fp4(weights: Settings, kind: str, note: str) -> LayerSettings:
+    span = fp4.SPANS[kind]
+    weights.choice("num_bits", (4,), 8)
+    weights.choice("type", ("float",), "int")
+    weights.choice("dynamic", (False,))
+    weights.choice("symmetric", (True,), True)
+    weights.choice("strategy", ("group",) if kind == "mxfp4" else ("tensor_group",))
+    weights.choice("group_size", (span,))
+    weights.choice("actorder", (False, "weight", "static"))
+    weights.harmless(_HARMLESS_ARGUMENTS)
+    weights.close()
+    return LayerSettings(kind, 4, span, True, True, note)
+
+
 def _inputs(inputs: Settings) -> str:
     """What there is to say of how the source quantizes activations: here they are quantized to 8
     bits as the model runs, each token by its own scale. Scales measured before have no place."""
-    inputs.choice("dynamic", (True,), False)
+    # "local": as it comes but for one factor, by which FP4 uses the range of its scales.
+    inputs.choice("dynamic", (True, "local"), False)
     kind = {
         "num_bits": inputs.take("num_bits", 8),
         "type": inputs.take("type", "int"),
@@ -171,7 +198,9 @@ def _check_transforms(settings: Settings) -> None:
     transforms.close()
 
 
-def read(tensors: dict[str, Tensor], layer: LayerSettings) -> SourceWeight | ByteWeight:
+def read(tensors: dict[str, Tensor], layer: LayerSettings) -> AnyWeight:
+    if layer.layout in fp4.SPANS:
+        return _read_fp4(tensors, layer.layout)
     codes, scale = _codes(tensors, layer), tensors["weight_scale"]
     n, k = codes.shape
     if scale.numel() == 1 and layer.group_size in (None, -1):  # strategy tensor
@@ -196,6 +225,16 @@ def read(tensors: dict[str, Tensor], layer: LayerSettings) -> SourceWeight | Byt
     return SourceWeight(
         (codes + 8).to(torch.uint8), step, -(zero + 8).double() * step, span, bias=bias
     )
+
+
+def _read_fp4(tensors: dict[str, Tensor], kind: str) -> AnyWeight:
+    names, bias = ("weight_packed", "weight_scale"), tensors.get("bias")
+    packed, scale = (tensors[name] for name in names)
+    if kind == "mxfp4":
+        return fp4.mxfp4(names, packed, scale, bias)
+    divisor = tensors["weight_global_scale"]
+    expect_scales("weight_global_scale", divisor, [1])
+    return fp4.nvfp4(names, packed, scale, 1 / divisor.float(), bias)
 
 
 def _codes(tensors: dict[str, Tensor], layer: LayerSettings) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..formats.liquidquant import GROUP, Q_MAX, ceil_div, pack_nibbles, padded
 from ..ops import FLOATS
-from ..quantization.calibration.gptq import int8_weight
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
 
@@ -137,16 +136,7 @@ class ByteWeight:
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
-        n = len(self.codes)
-        if self.bias is not None and (
-            list(self.bias.shape) != [n] or self.bias.dtype not in FLOATS
-        ):
-            raise ValueError(
-                f"bias: expected floats of shape {[n]}, got {self.bias.dtype} of "
-                f"{list(self.bias.shape)}"
-            )
-        if self.bias is not None and not self.bias.isfinite().all():
-            raise ValueError("bias: expected finite values, got a NaN or an infinity")
+        _check_bias(self.bias, len(self.codes))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -216,6 +206,11 @@ class FineWeight:
     span: int
     bias: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if not self.values.isfinite().all():
+            raise ValueError("weight: expected finite values, got a NaN or an infinity")
+        _check_bias(self.bias, len(self.values))
+
     @property
     def shape(self) -> tuple[int, int]:
         n, k = self.values.shape
@@ -225,8 +220,12 @@ class FineWeight:
         return self.values.to(dtype)
 
     def fit(self, bits: int) -> tuple[QuantizedWeight, float]:
-        """The weight with one INT8 scale per row, or with 4 bits searched anew; its error."""
-        weight = int8_weight(self.values) if bits == 8 else quantize_weight(self.values)
+        """The weight in 8 bits with one scale per row, or in 4 bits searched anew; its error.
+
+        In 8 bits, rows whose values are all integers up to 127 times a power of two, as those of
+        MXFP4 mostly are, keep them.
+        """
+        weight = self._in_bytes() if bits == 8 else quantize_weight(self.values)
         error = norm = 0.0
         rows = max(1, _CHUNK // self.values.shape[1])
         values = dequantize_weight(weight)
@@ -234,6 +233,36 @@ class FineWeight:
             error += float((ours.double() - theirs).square().sum())
             norm += float(theirs.double().square().sum())
         return weight, (error / norm) ** 0.5 if norm > 0 else error**0.5
+
+    def _in_bytes(self) -> QuantizedWeight:
+        codes, scales = [], []
+        for values in self.values.split(max(1, _CHUNK // self.values.shape[1])):
+            largest, unit = values.abs().amax(1), _power_of_two(values)
+            scale = torch.where(largest <= _INT8_MAX * unit, unit, largest / _INT8_MAX)
+            units = (values / torch.where(scale > 0, scale, 1).unsqueeze(1)).round_()
+            codes.append(units.clamp_(-_INT8_MAX, _INT8_MAX).short())
+            scales.append(scale)
+        w8 = torch.cat(codes)
+        return ByteWeight(w8, w8.new_zeros(len(w8)), torch.cat(scales)).fit()
+
+
+def _check_bias(bias: Tensor | None, n: int) -> None:
+    if bias is None:
+        return
+    if list(bias.shape) != [n] or bias.dtype not in FLOATS:
+        raise ValueError(
+            f"bias: expected floats of shape {[n]}, got {bias.dtype} of {list(bias.shape)}"
+        )
+    if not bias.isfinite().all():
+        raise ValueError("bias: expected finite values, got a NaN or an infinity")
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    """The largest power of two ``[N]`` of which each value of a row of float32 is a multiple."""
+    mantissa, exponent = torch.frexp(values)
+    integer = (mantissa * 2**24).int()
+    lowest = (integer & -integer).float().log2() - 24 + exponent
+    return torch.where(values != 0, lowest, torch.inf).amin(1).exp2().nan_to_num(posinf=0)
 
 
 AnyWeight = SourceWeight | ByteWeight | FineWeight

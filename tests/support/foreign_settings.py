@@ -98,7 +98,7 @@ CASES = {
         ({"format": "marlin-24"}, "format: .*got 'marlin-24'"),
         ({"format": "mixed-precision"}, r"group_0\.format: expected one of"),
         ({"format": "mixed-precision"} | with_group(format="pack-quantized"), SAME),
-        (with_group(format="nvfp4-pack-quantized"), r"group_0\.format: .*nvfp4"),
+        (with_group(format="mxfp8-quantized"), r"group_0\.format: .*mxfp8"),
         (with_group(format="dense"), r"group_0\.format: "),
         (transform("input"), r"transform_config\.\S+location: .*'input': an online transform"),
         (transform("output"), "transform_config"),
