@@ -20,7 +20,7 @@ from .._files import parse_json
 from ..formats.liquidquant import ceil_div
 from .bits import expect, expect_scales
 from .settings import LayerScheme, LayerSettings, Settings, harmless, not_quantized, part_of
-from .source import FineWeight
+from .wide import FineWeight
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")

@@ -20,7 +20,8 @@ from ..formats.liquidquant import ceil_div
 from . import fp4
 from .bits import WORDS, expect, expect_matrix, expect_scales, in_order, span_of, unpack_words
 from .settings import LayerScheme, LayerSettings, Settings, harmless, matched, not_quantized
-from .source import AnyWeight, ByteWeight, SourceWeight
+from .source import AnyWeight, SourceWeight
+from .wide import ByteWeight
 
 MARKS = frozenset({"weight_packed", "weight_scale", "weight_shape", "weight_zero_point"})
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .bits import expect, expect_matrix, expect_scales
-from .source import FineWeight
+from .wide import FineWeight
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E8M0_BIAS, _E8M0_NAN = 127, 255

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .architecture import Architecture, quiet
 from .settings import LayerSettings, SourceLayer
-from .source import FineWeight
+from .wide import FineWeight
 
 if TYPE_CHECKING:
     import gguf

@@ -12,8 +12,12 @@ from torch import Tensor
 from ...formats.liquidquant import GROUP
 from ...importers import FORMATS, layers_of
 from ...importers.settings import LayerSettings, Settings, merged
-from ...importers.source import ByteWeight, SourceWeight, fit
+from ...importers.source import AnyWeight, SourceWeight, fit
+from ...importers.wide import ByteWeight, FineWeight
 from ...weights.weight import QuantizedWeight
+
+# What has no grid that 4 bits come near to without a new search.
+_IN_8_BITS = ("bitsandbytes",)
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class ForeignLayer:
     keys: tuple[str, ...]
     settings: LayerSettings
 
-    def read(self, tensors: Mapping[str, Tensor]) -> SourceWeight | ByteWeight:
+    def read(self, tensors: Mapping[str, Tensor]) -> AnyWeight:
         """The whole weight, on the device of its tensors.
 
         Raises:
@@ -48,32 +52,39 @@ def foreign_layers(files: Mapping[str, dict], names: Iterable[str]) -> dict[str,
     """
     methods = {settings.get("quant_method") for settings in files.values()} - {None}
     method = methods.pop() if len(methods) == 1 else None
-    if method not in FORMATS:
+    formats = [name for name in FORMATS if name not in _IN_8_BITS]
+    if method not in formats:
         raise ValueError(
-            f"quant_method: expected one of {', '.join(FORMATS)} to convert while loading, got "
+            f"quant_method: expected one of {', '.join(formats)} to convert while loading, got "
             f"{method!r}: the 4-bit grid cannot hold it, or what its tensors mean is not known"
         )
     module: ModuleType = FORMATS[method]
     settings = merged(files, module.SYNONYMS, module.HARMLESS)
     settings.pop("quant_method", None)
     found = layers_of(module, sorted(names), module.scheme(Settings(settings)))
+    for layer in found:
+        span = layer.settings.group_size or -1
+        if span != -1 and span % GROUP:
+            raise _too_fine(span)
     return {layer.name: ForeignLayer(method, layer.keys, layer.settings) for layer in found}
 
 
-def convert(
-    weight: SourceWeight | ByteWeight, rows: Tensor | None = None
-) -> tuple[QuantizedWeight, float]:
+def _too_fine(span: int) -> ValueError:
+    return ValueError(
+        f"group_size: expected a multiple of {GROUP} or a whole row, got {span}: finer groups than "
+        "the format's need 8 bits, or a new search: convert the checkpoint before by `liquidgemm "
+        "import`"
+    )
+
+
+def convert(weight: AnyWeight, rows: Tensor | None = None) -> tuple[QuantizedWeight, float]:
     """Some rows of a weight, int64 ``[n]``, on our grid, and how far that is (`fit`).
 
     Raises:
         ValueError: its groups are finer than 64 columns.
     """
-    if isinstance(weight, SourceWeight) and weight.is_fine:
-        raise ValueError(
-            f"group_size: expected a multiple of {GROUP} or a whole row, got {weight.span}: finer "
-            "groups than the format's need 8 bits, or a new search: convert the checkpoint before "
-            "by `liquidgemm import`"
-        )
+    if isinstance(weight, FineWeight) or (isinstance(weight, SourceWeight) and weight.is_fine):
+        raise _too_fine(weight.span)
     if rows is not None:
         if isinstance(weight, ByteWeight):
             names: tuple[str, ...] = ("codes", "zero", "scale", "bias")

@@ -7,8 +7,10 @@ from safetensors.torch import load_file
 from test_importers_library import compressed_model
 
 from liquidgemm import QuantizedWeight, dequantize_weight, import_checkpoint, load_quantized
+from liquidgemm.integrations.serving.foreign import foreign_layers
 
-Q = pytest.importorskip("compressed_tensors.quantization")
+pytest.importorskip("compressed_tensors")
+from compressed_tensors import quantization as Q
 from compressed_tensors.compressors import BaseCompressor
 
 N, K = 16, 256
@@ -166,3 +168,11 @@ def test_settings_of_another_kind_are_refused(tmp_path, key, value):
     settings["config_groups"]["group_0"]["weights"][key] = value
     with pytest.raises(ValueError, match=rf"weights\.{key}: expected"):
         imported(tmp_path, stored, settings)
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+def test_engines_refuse_it_before_anything_is_loaded(kind):
+    stored, settings, _ = layer(kind)
+    names = [f"a.{key}" for key in stored]
+    with pytest.raises(ValueError, match=f"got {SPANS[kind]}: .*liquidgemm import"):
+        foreign_layers({"config.json": settings}, names)
