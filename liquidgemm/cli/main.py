@@ -93,7 +93,7 @@ def import_command(
         typer.Option(help="Of layers whose groups are finer than 64 columns: 8, or 4."),
     ] = 8,
 ) -> None:
-    """Convert a checkpoint of another project: compressed-tensors, AWQ, GPTQ, QoQ, QQQ, GGUF.
+    """Convert a checkpoint of compressed-tensors, AWQ, GPTQ, QoQ, QQQ, bitsandbytes or GGUF.
 
     Prints what became of the layers, how the result was loaded, and what was left out.
     """

@@ -91,14 +91,16 @@ def import_checkpoint(
 
     Reads compressed-tensors (``pack-quantized`` and ``int-quantized``), AutoAWQ (``gemm``), GPTQ
     (versions 1 and 2), QoQ as of QServe, and QQQ, of 4 bits in groups or per channel;
-    compressed-tensors of 8 bits per channel, too; and GGUF files of decoders (Llama, Mistral, Qwen2
-    and Qwen3) of every type that the package gguf can expand, such as Q4_0, Q4_K, Q6_K and Q8_0.
+    compressed-tensors of 8 bits per channel, MXFP4 and NVFP4, too; bitsandbytes of 4 bits (NF4,
+    FP4); and GGUF files of decoders (Llama, Mistral, Qwen2 and Qwen3) of every type that the
+    package gguf can expand, such as Q4_0, Q4_K, Q6_K and Q8_0.
 
     Weights whose grid is one of ours (QoQ, QQQ with integer group scales, all that is scaled per
     channel) keep every value. Scales of groups that are floats have to become integer multiples of
     one scale per row. Groups of 32 or 16 columns, as all of GGUF has, are finer than ours: such
-    layers get 8 bits with one scale per row, or 4 bits that are searched anew. The report has what
-    each layer loses. Layers of single experts, of 4 bits, become the `LiquidExperts` of their layer
+    layers, and those of bitsandbytes, get 8 bits with one scale per row, or 4 bits that are
+    searched anew. In 8 bits, rows of MXFP4 whose exponents span 3 or less keep every value. The
+    report has what each layer loses. Layers of single experts, of 4 bits, become the `LiquidExperts` of their layer
     where the model keeps experts in stacked parameters; all of a layer or none.
 
     The output can be loaded by `load_quantized` and by ``from_pretrained`` of transformers: it is
