@@ -100,8 +100,9 @@ def import_checkpoint(
     one scale per row. Groups of 32 or 16 columns, as all of GGUF has, are finer than ours: such
     layers, and those of bitsandbytes, get 8 bits with one scale per row, or 4 bits that are
     searched anew. In 8 bits, rows of MXFP4 whose exponents span 3 or less keep every value. The
-    report has what each layer loses. Layers of single experts, of 4 bits, become the `LiquidExperts` of their layer
-    where the model keeps experts in stacked parameters; all of a layer or none.
+    report has what each layer loses. Layers of single experts, of 4 bits, become the
+    `LiquidExperts` of their layer where the model keeps experts in stacked parameters; all of a
+    layer or none.
 
     The output can be loaded by `load_quantized` and by ``from_pretrained`` of transformers: it is
     loaded once as the model that config.json names, where transformers has it; the report says so.
