@@ -56,7 +56,7 @@ def imported(folder, tensors: dict, name="a", fine_bits=8, **settings):
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("kind", "block"), [("nf4", 64), ("fp4", 64), ("nf4", 128)])
-def test_values_are_the_librarys(tmp_path, kind, block, nested):
+def test_values_are_those_of_the_library(tmp_path, kind, block, nested):
     tensors, theirs = layer(kind=kind, nested=nested, block=block)
     found, weight = imported(tmp_path, tensors, bnb_4bit_quant_type=kind)
     ours = dequantize_weight(weight)
