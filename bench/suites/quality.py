@@ -84,12 +84,12 @@ RECIPES = {
         "tune": 100,
     },
 }
-# A norm at the end of a branch feeds the residual stream too: BERT has no pairs to smooth.
+# A norm at the end of a branch feeds the residual stream too: of BERT values alone can be smoothed.
 MINILM_RECIPES = {
-    name.replace(", smooth", ""): {key: v for key, v in fields.items() if key != "smooth"}
-    for name, fields in RECIPES.items()
-    if "rotate" not in name and "down" not in name
+    name: fields for name, fields in RECIPES.items() if "rotate" not in name and "down" not in name
 } | {
+    "gptq, augment 64": {**_GPTQ, "augment": 64},
+    "gptq, augment 128": {**_GPTQ, "augment": 128},
     "gptq, keep value, attention.output.dense": {
         **_GPTQ,
         "keep": ("value", "attention.output.dense"),

@@ -24,7 +24,7 @@ from ..quantization.calibration.data import token_windows
 from ..quantization.choice import CHOSEN_FIELDS, choose_recipe
 from ..quantization.choice_report import Choice, NoRecipeError, trial_table
 from ..quantization.config import LiquidConfig
-from ..quantization.evaluate import evaluate, sliding_windows
+from ..quantization.evaluate import ContextBand, evaluate, evaluate_context, sliding_windows
 from ..quantization.model import quantize_
 from ..quantization.report import QuantizationReport
 
@@ -329,6 +329,7 @@ def _is_quantized(network: PreTrainedModel) -> bool:
 
 
 def eval_command(
+    typer_context: typer.Context,
     model: MODEL,
     text: Annotated[list[Path], typer.Option(help="Text files to evaluate on.")],
     reference: Annotated[
@@ -337,6 +338,10 @@ def eval_command(
     tokens: Annotated[int, typer.Option(min=2, help="At most this many, from the start.")] = 65536,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
     stride: Annotated[int, typer.Option(min=1, help="Tokens between windows.")] = 512,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Instead: by how much context tokens have, up to this many."),
+    ] = None,
     device: DEVICE = None,
     dtype: Annotated[
         Precision | None, typer.Option(help="Of models that are not quantized.")
@@ -347,7 +352,13 @@ def eval_command(
 
     A window of so many tokens slides over the text, and counts the tokens that the window before
     has not: each is predicted once, from at least length - stride tokens before it.
+
+    With --context N, windows of N tokens stand side by side, and there is a row for the tokens with
+    1 to 511 tokens before them, with 512 to 1023, 1024 to 2047 and so on: whether a quantized model
+    loses more where the context is long.
     """
+    if context is not None and (clash := _given(typer_context) & {"length", "stride"}):
+        raise ValueError(f"--{min(clash)}: expected to be left out beside --context, which says it")
     where = device_of(device)
     precision = _dtype(dtype)
     texts = read_texts(text)
@@ -359,10 +370,16 @@ def eval_command(
     if dtype and all(map(_is_quantized, filter(None, (network, other)))):
         raise ValueError(f"--dtype: expected a model that is not quantized, got {model}")
     ids = [token for t in texts for token in tokenizer(t)["input_ids"]][:tokens]
+    if context is not None:
+        count = len(ids) // context
+        if not count:
+            raise ValueError(f"--context {context}: expected a text as long, got {len(ids)} tokens")
+        whole = list(torch.tensor(ids[: count * context]).view(count, 1, context))
+        _check_tokens(whole, network, other)
+        _print_bands(evaluate_context(network, whole, other, progress=not as_json), as_json)
+        return
     windows = list(sliding_windows(torch.tensor(ids), length, stride))
-    for each in (network, other):
-        if each is not None:
-            check_vocabulary([window for window, _ in windows], each)
+    _check_tokens([window for window, _ in windows], network, other)
     result = asdict(evaluate(network, windows, other, progress=not as_json))
     if as_json:
         typer.echo(json.dumps(result))
@@ -372,4 +389,23 @@ def eval_command(
         if value is not None:
             shown = str(value) if isinstance(value, int) else f"{value:.5g}"
             table.add_row(name.replace("_", " "), shown)
+    Console().print(table, highlight=False)
+
+
+def _check_tokens(windows: list[torch.Tensor], *networks: PreTrainedModel | None) -> None:
+    for network in networks:
+        if network is not None:
+            check_vocabulary(windows, network)
+
+
+def _print_bands(bands: list[ContextBand], as_json: bool) -> None:
+    rows = [{k: v for k, v in asdict(band).items() if v is not None} for band in bands]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table(title="by tokens before")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(str(v) if isinstance(v, int) else f"{v:.5g}" for v in row.values()))
     Console().print(table, highlight=False)

@@ -42,8 +42,9 @@ class LiquidConfig:
             and up) repeat the same columns, where they have as many: only then are they one product
             without more columns.
         smooth: move the outliers of activations into the weights, folding the factors into the
-            norm or linear layer before (arXiv 2211.10438, 2405.04532). True finds the pairs in
-            blocks of known architectures; a mapping names them for others, within a block:
+            norm or linear layer before (arXiv 2211.10438, 2405.04532). True finds the pairs of each
+            block, by known names or by structure, and tries them on copies; the report names layers
+            without one. A mapping names them, within a block, and no others are taken:
             ``{"norm1": ["attn.q", "attn.k", "attn.v"]}``.
         rotate: rotate the residual stream by a random Hadamard matrix, folded into the weights
             around it (arXiv 2404.00456); for models of the Llama family.

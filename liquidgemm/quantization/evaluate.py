@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,12 +83,7 @@ def evaluate(
         count += len(target)
         if reference is None:
             continue
-        log_r = _log_probabilities(reference, window, first).to(log_p.device)
-        if log_r.shape != log_p.shape:
-            raise ValueError(
-                f"reference: expected the model's vocabulary of {log_p.shape[1]} tokens, "
-                f"got one of {log_r.shape[1]}"
-            )
+        log_r = _compatible(_log_probabilities(reference, window, first), log_p)
         reference_loss += F.nll_loss(log_r, target, reduction="sum").item()
         same += int((log_p.argmax(1) == log_r.argmax(1)).sum())
         divergences.append(F.kl_div(log_p, log_r, log_target=True, reduction="none").sum(1).cpu())
@@ -104,6 +100,130 @@ def evaluate(
         kl.mean().item(),
         kl.quantile(0.99).item(),
     )
+
+
+_SHORTEST_BAND = 512
+
+
+@dataclass(frozen=True)
+class ContextBand:
+    """What `evaluate_context` measures of tokens with ``first`` to ``last`` tokens before them.
+
+    Attributes:
+        tokens: number of them.
+        perplexity, reference_perplexity, agreement, mean_kl: as of `Evaluation`.
+    """
+
+    first: int
+    last: int
+    tokens: int
+    perplexity: float
+    reference_perplexity: float | None = None
+    agreement: float | None = None
+    mean_kl: float | None = None
+
+
+@torch.no_grad()
+def evaluate_context(
+    model: nn.Module,
+    windows: Iterable[Tensor],
+    reference: nn.Module | None = None,
+    chunk: int = 512,
+    progress: bool = False,
+) -> list[ContextBand]:
+    """Perplexity by how many tokens come before: what a long context is worth, and what it loses.
+
+    Each window is given to the models in chunks, with a cache of keys and values, so that logits of
+    one chunk are there at a time.
+
+    Args:
+        model: a causal language model of ``transformers``.
+        windows: int64 ``[1, T]``, all of one length of at least 2.
+        reference: a model with the same vocabulary.
+        chunk: tokens at a time.
+        progress: show a progress bar.
+
+    Returns:
+        bands of 1 to 511 tokens before, 512 to 1023, 1024 to 2047 and so on, up to T - 1.
+
+    Raises:
+        ValueError: there are no windows, they are too short, of several lengths, or longer than a
+            model has positions for; chunk is below 1; or the reference has another vocabulary.
+    """
+    windows = list(windows)
+    lengths = {window.shape[1] for window in windows}
+    if len(lengths) != 1 or min(lengths) < 2:
+        got = f"lengths {sorted(lengths)}" if windows else "none"
+        raise ValueError(f"windows: expected some of one length of at least 2, got {got}")
+    if chunk < 1:
+        raise ValueError(f"chunk: expected at least 1, got {chunk}")
+    (length,) = lengths
+    for each in (model, reference):
+        positions = getattr(getattr(each, "config", None), "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"windows: expected at most {positions} tokens, as {type(each).__name__} has "
+                f"positions, got {length}"
+            )
+    firsts = [1, *_doubling(length)]
+    # Sums of: loss, that of the reference, tokens with the same most likely one, divergence.
+    sums = torch.zeros(len(firsts), 4, dtype=torch.float64)
+    for window in tqdm(windows, desc="evaluating", disable=not progress):
+        streams = [_stream(m, window, chunk) for m in (model, reference) if m is not None]
+        before = 1  # tokens before the first one that the chunk predicts
+        for log_p, *others in zip(*streams, strict=True):
+            target = window[0, before : before + len(log_p)].to(log_p.device)
+            values = torch.zeros(len(target), 4, dtype=torch.float64)
+            values[:, 0] = F.nll_loss(log_p, target, reduction="none")
+            for other in others:
+                log_r = _compatible(other, log_p)
+                values[:, 1] = F.nll_loss(log_r, target, reduction="none")
+                values[:, 2] = log_p.argmax(1) == log_r.argmax(1)
+                kl = F.kl_div(log_p, log_r, log_target=True, reduction="none")
+                values[:, 3] = kl.sum(1)
+            at = torch.arange(before, before + len(target))
+            band = torch.bucketize(at, torch.tensor(firsts), right=True) - 1
+            sums.index_add_(0, band, values)
+            before += len(target)
+    bands = []
+    for first, stop, row in zip(firsts, [*firsts[1:], length], sums.tolist(), strict=True):
+        count = (stop - first) * len(windows)
+        loss, reference_loss, same, kl = (value / count for value in row)
+        compared = (_exp(reference_loss), same, kl) if reference is not None else ()
+        bands.append(ContextBand(first, stop - 1, count, _exp(loss), *compared))
+    return bands
+
+
+def _doubling(length: int) -> Iterator[int]:
+    first = _SHORTEST_BAND
+    while first < length:
+        yield first
+        first *= 2
+
+
+def _stream(model: nn.Module, window: Tensor, chunk: int) -> Iterator[Tensor]:
+    """Log-probabilities ``[<= chunk, V]`` of the tokens after each but the last."""
+    device = next(t.device for t in (*model.parameters(), *model.buffers()))
+    cache: Any = None
+    for ids in window[:, :-1].split(chunk, dim=1):
+        output = model(input_ids=ids.to(device), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        yield F.log_softmax(output.logits[0].float(), dim=-1)
+
+
+def _compatible(log_r: Tensor, log_p: Tensor) -> Tensor:
+    """The reference's, on the device of the model's.
+
+    Raises:
+        ValueError: it has another vocabulary.
+    """
+    log_r = log_r.to(log_p.device)
+    if log_r.shape != log_p.shape:
+        raise ValueError(
+            f"reference: expected the model's vocabulary of {log_p.shape[1]} tokens, "
+            f"got one of {log_r.shape[1]}"
+        )
+    return log_r
 
 
 def _exp(mean: float) -> float:

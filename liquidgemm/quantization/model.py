@@ -167,10 +167,12 @@ def quantize_(
                     model, names, places, config, progress, probe, experts
                 )
                 losses, measure = dict[str, float](), ""
+                unsmoothed = dict[str, str]()
             else:
                 folder = None if resume is None else path_of(resume)
                 found = calibrate(model, names, config, batches, unseen, device, folder, progress)
                 layers, losses, measure = found.layers, found.held_out, found.measure
+                unsmoothed = found.unsmoothed
                 check_gate(losses, config.gate, measure)
                 coarse_rows, sizes = _install(model, names, places, found, config, probe, experts)
             for name in selection.heads:
@@ -191,6 +193,7 @@ def quantize_(
             tuple(layers),
             losses,
             measure=measure,
+            unsmoothed=unsmoothed,
             parameters=selection.parameters,
             experts=of_experts,
             verification=None if probe is None else probe.result,

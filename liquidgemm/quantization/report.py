@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -129,6 +129,7 @@ class QuantizationReport:
             "calibrated"; empty if there was none.
         measure: what kind of loss that is: "loss" of the next token, "loss on labels", or "relative
             output error", ``‖y - r‖ / ‖r‖`` with r what the float model gives.
+        unsmoothed: with ``smooth=True``, by name of a layer why nothing can be folded into it.
         plan: of a dry run, what would become of each layer.
         parameters: by name, every parameter of two or more dimensions that the model had, one that
             is used in several places once; weights of layers that were quantized before, too.
@@ -144,6 +145,7 @@ class QuantizationReport:
     layers: tuple[LayerReport, ...] = ()
     held_out: dict[str, float] = field(default_factory=dict)
     measure: str = ""
+    unsmoothed: dict[str, str] = field(default_factory=dict)
     plan: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, ParameterReport] = field(default_factory=dict)
     experts: dict[str, ExpertsReport] = field(default_factory=dict)
@@ -178,12 +180,7 @@ class QuantizationReport:
             f"{self.bytes_after / 1e6:.1f} MB",
             self.accounting(),
         ]
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            by_reason.setdefault(reason, []).append(name or "the model")
-        for reason, names in by_reason.items():
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"skipped {', '.join(names[:3])}{more}: {reason}")
+        lines += _by_reason("skipped", self.skipped)
         if self.coarse_rows:
             rows = sum(self.coarse_rows.values())
             lines.append(f"{rows} rows in {len(self.coarse_rows)} layers have outliers")
@@ -193,6 +190,7 @@ class QuantizationReport:
             lines.append(f"{self.measure} on held-out {kind}: {losses}")
         elif any(layer.tokens for layer in self.layers):
             lines.append("no held-out text: nothing says how this does on text of other kinds")
+        lines += _by_reason("not smoothed", self.unsmoothed)
         for note in dict.fromkeys(layer.note for layer in self.layers if layer.note):
             names = [layer.name for layer in self.layers if layer.note == note]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -252,6 +250,16 @@ class QuantizationReport:
             ImportError: matplotlib is not installed.
         """
         plot_layers(self.layers, path)
+
+
+def _by_reason(what: str, reasons: Mapping[str, str]) -> Iterator[str]:
+    """A line for each reason; "" is the name of the model."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name or "the model")
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"{what} {', '.join(names[:3])}{more}: {reason}"
 
 
 def bits_per_weight(quantized: QuantizedWeight) -> float:

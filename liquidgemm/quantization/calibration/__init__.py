@@ -5,7 +5,8 @@
   them, `simulate` stands in for the kernel, `resume` keeps finished ones.
 - `gate` judges the result on held-out data, by a `measure` that fits the model.
 - `layer`: one weight, by `moments` (second moments of inputs) and `gptq` (codes, residual columns).
-- `smooth`, `rotate`: what is folded into a model without changing its function; `tune`: scales.
+- `sites`: where `smooth` can fold something into a model; it and `rotate` do, without changing its
+  function; `tune`: scales.
 - `data`: what a model is given; `masks`: what of it is padding; `trees`: tensors in what modules
   take and give.
 - `plan`: what would become of each layer; `report`: what came of it.

@@ -36,7 +36,8 @@ from .record import order_units
 from .resume import Resume
 from .rotate import rotate_
 from .simulate import SimulatedLinear
-from .smooth import Site, Sites, sample_rows, smooth_site
+from .sites import Sites
+from .smooth import Site, sample_rows, smooth_site
 from .tune import tune_block
 from .units import Unit, find_units
 
@@ -54,6 +55,7 @@ class Calibrated:
         layers: one report per layer.
         held_out: losses on held-out data by name, if there was any.
         measure: what kind of loss that is, one of `gate`.
+        unsmoothed: by name of a layer, why nothing can be folded into it, for ``smooth=True``.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -62,6 +64,7 @@ class Calibrated:
     layers: list[LayerReport] = field(default_factory=list)
     held_out: dict[str, float] = field(default_factory=dict)
     measure: str = ""
+    unsmoothed: dict[str, str] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -121,6 +124,7 @@ class _Run:
             with running(model, batch, f"calibration: batch {number}"):
                 recordings.of(batch, self.sites.observe)
         self.sites.find()
+        self.result.unsmoothed = self.sites.unsmoothed
         self.unseen = HeldOut(model, recordings, held_out, config) if held_out else None
         rotate_(model, config)  # what has been recorded stays as it is
         self.units = order_units(recordings.units, list(recordings.found.values()))

@@ -14,7 +14,7 @@ from ..experts import Experts
 from ..layer import layer_method, residual_columns
 from .data import running
 from .flow import Recordings
-from .smooth import check_pairs, find_sites
+from .sites import check_pairs, find_sites
 from .units import find_units
 
 
@@ -29,7 +29,8 @@ def plan(
 
     Which layers the calibration data reaches is known if there is some: it is run through the
     float model, one batch of each kind. Without, all are taken to be reached. Smoothing is tried
-    when it comes to it: only what leaves a block's function as it is is done.
+    when it comes to it: only what leaves a block's function as it is is done. Pairs that are found
+    by structure are not in the plan.
 
     Raises:
         ValueError: as of calibration before it starts.

@@ -8,7 +8,7 @@ from tiny_models import batches, logits, make, transformers
 from typer.testing import CliRunner
 
 from liquidgemm.cli import main as cli
-from liquidgemm.quantization.evaluate import evaluate, sliding_windows
+from liquidgemm.quantization.evaluate import evaluate, evaluate_context, sliding_windows
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,59 @@ def test_a_broken_model_has_no_finite_perplexity():
     assert evaluate(model, [window]).perplexity == float("inf")
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 64, 999])
+def test_evaluate_context_is_that_of_one_forward(monkeypatch, chunk):
+    """Bands of 1 to 7 tokens before, 8 to 15, 16 to 31 and 32 to 49."""
+    monkeypatch.setattr("liquidgemm.quantization.evaluate._SHORTEST_BAND", 8)
+    model, other = make(), make(seed=1)
+    windows = list(torch.randint(0, 64, (2, 1, 50), generator=torch.Generator().manual_seed(3)))
+    bands = evaluate_context(model, windows, other, chunk)
+    assert [(band.first, band.last) for band in bands] == [(1, 7), (8, 15), (16, 31), (32, 49)]
+    log_p, log_r = (
+        torch.stack([logits(m, w)[0, :-1].double().log_softmax(1) for w in windows])
+        for m in (model, other)
+    )
+    target = torch.cat(windows)[:, 1:, None]
+    for band in bands:
+        at = slice(band.first - 1, band.last)
+        assert band.tokens == 2 * (band.last - band.first + 1)
+        for log, perplexity in ((log_p, band.perplexity), (log_r, band.reference_perplexity)):
+            nll = -log[:, at].gather(2, target[:, at]).mean()
+            assert perplexity == pytest.approx(nll.exp().item(), rel=1e-4)
+        same = (log_p[:, at].argmax(2) == log_r[:, at].argmax(2)).double().mean()
+        assert band.agreement == pytest.approx(same.item())
+        kl = (log_r.exp() * (log_r - log_p))[:, at].sum(2).mean()
+        assert band.mean_kl == pytest.approx(kl.item(), rel=1e-4)
+    (whole,) = (evaluate(model, [(w, 1)]).perplexity for w in windows[:1])
+    one = evaluate_context(model, windows[:1], chunk=chunk)
+    assert one[0].agreement is None
+    mean = sum(b.tokens * torch.tensor(b.perplexity).log() for b in one) / 49
+    assert mean.exp().item() == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("windows", "options", "message"),
+    [
+        ([], {}, "windows: expected some of one length of at least 2, got none"),
+        ([torch.zeros(1, 1)], {}, r"windows: expected .*, got lengths \[1\]"),
+        ([torch.zeros(1, 4), torch.zeros(1, 5)], {}, r"windows: expected .*, got lengths \[4, 5\]"),
+        ([torch.zeros(1, 65)], {}, "expected at most 64 tokens, as LlamaForCausalLM has positions"),
+        ([torch.zeros(1, 5)], {"chunk": 0}, "chunk: expected at least 1, got 0"),
+        (
+            [torch.zeros(1, 5).long()],
+            {"reference": {"vocab_size": 72}},
+            "reference: expected the model's vocabulary of 64 tokens, got one of 72",
+        ),
+    ],
+)
+def test_evaluate_context_says_what_it_cannot_do(windows, options, message):
+    """CHECKLIST 28."""
+    if fields := options.get("reference"):
+        options = {"reference": make(**fields)}
+    with pytest.raises(ValueError, match=message):
+        evaluate_context(make(), windows, **options)
+
+
 # The command line.
 
 
@@ -109,6 +162,11 @@ def test_quantize_and_eval_commands(folder):
     assert found["tokens"] == 9 * 13 - 1
     assert 0.5 < found["agreement"] <= 1
     assert run("eval", out, "--text", folder / "b.txt", "--device", "cpu").exit_code == 0
+    by_context = ["eval", out, "--text", folder / "b.txt", "--reference", model, "--context", 32]
+    (band,) = json.loads(run(*by_context, "--json", "--device", "cpu").stdout)
+    assert (band["first"], band["last"], band["tokens"]) == (1, 31, 3 * 31)
+    assert 0.5 < band["agreement"] <= 1
+    assert "by tokens before" in run(*by_context, "--device", "cpu").stdout
 
 
 @pytest.mark.parametrize(
@@ -119,6 +177,14 @@ def test_quantize_and_eval_commands(folder):
         (
             ["eval", "model", "--text", "a.txt", "--length", "8", "--stride", "8"],
             "stride: expected",
+        ),
+        (
+            ["eval", "model", "--text", "a.txt", "--context", "9", "--stride", "8"],
+            "--stride: expected to be left out beside --context",
+        ),
+        (
+            ["eval", "model", "--text", "a.txt", "--context", "999"],
+            "--context 999: expected a text as long, got 117 tokens",
         ),
         (["quantize", "model", "-o", "out", "--method", "gptq"], "--calib: expected text files"),
         (["quantize", "model", "-o", "out", "--augment", "3"], "augment: expected a multiple"),

@@ -9,7 +9,7 @@ from liquidgemm import LiquidConfig, quantize_
 from liquidgemm.quantization.calibration.blocks import main_tensor, run_block
 from liquidgemm.quantization.calibration.flow import Recordings
 from liquidgemm.quantization.calibration.rotate import rotate_
-from liquidgemm.quantization.calibration.smooth import find_sites, usable_sites
+from liquidgemm.quantization.calibration.sites import Trials, find_sites
 from liquidgemm.quantization.calibration.units import find_units
 
 NORMS = ["input_layernorm", "post_attention_layernorm"]
@@ -36,7 +36,7 @@ def first_call(model, batch):
     ],
 )
 def test_smoothing_pairs(kind, sources):
-    """What is found can be folded: `usable_sites` has tried each with arbitrary factors."""
+    """What is found can be folded: `Trials` has tried each with arbitrary factors."""
     model = make(kind)
     name, call = first_call(model, batches(1)[0])
     if not sources:
@@ -45,7 +45,7 @@ def test_smoothing_pairs(kind, sources):
     block = model.get_submodule(name)
     found = find_sites(block, LiquidConfig(smooth=True))
     before = state(block)
-    usable, refused = usable_sites(block, found, lambda b: main_tensor(run_block(b, call)))
+    usable, refused = Trials(block, lambda b: [main_tensor(run_block(b, call))]).usable(found)
     assert [site.source for site in usable] == sources, refused
     assert_same_state(block, before)
 
@@ -67,7 +67,7 @@ def test_a_pair_that_cannot_be_folded_is_found_out():
     block = Block(model.model.layers[0])
     _, call = first_call(model, batches(1)[0])
     sites = find_sites(block, LiquidConfig(smooth=True))
-    usable, refused = usable_sites(block, sites, lambda b: main_tensor(run_block(b, call)))
+    usable, refused = Trials(block, lambda b: [main_tensor(run_block(b, call))]).usable(sites)
     assert [site.source for site in usable] == ["self_attn.v_proj"]
     assert [site.source for site in refused] == ["input_layernorm"]
 
