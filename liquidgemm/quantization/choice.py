@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .._files import path_of
-from ..formats.liquidquant import PANEL, ceil_div, padded
+from ..formats.liquidquant import BLOCK_BYTES, GROUP, PANEL, ceil_div, padded
 from ..nn._modules import conv1d_as_linear, linear_at
 from .calibration.data import as_batches, digest
 from .choice_report import Choice, NoRecipeError, Trial, in_words
@@ -33,6 +33,7 @@ CHOSEN_FIELDS = ("method", "smooth", "augment", "keep", "gate")
 _DATA: dict[str, Any] = {"method": "gptq", "smooth": True}
 _COLUMNS = (64, 128, 256)
 _SHARES = (1 / 8, 1 / 4, 1 / 2)
+_ROUNDING = 1e-9  # so that a share that fills the target is not beyond it
 _LEAST_SHARE = 0.02  # of the weights; to keep less is not worth a trial
 
 
@@ -66,9 +67,11 @@ class _Layer:
 
     def bits(self, method: str, extra: int) -> int:
         """What is stored, as `LiquidLinear` has it."""
-        stored = padded(self.columns) + (padded(self.columns) if method == "int8" else extra)
-        blocks = ceil_div(self.rows, PANEL) * stored // PANEL
-        return 8 * (blocks * (PANEL * PANEL // 2 + 2 * PANEL) + 4 * self.rows)
+        rows = ceil_div(self.rows, PANEL) * PANEL
+        if method == "int8":
+            return 8 * rows * padded(self.columns) + 32 * self.rows
+        codes = rows * (padded(self.columns) + extra)
+        return codes * BLOCK_BYTES * 8 // (PANEL * GROUP) + 32 * self.rows
 
 
 @torch.no_grad()
@@ -286,7 +289,7 @@ def _recipes(
         least, most = bits_of(fields), bits_of(fields, 1.0)
         shares = set(_SHARES) if max_loss is not None else set()
         if target is not None and least < target < most:
-            shares.add((target - least) / (most - least))
+            shares.add((1 - _ROUNDING) * (target - least) / (most - least))
         recipes += [
             _Recipe(f"{name}, keep {100 * share:.0f} %", fields, share)
             for share in shares
