@@ -54,8 +54,19 @@ LAYERS = {
         Layer("gpt-oss-20b", 2880, 2880, 32, 4, activation="swiglu_clamped"),
         Layer("glm-4.5-air", 4096, 1408, 128, 8),
         Layer("qwen3-235b-tp4", 4096, 384, 128, 8),
+        # Not measured by default.
+        Layer("mixtral-8x22b", 6144, 16384, 8, 2),
+        Layer("qwen3-next-80b", 2048, 512, 512, 10),
+        Layer("qwen3.5-35b-a3b", 2048, 512, 256, 8),
+        Layer("dsv4-flash-ep8", 4096, 2048, 256, 6, ranks=8),
+        Layer("gpt-oss-120b", 2880, 2880, 128, 4, activation="swiglu_clamped"),
+        Layer("glm-4.5-tp4", 5120, 384, 160, 8),
+        Layer("kimi-k2-ep8", 7168, 2048, 384, 8, ranks=8),
+        Layer("llama-4-scout", 5120, 8192, 16, 1),
+        Layer("minimax-m2", 3072, 1536, 256, 8),
     )
 }
+MEASURED = tuple(LAYERS)[:6]
 ROUTINGS = ("uniform", "skewed")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 

@@ -28,6 +28,7 @@ from liquidgemm.ops.plans import grouped_plan, grouped_plan_names
 from ..core import machine, timing
 from ..core.experts import (
     LAYERS,
+    MEASURED,
     ROUTINGS,
     STREAM_BYTES_PER_US,
     TOKENS,
@@ -270,8 +271,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layers",
         type=argument(choices(tuple(LAYERS))),
-        default=",".join(LAYERS),
-        help="default: %(default)s",
+        default=",".join(MEASURED),
+        help=f"default: %(default)s; also {', '.join(tuple(LAYERS)[len(MEASURED) :])}",
     )
     parser.add_argument(
         "--tokens",
