@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import torch
 from sglang.srt.layers import linear, vocab_parallel_embedding
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from torch import nn
 
 from liquidgemm.integrations.sglang import register
@@ -61,3 +62,7 @@ def replicated(config, k, n) -> nn.Module:
 
 def embedding() -> nn.Module:
     return nn.Module.__new__(vocab_parallel_embedding.ParallelLMHead)
+
+
+def experts() -> nn.Module:
+    return FusedMoE.__new__(FusedMoE)

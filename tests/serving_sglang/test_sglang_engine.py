@@ -3,6 +3,7 @@
 import sglang_layers  # noqa: F401, I001 - the stand-ins, before SGLang
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -111,6 +112,17 @@ def test_what_we_save_is_served(saved):
     first, second = log_probabilities(saved)
     assert_near(first, expected(load_quantized(saved)))
     assert torch.equal(first, second)
+
+
+def test_a_float_checkpoint_is_quantized_as_it_is_loaded(tmp_path):
+    float_model().save_pretrained(tmp_path)
+    fields = {"augment": {"down_proj": 64}, "keep": ["o_proj"]}
+    settings = {"quantization_config": {"quant_method": "liquidgemm", "config": fields}}
+    options = {"quantization": "liquidgemm", "json_model_override_args": json.dumps(settings)}
+    first, _ = log_probabilities(tmp_path, **options)
+    model = float_model()
+    quantize_(model, LiquidConfig(**fields), progress=False, verify=False)
+    assert_near(first, expected(model))
 
 
 def test_experts_are_served(tmp_path):

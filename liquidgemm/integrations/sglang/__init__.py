@@ -11,8 +11,9 @@ def register() -> None:
 
     from .config import LiquidGemmConfig
     from .linear import LiquidLinearMethod
+    from .online import OnlineLiquidLinearMethod
 
-    name, loader = LiquidGemmConfig.METHOD, LiquidLinearMethod.__name__
+    name, methods = LiquidGemmConfig.METHOD, (LiquidLinearMethod, OnlineLiquidLinearMethod)
     if name in quantization.QUANTIZATION_METHODS:
         return
     try:
@@ -23,5 +24,5 @@ def register() -> None:
     # The first is what all others are made of, the second the copy that is looked up.
     quantization.BASE_QUANTIZATION_METHODS[name] = LiquidGemmConfig
     quantization.QUANTIZATION_METHODS[name] = LiquidGemmConfig
-    linear.WEIGHT_LOADER_V2_SUPPORTED.append(loader)
+    linear.WEIGHT_LOADER_V2_SUPPORTED += [method.__name__ for method in methods]
     add_quantization_method_choices([name])

@@ -16,15 +16,18 @@ from sglang.srt.layers.linear import (
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
-from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from torch import nn
 
 from ...ops import FLOATS
+from ...quantization.config import LiquidConfig
 from ..serving import summary
-from ..serving.names import Names
+from ..serving.names import Names, parts_of
+from ..serving.online import check_online, left_in_floats, skipped
 from ..transformers import LiquidGemmConfig as Settings
 from .experts import LiquidExpertsMethod
 from .linear import LiquidLinearMethod
+from .online import OnlineLiquidLinearMethod
 
 logger = logging.getLogger("sglang.srt.liquidgemm")
 
@@ -34,6 +37,7 @@ _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pro
 _OF_MLA = ("kv_b_proj", "fused_qkv_a_proj_with_mqa")
 # What SGLang itself adds to the settings of a checkpoint.
 _OF_SGLANG = ("packed_modules_mapping", "hf_config")
+_LINEAR = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
 _REMEDY = "run `liquidgemm quantize` or `liquidgemm import`, and serve its output"
 
 
@@ -45,21 +49,30 @@ class Summary(summary.Summary):
 class LiquidGemmConfig(QuantizationConfig):
     """Which layers are ours, from the ``quantization_config`` of config.json.
 
+    Two kinds of checkpoints are known: ours, whose ``layers`` are named, and in floats, quantized
+    while they are loaded by the fields of ``config`` (see `LiquidConfig`), or without any such
+    settings by its defaults.
+
     Raises:
-        ValueError: a setting that is not understood, or a checkpoint that is not of ours.
+        ValueError: a setting that is not understood or needs data to quantize with, or a checkpoint
+            of another project.
     """
 
     METHOD = "liquidgemm"
 
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__()
-        if settings is None or settings.layers is None:
-            raise ValueError(
-                "quantization: expected a checkpoint that liquidgemm has quantized, got one in "
-                f"floats, which the plug-in for SGLang does not quantize while loading: {_REMEDY}"
-            )
-        self.settings = settings
-        self.names: Names[int] = Names(settings.layers)
+        settings = Settings() if settings is None else settings
+        # What quantizes while loading; None where the checkpoint has codes.
+        self.recipe = settings.config if settings.layers is None else None
+        if self.recipe is not None:
+            check_online(self.recipe)
+            if self.recipe.head == "int8":
+                raise ValueError(
+                    "head: expected 'float' to quantize while loading, as a quantized head cannot "
+                    "be served with SGLang yet, got 'int8'"
+                )
+        self.names: Names[int] = Names(settings.layers or {})
         self.experts: Names[Mapping[str, Any]] = Names(settings.experts)
         self.summary = Summary()
 
@@ -98,37 +111,73 @@ class LiquidGemmConfig(QuantizationConfig):
         self.experts = Names(hf_to_sglang_mapper.apply_dict(dict(self.experts.layers)))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        found = self.names.of(prefix, _FUSED | self.packed_modules_mapping)
+        method: QuantizeMethodBase | str | None
         if isinstance(layer, FusedMoE):
-            return self._experts(prefix)
+            method = self._experts(prefix)
+        elif self.recipe is not None:
+            method = self._online(layer, prefix, self.recipe)
+        else:
+            method = self._loaded(layer, prefix)
+        if isinstance(method, QuantizeMethodBase):
+            check_device()
+            return method
+        if method is not None:
+            self.summary.leave(prefix, method)
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def is_linear_unquantized(self, prefix: str) -> bool:
+        """What some of SGLang's models ask before they make a layer."""
+        if self.recipe is not None:
+            return skipped(self.recipe, prefix) is not None
+        return not self.names.of(prefix, _FUSED | self.packed_modules_mapping)
+
+    def _loaded(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | str | None:
+        """The method, or why there is none; None for what is no linear layer."""
+        found = self.names.of(prefix, _FUSED | self.packed_modules_mapping)
         if isinstance(layer, VocabParallelEmbedding):
             self._refuse(found, "a quantized head cannot be served with SGLang yet")
             return None
-        if not isinstance(layer, LinearBase):
+        if not isinstance(layer, _LINEAR):
             self._refuse(found, f"{type(layer).__name__} cannot be served in W4A8")
-            return None
+            return "so in the checkpoint" if isinstance(layer, LinearBase) else None
         if prefix.rpartition(".")[2] in _OF_MLA:
             self._refuse(found, "MLA cannot be served with SGLang yet")
         if not found:
-            self.summary.leave(prefix, "so in the checkpoint")
-            return UnquantizedLinearMethod()
-        if not isinstance(layer, ColumnParallelLinear | RowParallelLinear | ReplicatedLinear):
-            self._refuse(found, f"{type(layer).__name__} cannot be served in W4A8")
-        check_device()
+            return "so in the checkpoint"
         return LiquidLinearMethod(tuple(found), tuple(found.values()), self.summary)
 
-    def _experts(self, prefix: str) -> QuantizeMethodBase | None:
+    def _online(
+        self, layer: nn.Module, prefix: str, config: LiquidConfig
+    ) -> QuantizeMethodBase | str | None:
+        if isinstance(layer, ParallelLMHead):
+            return skipped(config, prefix) or "a quantized head cannot be served with SGLang yet"
+        if not isinstance(layer, LinearBase):
+            return None
+        if prefix.rpartition(".")[2] in _OF_MLA or not isinstance(layer, _LINEAR):
+            return "SGLang takes its float weight apart"
+        names = parts_of(prefix, _FUSED | self.packed_modules_mapping)
+        sizes = layer.output_size, layer.input_size
+        if (reason := left_in_floats(config, prefix, names, *sizes)) is not None:
+            return reason
+        return OnlineLiquidLinearMethod(tuple(names), config, self.summary)
+
+    def _experts(self, prefix: str) -> QuantizeMethodBase | str:
+        if self.recipe is not None:
+            if (reason := skipped(self.recipe, prefix)) is not None:
+                return reason
+            raise ValueError(
+                f"{prefix}: expected linear layers to quantize while loading, got experts, for "
+                f"which SGLang's plug-in cannot do it yet: {_REMEDY}"
+            )
         inside = [name for name in self.names.layers if name.startswith(f"{prefix}.")]
         self._refuse(inside, "experts of their own tensors in W4A8 cannot be served with SGLang")
         if found := self.experts.of(prefix, {}):
-            check_device()
             ((name, sizes),) = found.items()
             return LiquidExpertsMethod(name, sizes, self.summary)
         block = _block(prefix)
         elsewhere = [name for name in self.experts.layers if block and _block(name) == block]
         self._refuse(elsewhere, f"SGLang, which calls it {prefix}, would not find its tensors")
-        self.summary.leave(prefix, "so in the checkpoint")
-        return None
+        return "so in the checkpoint"
 
     @staticmethod
     def _refuse(found, reason: str) -> None:

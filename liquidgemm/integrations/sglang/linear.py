@@ -7,7 +7,7 @@ from sglang.srt.layers.quantization.base_config import LinearMethodBase
 from torch import Tensor, nn
 
 from ... import ops
-from ..serving.layout import Slice, as_packed
+from ..serving.layout import Packed, Slice, as_packed
 from ..serving.summary import Summary
 from ..serving.tensors import CODES, EngineLayer, one_or_each, pack_loaded
 from .parameters import PARAMETERS
@@ -22,16 +22,46 @@ def part_of(layer: EngineLayer, length: int, total: int) -> Slice:
     return Slice(rank * length, length, total)
 
 
-class LiquidLinearMethod(LinearMethodBase):
-    """Layers that a checkpoint of ours has quantized.
+def check_whole(name: str, layer: EngineLayer) -> None:
+    """Raises a ValueError for a checkpoint that has a slice of a layer."""
+    if getattr(layer, "use_presharded_weights", False):
+        raise ValueError(f"{name}: expected a checkpoint of whole layers, got one that is sliced")
 
-    Once loaded, a layer has the parameters ``qweight``, the packed weight, ``scale`` and, with
-    residual columns, ``columns``.
+
+class PackedLinearMethod(LinearMethodBase):
+    """Computes with a packed weight, which subclasses bring about.
+
+    A layer then has the parameters ``qweight``, the packed weight, ``scale`` and, with residual
+    columns, ``columns``.
     """
 
-    def __init__(self, names: tuple[str, ...], augments: tuple[int, ...], summary: Summary) -> None:
-        self.names, self.augments, self.summary = names, augments, summary
+    def __init__(self, names: tuple[str, ...], summary: Summary) -> None:
+        self.names, self.summary = names, summary
         summary.expect(names)
+
+    def set_packed(self, layer: EngineLayer, packed: Packed) -> None:
+        """Exchange what was loaded for what is computed with."""
+        for name in ("weight", *CODES, "scale", "columns"):
+            layer._parameters.pop(name, None)
+        held = {"qweight": packed.weight, "scale": packed.scale, "columns": packed.gather}
+        for name, tensor in held.items():
+            own = None if tensor is None else nn.Parameter(tensor.contiguous(), False)
+            layer.register_parameter(name, own)
+        layer.qweight.weight_loader = refuse
+        layer.liquid_pad = packed.pad
+        self.summary.done(self.names, layer.qweight.device)
+
+    def apply(self, layer: EngineLayer, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = as_packed(x, layer.columns, layer.liquid_pad)
+        return ops.linear(x, layer.qweight, layer.scale, bias)
+
+
+class LiquidLinearMethod(PackedLinearMethod):
+    """Layers that a checkpoint of ours has quantized."""
+
+    def __init__(self, names: tuple[str, ...], augments: tuple[int, ...], summary: Summary) -> None:
+        super().__init__(names, summary)
+        self.augments = augments
 
     def create_weights(
         self,
@@ -43,10 +73,7 @@ class LiquidLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs,
     ) -> None:
-        if getattr(layer, "use_presharded_weights", False):
-            raise ValueError(
-                f"{self.names[0]}: expected a checkpoint of whole layers, got one that is sliced"
-            )
+        check_whole(self.names[0], layer)
         loader = extra_weight_attrs["weight_loader"]
         self.part = part_of(layer, input_size_per_partition, input_size)
         self.rows = list(output_partition_sizes)
@@ -59,23 +86,10 @@ class LiquidLinearMethod(LinearMethodBase):
         codes = tuple(getattr(layer, name).data for name in CODES)
         columns = layer.columns.data if "columns" in layer._parameters else None
         given = self.names, codes, layer.scale.data, columns, self.rows, self.augments, self.part
-        packed = pack_loaded(*given)
-        for name in (*CODES, "scale", "columns"):
-            layer._parameters.pop(name, None)
-        held = {"qweight": packed.weight, "scale": packed.scale, "columns": packed.gather}
-        for name, tensor in held.items():
-            own = None if tensor is None else nn.Parameter(tensor.contiguous(), False)
-            layer.register_parameter(name, own)
-        layer.qweight.weight_loader = _refuse
-        layer.liquid_pad = packed.pad
-        self.summary.done(self.names, layer.qweight.device)
-
-    def apply(self, layer: EngineLayer, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        x = as_packed(x, layer.columns, layer.liquid_pad)
-        return ops.linear(x, layer.qweight, layer.scale, bias)
+        self.set_packed(layer, pack_loaded(*given))
 
 
-def _refuse(*args, **kwargs) -> None:
+def refuse(*args, **kwargs) -> None:
     raise RuntimeError(
         "qweight: it is packed, and cannot be loaded into: start the server anew to change weights"
     )

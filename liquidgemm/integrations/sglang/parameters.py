@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..serving import tensors
 
-_SHARDS: dict[int | str, int] = {"q": 0, "k": 1, "v": 2}
+SHARDS: dict[int | str, int] = {"q": 0, "k": 1, "v": 2}
 
 
 class CodesParameter(tensors.LoadsCodes, ModelWeightParameter):
@@ -27,7 +27,7 @@ class ColumnsParameter(BasevLLMParameter):
     def load_merged_column_weight(
         self, loaded_weight: Tensor, shard_id: int | str, **kwargs
     ) -> None:
-        index = _SHARDS.get(shard_id, shard_id)
+        index = SHARDS.get(shard_id, shard_id)
         self.data[index, : len(loaded_weight)].copy_(loaded_weight)
 
     load_qkv_weight = load_merged_column_weight

@@ -17,23 +17,19 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from ...nn._modules import matches
 from ...ops import FLOATS
 from ...quantization.config import LiquidConfig
-from ...quantization.layer import layer_method, residual_columns
-from ...quantization.selection import FEW_ROWS
 from ..serving.foreign import ForeignLayer, foreign_layers
 from ..serving.names import Names, parts_of
+from ..serving.online import check_online, left_in_floats, skipped
 from ..serving.tensors import EngineLayer
 from ..transformers import LiquidGemmConfig as Settings
 from .experts import LiquidExpertsMethod, OnlineLiquidExpertsMethod
 from .foreign import ForeignLiquidLinearMethod
 from .linear import LiquidLinearMethod
-from .online import OnlineLiquidLinearMethod, check_online
+from .online import OnlineLiquidLinearMethod
 from .summary import Summary, check_device
 
-# Names of layers that choose experts, some of which have that many rows.
-_ROUTERS = ("gate", "router", "shared_expert_gate")
 # Kinds of models whose layers of experts are named otherwise in vLLM, and what is within them.
 _OLD_NAMES = ("mixtral",)
 _OLD_NAMED = ("experts", "gate")
@@ -175,22 +171,8 @@ class LiquidGemmConfig(QuantizationConfig):
             return OnlineLiquidLinearMethod((prefix,), config, self.summary)
         if isinstance(layer, ParallelLMHead) and self.tied:
             return "tied to the embeddings"
-        if prefix.rpartition(".")[2] in _ROUTERS:
-            return "it chooses experts"
-        rows, columns = _shape(layer)
-        if rows < FEW_ROWS:
-            return f"fewer than {FEW_ROWS} rows"
         names = parts_of(prefix, self.packed_modules_mapping)
-        treatments = {
-            name: _skipped(config, name) or _treatment(config, name, columns) for name in names
-        }
-        if len(set(treatments.values())) > 1:
-            raise ValueError(
-                f"{prefix}: expected {', '.join(names)} to be treated alike, as vLLM computes them "
-                f"at once, got {treatments}: use patterns of skip, keep and augment that match all "
-                "of them or none"
-            )
-        if (reason := _skipped(config, names[0])) is not None:
+        if (reason := left_in_floats(config, prefix, names, *_shape(layer))) is not None:
             return reason
         return OnlineLiquidLinearMethod(tuple(names), config, self.summary)
 
@@ -213,21 +195,9 @@ class LiquidGemmConfig(QuantizationConfig):
             return LiquidExpertsMethod(moe, name, sizes, self.summary)
         if self.recipe is None:
             return "so in the checkpoint"
-        if (reason := _skipped(self.recipe, prefix)) is not None:
+        if (reason := skipped(self.recipe, prefix)) is not None:
             return reason
         return OnlineLiquidExpertsMethod(moe, prefix, self.recipe, self.summary)
-
-
-def _skipped(config: LiquidConfig, name: str) -> str | None:
-    """Why a config leaves a layer in floats, if it does."""
-    pattern = next((pattern for pattern in config.skip if matches(name, pattern)), None)
-    return None if pattern is None else f"matches the pattern {pattern!r}"
-
-
-def _treatment(config: LiquidConfig, name: str, in_features: int) -> str:
-    """What becomes of a layer, so that those which are computed at once can be compared."""
-    augment = residual_columns(config, name, in_features)
-    return f"{layer_method(config, name, False)}, {augment} residual columns"
 
 
 def _shape(layer: EngineLayer) -> tuple[int, int]:

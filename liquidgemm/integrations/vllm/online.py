@@ -23,21 +23,6 @@ from .summary import Summary
 DONE = "_already_called_process_weights_after_loading"
 
 
-def check_online(config: LiquidConfig) -> None:
-    """Raises a ValueError if a config needs more than one layer's weight at a time."""
-    for name in ("smooth", "rotate", "rotate_heads"):
-        if getattr(config, name):
-            raise ValueError(
-                f"{name}: expected False to quantize while loading, got {getattr(config, name)!r}: "
-                "it changes several layers at once; run `liquidgemm quantize` and serve its output"
-            )
-    if config.needs_calibration:
-        raise ValueError(
-            f"method: expected 'search' or 'rtn' to quantize while loading, got {config}: run "
-            "`liquidgemm quantize` with the text to calibrate on, and serve its output"
-        )
-
-
 @register_weight_loader_v2_supported_method
 class OnlineLiquidLinearMethod(PackedLinearMethod):
     """Quantizes without data, with one list of residual columns for all that vLLM fuses.

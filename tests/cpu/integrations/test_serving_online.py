@@ -1,0 +1,32 @@
+"""Which layers of a float checkpoint an engine quantizes while it loads them."""
+
+import pytest
+
+from liquidgemm import LiquidConfig
+from liquidgemm.integrations.serving.online import check_online, left_in_floats
+
+QKV = ["a.q_proj", "a.k_proj", "a.v_proj"]
+
+
+def test_what_stays_in_floats_says_why():
+    config = LiquidConfig(skip=["o_proj"], augment={"q_proj": 64, "k_proj": 64, "v_proj": 64})
+    assert left_in_floats(config, "a.qkv_proj", QKV, 192, 256) is None
+    assert left_in_floats(config, "a.gate", ["a.gate"], 128, 256) == "it chooses experts"
+    assert left_in_floats(config, "a.score", ["a.score"], 63, 256) == "fewer than 64 rows"
+    reason = left_in_floats(config, "a.o_proj", ["a.o_proj"], 64, 256)
+    assert reason == "matches the pattern 'o_proj'"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"keep": ["k_proj"]}, {"augment": {"q_proj": 64}}, {"skip": ["v_proj"]}]
+)
+def test_layers_of_one_product_are_treated_alike(fields):
+    with pytest.raises(ValueError, match=r"a\.qkv_proj: expected a\.q_proj, .* treated alike"):
+        left_in_floats(LiquidConfig(**fields), "a.qkv_proj", QKV, 192, 256)
+
+
+def test_what_needs_more_than_one_layer_is_refused():
+    check_online(LiquidConfig(augment=64, keep=["down_proj"]))
+    for fields, name in (({"smooth": True}, "smooth"), ({"method": "gptq"}, "method")):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            check_online(LiquidConfig(**fields))
