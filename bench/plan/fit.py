@@ -278,7 +278,11 @@ def header(s: Sweep, parameters: np.ndarray, pair_gain: float, gpu: str, source:
             "};",
             "",
             f"inline constexpr Costs {prefix}CostsOf{suffix} = {{",
-            *(f"    .{name} = {value if value >= 1e-4 else 0.0:.4g}," for name, value in constants),
+            # What is next to nothing is not determined to four digits.
+            *(
+                f"    .{name} = {value:{'.4g' if value >= 0.01 else '.4f'}},"
+                for name, value in constants
+            ),
             f"    .tiles = {prefix}TileCostsOf{suffix},",
             "};",
             "",

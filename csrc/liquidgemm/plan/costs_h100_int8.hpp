@@ -22,7 +22,7 @@ inline constexpr Costs kInt8CostsOfH100 = {
     .occupancy_us = 1.512,
     .half_sm_occupancy = 0.292,
     .memory_efficiency = 0.8865,
-    .m_tiles_share = 0.003915,
+    .m_tiles_share = 0.0039,
     .pair_gain = 0.9927,
     .tiles = kInt8TileCostsOfH100,
 };
