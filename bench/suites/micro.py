@@ -12,6 +12,7 @@ from ..core.shapes import argument, parse_shapes
 TITLES = {
     "stream_floor": "Stream floor: packed bytes into shared memory",
     "mma_rate": "INT8 WGMMA issue rate",
+    "mma_int4": "INT4 mma.sync issue rate",
     "dequant_cost": "Dequantization in registers",
     "lds_rate": "Reading weights from shared memory",
     "gemm": "The library's GEMM through its C++ API",
