@@ -34,6 +34,9 @@ FAMILIES = {
     "Mixtral": Family({"num_local_experts": 4}),
     "Qwen2Moe": Family({**_FEW, "shared_expert_intermediate_size": 96}),
     "Qwen3Moe": Family(_FEW),
+    "DeepseekV2": Family(
+        {**_GROUPS, **_LATENT, "moe_intermediate_size": 48, "n_shared_experts": 1}, 1
+    ),
     "DeepseekV3": Family({**_GROUPS, **_LATENT, "moe_intermediate_size": 48}, 1),
     "Glm4Moe": Family({**_GROUPS, "moe_intermediate_size": 48}, 1),
     "GptOss": Family({"num_local_experts": 4}),
@@ -42,6 +45,10 @@ FAMILIES = {
     ),
     "Olmoe": Family({"intermediate_size": 48, "num_experts": 4, "eos_token_id": 1}),
     "GraniteMoe": Family(_LOCAL),
+    "GraniteMoeShared": Family({**_LOCAL, "shared_intermediate_size": 96}),
+    "Ernie4_5_Moe": Family(
+        {"moe_intermediate_size": 48, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0}
+    ),
     "MiniMax": Family(_LOCAL),
     "Phimoe": Family(_LOCAL),
     "Jamba": Family(
