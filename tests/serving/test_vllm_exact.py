@@ -58,11 +58,22 @@ def test_every_rank_gives_the_bits_of_one(kind, size, bias, monkeypatch):
         outputs = [layer(part)[0] for layer, part in zip(layers, own, strict=True)]
     assert all(torch.equal(y, alone(w, x, b)) for y in outputs)
     assert len(sums) == 2 * size
+    assert "; 1 with the bits of one GPU on several" in layers[0].quant_method.summary.more()
+
+
+def test_the_op_is_what_compilers_are_told(monkeypatch):
+    monkeypatch.setattr(exact, "_reduced", lambda tensor, op: tensor)
+    layer, x = layer_of(weight(N, K, 64), 0, 2), tokens(K // 2)
+    given = x, layer.qweight, layer.scale, None, layer.columns, *layer.liquid_pad
+    op = torch.ops.liquidgemm_vllm.exact_row_parallel
+    torch.library.opcheck(op, given, test_utils=("test_schema", "test_faketensor"))
+    assert torch.equal(op(*given), exact.row_parallel(layer, x))
 
 
 def test_one_gpu_has_nothing_to_ask():
     layer = layer_of(weight(N, K), 0, 1)
     assert torch.equal(layer(tokens(K))[0], alone(weight(N, K), tokens(K)))
+    assert "bits of one GPU" not in layer.quant_method.summary.more()
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ class PackedLinearMethod(LinearMethodBase):
         layer.liquid_pad = packed.pad
         if self.exact and not getattr(layer, "liquid_exact", False):
             exact.take_over(layer, self.names[0])
+            self.summary.exact += 1
         layer.liquid_exact = self.exact
         if packed.gather is None:
             layer.columns = None

@@ -12,11 +12,14 @@ logger = init_logger("vllm.liquidgemm")
 
 
 class Summary(summary.Summary):
+    exact = 0  # layers with the bits of one GPU on several
+
     def say(self, line: str) -> None:
         logger.info("%s", line)
 
     def more(self) -> str:
-        return f"; SiLU fused with the quantization after it: {fusion.state()}"
+        exact = f"; {self.exact} with the bits of one GPU on several" if self.exact else ""
+        return f"{exact}; SiLU fused with the quantization after it: {fusion.state()}"
 
 
 def check_device() -> None:
