@@ -163,7 +163,8 @@ def _inputs(inputs: Settings) -> str:
     """What there is to say of how the source quantizes activations: here they are quantized to 8
     bits as the model runs, each token by its own scale. Scales measured before have no place."""
     # "local": as it comes but for one factor, by which FP4 uses the range of its scales.
-    inputs.choice("dynamic", (True, "local"), False)
+    of_floats = inputs.take("type", "int") == "float"
+    inputs.choice("dynamic", (True, "local") if of_floats else (True,), False)
     kind = {
         "num_bits": inputs.take("num_bits", 8),
         "type": inputs.take("type", "int"),
