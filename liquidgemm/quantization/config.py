@@ -60,7 +60,7 @@ class LiquidConfig:
             or not "lm_head" is skipped; where they are tied to the input embeddings, those keep
             their table of floats, and the head gets a weight of its own.
         gate: what to do if on held-out text the calibrated model is worse than one quantized
-            without data: "raise", "warn" or "off".
+            without data, or a tuned one worse than before tuning: "raise", "warn" or "off".
 
     Raises:
         ValueError: at construction, for any other value.

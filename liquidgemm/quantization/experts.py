@@ -258,6 +258,7 @@ def _mean_report(name: str, layers: list[LayerReport]) -> LayerReport:
     """One report for a stack: errors are means over its experts, tokens and seconds sums."""
 
     known = [layer.output_error for layer in layers if layer.output_error is not None]
+    rounded = [e for layer in layers if (e := layer.activation_error) is not None]
     method = Counter(layer.method for layer in layers).most_common(1)[0][0]
     notes = {layer.note for layer in layers}
     return replace(
@@ -266,6 +267,7 @@ def _mean_report(name: str, layers: list[LayerReport]) -> LayerReport:
         method=method,
         weight_error=sum(layer.weight_error for layer in layers) / len(layers),
         output_error=sum(known) / len(known) if known else None,
+        activation_error=sum(rounded) / len(rounded) if rounded else None,
         outlier=max((v for layer in layers if (v := layer.outlier) is not None), default=None),
         tokens=sum(layer.tokens for layer in layers),
         seconds=sum(layer.seconds for layer in layers),

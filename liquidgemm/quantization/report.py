@@ -42,6 +42,8 @@ class LayerReport:
         tokens: number of tokens it was calibrated on.
         seconds: time it took.
         note: why it was quantized without data although there was some; empty as a rule.
+        activation_error: ``‖(x̂ - x) Wᵀ‖² / ‖x Wᵀ‖²`` over that sample: what of output_error is left
+            if the weight were exact; None without calibration.
     """
 
     name: str
@@ -54,6 +56,14 @@ class LayerReport:
     tokens: int = 0
     seconds: float = 0.0
     note: str = ""
+    activation_error: float | None = None
+
+    @property
+    def activation_share(self) -> float | None:
+        """The part of output_error that rounding the activations alone causes, 0 to about 1."""
+        if self.activation_error is None or not self.output_error:
+            return None
+        return self.activation_error / self.output_error
 
     @classmethod
     def of(
@@ -71,8 +81,9 @@ class LayerReport:
         report = cls(name, method, bits_per_weight(quantized), 0.0, alpha=alpha)
         report.weight_error = relative_error(approximation, weight)
         if sample is not None:
-            outputs = F.linear(round_activation(sample), approximation)
-            report.output_error = relative_error(outputs, F.linear(sample, weight))
+            rounded, expected = round_activation(sample), F.linear(sample, weight)
+            report.output_error = relative_error(F.linear(rounded, approximation), expected)
+            report.activation_error = relative_error(F.linear(rounded, weight), expected)
             amax = sample.abs().amax(0)
             report.outlier = (amax.max() / amax.median().clamp_min(1e-30)).item()
         return report
@@ -126,7 +137,8 @@ class QuantizationReport:
         layers: errors of each quantized layer; of experts, for their first matrices and for their
             second ones, means over all experts.
         held_out: mean loss on held-out data of the model "reference", quantized "data-free" and
-            "calibrated"; empty if there was none.
+            "calibrated", and "untuned" with each block as it was before its tuning; empty if there
+            was none.
         measure: what kind of loss that is: "loss" of the next token, "loss on labels", or "relative
             output error", ``‖y - r‖ / ‖r‖`` with r what the float model gives.
         unsmoothed: with ``smooth=True``, by name of a layer why nothing can be folded into it.
@@ -276,7 +288,8 @@ def layer_table(layers: Sequence[LayerReport], worst: int = 10) -> Table:
     from rich.table import Table
 
     table = Table(title=f"the {min(worst, len(layers))} layers with the largest error")
-    for heading in ("layer", "method", "bits", "weight error", "output error", "outlier", "alpha"):
+    errors = ("weight error", "output error", "of activations")
+    for heading in ("layer", "method", "bits", *errors, "outlier", "alpha"):
         table.add_column(heading, justify="left" if heading in ("layer", "method") else "right")
 
     def shown(value: float | None, form: str) -> str:
@@ -289,6 +302,7 @@ def layer_table(layers: Sequence[LayerReport], worst: int = 10) -> Table:
             f"{layer.bits:.2f}",
             shown(layer.weight_error, ".2e"),
             shown(layer.output_error, ".2e"),
+            shown(layer.activation_share, ".0%"),
             shown(layer.outlier, ".0f"),
             shown(layer.alpha, ".2f"),
         )

@@ -33,7 +33,7 @@ from .flow import Lane, Recordings
 from .gate import HeldOut
 from .moments import Moments, round_activation
 from .record import order_units
-from .resume import Resume
+from .resume import BEFORE_TUNING, Resume
 from .rotate import rotate_
 from .simulate import SimulatedLinear
 from .sites import Sites
@@ -148,11 +148,22 @@ class _Run:
             self.unseen.reference(unit, block, layers)
         shapes = [_shape(call) for call in self.floats.calls(unit.name)]
         targets = [main_tensor(out) for out in self.floats.advance(unit.name, block, changes=True)]
-        reports = self.resume.load(index, original, block)
+        finished = self.resume.holds(index)
+        # A finished block is wanted as it was before tuning only to be judged.
+        stage = BEFORE_TUNING if self.config.tune and self.unseen is not None else ""
+        reports = self.resume.load(index, original, block, stage) if finished else None
         if reports is None:
             inputs = calls + self.lane.later_calls(unit.name)
             sites = self.sites.of(unit)
             reports = _quantize_unit(unit, block, layers, sites, self.config, inputs, bar)
+            if self.config.tune:
+                self.resume.save(index, original, block, reports, BEFORE_TUNING)
+        if self.config.tune and self.unseen is not None:
+            self.unseen.untuned(unit, block)
+        if finished and stage:
+            block = unit.copy(self.model, self.device, self.done)
+            self.resume.load(index, original, block)
+        if not finished:
             # An expert may get other tokens than in the float model.
             alike = [i for i, shape in enumerate(shapes) if shape == _shape(calls[i])]
             if alike:
@@ -163,6 +174,7 @@ class _Run:
                     self.config.tune,
                     self.config.seed,
                     unit.shared_parameters(self.model),
+                    bar.set_postfix_str,
                 )
             self.resume.save(index, original, block, reports)
         self.lane.advance(unit.name, block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -19,21 +20,29 @@ from .simulate import SimulatedLinear
 from .units import Unit
 
 REFERENCE, DATA_FREE, CALIBRATED = "reference", "data-free", "calibrated"
+UNTUNED = "untuned"  # the calibrated model before tuning, if there is any
+_KINDS = {DATA_FREE: "one quantized without data", UNTUNED: "the same before tuning"}
 
 
 def check_gate(losses: Mapping[str, float], gate: str, measure: str = NEXT_TOKEN) -> None:
     """Compare losses on held-out data; without any, or with the gate "off", do nothing.
 
     Raises:
-        RuntimeError: the calibrated model is worse than the data-free one and the gate is "raise".
+        RuntimeError: the calibrated model is worse than the data-free one, or than before tuning,
+            and the gate is "raise".
     """
-    if not losses or gate == "off" or losses[CALIBRATED] <= losses[DATA_FREE]:
+    if not losses or gate == "off":
+        return
+    better = {k: what for k, what in _KINDS.items() if losses.get(k, math.inf) < losses[CALIBRATED]}
+    if not better:
         return
     kind = "text" if measure == NEXT_TOKEN else "data"
+    others = ", ".join(f"{what} {losses[k]:.4f}" for k, what in better.items())
+    help_by = "fewer steps of tuning" if UNTUNED in better else "a larger shrinkage or damping"
     message = (
         f"gate: on held-out {kind} the calibrated model has {measure} {losses[CALIBRATED]:.4f}, "
-        f"one quantized without data {losses[DATA_FREE]:.4f} (float: {losses[REFERENCE]:.4f}): "
-        f"more and more varied calibration {kind}, or a larger shrinkage or damping, may help"
+        f"{others} (float: {losses[REFERENCE]:.4f}): "
+        f"more and more varied calibration {kind}, or {help_by}, may help"
     )
     if gate == "raise":
         raise RuntimeError(message)
@@ -41,7 +50,7 @@ def check_gate(losses: Mapping[str, float], gate: str, measure: str = NEXT_TOKEN
 
 
 class HeldOut:
-    """Held-out data on its way through three models at once, unit by unit.
+    """Held-out data on its way through several models at once, unit by unit.
 
     They are the float model, one quantized without data, and the calibrated one.
 
@@ -69,7 +78,7 @@ class HeldOut:
         self.measure = choose_measure(model, batches, found)
         self._lanes = {
             kind: Lane(recordings.flows(batches, "held_out"), to_end=True)
-            for kind in (REFERENCE, DATA_FREE, CALIBRATED)
+            for kind in (REFERENCE, DATA_FREE, CALIBRATED, *([UNTUNED] if config.tune else []))
         }
 
     def reference(self, unit: Unit, block: nn.Module, layers: dict[str, nn.Linear]) -> None:
@@ -81,11 +90,15 @@ class HeldOut:
             replace_module(data_free, unit.inner(name), SimulatedLinear(weight, linear.bias))
         self._lanes[DATA_FREE].advance(unit.name, data_free)
 
+    def untuned(self, unit: Unit, block: nn.Module) -> None:
+        """Move the model before tuning on, given the block before it is tuned."""
+        self._lanes[UNTUNED].advance(unit.name, block, changes=True)
+
     def calibrated(self, unit: Unit, block: nn.Module) -> None:
         self._lanes[CALIBRATED].advance(unit.name, block)
 
     def losses(self) -> dict[str, float]:
-        """The measure for each of the three, over all batches."""
+        """The measure for each of the models, over all batches."""
         totals = dict.fromkeys(self._lanes, 0.0)
         counts = dict.fromkeys(self._lanes, 0.0)
         for index, batch in enumerate(self._batches):

@@ -1,4 +1,7 @@
-"""Finished blocks on disk, so that an interrupted calibration can go on."""
+"""Finished blocks on disk, so that an interrupted calibration can go on.
+
+Where blocks are tuned, each is kept as it was before too: the gate judges both.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from .data import digest
 from .simulate import SimulatedLinear
 
 _RUN_FILE = "calibration.json"
+BEFORE_TUNING = "-before-tuning"
 _LOGICAL = ("qweight", "qscale", "qoffset", "scale", "columns")
 
 
@@ -67,8 +71,12 @@ class Resume:
                 )
 
     @staticmethod
-    def _path(folder: Path, index: int) -> Path:
-        return folder / f"block-{index:04}.safetensors"
+    def _path(folder: Path, index: int, stage: str = "") -> Path:
+        return folder / f"block-{index:04}{stage}.safetensors"
+
+    def holds(self, index: int) -> bool:
+        """Whether a block is finished."""
+        return self._folder is not None and self._path(self._folder, index).exists()
 
     def save(
         self,
@@ -76,8 +84,9 @@ class Resume:
         original: nn.Module,
         block: nn.Module,
         reports: list[LayerReport],
+        stage: str = "",
     ) -> None:
-        """Write a finished block, complete or not at all."""
+        """Write a block that is finished, or at an earlier stage; complete or not at all."""
         if self._folder is None:
             return
         tensors = {key: value.detach() for key, value in block.named_parameters()}
@@ -96,10 +105,12 @@ class Resume:
             "features": json.dumps(features),
             "reports": json.dumps([asdict(report) for report in reports]),
         }
-        path = self._path(self._folder, index)
+        path = self._path(self._folder, index, stage)
         write_atomically(path, lambda file: write_tensors(tensors, file, metadata))
 
-    def load(self, index: int, original: nn.Module, block: nn.Module) -> list[LayerReport] | None:
+    def load(
+        self, index: int, original: nn.Module, block: nn.Module, stage: str = ""
+    ) -> list[LayerReport] | None:
         """Bring a float block to what was saved for it; None if nothing was.
 
         Raises:
@@ -107,7 +118,7 @@ class Resume:
         """
         if self._folder is None:
             return None
-        path = self._path(self._folder, index)
+        path = self._path(self._folder, index, stage)
         if not path.exists():
             return None
         device = next(block.parameters()).device

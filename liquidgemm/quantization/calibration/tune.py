@@ -8,7 +8,7 @@ the text is set aside: the best step on that counts, and none may be the best.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .simulate import SimulatedLinear
 
 _RATE = 1e-3  # relative to the size of what is learned
 _TOKENS = 4096  # per step, in whole batches
-_CHECKS = 10
+_CHECKS = 20
 _ASIDE = 8  # every eighth batch is for choosing the step
 
 
@@ -29,6 +29,7 @@ def tune_block(
     steps: int,
     seed: int,
     shared: Collection[str] = (),
+    progress: Callable[[str], None] = lambda _: None,
 ) -> float:
     """Fit a quantized block in place.
 
@@ -39,6 +40,7 @@ def tune_block(
         steps: steps of Adam.
         seed: of the order of batches.
         shared: names of parameters that are used outside of the block too, and stay as they are.
+        progress: is told the step and the error after it.
 
     Returns:
         error on the text set aside after over before, 1 if nothing was better than to leave it.
@@ -83,8 +85,11 @@ def tune_block(
                 (loss(used[i]) / len(chosen)).backward()
         optimizer.step()
         schedule.step()
-        if step % max(1, steps // _CHECKS) == 0 and (now := error()) < least:
-            least, best = now, [p.detach().clone() for p in learned]
+        if step % max(1, steps // _CHECKS) == 0 or step == steps:
+            now = error()
+            progress(f"tuning {step}/{steps}, {now / first if first > 0 else 1:.3f}")
+            if now < least:
+                least, best = now, [p.detach().clone() for p in learned]
     for parameter, value in zip(learned, best, strict=True):
         parameter.detach().copy_(value)
     for gain in gains:
