@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import liquidgemm
-from liquidgemm.formats.liquidquant import padded
+from liquidgemm.formats import int8
 from liquidgemm.quantization.calibration.gptq import int8_weight
 
 from ..peers.humming import Humming
@@ -236,19 +236,18 @@ class Composite(Fused):
 
 
 class Int8(Linear):
-    """A head of ours with 8-bit weights: each column twice, so that a sum has all 8 bits."""
+    """A head of ours with 8-bit weights."""
 
     name = "int8"
 
     def hold(self, weight):
         quantized = int8_weight(weight.float())
-        logical = (quantized.qweight, quantized.qscale, quantized.qoffset)
-        return liquidgemm.pack_weight(*logical), quantized.scale
+        return liquidgemm.ops.pack_int8_weight(int8.bytes_of(quantized.qweight)), quantized.scale
 
     def linear(self, tokens, held):
         if isinstance(tokens, Tensor):
-            return liquidgemm.linear(_twice(tokens), *held)
-        return liquidgemm.gemm(_twice(tokens.x8), tokens.scale, *held)
+            return liquidgemm.linear(tokens, *held)
+        return liquidgemm.gemm(tokens.x8, tokens.scale, *held)
 
 
 class Int8Fused(Int8):
@@ -259,12 +258,6 @@ class Int8Fused(Int8):
 class Int8Composite(Int8):
     name = "int8-composite"
     norm = Composite.norm
-
-
-def _twice(x: Tensor) -> Tensor:
-    missing = padded(x.shape[-1]) - x.shape[-1]
-    whole = F.pad(x, (0, missing)) if missing else x
-    return torch.cat((whole, whole), dim=-1)
 
 
 Fused.head, Composite.head = Int8Fused.name, Int8Composite.name
