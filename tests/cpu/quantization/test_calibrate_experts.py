@@ -163,7 +163,7 @@ def test_tuning_and_the_gate_take_experts():
     config = LiquidConfig("gptq", tune=4, gate="off", smooth=True, augment=64)
     model = moe_model("Qwen3Moe")
     report = calibrated(model, batches(9), config, held_out=batches(2, 5))
-    assert report.held_out.keys() == {"reference", "data-free", "calibrated"}
+    assert report.held_out.keys() == {"reference", "data-free", "untuned", "calibrated"}
     assert len([m for m in model.modules() if isinstance(m, LiquidExperts)]) == 2
     assert model.model.layers[0].self_attn.q_proj.columns is not None
 
