@@ -14,7 +14,9 @@ inline void add_products(__m256i& sums, __m256i codes, __m256i x) {
           : "x"(codes), "x"(x));
 }
 
-struct Avx2 : X86With32Bytes {
+struct Avx2 : X86With32Bytes, BandByBand<Avx2> {
+  using BandByBand<Avx2>::multiply;
+
   // A half has two products of each of the chunk's four registers of codes.
   static_assert(8 * kLargestCode * kLargestX <= kInt16Max);
 
@@ -163,19 +165,6 @@ struct Avx2 : X86With32Bytes {
       weights += kPanelBands * kDecodedBand;
       x += kTile * kToken;
     }
-  }
-
-  static int steps_of(int bands, int tokens) { return bands * parts_of(tokens); }
-
-  static void multiply(int bands,
-                       uint8_t const* weights,
-                       int8_t const* x,
-                       int tokens,
-                       int depth,
-                       int32_t* sums,
-                       Lines& ahead) {
-    for (int b = 0; b < bands; ++b)
-      multiply_parts<Avx2>(weights + b * kDecodedBand, x, tokens, depth, sums + kBand * b, ahead);
   }
 };
 

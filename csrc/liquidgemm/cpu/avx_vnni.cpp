@@ -11,7 +11,9 @@ inline void add_products(__m256i& sums, __m256i weights, __m256i x) {
   __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(weights), "x"(x));
 }
 
-struct AvxVnni : X86With32Bytes {
+struct AvxVnni : X86With32Bytes, BandByBand<AvxVnni> {
+  using BandByBand<AvxVnni>::multiply;
+
   static constexpr int kDecodedBand = kTileBytes;
   static constexpr auto arrange = arrange_tile<AvxVnni>;
   static constexpr int kToken = kGroup;
@@ -101,19 +103,6 @@ struct AvxVnni : X86With32Bytes {
       for (int half = 0; half < 2; ++half)
         store256(sums + kPanel * t + 8 * half, part[t][half]);
     }
-  }
-
-  static int steps_of(int bands, int tokens) { return bands * parts_of(tokens); }
-
-  static void multiply(int bands,
-                       uint8_t const* weights,
-                       int8_t const* x,
-                       int tokens,
-                       int depth,
-                       int32_t* sums,
-                       Lines& ahead) {
-    for (int b = 0; b < bands; ++b)
-      multiply_parts<AvxVnni>(weights + b * kTileBytes, x, tokens, depth, sums + kBand * b, ahead);
   }
 };
 

@@ -35,6 +35,24 @@ void transpose_words(uint8_t const* chunks, Store store) {
   }
 }
 
+// Of sets that multiply one band at a time: a part is some tokens times a band.
+template <class Simd>
+struct BandByBand {
+  static int steps_of(int bands, int tokens) { return bands * parts_of(tokens); }
+
+  static void multiply(int bands,
+                       uint8_t const* weights,
+                       int8_t const* x,
+                       int tokens,
+                       int depth,
+                       int32_t* sums,
+                       Lines& ahead) {
+    for (int b = 0; b < bands; ++b)
+      multiply_parts<Simd>(weights + b * Simd::kDecodedBand, x, tokens, depth, sums + kBand * b,
+                           ahead);
+  }
+};
+
 // One group of a band, to [k / 4][16 lanes][4 k] bytes. `decode(codes, half)` makes bytes of the
 // codes of one word of half a band's rows.
 template <class Decode>
