@@ -24,8 +24,6 @@ from .wide import FineWeight
 if TYPE_CHECKING:
     import gguf
 
-SUFFIX = ".gguf"
-
 # By its architecture: the class of transformers, and whether rows of queries and keys are in pairs.
 _CLASSES = {
     "llama": ("LlamaForCausalLM", True),
@@ -45,6 +43,9 @@ _SETTINGS = {
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
 }
+_OPTIONAL_SETTINGS = frozenset(
+    {"attention.head_count_kv", "attention.key_length", "rope.freq_base", "vocab_size"}
+)
 _HEAD_DIMS = ("rope.dimension_count", "attention.value_length")
 _OF_THE_FILE = re.compile(r"(GGUF|general|tokenizer|quantize|split)\.")
 _TOKENS = {f"{kind}_token_id": f"tokenizer.ggml.{kind}_token_id" for kind in ("bos", "eos")}
@@ -207,8 +208,6 @@ class GgufFile:
     def read(self, layer: SourceLayer) -> FineWeight:
         weight = self._values(f"{layer.name}.weight")
         bias = self._values(f"{layer.name}.bias") if "bias" in layer.keys else None
-        if bias is not None and list(bias.shape) != [len(weight)]:
-            raise ValueError(f"bias: expected shape {[len(weight)]}, got {list(bias.shape)}")
         return FineWeight(weight, _span_of(layer.settings.layout), bias)
 
     def copy_other_files(self, staging: Path) -> list[str]:
@@ -252,9 +251,7 @@ def _config(architecture: str, fields: dict[str, Any]) -> dict[str, Any]:
     missing = [
         key
         for key, ours in _SETTINGS.items()
-        if ours not in config
-        and key not in ("attention.key_length", "vocab_size")
-        and key not in ("attention.head_count_kv", "rope.freq_base")
+        if ours not in config and key not in _OPTIONAL_SETTINGS
     ]
     if missing:
         raise ValueError(f"{prefix}{missing[0]}: expected a number, got none")

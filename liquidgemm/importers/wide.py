@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..formats import int8
 from ..formats.liquidquant import GROUP, pack_nibbles, padded
 from ..ops import FLOATS
 from ..weights.quantize import quantize_weight
@@ -88,7 +89,7 @@ class ByteWeight:
             torch.cat((wide(offset - INT8_MIN), wide(residual - INT8_MIN)), 1),
             self.scale.abs(),
             k,
-            torch.arange(padded(k), dtype=torch.int32).clamp_(max=k - 1),
+            int8.columns_of(k),
         )
 
 

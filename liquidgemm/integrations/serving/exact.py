@@ -16,9 +16,6 @@ from torch import Tensor
 from ... import ops
 from .layout import as_packed
 
-MOST_COLUMNS = 132_104
-"""Of the whole layer: more could overflow an INT32 sum, as in `gemm`."""
-
 Reduce = Callable[[Tensor], Tensor]
 
 

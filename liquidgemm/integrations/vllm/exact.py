@@ -15,6 +15,7 @@ from torch.library import Library
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.distributed.parallel_state import get_tp_group
 
+from ...formats.liquidquant import MAX_IN_FEATURES
 from ..serving import exact
 from ..serving.tensors import EngineLayer
 
@@ -60,8 +61,8 @@ def take_over(layer: EngineLayer, name: str) -> None:
     """
     if not layer.reduce_results:
         refuse(name, "layer whose parts the model adds itself", "use it without")
-    if layer.input_size > exact.MOST_COLUMNS:
-        refuse(name, f"layer of more than {exact.MOST_COLUMNS} inputs", "use it without")
+    if layer.input_size > MAX_IN_FEATURES:
+        refuse(name, f"layer of more than {MAX_IN_FEATURES} inputs", "use it without")
     layer.reduce_results = False
 
 
