@@ -99,6 +99,7 @@ def part_of(whole: LiquidExperts, expert_map=None, rank: int = 0, size: int = 1)
         num_experts=whole.num_experts,
         tp_rank=rank,
         tp_size=size,
+        ep_size=1,
         moe_parallel_config=SimpleNamespace(use_all2all_kernels=False),
     )
     layer = torch.nn.Module()

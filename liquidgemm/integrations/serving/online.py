@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from ...nn._modules import matches
 from ...quantization.config import LiquidConfig
-from ...quantization.layer import layer_method, residual_columns
+from ...quantization.layer import layer_method, quantize_layer, residual_columns
 from ...quantization.selection import FEW_ROWS
+from .layout import Packed, Slice, pack
 
 # Names of layers that choose experts, some of which have that many rows.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -67,3 +70,19 @@ def _treatment(config: LiquidConfig, name: str, in_features: int) -> str:
     """What becomes of a layer, so that those which are computed at once can be compared."""
     augment = residual_columns(config, name, in_features)
     return f"{layer_method(config, name, False)}, {augment} residual columns"
+
+
+def quantized(weight: Tensor, config: LiquidConfig, names: Sequence[str]) -> Packed:
+    """A float weight ``[N, K]`` of layers that an engine computes at once, without data.
+
+    Raises:
+        ValueError: as `quantize_layer`; the message names the layers.
+    """
+    try:
+        found, _ = quantize_layer(weight, config, names[0])
+    except ValueError as error:
+        raise ValueError(f"{', '.join(names)}: {error}") from None
+    columns = [] if found.columns is None else [found.columns]
+    part = Slice(0, found.in_features, found.in_features)
+    codes = found.qweight, found.qscale, found.qoffset
+    return pack(codes, found.scale, [len(found.scale)], columns, part)

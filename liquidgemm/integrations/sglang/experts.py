@@ -18,14 +18,11 @@ from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.runtime_context import get_server_args
 from torch import Tensor, nn
 
-from ... import ops
 from ...formats.liquidquant import GROUP
 from ...nn.experts import LiquidExperts
+from ..serving import experts as serving
 from ..serving.summary import Summary
 from ..serving.tensors import EngineLayer
-
-_STACKS = ("gate_up", "down")
-_HELD = ("packed", "row_scale", "row_bias")
 
 
 class _Stack(nn.Module):
@@ -60,8 +57,7 @@ class _Stack(nn.Module):
 class LiquidExpertsMethod(FusedMoEMethodBase):
     """Experts that a checkpoint of ours has quantized.
 
-    Once loaded, a layer has the parameters ``gate_up_packed``, ``gate_up_row_scale`` and, if there
-    is one, ``gate_up_row_bias``, and those of ``down``: see `ExpertStack`.
+    Once loaded, a layer has what `serving.experts` says.
     """
 
     def __init__(self, name: str, sizes: Mapping[str, Any], summary: Summary) -> None:
@@ -84,12 +80,8 @@ class LiquidExpertsMethod(FusedMoEMethodBase):
             "intermediate_size": inner * layer.moe_tp_size,
             "activation": activation_of(self.name, layer.moe_runner_config),
         }
-        if differing := [key for key, value in own.items() if self.sizes[key] != value]:
-            model, checkpoint = ({key: of[key] for key in differing} for of in (own, self.sizes))
-            raise ValueError(
-                f"{self.name}: expected {model} of the model, got {checkpoint} in the checkpoint "
-                "(--disable-shared-experts-fusion where the model has more experts)"
-            )
+        hint = " (--disable-shared-experts-fusion where the model has more experts)"
+        serving.check_sizes(self.name, own, self.sizes, hint)
         check_experts(self.name, layer)
         self.dtype = params_dtype
         # Those of this GPU: some of the experts, and of each some inner channels.
@@ -125,16 +117,10 @@ class LiquidExpertsMethod(FusedMoEMethodBase):
         if "gate_up" not in layer._modules:  # packed already
             return
         experts = LiquidExperts(**self.local, device="meta", dtype=self.dtype)
-        for stack in _STACKS:
-            loaded = {key: place.data for key, place in getattr(layer, stack).named_parameters()}
-            if missing := [key for key, tensor in loaded.items() if not tensor.numel()]:
-                raise ValueError(
-                    f"{self.name}.{stack}.{missing[0]}: expected it to be loaded, got nothing"
-                )
-            try:
-                getattr(experts, stack).load_logical(loaded, loaded["scale"].device)
-            except (ValueError, RuntimeError) as error:
-                raise ValueError(f"{self.name}.{stack}: {error}") from None
+        for stack in serving.STACKS:
+            places = getattr(layer, stack).named_parameters()
+            loaded = {key: place.data for key, place in places if place.numel()}
+            serving.load_stack(self.name, experts, stack, loaded)
             delattr(layer, stack)
         set_experts(layer, experts)
         self.summary.done((self.name,), layer.gate_up_packed.device)
@@ -145,11 +131,9 @@ class LiquidExpertsMethod(FusedMoEMethodBase):
 
 def set_experts(layer: EngineLayer, experts: LiquidExperts) -> None:
     """Give a layer what it computes with."""
-    for stack in _STACKS:
-        for held in _HELD:
-            tensor = getattr(getattr(experts, stack), held)
-            own = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-            layer.register_parameter(f"{stack}_{held}", own)
+    for name, tensor in serving.held(experts):
+        own = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+        layer.register_parameter(name, own)
     layer.liquid_activation = experts.activation
 
 
@@ -165,18 +149,7 @@ def compute(layer: EngineLayer, dispatch_output: Any) -> Tensor:
     fused = getattr(layer, "should_fuse_routed_scaling_factor_in_topk", False)
     if x.is_cuda and factor is not None and not fused:  # elsewhere SGLang's models do it themselves
         weights = weights * factor
-    return ops.moe(
-        x,
-        routing.topk_ids.to(torch.int32),
-        weights,
-        layer.gate_up_packed,
-        layer.gate_up_row_scale,
-        layer.down_packed,
-        layer.down_row_scale,
-        layer.gate_up_row_bias,
-        layer.down_row_bias,
-        layer.liquid_activation,
-    )
+    return serving.compute(layer, x, routing.topk_ids.to(torch.int32), weights)
 
 
 def activation_of(name: str, config: Any) -> str:

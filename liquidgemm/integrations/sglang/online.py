@@ -13,8 +13,7 @@ from sglang.srt.layers.parameter import ModelWeightParameter
 from torch import Tensor
 
 from ...quantization.config import LiquidConfig
-from ...quantization.layer import quantize_layer
-from ..serving.layout import Slice, pack
+from ..serving.online import quantized
 from ..serving.summary import Summary
 from ..serving.tensors import EngineLayer
 from .linear import PackedLinearMethod, check_whole, refuse
@@ -71,12 +70,6 @@ class OnlineLiquidLinearMethod(PackedLinearMethod):
 
     def _quantize(self, layer: EngineLayer) -> None:
         place = layer.weight
-        try:
-            weight, _ = quantize_layer(place.data, self.config, self.names[0])
-        except ValueError as error:
-            raise ValueError(f"{', '.join(self.names)}: {error}") from None
+        packed = quantized(place.data, self.config, self.names)
         place.data = torch.empty(0, dtype=place.dtype, device=place.device)  # SGLang still holds it
-        codes = weight.qweight, weight.qscale, weight.qoffset
-        columns = [] if weight.columns is None else [weight.columns]
-        part = Slice(0, weight.in_features, weight.in_features)
-        self.set_packed(layer, pack(codes, weight.scale, [len(weight.scale)], columns, part))
+        self.set_packed(layer, packed)

@@ -18,11 +18,11 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
-from ... import ops
 from ...formats.liquidquant import GROUP
 from ...nn.experts import LiquidExperts
 from ...quantization.config import LiquidConfig
 from ...quantization.layer import quantize_layer
+from ..serving import experts as serving
 from ..serving.tensors import EngineLayer
 from . import exact
 from .online import DONE
@@ -34,15 +34,12 @@ _ACTIVATIONS = {
     "swigluoai": "swiglu_clamped",
     "swigluoai_uninterleave": "swiglu_clamped",
 }
-_STACKS = ("gate_up", "down")
-_HELD = ("packed", "row_scale", "row_bias")
 
 
 class ExpertsMethod(FusedMoEMethodBase):
     """Computes with packed experts, which subclasses bring about.
 
-    A layer then has the parameters ``gate_up_packed``, ``gate_up_row_scale`` and, if there is one,
-    ``gate_up_row_bias``, and those of ``down``: see `ExpertStack`.
+    A layer then has what `serving.experts` says.
     """
 
     def __init__(self, moe: FusedMoEConfig, name: str, summary: Summary) -> None:
@@ -76,8 +73,7 @@ class ExpertsMethod(FusedMoEMethodBase):
                 "and expert parallelism at once: use --tensor-parallel-size with "
                 "--enable-expert-parallel"
             )
-        parallel = self.moe.moe_parallel_config
-        if (parallel.tp_size > 1 or parallel.ep_size > 1) and exact.asked():
+        if (self.moe.tp_size > 1 or self.moe.ep_size > 1) and exact.asked():
             exact.refuse(self.name, "experts over several GPUs", "their sums are added in floats")
         if self.moe.tp_size > 1 and inner % GROUP:
             raise ValueError(
@@ -91,13 +87,11 @@ class ExpertsMethod(FusedMoEMethodBase):
         for name in ("w13_weight", "w2_weight"):
             if name in layer._parameters:
                 delattr(layer, name)
-        for stack in _STACKS:
-            for held in _HELD:
-                tensor = getattr(getattr(experts, stack), held)
-                if tensor is None:
-                    setattr(layer, f"{stack}_{held}", None)
-                else:
-                    replace_parameter(layer, f"{stack}_{held}", tensor)
+        for name, tensor in serving.held(experts):
+            if tensor is None:
+                setattr(layer, name, None)
+            else:
+                replace_parameter(layer, name, tensor)
         layer.liquid_activation = experts.activation
         self.summary.done((self.name,), layer.gate_up_packed.device)
 
@@ -113,18 +107,7 @@ class ExpertsMethod(FusedMoEMethodBase):
         ids = topk_ids
         if layer.expert_map is not None:  # -1 for experts of other GPUs
             ids = torch.where(ids < 0, -1, layer.expert_map[ids.clamp(min=0).long()])
-        return ops.moe(
-            x,
-            ids.to(torch.int32),
-            topk_weights,
-            layer.gate_up_packed,
-            layer.gate_up_row_scale,
-            layer.down_packed,
-            layer.down_row_scale,
-            layer.gate_up_row_bias,
-            layer.down_row_bias,
-            layer.liquid_activation,
-        )
+        return serving.compute(layer, x, ids.to(torch.int32), topk_weights)
 
 
 class LiquidExpertsMethod(ExpertsMethod):
@@ -153,11 +136,7 @@ class LiquidExpertsMethod(ExpertsMethod):
             "intermediate_size": intermediate_size_per_partition * self.moe.tp_size,
             "activation": activation,
         }
-        if differing := [key for key, value in own.items() if self.sizes[key] != value]:
-            model, checkpoint = ({key: of[key] for key in differing} for of in (own, self.sizes))
-            raise ValueError(
-                f"{self.name}: expected {model} of the model, got {checkpoint} in the checkpoint"
-            )
+        serving.check_sizes(self.name, own, self.sizes)
         config = get_current_vllm_config_or_none()
         if config is not None and config.load_config.load_format == "dummy":
             raise ValueError("load_format: expected one that reads codes of experts, got 'dummy'")
@@ -185,21 +164,13 @@ class LiquidExpertsMethod(ExpertsMethod):
             return
         sizes = self.sizes | {"num_experts": layer.local_num_experts}
         experts = LiquidExperts(**sizes, device="meta", dtype=self.dtype)
-        for stack in _STACKS:
+        for stack in serving.STACKS:
             own = {
                 name.removeprefix(f"{stack}."): tensor
                 for name, tensor in self.state.items()
                 if name.startswith(f"{stack}.")
             }
-            wanted = getattr(experts, stack).state_dict().keys()
-            if missing := sorted(wanted - own.keys()):
-                raise ValueError(
-                    f"{self.name}.{stack}.{missing[0]}: expected it to be loaded, got nothing"
-                )
-            try:
-                getattr(experts, stack).load_logical(own, own["scale"].device)
-            except (ValueError, RuntimeError) as error:
-                raise ValueError(f"{self.name}.{stack}: {error}") from None
+            serving.load_stack(self.name, experts, stack, own)
         self.state.clear()
         if self.moe.tp_size > 1:
             inner = self.sizes["intermediate_size"] // self.moe.tp_size

@@ -12,8 +12,7 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from ...quantization.config import LiquidConfig
-from ...quantization.layer import quantize_layer
-from ..serving.layout import Slice, pack
+from ..serving.online import quantized
 from ..serving.tensors import EngineLayer
 from . import exact
 from .linear import PackedLinearMethod
@@ -66,12 +65,5 @@ class OnlineLiquidLinearMethod(PackedLinearMethod):
     def process_weights_after_loading(self, layer: EngineLayer) -> None:
         if getattr(layer, DONE, False):
             return
-        try:
-            weight, _ = quantize_layer(layer.weight.data, self.config, self.names[0])
-        except ValueError as error:
-            raise ValueError(f"{', '.join(self.names)}: {error}") from None
-        codes = weight.qweight, weight.qscale, weight.qoffset
-        columns = [] if weight.columns is None else [weight.columns]
-        part = Slice(0, weight.in_features, weight.in_features)
-        self.set_packed(layer, pack(codes, weight.scale, [len(weight.scale)], columns, part))
+        self.set_packed(layer, quantized(layer.weight.data, self.config, self.names))
         setattr(layer, DONE, True)
