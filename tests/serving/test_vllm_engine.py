@@ -12,41 +12,13 @@ import foreign_models
 import pytest
 import torch
 from engine import write_config
+from engine_models import BOUND, PROMPT, VOCABULARY, float_model
 from safetensors.torch import save_file
 
 import liquidgemm
 from liquidgemm import LiquidConfig, import_checkpoint, load_quantized, quantize_, save_quantized
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: make test-serve")
-
-VOCABULARY = 192
-PROMPT = [(7 * i) % VOCABULARY for i in range(40)]
-# Both compute in float32. What differs, the order of sums in attention and norms, moves a few
-# activations by one step of INT8.
-BOUND = 2e-3
-
-
-def float_model(tied: bool = False, **changes) -> torch.nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=224,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        attention_bias=True,
-        tie_word_embeddings=tied,
-        max_position_embeddings=256,
-        **changes,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def quantized(folder: Path, tied: bool = False, **fields) -> Path:
