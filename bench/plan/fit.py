@@ -254,18 +254,45 @@ def header(s: Sweep, parameters: np.ndarray, pair_gain: float, gpu: str, source:
     """
     suffix, prefix = gpu.upper(), FORMATS[s.format][1]
     what = "" if s.format == "liquidquant" else f" with {s.format} weights"
-    rows = []
-    for name, costs in zip(s.names, tile_costs(s, parameters), strict=True):
-        shape = re.findall(r"\d+", name) + ["2"] * name.endswith("_half")
-        numbers = "{:.4f}, {:.3f}, {{{:.3f}, {:.3f}}}".format(*costs)
-        rows.append((f"    {{{{{', '.join(shape)}}}, {numbers}}},", name))
-    width = max(len(row) for row, _ in rows) + 2
+    tiles = {
+        name: "{:.4f}, {:.3f}, {{{:.3f}, {:.3f}}}".format(*costs)
+        for name, costs in zip(s.names, tile_costs(s, parameters), strict=True)
+    }
     constants = zip(
         [*NAMES, "pair_gain"], [*np.exp(parameters[: len(NAMES)]), pair_gain], strict=True
     )
+    # What is next to nothing is not determined to four digits.
+    lines = {name: f"{value:{'.4g' if value >= 0.01 else '.4f'}}" for name, value in constants}
+    title = f"// Costs measured on an {suffix}{what}. Written by bench/plan/fit.py: do not edit."
+    return header_text(
+        title,
+        source,
+        f"{prefix}TileCostsOf{suffix}",
+        tiles,
+        "Costs",
+        f"{prefix}CostsOf{suffix}",
+        lines,
+    )
+
+
+def header_text(
+    title: str,
+    source: str,
+    tiles_name: str,
+    tiles: dict[str, str],
+    kind: str,
+    name: str,
+    constants: dict[str, str],
+) -> str:
+    """A header of costs: those of tiles by their names, and constants by theirs, of a C++ class."""
+    rows = []
+    for tile, numbers in tiles.items():
+        shape = re.findall(r"\d+", tile) + ["2"] * tile.endswith("_half")
+        rows.append((f"    {{{{{', '.join(shape)}}}, {numbers}}},", tile))
+    width = max(len(row) for row, _ in rows) + 2
     return "\n".join(
         [
-            f"// Costs measured on an {suffix}{what}. Written by bench/plan/fit.py: do not edit.",
+            title,
             *(f"// {line}" for line in source.splitlines()),
             "#pragma once",
             "",
@@ -273,17 +300,13 @@ def header(s: Sweep, parameters: np.ndarray, pair_gain: float, gpu: str, source:
             "",
             "namespace liquidgemm {",
             "",
-            f"inline constexpr TileCost {prefix}TileCostsOf{suffix}[] = {{",
-            *(f"{row:{width}}// {name}" for row, name in rows),
+            f"inline constexpr TileCost {tiles_name}[] = {{",
+            *(f"{row:{width}}// {tile}" for row, tile in rows),
             "};",
             "",
-            f"inline constexpr Costs {prefix}CostsOf{suffix} = {{",
-            # What is next to nothing is not determined to four digits.
-            *(
-                f"    .{name} = {value:{'.4g' if value >= 0.01 else '.4f'}},"
-                for name, value in constants
-            ),
-            f"    .tiles = {prefix}TileCostsOf{suffix},",
+            f"inline constexpr {kind} {name} = {{",
+            *(f"    .{constant} = {value}," for constant, value in constants.items()),
+            f"    .tiles = {tiles_name},",
             "};",
             "",
             "}  // namespace liquidgemm",

@@ -26,7 +26,7 @@ from liquidgemm.ops.plans import H100_MEMORY_TBPS, grouped_plan_names
 
 from ..core.experts import LAYERS
 from ..core.machine import ROOT
-from .fit import PLAN, SOFTNESS, ceil_div, tile_of
+from .fit import PLAN, SOFTNESS, ceil_div, header_text, tile_of
 
 # Of the costs that are not a tile's, in the library's order, and where the fit starts.
 NAMES = {"launch_us": 2.0, "memory_efficiency": 0.9}
@@ -163,37 +163,15 @@ def header(s: GroupedSweep, parameters: np.ndarray, gpu: str, source: str) -> st
     """The text of plan/grouped_costs_GPU.hpp; `source` says where the sweeps come from."""
     suffix = gpu.upper()
     costs = np.exp(parameters[len(NAMES) :]).reshape(3, -1).T
-    rows = []
+    tiles = {}
     for i, (name, (block_us, tile_us, split_us)) in enumerate(zip(s.names, costs, strict=True)):
-        shape = re.findall(r"\d+", name) + ["2"] * name.endswith("_half")
         split = split_us * (s.split_k[s.tile == i] > 1).any()
-        numbers = f"{block_us:.4f}, {tile_us:.3f}, {{{split:.3f}, 0}}"
-        rows.append((f"    {{{{{', '.join(shape)}}}, {numbers}}},", name))
-    width = max(len(row) for row, _ in rows) + 2
+        tiles[name] = f"{block_us:.4f}, {tile_us:.3f}, {{{split:.3f}, 0}}"
     constants = zip(NAMES, np.exp(parameters[: len(NAMES)]), strict=True)
-    return "\n".join(
-        [
-            f"// Costs measured on an {suffix}. Written by bench/plan/fit_grouped.py: do not edit.",
-            *(f"// {line}" for line in source.splitlines()),
-            "#pragma once",
-            "",
-            '#include "liquidgemm/plan/cost_model.hpp"',
-            "",
-            "namespace liquidgemm {",
-            "",
-            f"inline constexpr TileCost kGroupedTileCostsOf{suffix}[] = {{",
-            *(f"{row:{width}}// {name}" for row, name in rows),
-            "};",
-            "",
-            f"inline constexpr GroupedCosts kGroupedCostsOf{suffix} = {{",
-            *(f"    .{name} = {value:.4g}," for name, value in constants),
-            f"    .tiles = kGroupedTileCostsOf{suffix},",
-            "};",
-            "",
-            "}  // namespace liquidgemm",
-            "",
-        ]
-    )
+    lines = {name: f"{value:.4g}" for name, value in constants}
+    title = f"// Costs measured on an {suffix}. Written by bench/plan/fit_grouped.py: do not edit."
+    names = f"kGroupedTileCostsOf{suffix}", f"kGroupedCostsOf{suffix}"
+    return header_text(title, source, names[0], tiles, "GroupedCosts", names[1], lines)
 
 
 def provenance(paths: Sequence[Path]) -> str:
