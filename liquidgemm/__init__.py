@@ -37,7 +37,8 @@ from .ops.plans import explain_plan
 from .quantization.choice import choose_recipe
 from .quantization.choice_report import Choice, NoRecipeError
 from .quantization.config import LiquidConfig
-from .quantization.model import dequantize_, quantize_
+from .quantization.dequantize import dequantize_
+from .quantization.model import quantize_
 from .weights.quantize import quantize_weight
 from .weights.weight import QuantizedWeight, dequantize_weight
 

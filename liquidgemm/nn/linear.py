@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..formats.liquidquant import GROUP, ceil_div
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
 from ._modules import as_linear, is_linear
+from ._packing import pack, unpack
 from ._product import product
 from ._stand_in import WeightStandIn, no_float_weight
 from ._state import read_state
@@ -123,7 +124,7 @@ class LiquidLinear(nn.Module):
         if weight.qweight.is_meta:
             self._hold(None, logical)
         else:
-            self._hold(_pack(logical, columns, self.in_features))
+            self._hold(pack(logical, columns, self.in_features))
 
     @classmethod
     def from_quantized(
@@ -214,7 +215,7 @@ class LiquidLinear(nn.Module):
             return tensors
         if self.packed is None:
             raise RuntimeError(f"{', '.join(_LOGICAL)}: expected tensors, got None")
-        own = _unpack(self.packed, self.out_features)
+        own = unpack(self.packed, self.out_features)
         return [b if a is None else a for a, b in zip(given, own, strict=True)]
 
     def _pack_for_good(self) -> None:
@@ -222,7 +223,7 @@ class LiquidLinear(nn.Module):
         packed = self.packed
         if self._is_packed() and packed is not None and not packed.is_meta:
             if self.columns is not None and not int8.is_packed(packed):  # from an older pickle
-                packed = _pack(self._logical(), self.columns, self.in_features, packed)
+                packed = pack(self._logical(), self.columns, self.in_features, packed)
             self._hold(packed)
             return
         tensors = self._logical()
@@ -231,7 +232,7 @@ class LiquidLinear(nn.Module):
                 self._hold(None, tensors)
             return
         try:
-            packed = _pack(tensors, self.columns, self.in_features)
+            packed = pack(tensors, self.columns, self.in_features)
         except RuntimeError:  # of memory that is yet to be written to; forward says why
             return
         self._hold(packed)
@@ -380,7 +381,7 @@ class LiquidLinear(nn.Module):
                 f"columns: expected shape [{len(self.columns)}], got [{weight.augment}]"
             )
         logical = [getattr(weight, name) for name in _LOGICAL]
-        packed = _pack(logical, weight.columns, self.in_features)
+        packed = pack(logical, weight.columns, self.in_features)
         buffers = {"packed": packed, "scale": weight.scale}
         if weight.columns is not None and weight.augment:
             buffers["columns"] = weight.columns
@@ -393,22 +394,3 @@ class LiquidLinear(nn.Module):
                 )
             buffers["bias"] = bias
         return buffers
-
-
-def _pack(
-    logical: Sequence[Tensor],
-    columns: Tensor | None,
-    in_features: int,
-    packed: Tensor | None = None,
-) -> Tensor:
-    """Packed as INT8 if that is what the tensors are, else as they are, which may be known."""
-    qweight, qscale, qoffset = logical
-    if int8.is_int8(qweight, qscale, qoffset, columns, in_features):
-        return ops.pack_int8_weight(int8.bytes_of(qweight))
-    return ops.pack_weight(*logical) if packed is None else packed
-
-
-def _unpack(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    if int8.is_packed(packed):
-        return int8.logical_of(ops.unpack_int8_weight(packed, n))
-    return ops.unpack_weight(packed, n)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn._modules import imported, paths_of_modules, replace_module
-from ..nn.experts import LiquidExperts, in_order, without_data
-from ..nn.float_experts import Layout, layout_of
+from ..nn.experts import LiquidExperts, in_order
+from ..nn.float_experts import Layout, layout_of, without_data
 from ..nn.linear import LiquidLinear
 from ..nn.stack import stack_of
 from .config import LiquidConfig

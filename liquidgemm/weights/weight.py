@@ -190,3 +190,12 @@ def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.float3
         residual = decoded[:, padded(weight.in_features) :].int()
         w8 = w8.int().index_add(1, weight.columns, residual)
     return (w8.float() * weight.scale.unsqueeze(-1)).to(dtype)
+
+
+def joined(*parts: QuantizedWeight) -> QuantizedWeight:
+    """Weights of the same columns, one below the other."""
+    names = [f.name for f in fields(QuantizedWeight) if f.name not in ("in_features", "columns")]
+    rows: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in names
+    }
+    return replace(parts[0], **rows)

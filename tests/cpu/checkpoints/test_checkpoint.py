@@ -21,7 +21,7 @@ from torch import nn
 
 import liquidgemm
 from liquidgemm import LiquidConfig, LiquidLinear, load_quantized, save_quantized
-from liquidgemm.checkpoints.checkpoint import _sha256
+from liquidgemm.checkpoints._manifest import sha256_of
 
 # There and back.
 
@@ -130,9 +130,7 @@ def edit_weights(change):
         state = load_file(directory / WEIGHTS)
         change(state)
         save_file(state, directory / WEIGHTS)
-        edit_manifest(sha256=liquidgemm.checkpoints.checkpoint._sha256(directory / WEIGHTS))(
-            directory
-        )
+        edit_manifest(sha256=sha256_of(directory / WEIGHTS))(directory)
 
     return edit
 
@@ -153,7 +151,7 @@ def flip_a_bit(directory):
 
 def not_safetensors(directory):
     (directory / WEIGHTS).write_bytes(b"GGUF" * 100)
-    edit_manifest(sha256=_sha256(directory / WEIGHTS))(directory)
+    edit_manifest(sha256=sha256_of(directory / WEIGHTS))(directory)
 
 
 def remove(name):
@@ -290,7 +288,7 @@ def write_version_1(directory):
         "transformers_class": None,
         "layers": {"0": {"in_features": 64, "out_features": 3, "bias": False}},
         "aliases": {},
-        "sha256": liquidgemm.checkpoints.checkpoint._sha256(directory / WEIGHTS),
+        "sha256": sha256_of(directory / WEIGHTS),
     }
     (directory / MANIFEST).write_text(json.dumps(manifest))
     parameters = zip(q, (1, 8, 17), (240, 128, 0), (1.0, 0.5, 2.0), strict=True)

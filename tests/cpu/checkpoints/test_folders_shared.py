@@ -11,7 +11,7 @@ from folders import MANIFEST, content, plain
 from torch import nn
 
 from liquidgemm import load_quantized, save_quantized
-from liquidgemm.checkpoints import checkpoint
+from liquidgemm.checkpoints import _manifest
 
 WEIGHTS = "liquidgemm.safetensors"
 
@@ -49,13 +49,13 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
     """Between its hash and its tensors, which are no longer those of the hash."""
     save_quantized(plain(0), tmp_path / "a")
     save_quantized(plain(1), tmp_path / "b")
-    load = checkpoint.load_file
+    load = _manifest.load_file
 
     def late(path):
         os.replace(tmp_path / "b" / WEIGHTS, path)
         return load(path)
 
-    monkeypatch.setattr(checkpoint, "load_file", late)
+    monkeypatch.setattr(_manifest, "load_file", late)
     model = instance()
     with pytest.raises(ValueError, match="was replaced while it was read"):
         load_quantized(tmp_path / "a", model)

@@ -12,7 +12,7 @@ from cli_runs import (  # noqa: F401
 )
 from folders import content
 
-from liquidgemm.cli import models as cli_models
+from liquidgemm.cli import quantize as cli_quantize
 
 TEXTS = ["--calib", "a.txt", "--held-out", "b.txt"]
 
@@ -70,7 +70,7 @@ def test_what_nothing_meets_is_refused_with_the_table(texts):
 )
 def test_options_beside_a_demand(texts, monkeypatch, options, message):
     """CHECKLIST 28: before anything is loaded."""
-    monkeypatch.setattr(cli_models, "load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(cli_quantize, "load_model", lambda *_: pytest.fail("too late"))
     assert message in error_of(run(*QUANTIZE, *options))
 
 

@@ -21,15 +21,15 @@ from folders import content
 
 from liquidgemm import quantize_, save_quantized
 from liquidgemm.checkpoints import sources
-from liquidgemm.cli import models as cli_models
+from liquidgemm.cli import quantize as cli_quantize
 from liquidgemm.ops import _library
 from liquidgemm.quantization.config import GATES, HEADS, METHODS
 
 
 def test_choices_are_those_of_the_config() -> None:
-    assert [method.value for method in cli_models.Method] == list(METHODS)
-    assert [gate.value for gate in cli_models.Gate] == list(GATES)
-    assert [head.value for head in cli_models.Head] == list(HEADS)
+    assert [method.value for method in cli_quantize.Method] == list(METHODS)
+    assert [gate.value for gate in cli_quantize.Gate] == list(GATES)
+    assert [head.value for head in cli_quantize.Head] == list(HEADS)
 
 
 def config(**changes):
@@ -154,7 +154,7 @@ def test_a_gpu_that_is_not_there_or_not_hopper(folder, monkeypatch, pretend, dev
     monkeypatch.setattr(_library, "status", lambda: status)
     for name, value in {"is_available": False, **pretend}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    monkeypatch.setattr(cli_models, "load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(cli_quantize, "load_model", lambda *_: pytest.fail("too late"))
     assert f"--device {device}: {message}" in error_of(run(*QUANTIZE, "--device", device))
 
 
@@ -199,7 +199,7 @@ def test_whatever_goes_wrong_is_one_line(folder, monkeypatch, error, message):
         raise error
 
     there = content(folder)
-    monkeypatch.setattr(cli_models, "quantize_", fail)
+    monkeypatch.setattr(cli_quantize, "quantize_", fail)
     assert message in error_of(run(*QUANTIZE))
     assert content(folder) == there
     result = run("--debug", *QUANTIZE)
@@ -264,7 +264,7 @@ def test_a_model_that_takes_more_than_texts_is_refused_in_one_line(
 ):
     """CHECKLIST 28: before anything is computed."""
     save(make(), folder)
-    monkeypatch.setattr(cli_models, "quantize_", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(cli_quantize, "quantize_", lambda *_, **__: pytest.fail("too late"))
     line = error_of(run(*QUANTIZE, "--calib", "a.txt", *held_out))
     assert f"which takes {takes}: calibrate it in Python with liquidgemm.quantize_" in line
     assert not (folder / "out").exists()

@@ -16,7 +16,7 @@ from folders import content
 from fresh_process import run_python
 
 from liquidgemm import LiquidConfig, quantize_
-from liquidgemm.cli import models as cli_models
+from liquidgemm.cli import quantize as cli_quantize
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ from liquidgemm.cli import models as cli_models
 )
 def test_a_field_that_an_option_sets_too(folder, monkeypatch, option, field):
     """CHECKLIST 28: neither goes before the other."""
-    monkeypatch.setattr(cli_models, "load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(cli_quantize, "load_model", lambda *_: pytest.fail("too late"))
     line = error_of(run(*QUANTIZE, *option, "--config", json.dumps(field)))
     assert f"--config: expected fields that no other option sets, got {next(iter(field))!r}" in line
 
@@ -73,7 +73,7 @@ DATA = ["--calib", "a.txt"]
 def test_options_that_nothing_would_come_of(folder, monkeypatch, options, message):
     """CHECKLIST 28: before anything is loaded."""
     there = content(folder)
-    monkeypatch.setattr(cli_models, "load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(cli_quantize, "load_model", lambda *_: pytest.fail("too late"))
     assert message in error_of(run(*QUANTIZE, *options))
     assert content(folder) == there
 

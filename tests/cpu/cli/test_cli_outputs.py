@@ -21,7 +21,7 @@ from cli_runs import (  # noqa: F401
 from folders import content, full_disk
 from fresh_process import PACKAGE_ROOT, run_python
 
-from liquidgemm.cli import models as cli_models
+from liquidgemm.cli import quantize as cli_quantize
 
 
 def test_an_interrupt_ends_with_130_and_leaves_nothing(folder, monkeypatch):
@@ -31,7 +31,7 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(folder, monkeypatch):
         raise KeyboardInterrupt
 
     there = content(folder)
-    monkeypatch.setattr(cli_models, "save_quantized", interrupt)
+    monkeypatch.setattr(cli_quantize, "save_quantized", interrupt)
     assert error_of(run(*QUANTIZE), 130) == "liquidgemm: error: interrupted"
     assert content(folder) == there
     assert not list(folder.glob(".saving-*"))
@@ -175,7 +175,7 @@ def test_no_output_takes_the_place_of_anything(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", constants.HF_HUB_CACHE)
     prepare(folder)
     there = content(folder)
-    monkeypatch.setattr(cli_models, "load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(cli_quantize, "load_model", lambda *_: pytest.fail("too late"))
     line = error_of(run("quantize", source, "-o", output, *["--dry-run"] * dry))
     assert message in line
     assert "choose another" in line

@@ -1,32 +1,27 @@
-"""``liquidgemm quantize`` and ``liquidgemm eval``."""
+"""``liquidgemm quantize``."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from .._files import check_new_folder, new_folder, parse_json, path_of
 from ..checkpoints.checkpoint import save_quantized
 from ..checkpoints.sources import check_vocabulary, folders_of, load_model, read_texts
-from ..nn.linear import LiquidLinear
-from ..ops import _library
 from ..quantization.calibration.data import token_windows
 from ..quantization.choice import CHOSEN_FIELDS, choose_recipe
 from ..quantization.choice_report import Choice, NoRecipeError, trial_table
 from ..quantization.config import LiquidConfig
-from ..quantization.evaluate import ContextBand, evaluate, evaluate_context, sliding_windows
 from ..quantization.model import quantize_
 from ..quantization.report import QuantizationReport
+from .options import DEVICE, MODEL, Precision, device_of, dtype_of, options_given
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,60 +33,6 @@ Method = Enum(
 )
 Gate = Enum("Gate", {"raise": "raise", "warn": "warn", "off": "off"}, type=str)
 Head = Enum("Head", {"float": "float", "int8": "int8"}, type=str)
-
-MODEL = Annotated[
-    str,
-    typer.Argument(
-        help="A folder of save_quantized or transformers, a GGUF file, or a name on the hub."
-    ),
-]
-DEVICE = Annotated[
-    str | None, typer.Option(help="cpu, cuda, ...; the Hopper GPU if there is one, else the CPU.")
-]
-
-
-class Precision(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-def _dtype(precision: Precision | None) -> torch.dtype | None:
-    return None if precision is None else getattr(torch, precision.value)
-
-
-def device_of(name: str | None, for_kernel: bool = False) -> torch.device:
-    """The device to run on, known to be there.
-
-    Raises:
-        ValueError: it is no CPU or GPU, or torch cannot use it; for the kernel also if it is not
-            Hopper.
-    """
-    status = _library.status()
-    if name is None:
-        if not status.cuda_available:
-            return torch.device("cpu")
-        return torch.device("cuda", _library.hopper_devices()[0])
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name}")
-    if device.type == "cpu":
-        return device
-    if not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch has no GPU here. {status.reason}")
-    count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
-        raise ValueError(f"--device {name}: expected cuda:0 to cuda:{count - 1}")
-    if for_kernel:
-        hopper = _library.hopper_devices() if status.cuda_available else []
-        if device.index is None and hopper:
-            return torch.device("cuda", hopper[0])
-        if (device.index or 0) not in hopper:
-            raise ValueError(f"--device {name}: {status.reason}")
-    return device
 
 
 def settings_of(values: dict[str, Any], more: str, given: Collection[str]) -> LiquidConfig:
@@ -115,12 +56,6 @@ def settings_of(values: dict[str, Any], more: str, given: Collection[str]) -> Li
                 f"--{field}: leave out one of them"
             )
     return LiquidConfig.from_json(json.dumps({**values, **fields}))
-
-
-def _given(context: typer.Context) -> set[str]:
-    """Names of the parameters that the user has given."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source and source.name != "DEFAULT"}
 
 
 def _check_data(
@@ -214,7 +149,7 @@ def quantize_command(
     }
     if skip is not None:
         values["skip"] = skip
-    given = _given(context)
+    given = options_given(context)
     settings = settings_of(values, config, given)
     chooses = target is not None or max_loss is not None
     if chooses:
@@ -228,7 +163,7 @@ def quantize_command(
     texts = read_texts(calib or ())
     unseen = read_texts(held_out or ())
     with nullcontext() if dry_run else new_folder(output, *sources) as staging:
-        network, tokenizer = load_model(model, where, _dtype(dtype))
+        network, tokenizer = load_model(model, where, dtype_of(dtype))
         if texts or unseen:
             _check_takes_texts(network)
         batches = token_windows(texts, tokenizer, limit=tokens)
@@ -322,90 +257,3 @@ def _write(
     except ImportError as error:
         return f"; {error}"
     return ""
-
-
-def _is_quantized(network: PreTrainedModel) -> bool:
-    return any(isinstance(module, LiquidLinear) for module in network.modules())
-
-
-def eval_command(
-    typer_context: typer.Context,
-    model: MODEL,
-    text: Annotated[list[Path], typer.Option(help="Text files to evaluate on.")],
-    reference: Annotated[
-        str | None, typer.Option(help="A model to compare with, as MODEL.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="At most this many, from the start.")] = 65536,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
-    stride: Annotated[int, typer.Option(min=1, help="Tokens between windows.")] = 512,
-    context: Annotated[
-        int | None,
-        typer.Option(min=2, help="Instead: by how much context tokens have, up to this many."),
-    ] = None,
-    device: DEVICE = None,
-    dtype: Annotated[
-        Precision | None, typer.Option(help="Of models that are not quantized.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Perplexity, and agreement with a reference model.
-
-    A window of so many tokens slides over the text, and counts the tokens that the window before
-    has not: each is predicted once, from at least length - stride tokens before it.
-
-    With --context N, windows of N tokens stand side by side, and there is a row for the tokens with
-    1 to 511 tokens before them, with 512 to 1023, 1024 to 2047 and so on: whether a quantized model
-    loses more where the context is long.
-    """
-    if context is not None and (clash := _given(typer_context) & {"length", "stride"}):
-        raise ValueError(f"--{min(clash)}: expected to be left out beside --context, which says it")
-    where = device_of(device)
-    precision = _dtype(dtype)
-    texts = read_texts(text)
-    network, tokenizer = load_model(model, where, precision)
-    if network.config.is_encoder_decoder or not network.can_generate():
-        kind = type(network).__name__
-        raise ValueError(f"{model}: expected a causal language model, got {kind}")
-    other = None if reference is None else load_model(reference, where, precision)[0]
-    if dtype and all(map(_is_quantized, filter(None, (network, other)))):
-        raise ValueError(f"--dtype: expected a model that is not quantized, got {model}")
-    ids = [token for t in texts for token in tokenizer(t)["input_ids"]][:tokens]
-    if context is not None:
-        count = len(ids) // context
-        if not count:
-            raise ValueError(f"--context {context}: expected a text as long, got {len(ids)} tokens")
-        whole = list(torch.tensor(ids[: count * context]).view(count, 1, context))
-        _check_tokens(whole, network, other)
-        _print_bands(evaluate_context(network, whole, other, progress=not as_json), as_json)
-        return
-    windows = list(sliding_windows(torch.tensor(ids), length, stride))
-    _check_tokens([window for window, _ in windows], network, other)
-    result = asdict(evaluate(network, windows, other, progress=not as_json))
-    if as_json:
-        typer.echo(json.dumps(result))
-        return
-    table = Table(show_header=False, box=None)
-    for name, value in result.items():
-        if value is not None:
-            shown = str(value) if isinstance(value, int) else f"{value:.5g}"
-            table.add_row(name.replace("_", " "), shown)
-    Console().print(table, highlight=False)
-
-
-def _check_tokens(windows: list[torch.Tensor], *networks: PreTrainedModel | None) -> None:
-    for network in networks:
-        if network is not None:
-            check_vocabulary(windows, network)
-
-
-def _print_bands(bands: list[ContextBand], as_json: bool) -> None:
-    rows = [{k: v for k, v in asdict(band).items() if v is not None} for band in bands]
-    if as_json:
-        typer.echo(json.dumps(rows))
-        return
-    table = Table(title="by tokens before")
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*(str(v) if isinstance(v, int) else f"{v:.5g}" for v in row.values()))
-    Console().print(table, highlight=False)

@@ -1,0 +1,29 @@
+"""Between the logical and the packed layout of a linear layer, whose format the tensors decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import ops
+from ..formats import int8
+
+
+def pack(
+    logical: Sequence[Tensor],
+    columns: Tensor | None,
+    in_features: int,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """Packed as INT8 if that is what the tensors are, else as they are, which may be known."""
+    qweight, qscale, qoffset = logical
+    if int8.is_int8(qweight, qscale, qoffset, columns, in_features):
+        return ops.pack_int8_weight(int8.bytes_of(qweight))
+    return ops.pack_weight(*logical) if packed is None else packed
+
+
+def unpack(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    if int8.is_packed(packed):
+        return int8.logical_of(ops.unpack_int8_weight(packed, n))
+    return ops.unpack_weight(packed, n)
