@@ -38,8 +38,12 @@ help:
 demo: $(VENV)/demo.stamp build
 	$(BIN)/liquidgemm demo
 
+# A process for each core, to eight of them, each with one thread: the models are tiny. A file's tests
+# stay together, as they share what a module's fixtures make. On a GPU tests run one after the other.
+JOBS ?= $(shell nproc)
 test: $(VENV)/demo.stamp build
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile tests/cpu
+	$(BIN)/python -m pytest tests/gpu
 
 test-gpu: build
 	$(BIN)/python -m pytest tests/gpu
