@@ -1,4 +1,4 @@
-"""Rooms: imports and includes run down the tables of the READMEs, never up."""
+"""Rooms: imports and includes run down the tables of the READMEs, never up, and no file is long."""
 
 import ast
 import re
@@ -78,3 +78,12 @@ def test_includes_run_down():
                 up.append(f"{name} includes {target}")
     assert seen > 200
     assert not up
+
+
+def test_no_file_takes_minutes_to_scroll_through():
+    trees = [ROOT / name for name in ("liquidgemm", "csrc", "bench", "tests", "examples")]
+    kinds = (".py", ".cpp", ".hpp", ".cu", ".cuh")
+    files = [f for tree in trees for f in tree.rglob("*") if f.suffix in kinds]
+    assert len(files) > 400
+    lengths = {f.relative_to(ROOT).as_posix(): f.read_text().count("\n") for f in files}
+    assert not {name: length for name, length in lengths.items() if length > 400}

@@ -329,25 +329,6 @@ def test_resume_notices_other_layers(tmp_path):
             quantize_(model, config, lambda n, _, x=second: not x or x not in n, **options)
 
 
-@pytest.mark.parametrize("argument", ["held_out", "resume"])
-def test_arguments_that_need_calibration(argument, tmp_path):
-    model, batches = build(Net)
-    value = tmp_path / "blocks" if argument == "resume" else batches
-    with pytest.raises(ValueError, match=f"calibration: expected data, as {argument} is given"):
-        quantize_(model, progress=False, **{argument: value})
-    assert type(model.blocks[0].up) is nn.Linear
-    assert not list(tmp_path.iterdir())
-
-
-def test_devices_and_folders_that_are_not_there(tmp_path):
-    model, batches = build(Net)
-    config, file = LiquidConfig("hessian"), tmp_path / "file"
-    file.touch()
-    for options in ({"device": "foo"}, {"device": "cuda:99"}, {"resume": file}):
-        with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected "):
-            quantize_(model, config, progress=False, calibration=batches, **options)
-
-
 @pytest.mark.parametrize("config", [{"keep": ("upp",)}, {"augment": {"upp": 64}}])
 def test_patterns_that_match_nothing_are_warned_of(config):
     argument = next(iter(config))

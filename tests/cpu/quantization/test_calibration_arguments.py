@@ -90,6 +90,25 @@ def test_config_json_round_trip():
     assert LiquidConfig.from_json(config.to_json()) == config
 
 
+@pytest.mark.parametrize("argument", ["held_out", "resume"])
+def test_arguments_that_need_calibration(argument, tmp_path):
+    model = make()
+    before = state(model)
+    value = tmp_path / "blocks" if argument == "resume" else batches(1)
+    with pytest.raises(ValueError, match=f"calibration: expected data, as {argument} is given"):
+        quantize_(model, progress=False, **{argument: value})
+    assert_same_state(model, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_devices_and_folders_that_are_not_there(tmp_path):
+    config, file = LiquidConfig("hessian"), tmp_path / "file"
+    file.touch()
+    for options in ({"device": "foo"}, {"device": "cuda:99"}, {"resume": file}):
+        with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected "):
+            quantize_(make(), config, progress=False, calibration=batches(1), **options)
+
+
 def test_dry_run_changes_nothing():
     model = make()
     before = state(model)
