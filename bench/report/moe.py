@@ -45,6 +45,28 @@ def table(cases: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def skew_table(cases: list[dict]) -> str:
+    """Markdown: how many times as long a skewed routing takes as a uniform one."""
+    names = (OURS, LAYER)
+    head = ["layer", "tokens", *names, "floor"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    uniform = {(c["layer"], c["tokens"]): c for c in cases if c["routing"] == "uniform"}
+    for case in cases:
+        other = uniform.get((case["layer"], case["tokens"]))
+        if case["routing"] == "uniform" or other is None:
+            continue
+        ratios = [
+            f"{case['times'][name]['median_us'] / other['times'][name]['median_us']:.2f}"
+            if name in case["times"] and name in other["times"]
+            else "-"
+            for name in names
+        ]
+        floor = f"{case['floor_us'] / other['floor_us']:.2f}"
+        row = [case["layer"], str(case["tokens"]), *ratios, floor]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
 def sweep_table(cases: list[dict]) -> str:
     """Markdown: per product the fastest plans, and how far behind the chosen one is."""
     head = ["tokens", "product", "fastest", "µs", "chosen", "x fastest"]
@@ -78,6 +100,8 @@ def markdown(record: dict) -> str:
     parts += [f"Absent: {name}: {why}" for name, why in record["absent"].items()]
     for (layer, routing), cases in groups(record["cases"]).items():
         parts += [f"## {layer}, {routing}", table(cases)]
+    if len({case["routing"] for case in record["cases"]}) > 1:
+        parts += ["## Skewed over uniform", skew_table(record["cases"])]
     for (layer, routing), cases in groups(record["sweep"]).items():
         parts += [f"## Plans: {layer}, {routing}", sweep_table(cases)]
     return "\n\n".join(parts) + "\n"

@@ -23,7 +23,7 @@ from .checkpoint import FORMATS, FolderCheckpoint, layers_of
 from .experts import Place, prefix_of, stacks
 from .folder import ShardWriter
 from .gguf import GgufFile
-from .source import AnyWeight, fit
+from .source import AnyWeight, fit, is_fine
 
 __all__ = ["FORMATS", "ImportReport", "ImportedLayer", "import_checkpoint", "layers_of"]
 
@@ -91,18 +91,19 @@ def import_checkpoint(
 
     Reads compressed-tensors (``pack-quantized`` and ``int-quantized``), AutoAWQ (``gemm``), GPTQ
     (versions 1 and 2), QoQ as of QServe, and QQQ, of 4 bits in groups or per channel;
-    compressed-tensors of 8 bits per channel, MXFP4 and NVFP4, too; bitsandbytes of 4 bits (NF4,
-    FP4); and GGUF files of decoders (Llama, Mistral, Qwen2 and Qwen3) of every type that the
-    package gguf can expand, such as Q4_0, Q4_K, Q6_K and Q8_0.
+    compressed-tensors of 8 bits per channel, MXFP4 and NVFP4, too; MXFP4 as of gpt-oss;
+    bitsandbytes of 4 bits (NF4, FP4); and GGUF files of decoders (Llama, Mistral, Qwen2 and Qwen3)
+    of every type that the package gguf can expand, such as Q4_0, Q4_K, Q6_K and Q8_0.
 
     Weights whose grid is one of ours (QoQ, QQQ with integer group scales, all that is scaled per
     channel) keep every value. Scales of groups that are floats have to become integer multiples of
     one scale per row. Groups of 32 or 16 columns, as all of GGUF has, are finer than ours: such
     layers, and those of bitsandbytes, get 8 bits with one scale per row, or 4 bits that are
     searched anew. In 8 bits, rows of MXFP4 whose exponents span 3 or less keep every value. The
-    report has what each layer loses. Layers of single experts, of 4 bits, become the
-    `LiquidExperts` of their layer where the model keeps experts in stacked parameters; all of a
-    layer or none.
+    report has what each layer loses. Experts, of 4 bits, one by one or stacked along a first axis,
+    become the `LiquidExperts` of their layer where the model keeps experts in stacked parameters;
+    all of a layer or none. Those in finer groups get 4 bits that are searched anew, since experts
+    have no form of 8 bits. The report names experts that stay in float.
 
     The output can be loaded by `load_quantized` and by ``from_pretrained`` of transformers: it is
     loaded once as the model that config.json names, where transformers has it; the report says so.
@@ -167,9 +168,14 @@ def import_checkpoint(
         def read(name: str) -> tuple[QuantizedWeight, Tensor | None]:
             try:
                 weight = checkpoint.read(by_name[name])
-                quantized, error = fit(weight, fine_bits)
+                quantized, error = fit(weight, 4)
             except ValueError as problem:
                 raise ValueError(f"{name}: {problem}") from None
+            if fine_bits == 8 and is_fine(weight):
+                notes.append(
+                    f"{prefix_of(name)}: 4 bits searched anew, since its groups are finer than 64 "
+                    "columns and experts have no form of 8 bits"
+                )
             n, k = weight.shape
             imported.append(ImportedLayer(name, n, k, _group(weight), error))
             return quantized, weight.bias
@@ -181,6 +187,11 @@ def import_checkpoint(
             for key, tensor in stacks(layout, parts, read):
                 writer.add(f"{prefix}.{key}", tensor)
             experts[owner] = layout.sizes
+        notes += [
+            f"{owner}: {layout.num_experts} experts in float, as in the source"
+            for owner, layout in architecture.experts.items()
+            if owner not in experts
+        ]
         if not imported:
             raise ValueError(f"weights: expected quantized layers, got none: {'; '.join(notes)}")
         writer.close()
@@ -196,8 +207,9 @@ def import_checkpoint(
         }
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         loaded_as = architecture.try_loading(staging)
-        notes += dict.fromkeys(layer.settings.note for layer in layers if layer.settings.note)
-        report = ImportReport(checkpoint.format, tuple(imported), loaded_as, tuple(notes))
+        notes += [layer.settings.note for layer in layers if layer.settings.note]
+        unique = tuple(dict.fromkeys(notes))
+        report = ImportReport(checkpoint.format, tuple(imported), loaded_as, unique)
         (staging / REPORT_FILE).write_text(json.dumps(asdict(report), indent=1) + "\n")
     return report
 

@@ -19,11 +19,12 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import awq, bitsandbytes, compressed_tensors, gptq, qoq, qqq
+from . import awq, bitsandbytes, compressed_tensors, gptq, mxfp4, qoq, qqq
 from .architecture import Architecture
 from .folder import SETTINGS_FILES, Source, copy_other_files, read_json
 from .settings import LayerScheme, Settings, SourceLayer, merged
 from .source import AnyWeight
+from .stacked import Unstacked
 
 FORMATS: dict[str, ModuleType] = {
     "compressed-tensors": compressed_tensors,
@@ -32,6 +33,7 @@ FORMATS: dict[str, ModuleType] = {
     "qoq": qoq,
     "qqq": qqq,
     "bitsandbytes": bitsandbytes,
+    "mxfp4": mxfp4,
 }
 
 
@@ -51,12 +53,13 @@ class FolderCheckpoint:
         self.config = read_json(directory / "config.json")
         files = _settings_by_file(directory, self.config)
         self._directory = directory
-        self._source = Source(directory)
-        self.format, self._module = _format(files, self._source.names())
+        source = Source(directory)
+        self.format, self._module = _format(files, source.names())
+        self._source = Unstacked(source, self._module.MARKS)
         settings = merged(files, self._module.SYNONYMS, self._module.HARMLESS)
         settings.pop("quant_method", None)
         self._settings = settings
-        self.notes = list(self._source.notes)
+        self.notes = list(source.notes)
 
     def names(self) -> list[str]:
         return self._source.names()

@@ -2,10 +2,11 @@
 
 Per layer, ``pack-quantized``: ``weight_packed`` int32 ``[N, ceil(K * bits / 32)]``, codes + 8 (or
 128), the first of a word's columns in its low bits; ``weight_scale`` float ``[N, G]``;
-``weight_shape`` ``[2]``; if asymmetric, ``weight_zero_point``, int32 ``[ceil(N * bits / 32), G]``,
-packed likewise along the rows, or int8 ``[N, G]`` as older versions wrote it; ``weight_g_idx``
-``[K]`` if columns were put into groups out of order. ``int-quantized``: ``weight`` int8
-``[N, K]`` instead of the first, no shape, and zero points int8 ``[N, G]``.
+``weight_shape`` ``[2]``, which stacked experts may lack; if asymmetric, ``weight_zero_point``,
+int32 ``[ceil(N * bits / 32), G]``, packed likewise along the rows, or int8 ``[N, G]`` as older
+versions wrote it; ``weight_g_idx`` ``[K]`` if columns were put into groups out of order.
+``int-quantized``: ``weight`` int8 ``[N, K]`` instead of the first, no shape, and zero points int8
+``[N, G]``.
 ``W = scale * (code - zero)``. ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized``:
 ``weight_packed`` uint8 ``[N, K / 2]``, `fp4`; ``weight_scale`` uint8 or E4M3 for groups of 32 or
 16; NVFP4 has ``weight_global_scale`` float32 ``[1]``, by which its scales are divided.
@@ -49,7 +50,7 @@ _OFFLINE = ("weight_input", "weight_output")
 def names(layer: LayerSettings) -> tuple[frozenset[str], frozenset[str]]:
     optional = frozenset({"weight_zero_point", "weight_g_idx", "bias"})
     if layer.layout == "pack-quantized":
-        return frozenset({"weight_packed", "weight_scale", "weight_shape"}), optional
+        return frozenset({"weight_packed", "weight_scale"}), optional | {"weight_shape"}
     if layer.layout == "mxfp4":
         return frozenset({"weight_packed", "weight_scale"}), frozenset({"bias"})
     if layer.layout == "nvfp4":  # the last one is of activations, which get scales as they come
@@ -255,9 +256,15 @@ def _codes(tensors: dict[str, Tensor], layer: LayerSettings) -> Tensor:
         return codes.short()
     packed = tensors["weight_packed"]
     expect_matrix("weight_packed", packed)
-    expect("weight_shape", tensors["weight_shape"], (torch.int64, torch.int32), [2])
-    n, k = (int(size) for size in tensors["weight_shape"])
     per_word = 32 // layer.bits
+    if (shape_of_weight := tensors.get("weight_shape")) is None:
+        # Some writers of stacked experts leave it out. Whole groups are whole words.
+        n, k = packed.shape[0], packed.shape[1] * per_word
+        if layer.group_size in (None, -1) or k % layer.group_size:
+            raise ValueError("weight_shape: expected one but for whole groups of columns, got none")
+    else:
+        expect("weight_shape", shape_of_weight, (torch.int64, torch.int32), [2])
+        n, k = (int(size) for size in shape_of_weight)
     if n < 1 or k < 1:
         raise ValueError(f"weight_shape: expected a matrix, got {n} x {k}")
     shape = [n, ceil_div(k, per_word)]

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..nn.experts import in_order
+from ..nn.experts import in_order, joined
 from ..nn.float_experts import Layout
-from ..weights.weight import QuantizedWeight, joined
+from ..weights.weight import QuantizedWeight
 
 _PLACE = re.compile(r"(?:^|\.)experts\.(\d+)\.(\w+)$")
-_PARTS = {
+PARTS = {
     "gate_proj": "gate",
     "w1": "gate",
     "up_proj": "up",
@@ -43,9 +43,9 @@ class Place:
 def place_of(layer: str, experts: str) -> Place | None:
     """The place of a layer by its name in the checkpoint; None if that is of no expert."""
     match = _PLACE.search(layer)
-    if match is None or match[2] not in _PARTS:
+    if match is None or match[2] not in PARTS:
         return None
-    return Place(experts, int(match[1]), _PARTS[match[2]])
+    return Place(experts, int(match[1]), PARTS[match[2]])
 
 
 def prefix_of(layer: str) -> str:

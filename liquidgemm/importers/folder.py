@@ -99,6 +99,21 @@ class Source:
         with safe_open(found, framework="pt") as handle:
             return handle.get_tensor(name)
 
+    def shape(self, name: str) -> list[int]:
+        found = self._tensors[name]
+        if isinstance(found, Tensor):
+            return list(found.shape)
+        with safe_open(found, framework="pt") as handle:
+            return handle.get_slice(name).get_shape()
+
+    def part(self, name: str, index: int) -> Tensor:
+        """One of the tensors along the first axis; no other is read."""
+        found = self._tensors[name]
+        if isinstance(found, Tensor):
+            return found[index].clone()
+        with safe_open(found, framework="pt") as handle:
+            return handle.get_slice(name)[index]
+
 
 def _weights(
     directory: Path,

@@ -118,6 +118,11 @@ class SourceWeight:
 AnyWeight = SourceWeight | ByteWeight | FineWeight
 
 
+def is_fine(source: AnyWeight) -> bool:
+    """Whether groups of columns are finer than 64."""
+    return isinstance(source, FineWeight) or (isinstance(source, SourceWeight) and source.is_fine)
+
+
 def fit(source: AnyWeight, fine_bits: int = 8) -> tuple[QuantizedWeight, float]:
     """The weight on our grid, and the relative error of that: ``|W' - W| / |W|``.
 

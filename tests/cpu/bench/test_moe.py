@@ -61,7 +61,10 @@ def test_tables_and_plot_of_a_record(tmp_path) -> None:
         "command": "bench",
         "stream_bytes_per_us": 3e6,
         "absent": {"humming, l": "not installed"},
-        "cases": [case | {"floor_us": 10.0, "times": times}],
+        "cases": [
+            case | {"floor_us": 10.0, "times": times},
+            case | {"routing": "skewed", "floor_us": 9.0, "times": {moe.OURS: {"median_us": 25.0}}},
+        ],
         "sweep": [case | {"n": 9, "k": 9, "times": plans, "chosen": chosen}],
     }
     file = tmp_path / "moe.json"
@@ -70,4 +73,5 @@ def test_tables_and_plot_of_a_record(tmp_path) -> None:
     text = file.with_suffix(".md").read_text()
     assert "| 8 | 64 / 50.0 | 10.0 | 20.0 | 2.00 | 30.0 | 1.0 |" in text
     assert "| 8 | 9 x 9 | t16_p1_k4_s4 | 3.0 | t8_p1_k4_s4 | 1.33 |" in text
+    assert "| l | 8 | 1.25 | - | 0.90 |" in text
     assert "not installed" in text
