@@ -13,12 +13,16 @@ memory as vLLM does without flags, can run at the same time, by one command for 
   are free again, memory is where it was, and no logit is further from that of a run alone than
   quantization moves one. Then sleep of both levels, with a reload after the second: the same bits.
 - invariant: the same requests with VLLM_BATCH_INVARIANT, so that vLLM's attention and norms do not
-  depend on the batch: tokens and logits are those of a run alone, to the bit.
+  depend on the batch: tokens and logits are those of a run alone, to the bit. Before that, rows
+  of our layers and queries of vLLM's attention one by one, to know which of them it was if not.
 - online: the float model, quantized while it is loaded, against `quantize_`; the peak of memory
   stays below the float weights.
 - experts: Qwen3-MoE's structure, saved by us and quantized while it is loaded: each layer of
   experts gives the bits of `LiquidExperts`.
-- endpoint: `vllm serve DIR` and requests by HTTP.
+- features: an adapter (LoRA) and none in turn; AWQ, GPTQ and compressed-tensors checkpoints, as
+  they are loaded; speculative decoding.
+- endpoint: `vllm serve DIR` and requests by HTTP; with --model, of that model instead of a random
+  one, with text as prompts.
 - tensor-parallel: two GPUs, against transformers.
 - exact: two GPUs in the exact mode, against one, to the bit, with VLLM_BATCH_INVARIANT.
 
@@ -37,9 +41,8 @@ import time
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
-from serve_parts import PARTS, Check
+from serve_parts import PARTS, ROOT, Check
 
-ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -100,6 +103,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=300, help="seconds for each part")
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--compare", type=int, default=64, help="requests run again alone")
+    parser.add_argument("--model", type=Path, help="for the endpoint: what `quantize` takes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

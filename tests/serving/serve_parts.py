@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import random
 import time
 from pathlib import Path
 
+import serve_rows
 from serve_endpoint import endpoint
 from serve_experts import experts
+from serve_features import features
 from serve_requests import requests
 
+ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (1, 5, 63, 64, 200, 511)
 KV_BYTES = 4 << 30  # given, as measuring what is free needs a GPU without other processes
 RECIPE = {
@@ -30,6 +34,8 @@ class Check:
         self.facts: dict[str, object] = {}
         self.held: list[str] = []
         self.failures: list[str] = []
+        self.moved = 0.0  # RMS by which quantization moves the logits of the saved model
+        self.text: list[int] = []  # tokens for prompts; none for random ones
 
     def note(self, name: str, value: object) -> None:
         self.facts[name] = value
@@ -87,11 +93,31 @@ class Check:
         model = self.quantized(RECIPE, layers)
         liquidgemm.save_quantized(model, folder)
         wanted = self.logits(model)
+        changes = (one - other for one, other in zip(wanted, floats, strict=True))
+        self.moved = math.sqrt(sum(float(c.pow(2).mean()) for c in changes) / len(wanted))
+        del model
+        _collect()
+        return floats, wanted
+
+    def save_given(self, folder: Path) -> tuple[list, list]:
+        """The same of the model that was given, whose prompts are text."""
+        import liquidgemm
+        from liquidgemm.checkpoints.sources import load_model
+
+        model, tokenizer = load_model(str(self.options.model), self.options.device)
+        self.text = tokenizer((ROOT / "README.md").read_text()).input_ids[: max(LENGTHS)]
+        floats = self.logits(model)
+        liquidgemm.quantize_(model, liquidgemm.LiquidConfig(), progress=False, verify=False)
+        liquidgemm.save_quantized(model, folder)
+        tokenizer.save_pretrained(folder)
+        wanted = self.logits(model)
         del model
         _collect()
         return floats, wanted
 
     def prompts(self, lengths=LENGTHS) -> list[list[int]]:
+        if self.text:
+            return [self.text[:n] for n in lengths]
         numbers = random.Random(1)
         return [[numbers.randrange(3, self.vocabulary) for _ in range(n)] for n in lengths]
 
@@ -115,23 +141,23 @@ class Check:
         import vllm
 
         start = time.perf_counter()
-        options = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": KV_BYTES} | options
+        options = {
+            "skip_tokenizer_init": True,
+            "dtype": "bfloat16",
+            "max_model_len": 1024,
+            "max_num_seqs": 64,
+            "max_logprobs": self.vocabulary,
+            "logprobs_mode": "raw_logits",
+            "gpu_memory_utilization": 0.1,
+            "kv_cache_memory_bytes": KV_BYTES,
+        } | options
         if self.options.device == "cpu":
             options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28}
-        llm = vllm.LLM(
-            model=str(folder),
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            max_model_len=1024,
-            max_num_seqs=64,
-            max_logprobs=self.vocabulary,
-            logprobs_mode="raw_logits",
-            **options,
-        )
+        llm = vllm.LLM(model=str(folder), **options)
         self.note("started_s", round(time.perf_counter() - start, 1))
         return llm
 
-    def served(self, llm) -> tuple[list, list[list[int]]]:
+    def served(self, llm, **request) -> tuple[list, list[list[int]]]:
         """Logits of the last token of each prompt, and eight tokens after it, all at once."""
         import torch
         import vllm
@@ -140,7 +166,7 @@ class Check:
             temperature=0, max_tokens=8, logprobs=self.vocabulary, ignore_eos=True, detokenize=False
         )
         prompts = [{"prompt_token_ids": p} for p in self.prompts()]
-        results = llm.generate(prompts, sampling, use_tqdm=False)
+        results = llm.generate(prompts, sampling, use_tqdm=False, **request)
         logits = []
         for result in results:
             first = result.outputs[0].logprobs[0]
@@ -184,15 +210,25 @@ def served(check: Check, folder: Path) -> None:
     options = {"enable_sleep_mode": True} if torch.cuda.is_available() else {}
     llm = check.engine(folder, enable_prefix_caching=True, **options)
     check.near(check.twice(llm), wanted, floats, "saved")
-    change = torch.stack(wanted) - torch.stack(floats)
-    requests(check, llm, float(change.pow(2).mean().sqrt()))
+    requests(check, llm, check.moved)
     if torch.cuda.is_available():
         sleep(check, llm)
 
 
 def invariant(check: Check, folder: Path) -> None:
-    """Many requests where vLLM's own arithmetic does not depend on the batch: ours must not."""
+    """Many requests where vLLM asks its own arithmetic not to depend on the batch: ours must not.
+
+    First layer by layer, so that one can tell whose fault it is if logits do.
+    """
     check.save(folder)
+    if check.options.device == "cuda":
+        serve_rows.attention(check)
+    llm = check.engine(folder, enable_prefix_caching=True, enforce_eager=True)
+    with serve_rows.watched() as seen:
+        requests(check, llm, None, compare=False)
+    serve_rows.require(check, seen)
+    del llm
+    check.allocated()
     llm = check.engine(folder, enable_prefix_caching=True)
     requests(check, llm, None)
 
@@ -314,6 +350,7 @@ PARTS = {
     "invariant": invariant,
     "online": online,
     "experts": experts,
+    "features": features,
     "endpoint": endpoint,
     "tensor-parallel": tensor_parallel,
     "exact": exact,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import serve_parts
-import torch
+import serve_rows
 from serve_requests import Comparison, requests
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -54,9 +54,8 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     options = Namespace(tiny=True, device="cpu", requests=48, compare=16)
     check = serve_parts.Check(options)
-    floats, wanted = check.save(folder)
-    change = (torch.stack(wanted) - torch.stack(floats)).pow(2).mean().sqrt()
-    return options, check.engine(folder, enable_prefix_caching=True), float(change)
+    check.save(folder)
+    return options, check.engine(folder, enable_prefix_caching=True), check.moved
 
 
 def last_row_lost(y, x):
@@ -87,7 +86,10 @@ def test_a_kernel_that_is_wrong_for_many_rows_is_found(bug, served, monkeypatch)
     monkeypatch.setattr(ops, "linear", planted)
     check = serve_parts.Check(options)
     options.deadline = time.monotonic() + 120
-    requests(check, llm, bound)
+    with serve_rows.watched() as seen:
+        requests(check, llm, bound)
+    assert seen.rows > 50
+    assert bool(seen.unlike) == (wrong is not None)
     assert check.facts["tokens_compared"] > 100
     if wrong is None:
         assert not check.failures
