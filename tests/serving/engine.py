@@ -16,6 +16,8 @@ from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_vocab
 from vllm.platforms import current_platform
 
+from liquidgemm.integrations.serving.foreign import foreign_layers
+from liquidgemm.integrations.serving.names import Names
 from liquidgemm.integrations.vllm import register
 from liquidgemm.integrations.vllm.config import LiquidGemmConfig
 
@@ -45,6 +47,14 @@ def config_of(layers: dict[str, int], **settings) -> LiquidGemmConfig:
         {"quant_method": "liquidgemm", "format_version": 1, "config": None, "layers": layers}
         | settings
     )
+    config.packed_modules_mapping = FUSED
+    return config
+
+
+def foreign_config(settings: dict, names: list[str]) -> LiquidGemmConfig:
+    """Of another project's checkpoint with such tensors."""
+    config = LiquidGemmConfig.from_config(settings)
+    config.foreign_names = Names(foreign_layers({"config.json": settings}, names))
     config.packed_modules_mapping = FUSED
     return config
 

@@ -5,10 +5,12 @@ An engine is a module that makes its layers: `engine` for vLLM, `sglang_layers` 
 
 from types import ModuleType
 
+import foreign
 import torch
 from torch import Tensor, nn
 
 from liquidgemm import LiquidConfig, LiquidLinear, QuantizedWeight, linear
+from liquidgemm.integrations.serving.foreign import convert, foreign_layers
 from liquidgemm.integrations.serving.layout import Slice, as_packed, pack
 from liquidgemm.quantization.layer import quantize_layer
 
@@ -104,3 +106,32 @@ def check_row_parallel(engine: ModuleType, kind: str, k: int, size: int) -> None
         assert torch.equal(y, linear(own_packed, packed.weight, w.scale, bias))
         if kind == "plain" and not part.lead and not part.length % 64:
             assert torch.equal(y, alone(w.narrow_columns(part.start, part.length), own, bias))
+
+
+def foreign_layer(name: str) -> tuple[dict[str, torch.Tensor], dict, QuantizedWeight]:
+    """A layer [64, 256] of another project's format, its settings, and what it becomes."""
+    tensors_of, settings, _ = foreign.packed(name, 64)
+    found = foreign_layers({"config.json": settings}, [f"a.{key}" for key in tensors_of])
+    return tensors_of, settings, convert(found["a"].read(tensors_of))[0]
+
+
+def check_foreign(engine: ModuleType, name: str, size: int) -> None:
+    """Each rank has its slice of the conversion of the whole layer, in whatever order it comes."""
+    held, settings, w = foreign_layer(name)
+    keys = [f"a.{part}.{key}" for part in ("gate_proj", "up_proj", "down_proj") for key in held]
+    x = tokens(K)
+    whole = alone(w, x)
+    for rank in range(size):
+        with engine.as_rank(rank, size):
+            config = engine.foreign_config(settings, keys)
+            layer = engine.gate_up(config, K, [64, 64])
+            for shard in (1, 0):
+                load(layer, held, shard)
+            step = 64 // size
+            part = whole[:, rank * step : (rank + 1) * step]
+            assert torch.equal(output(finish(layer), x), torch.cat((part, part), 1))
+            layer = engine.down(config, K, 64)
+            load(layer, held)
+            own = x.narrow(1, rank * K // size, K // size)
+            expected = alone(w.narrow_columns(rank * K // size, K // size), own)
+            assert torch.equal(output(finish(layer), own), expected)

@@ -201,11 +201,12 @@ def adapter(folder: Path, model: torch.nn.Module, rank: int = 4) -> Path:
     return folder
 
 
-def test_adapters_are_swapped(tmp_path):
+@pytest.mark.parametrize("skip", [("lm_head",), ()], ids=["float head", "quantized head"])
+def test_adapters_are_swapped(skip, tmp_path):
     """CHECKLIST 33: LoRA on quantized layers, with and without, one after the other."""
     from vllm.lora.request import LoRARequest
 
-    folder = quantized(tmp_path / "model", augment={"down_proj": 64})
+    folder = quantized(tmp_path / "model", augment={"down_proj": 64}, skip=skip)
     model = load_quantized(folder)
     plain = expected(model)
     request = LoRARequest("one", 1, str(adapter(tmp_path / "lora", model)))

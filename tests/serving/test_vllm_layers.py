@@ -4,16 +4,26 @@ import pickle
 import re
 
 import engine
-import foreign
 import pytest
 import slices
 import torch
 from engine import as_rank, config_of, down, gate_up, head, qkv
-from slices import LOGICAL, SIZES, K, alone, finish, load, output, tensors, tokens, weight
+from slices import (
+    LOGICAL,
+    SIZES,
+    K,
+    alone,
+    finish,
+    foreign_layer,
+    load,
+    output,
+    tensors,
+    tokens,
+    weight,
+)
 
-from liquidgemm import QuantizedWeight, quantize_activation
-from liquidgemm.integrations.serving.foreign import convert, foreign_layers
-from liquidgemm.integrations.serving.names import Names
+from liquidgemm import quantize_activation
+from liquidgemm.integrations.serving.foreign import foreign_layers
 from liquidgemm.integrations.vllm import fusion
 
 
@@ -138,36 +148,10 @@ def test_settings_that_are_not_understood_are_refused():
 FORMATS = ("ct-sym", "ct-asym", "awq", "gptq")
 
 
-def foreign_layer(name: str) -> tuple[dict[str, torch.Tensor], dict, QuantizedWeight]:
-    """A layer [64, 256] of another project's format, its settings, and what it becomes."""
-    tensors_of, settings, _ = foreign.packed(name, 64)
-    found = foreign_layers({"config.json": settings}, [f"a.{key}" for key in tensors_of])
-    return tensors_of, settings, convert(found["a"].read(tensors_of))[0]
-
-
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("name", FORMATS)
 def test_foreign_layers_are_slices_of_the_whole_conversion(name, size):
-    held, settings, w = foreign_layer(name)
-    keys = [f"a.{part}.{key}" for part in ("gate_proj", "up_proj", "down_proj") for key in held]
-    layers = foreign_layers({"config.json": settings}, keys)
-    x = tokens(K)
-    whole = alone(w, x)
-    for rank in range(size):
-        with as_rank(rank, size):
-            config = config_of({})
-            config.foreign, config.recipe, config.foreign_names = settings, None, Names(layers)
-            layer = gate_up(config, K, [64, 64])
-            for shard in (1, 0):  # in any order
-                load(layer, held, shard)
-            step = 64 // size
-            part = whole[:, rank * step : (rank + 1) * step]
-            assert torch.equal(output(finish(layer), x), torch.cat((part, part), 1))
-            layer = down(config, K, 64)
-            load(layer, held)
-            own = x.narrow(1, rank * K // size, K // size)
-            expected = alone(w.narrow_columns(rank * K // size, K // size), own)
-            assert torch.equal(output(finish(layer), own), expected)
+    slices.check_foreign(engine, name, size)
 
 
 def test_foreign_settings_that_the_grid_cannot_hold_are_refused():
@@ -187,10 +171,8 @@ def test_foreign_settings_that_the_grid_cannot_hold_are_refused():
 
 def test_foreign_layers_are_loaded_once_and_whole():
     held, settings, _ = foreign_layer("awq")
-    layers = foreign_layers({"config.json": settings}, [f"a.down_proj.{key}" for key in held])
     with as_rank(0, 1):
-        config = config_of({})
-        config.foreign, config.recipe, config.foreign_names = settings, None, Names(layers)
+        config = engine.foreign_config(settings, [f"a.down_proj.{key}" for key in held])
         layer = down(config, K, 64)
         load(layer, {"qweight": held["qweight"]})
         with pytest.raises(ValueError, match=r"a\.down_proj\.qzeros: expected it to be loaded"):

@@ -3,10 +3,13 @@
 import stand_ins  # noqa: F401, I001 - before SGLang
 
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+from safetensors.torch import save_file
 from sglang.srt.layers import linear, vocab_parallel_embedding
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from torch import nn
@@ -32,6 +35,15 @@ def config_of(layers: dict[str, int], **settings) -> LiquidGemmConfig:
         | {"packed_modules_mapping": {}}
         | settings
     )
+
+
+def foreign_config(settings: dict, names: list[str]) -> LiquidGemmConfig:
+    """Of another project's checkpoint with such tensors, which a file of it has."""
+    with TemporaryDirectory() as folder:
+        tensors = {name: torch.zeros(1) for name in names}
+        save_file(tensors, Path(folder) / "model.safetensors")
+        given = {"packed_modules_mapping": {}, "hf_config": SimpleNamespace(_name_or_path=folder)}
+        return LiquidGemmConfig.from_config(settings | given)
 
 
 def qkv(config, k, head, heads, kv_heads, dtype=torch.bfloat16) -> nn.Module:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import foreign_models
 import moe_models
 import pytest
 import requests
@@ -19,7 +20,7 @@ import sglang
 import torch
 from engine_models import BOUND, PROMPT, VOCABULARY, float_model
 
-from liquidgemm import LiquidConfig, load_quantized, quantize_, save_quantized
+from liquidgemm import LiquidConfig, import_checkpoint, load_quantized, quantize_, save_quantized
 
 OPTIONS = {
     "device": "cpu",
@@ -96,6 +97,15 @@ def test_a_float_checkpoint_is_quantized_as_it_is_loaded(tmp_path):
     model = float_model()
     quantize_(model, LiquidConfig(**fields), progress=False, verify=False)
     assert_near(first, expected(model))
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "pack-quantized"])
+def test_other_projects_checkpoints_are_converted_as_they_are_loaded(name, tmp_path):
+    model = float_model()
+    foreign_models.write(model, tmp_path / "source", name)
+    import_checkpoint(tmp_path / "source", tmp_path / "out", progress=False)
+    first, _ = log_probabilities(tmp_path / "source", quantization="liquidgemm")
+    assert_near(first, expected(load_quantized(tmp_path / "out")))
 
 
 def test_experts_are_served(tmp_path):

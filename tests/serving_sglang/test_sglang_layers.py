@@ -12,6 +12,7 @@ from sglang_layers import (
     config_of,
     down,
     embedding,
+    foreign_config,
     gate_up,
     qkv,
     register,
@@ -20,6 +21,8 @@ from sglang_layers import (
 from slices import LOGICAL, SIZES, K, alone, finish, load, output, tensors, tokens, weight
 
 from liquidgemm.ops import _library
+
+METHODS = None, "awq", "liquidgemm"
 
 
 def test_sglang_knows_the_method_everywhere():
@@ -30,7 +33,7 @@ def test_sglang_knows_the_method_everywhere():
     register()  # again, as in each process that SGLang forks
     assert quantization.get_quantization_config("liquidgemm") is LiquidGemmConfig
     assert quantization.BASE_QUANTIZATION_METHODS["liquidgemm"] is LiquidGemmConfig
-    for name in ("LiquidLinearMethod", "OnlineLiquidLinearMethod"):
+    for name in ("LiquidLinearMethod", "OnlineLiquidLinearMethod", "ForeignLiquidLinearMethod"):
         assert layers.WEIGHT_LOADER_V2_SUPPORTED.count(name) == 1
     assert server_args.QUANTIZATION_CHOICES.count("liquidgemm") == 1
 
@@ -91,6 +94,30 @@ def test_replicated_layers_and_dtypes():
         layer.qweight.weight_loader(layer.qweight, w.qweight)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", ["ct-sym", "ct-asym", "awq", "gptq"])
+def test_foreign_layers_are_slices_of_the_whole_conversion(name, size):
+    slices.check_foreign(sglang_layers, name, size)
+
+
+def test_foreign_layers_are_converted_only_if_asked_for_and_once():
+    held, settings, _ = slices.foreign_layer("awq")
+    asked = [LiquidGemmConfig.override_quantization_method(settings, user) for user in METHODS]
+    assert asked == [None, None, "liquidgemm"]
+    config = foreign_config(settings, [f"a.down_proj.{key}" for key in held])
+    assert config.is_linear_unquantized("a.o_proj")
+    assert not config.is_linear_unquantized("a.down_proj")
+    with as_rank(0, 1):
+        layer = down(config, K, 64)
+    load(layer, {"qweight": held["qweight"]})
+    with pytest.raises(ValueError, match=r"a\.down_proj\.qzeros: expected it to be loaded"):
+        finish(layer)
+    collect = layer.scales.weight_loader
+    load(layer, {"qzeros": held["qzeros"], "scales": held["scales"]})
+    with pytest.raises(RuntimeError, match="liquidgemm import"):
+        collect(None, held["scales"])
+
+
 def test_what_is_missing_or_wrong_is_named():
     w = weight(96, K)
     with as_rank(0, 1):
@@ -107,8 +134,10 @@ def test_what_is_missing_or_wrong_is_named():
 def test_what_is_not_served_is_refused():
     with as_rank(0, 1), pytest.raises(ValueError, match=r"got a\.v_proj in floats"):
         qkv(config_of({"a.q_proj": 0, "a.k_proj": 0}), K, 16, 4, 2)
-    with pytest.raises(ValueError, match="got 'awq'"):
+    with pytest.raises(ValueError, match="does not tell where the checkpoint is"):
         LiquidGemmConfig.from_config({"quant_method": "awq", "bits": 4})
+    with pytest.raises(ValueError, match="got 'fp8'"):
+        foreign_config({"quant_method": "fp8"}, ["a.o_proj.weight"])
     with pytest.raises(ValueError, match=r"got \['surprise'\]"):
         config_of({}, surprise=1)
     with pytest.raises(ValueError, match=r"lm_head: a quantized head"):

@@ -10,10 +10,12 @@ def register() -> None:
     from sglang.srt.layers import linear, quantization
 
     from .config import LiquidGemmConfig
+    from .foreign import ForeignLiquidLinearMethod
     from .linear import LiquidLinearMethod
     from .online import OnlineLiquidLinearMethod
 
-    name, methods = LiquidGemmConfig.METHOD, (LiquidLinearMethod, OnlineLiquidLinearMethod)
+    name = LiquidGemmConfig.METHOD
+    methods = LiquidLinearMethod, OnlineLiquidLinearMethod, ForeignLiquidLinearMethod
     if name in quantization.QUANTIZATION_METHODS:
         return
     try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -19,13 +21,16 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from torch import nn
 
+from ...importers.folder import Source
 from ...ops import FLOATS
 from ...quantization.config import LiquidConfig
 from ..serving import summary
+from ..serving.foreign import ForeignLayer, foreign_layers
 from ..serving.names import Names, parts_of
 from ..serving.online import check_online, left_in_floats, skipped
 from ..transformers import LiquidGemmConfig as Settings
 from .experts import LiquidExpertsMethod
+from .foreign import ForeignLiquidLinearMethod
 from .linear import LiquidLinearMethod
 from .online import OnlineLiquidLinearMethod
 
@@ -49,20 +54,25 @@ class Summary(summary.Summary):
 class LiquidGemmConfig(QuantizationConfig):
     """Which layers are ours, from the ``quantization_config`` of config.json.
 
-    Two kinds of checkpoints are known: ours, whose ``layers`` are named, and in floats, quantized
+    Three kinds of checkpoints are known: ours, whose ``layers`` are named; in floats, quantized
     while they are loaded by the fields of ``config`` (see `LiquidConfig`), or without any such
-    settings by its defaults.
+    settings by its defaults; and those of other projects, converted while they are loaded.
 
     Raises:
-        ValueError: a setting that is not understood or needs data to quantize with, or a checkpoint
-            of another project.
+        ValueError: a setting that is not understood, or that needs data to quantize with.
     """
 
     METHOD = "liquidgemm"
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        foreign: Mapping[str, ForeignLayer] | None = None,
+    ) -> None:
         super().__init__()
-        settings = Settings() if settings is None else settings
+        if settings is None:
+            settings = Settings() if foreign is None else Settings(layers={})
+        self.foreign: Names[ForeignLayer] = Names(foreign or {})
         # What quantizes while loading; None where the checkpoint has codes.
         self.recipe = settings.config if settings.layers is None else None
         if self.recipe is not None:
@@ -78,16 +88,19 @@ class LiquidGemmConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict) -> LiquidGemmConfig:
-        method = config.get("quant_method")
-        if method != cls.METHOD:
-            raise ValueError(
-                f"quant_method: expected 'liquidgemm', got {method!r}, which the plug-in for "
-                f"SGLang does not convert while loading: {_REMEDY}"
-            )
         own = {key: value for key, value in config.items() if key not in _OF_SGLANG}
-        found = cls(Settings(**own))
+        if own.get("quant_method") == cls.METHOD:
+            found = cls(Settings(**own))
+        else:
+            names = _tensors_of(config.get("hf_config"))
+            found = cls(foreign=foreign_layers({"config.json": own}, names))
         found.update_packed_modules_mapping(config.get("packed_modules_mapping") or {})
         return found
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: dict, user_quant: str | None) -> str | None:
+        """Another project's checkpoint is converted if, and only if, the user asks for it."""
+        return cls.METHOD if user_quant == cls.METHOD else None
 
     def get_name(self) -> str:
         return self.METHOD
@@ -108,6 +121,7 @@ class LiquidGemmConfig(QuantizationConfig):
 
     def apply_weight_name_mapper(self, hf_to_sglang_mapper) -> None:
         self.names = Names(hf_to_sglang_mapper.apply_dict(dict(self.names.layers)))
+        self.foreign = Names(hf_to_sglang_mapper.apply_dict(dict(self.foreign.layers)))
         self.experts = Names(hf_to_sglang_mapper.apply_dict(dict(self.experts.layers)))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -129,19 +143,23 @@ class LiquidGemmConfig(QuantizationConfig):
         """What some of SGLang's models ask before they make a layer."""
         if self.recipe is not None:
             return skipped(self.recipe, prefix) is not None
-        return not self.names.of(prefix, _FUSED | self.packed_modules_mapping)
+        fused = _FUSED | self.packed_modules_mapping
+        return not (self.names.of(prefix, fused) or self.foreign.of(prefix, fused))
 
     def _loaded(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | str | None:
         """The method, or why there is none; None for what is no linear layer."""
-        found = self.names.of(prefix, _FUSED | self.packed_modules_mapping)
+        fused = _FUSED | self.packed_modules_mapping
+        found, foreign = self.names.of(prefix, fused), self.foreign.of(prefix, fused)
         if isinstance(layer, VocabParallelEmbedding):
-            self._refuse(found, "a quantized head cannot be served with SGLang yet")
+            self._refuse(found or foreign, "a quantized head cannot be served with SGLang yet")
             return None
         if not isinstance(layer, _LINEAR):
-            self._refuse(found, f"{type(layer).__name__} cannot be served in W4A8")
+            self._refuse(found or foreign, f"{type(layer).__name__} cannot be served in W4A8")
             return "so in the checkpoint" if isinstance(layer, LinearBase) else None
         if prefix.rpartition(".")[2] in _OF_MLA:
-            self._refuse(found, "MLA cannot be served with SGLang yet")
+            self._refuse(found or foreign, "MLA cannot be served with SGLang yet")
+        if foreign:
+            return ForeignLiquidLinearMethod(foreign, self.summary)
         if not found:
             return "so in the checkpoint"
         return LiquidLinearMethod(tuple(found), tuple(found.values()), self.summary)
@@ -169,7 +187,8 @@ class LiquidGemmConfig(QuantizationConfig):
                 f"{prefix}: expected linear layers to quantize while loading, got experts, for "
                 f"which SGLang's plug-in cannot do it yet: {_REMEDY}"
             )
-        inside = [name for name in self.names.layers if name.startswith(f"{prefix}.")]
+        held = (*self.names.layers, *self.foreign.layers)
+        inside = [name for name in held if name.startswith(f"{prefix}.")]
         self._refuse(inside, "experts of their own tensors in W4A8 cannot be served with SGLang")
         if found := self.experts.of(prefix, {}):
             ((name, sizes),) = found.items()
@@ -186,6 +205,23 @@ class LiquidGemmConfig(QuantizationConfig):
                 f"{next(iter(found))}: {reason}: quantize with a pattern of skip that matches it, "
                 "or serve the model with vLLM or transformers"
             )
+
+
+def _tensors_of(config: object) -> list[str]:
+    """The names of all tensors of the checkpoint that a model's config was read from.
+
+    Raises:
+        ValueError, FileNotFoundError: it is not known where that is, or it has none.
+    """
+    where = getattr(config, "_name_or_path", None)
+    if not where:
+        raise ValueError(
+            "quant_method: expected 'liquidgemm', as this SGLang does not tell where the checkpoint"
+            f" is, which 0.5.23 does, for one of another project to be converted: {_REMEDY}"
+        )
+    if not Path(where).is_dir():  # SGLang loads the same files afterwards
+        where = snapshot_download(where, allow_patterns=["*.safetensors", "*.json"])
+    return Source(Path(where)).names()
 
 
 def _block(name: str) -> str:

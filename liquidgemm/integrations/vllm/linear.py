@@ -9,6 +9,7 @@ from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     register_weight_loader_v2_supported_method,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.utils import replace_parameter
 
 from ... import ops
@@ -64,6 +65,7 @@ class PackedLinearMethod(LinearMethodBase):
         layer.liquid_exact = self.exact
         if packed.gather is None:
             layer.columns = None
+        _say_dtype(layer)
         self.summary.done(self.names, layer.qweight.device)
 
     def apply(self, layer: EngineLayer, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -76,6 +78,14 @@ class PackedLinearMethod(LinearMethodBase):
         x8, x_scale, dtype = given
         x8 = as_packed(x8, layer.columns, layer.liquid_pad)
         return ops.gemm(x8, x_scale, layer.qweight, layer.scale, bias, dtype)
+
+
+def _say_dtype(layer: EngineLayer) -> None:
+    """vLLM asks the weight of a head for its dtype and device, to make room for adapters."""
+    config = get_current_vllm_config_or_none()
+    if isinstance(layer, ParallelLMHead) and config is not None and config.lora_config is not None:
+        dtype, device = config.model_config.dtype, layer.qweight.device
+        layer.weight = torch.empty(0, dtype=dtype, device=device)
 
 
 def _refuse(*args, **kwargs) -> None:
