@@ -99,8 +99,12 @@ struct Avx2 : X86With32Bytes, BandByBand<Avx2> {
     return sum_of(sum);
   }
 
+  // sums += s * (codes * x) of half a group; s[half] has (s, s) for half of the lanes.
   template <int T>
-  static void add_half(uint8_t const* codes, int8_t const* x, int32_t* sums, uint8_t const* steps) {
+  static void add_half(uint8_t const* codes,
+                       int8_t const* x,
+                       int32_t* sums,
+                       __m256i const (&s)[2]) {
     // A half of a lane has two products of each of eight words.
     static_assert(16 * kLargestCode * kLargestX <= kInt16Max);
     __m256i part[T][2];
@@ -123,11 +127,10 @@ struct Avx2 : X86With32Bytes, BandByBand<Avx2> {
     }
 #pragma GCC unroll 8
     for (int half = 0; half < 2; ++half) {
-      const __m256i s = load256(steps + 32 * half);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         int32_t* const to = sums + kPanel * t + 8 * half;
-        store256(to, add_at(to, _mm256_madd_epi16(part[t][half], s)));
+        store256(to, add_at(to, _mm256_madd_epi16(part[t][half], s[half])));
       }
     }
     __asm__("" ::: "memory");  // or sums of two halves are held in registers, and spilled
@@ -158,10 +161,51 @@ struct Avx2 : X86With32Bytes, BandByBand<Avx2> {
       uint8_t const* weights, int8_t const* x, int depth, int32_t* sums, Lines& ahead) {
     for (int d = 0; d < depth; ++d) {
       ahead.step();
-      add_half<T>(weights, x, sums, weights + kSteps);
-      add_half<T>(weights + kTileBytes / 2, x + kGroup / 2, sums, weights + kSteps);
+      const __m256i s[2] = {load256(weights + kSteps), load256(weights + kSteps + 32)};
+      add_half<T>(weights, x, sums, s);
+      add_half<T>(weights + kTileBytes / 2, x + kGroup / 2, sums, s);
       if (d % 2 == 0)
         add_offsets_of_two<T>(weights, d + 1 < depth, x, sums);
+      weights += kPanelBands * kDecodedBand;
+      x += kTile * kToken;
+    }
+  }
+};
+
+// INT8 weights plus 128 as two codes each, 16 times the upper one and the lower one: a product of
+// whole bytes does not fit 16 bits.
+struct Avx2Int8 : X86With32Bytes, BandByBand<Avx2Int8> {
+  using BandByBand<Avx2Int8>::multiply;
+
+  static constexpr int kDecodedBand = 2 * kTileBytes;  // lower codes, then upper ones
+  static constexpr int kToken = Avx2::kToken;
+  static constexpr auto arrange = Avx2::arrange;  // sums of groups are not used
+
+  static void arrange_band(uint8_t const* chunks, uint8_t* to) {
+    const __m256i nibble = _mm256_set1_epi8(15), bias = _mm256_set1_epi8(8);
+    for (int high = 0; high < 2; ++high) {  // k
+      transpose_words(chunks + kHigh * high, [&](__m256i weights, int /*half*/, int at) {
+        uint8_t* const code = to + high * kTileBytes / 2 + at;
+        const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(weights, 4), nibble);
+        store256(code, _mm256_and_si256(weights, nibble));
+        store256(code + kTileBytes, _mm256_xor_si256(upper, bias));
+      });
+    }
+  }
+
+  template <int T>
+  [[gnu::noinline]] static void multiply(
+      uint8_t const* weights, int8_t const* x, int depth, int32_t* sums, Lines& ahead) {
+    const __m256i one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
+    const __m256i of_lower[2] = {one, one}, of_upper[2] = {sixteen, sixteen};
+    for (int d = 0; d < depth; ++d) {
+      ahead.step();
+      for (int half = 0; half < 2; ++half) {
+        uint8_t const* const codes = weights + half * kTileBytes / 2;
+        int8_t const* const of_half = x + half * kGroup / 2;
+        Avx2::add_half<T>(codes, of_half, sums, of_lower);
+        Avx2::add_half<T>(codes + kTileBytes, of_half, sums, of_upper);
+      }
       weights += kPanelBands * kDecodedBand;
       x += kTile * kToken;
     }
@@ -172,13 +216,14 @@ struct Avx2 : X86With32Bytes, BandByBand<Avx2> {
 
 Kernels const* avx2_kernels() {
   static constexpr int64_t kFewestTokens = 5;
-  static constexpr Kernels kernels{"avx2",
-                                   products<Avx2, Nibbles>(kFewestTokens),
-                                   always(product_by_codes<Avx2, Bytes>()),
-                                   quantize,
-                                   rms_norm,
-                                   glu,
-                                   search};
+  static constexpr Kernels kernels{
+      "avx2",
+      products<Avx2, Nibbles>(kFewestTokens),
+      {product_by_codes<Avx2, Bytes>(), product_by_bytes<Avx2Int8, Bytes>(), kFewestTokens},
+      quantize,
+      rms_norm,
+      glu,
+      search};
   return &kernels;
 }
 

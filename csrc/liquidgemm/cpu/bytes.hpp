@@ -1,6 +1,6 @@
 // The product by bytes, for many tokens. Weights are decoded once for up to 64 tokens: to bytes
 // q * s + a, which are 128 too large, where a set has a product of four unsigned and four signed
-// bytes per 32-bit lane; AVX2 decodes the codes alone.
+// bytes per 32-bit lane; AVX2 decodes to codes alone.
 //
 // A chunk's words become lanes that belong to one row each (a band: 16 rows), so that a word of x
 // is broadcast to all of them and no sum has to be folded. What a product reads lies in the first
@@ -10,7 +10,8 @@
 //
 //   kDecodedBand                              bytes of a decoded band of one group
 //   decode_band(chunks, params, to)           of one group: [k / 4][16 lanes][4 k] bytes first
-//   arrange_band(chunks, to)                  the same of INT8 weights, with 128 added
+//   arrange_band(chunks, to)                  the same of INT8 weights, with 128 added; AVX2: two
+//                                             codes of each
 //   kToken                                    bytes of a token and group: 64 k first
 //   arrange(rows, first, to)                  arrange_tile, and what comes behind the 64 k
 //   multiply(bands, weights, x, tokens, depth, sums)
