@@ -3,8 +3,10 @@
 The CPU tests check the words; here the two sides are compared message by message.
 """
 
+import bad_arguments
 import pytest
 import torch
+from hypothesis import given, settings
 from problems import DEVICE
 
 OPS = torch.ops.liquidgemm
@@ -122,6 +124,13 @@ def test_the_cpu_says_the_same(op: str, arguments: dict, changes: dict) -> None:
     """CHECKLIST 7: the argument, what was expected and what came, in the same words."""
     wrong = arguments | changes
     assert refusal(op, to_gpu(wrong)) == refusal(op, wrong)
+
+
+@settings(max_examples=300, deadline=None)
+@given(bad_arguments.calls())
+def test_the_cpu_says_the_same_of_any_arguments(call: tuple[str, dict]) -> None:
+    """CHECKLIST 7, 17: or has results of the same dtypes and shapes, where nothing is wrong."""
+    assert bad_arguments.outcome(*call, DEVICE) == bad_arguments.outcome(*call, "cpu")
 
 
 @pytest.mark.parametrize(
