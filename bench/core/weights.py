@@ -6,6 +6,9 @@ import torch
 
 import liquidgemm
 
+FORMATS = {"liquidquant": 4, "liquidquant6": 6, "int8": 8}
+"""Bits of a weight, by what the library calls its format."""
+
 COLD_BYTES = 160e6  # more than three times the L2 cache
 
 
@@ -15,8 +18,10 @@ def random_weights(n: int, k: int, format: str = "liquidquant") -> list[torch.Te
     if format == "int8":
         w8 = torch.randint(-128, 128, (n, blocks * 64), dtype=torch.int8, device="cuda")
         return copies_of(liquidgemm.pack_int8_weight(w8))
-    qweight = torch.randint(0, 256, (n, blocks * 32), dtype=torch.uint8, device="cuda")
-    qscale = torch.randint(1, 18, (n, blocks), dtype=torch.uint8, device="cuda")
+    bits = FORMATS[format]
+    qweight = torch.randint(0, 256, (n, blocks * 8 * bits), dtype=torch.uint8, device="cuda")
+    most = 255 // (2**bits - 1)
+    qscale = torch.randint(1, most + 1, (n, blocks), dtype=torch.uint8, device="cuda")
     packed = liquidgemm.pack_weight(qweight, qscale, torch.zeros_like(qscale))
     return copies_of(packed)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import liquidgemm
+from liquidgemm.formats import liquidquant6
 from liquidgemm.formats.liquidquant import decode, padded
 from liquidgemm.ops import _library
 
@@ -70,6 +71,20 @@ class Liquid(Peer):
         with suppress(AttributeError, RuntimeError):  # a build without the testing ops
             return machine.chosen_plan(m, *self.w8.shape, self.w8.device, self.bits)
         return ""
+
+
+class Liquid6(Liquid):
+    """W6A8: codes of 6 bits, rounded as those of 4. Every bit of the result counts."""
+
+    name = "liquidgemm-6bit"
+    bits = 6
+
+    def __init__(self, weight: Tensor) -> None:
+        quantized = liquidgemm.quantize_weight(weight, method="rtn", bits=6)
+        logical = liquidquant6.to_kernel(quantized.qweight, quantized.qscale, quantized.qoffset)
+        self.scale = quantized.scale
+        self.w8 = decode(*logical)[:, : weight.shape[1]]
+        self.packed = liquidgemm.pack_weight(*logical)
 
 
 class LiquidInt8(Liquid):

@@ -24,7 +24,11 @@ from liquidgemm.formats import int8, liquidquant
 from ..core.machine import ROOT
 
 # Bytes of a block, and what a header's names begin with.
-FORMATS = {"liquidquant": (liquidquant.BLOCK_BYTES, "k"), "int8": (int8.BLOCK_BYTES, "kInt8")}
+FORMATS = {
+    "liquidquant": (liquidquant.BLOCK_BYTES, "k"),
+    "int8": (int8.BLOCK_BYTES, "kInt8"),
+    "liquidquant6": (liquidquant.BLOCK_BYTES_6, "kLiquidQuant6"),
+}
 PLAN = ROOT / "csrc/liquidgemm/plan"
 # Constants of the library, under the same names there.
 SOFTNESS = 6.0

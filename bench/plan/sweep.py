@@ -27,7 +27,7 @@ from liquidgemm.ops.plans import plan_names
 from ..core import machine
 from ..core.machine import require_gpu
 from ..core.shapes import argument, parse_shapes, parse_tokens
-from ..core.weights import random_weights
+from ..core.weights import FORMATS, random_weights
 
 TOKENS = [1, 8, 16, 32, 64, 96, 128, 192, 256, 320, 448, 512, 640, 1024, 1100, 4096]
 # What the heuristic is fitted to: the benchmark's shapes and awkward ones, with many numbers of
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"tokens (default: {TOKENS}, fewer for some of the default shapes)",
     )
     parser.add_argument(
-        "--format", default="liquidquant", choices=("liquidquant", "int8"), help="of the weights"
+        "--format", default="liquidquant", choices=tuple(FORMATS), help="of the weights"
     )
     parser.add_argument("--plans", default="", help="regular expression, all plans by default")
     parser.add_argument("--update", action="store_true", help="keep what is not measured anew")

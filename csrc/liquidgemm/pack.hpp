@@ -23,6 +23,15 @@ cudaError_t pack_weight(LogicalWeight const& logical,
 // The exact inverse.
 cudaError_t unpack_weight(uint8_t const* packed, LogicalWeight const& logical, cudaStream_t stream);
 
+// The same of 6-bit codes.
+cudaError_t pack_weight(LogicalWeight6 const& logical,
+                        uint8_t* packed,
+                        int* infeasible,
+                        cudaStream_t stream);
+cudaError_t unpack_weight(uint8_t const* packed,
+                          LogicalWeight6 const& logical,
+                          cudaStream_t stream);
+
 // The same of INT8 weights, all of which are representable: a problem's format says which ones.
 cudaError_t pack_weight(LogicalInt8Weight const& logical, uint8_t* packed, cudaStream_t stream);
 cudaError_t unpack_weight(uint8_t const* packed,

@@ -28,14 +28,27 @@ inline FormatId format_of(Tensor const& packed) {
   return found.value_or(FormatId::kLiquidQuant);
 }
 
-// Contiguous inputs together with the plain view of them, so that the memory outlives the view.
+// Contiguous inputs together with the plain view of them, so that the memory outlives the view. Of
+// codes of 4 or of 6 bits.
 struct LogicalTensors {
   Tensor qweight, qscale, qoffset;
-  LogicalWeight view() const {
-    return {static_cast<uint8_t*>(qweight.data_ptr()), static_cast<uint8_t*>(qscale.data_ptr()),
-            static_cast<uint8_t*>(qoffset.data_ptr()), qscale.size(0), qscale.size(1)};
+  bool six_bits;
+
+  // visitor(std::type_identity<Format>{}, its logical weight).
+  template <class Visitor>
+  auto visit(Visitor const& visitor) const {
+    const LogicalWeight view{
+        static_cast<uint8_t*>(qweight.data_ptr()), static_cast<uint8_t*>(qscale.data_ptr()),
+        static_cast<uint8_t*>(qoffset.data_ptr()), qscale.size(0), qscale.size(1)};
+    return six_bits ? visitor(std::type_identity<LiquidQuant6>{}, LogicalWeight6{view})
+                    : visitor(std::type_identity<LiquidQuant>{}, view);
   }
 };
+
+// Bytes of a row of codes.
+inline int64_t code_bytes(int64_t k_blocks, bool six_bits) {
+  return k_blocks * (six_bits ? LiquidQuant6::kLogicalGroupBytes : kBlockK / 2);
+}
 
 inline LogicalTensors checked_logical(Tensor const& qweight,
                                       Tensor const& qscale,
@@ -47,14 +60,17 @@ inline LogicalTensors checked_logical(Tensor const& qweight,
   check_same_device("qoffset", qoffset, "qweight", qweight);
   check(qweight.dim() == 2 && qweight.size(0) > 0, "qweight: expected shape [N, K / 2], got ",
         shape_of(qweight));
+  // The groups tell which one it is. What is of neither is checked as 4 bits, and refused.
+  const bool six_bits = qscale.dim() == 2 && qscale.size(1) > 0 &&
+                        qweight.size(1) == code_bytes(qscale.size(1), true);
   const int64_t n = qweight.size(0);
-  const int64_t k = qweight.size(1) * 2;
+  const int64_t k = six_bits ? qscale.size(1) * kBlockK : qweight.size(1) * 2;
   check(k > 0 && k % kBlockK == 0, "qweight: expected [N, K / 2] with K a positive multiple of ",
         kBlockK, ", got shape ", shape_of(qweight));
   check_k("qweight", k, kMaxPackedK);
   check_shape("qscale", qscale, {n, k / kBlockK});
   check_shape("qoffset", qoffset, {n, k / kBlockK});
-  return {dense(qweight), dense(qscale), dense(qoffset)};
+  return {dense(qweight), dense(qscale), dense(qoffset), six_bits};
 }
 
 // The same of INT8 weights.
@@ -75,10 +91,10 @@ inline LogicalInt8Tensors checked_logical_int8(Tensor const& qweight) {
   return {dense(qweight)};
 }
 
-template <class Format, class Logical>
-Tensor empty_packed(Logical const& logical) {
-  const auto w = logical.view();
-  return allocate(logical.qweight, {ceil_div(w.n, kBlockRows), w.k_blocks, Format::kBlockBytes},
+// On the device of `like`.
+template <class Format>
+Tensor empty_packed(Tensor const& like, typename Format::Logical const& w) {
+  return allocate(like, {ceil_div(w.n, kBlockRows), w.k_blocks, Format::kBlockBytes},
                   ScalarType::Byte);
 }
 
@@ -97,11 +113,13 @@ void check_packed(Tensor const& packed, int64_t n, char const* packer) {
 }
 
 inline LogicalTensors empty_logical(Tensor const& packed, int64_t n) {
-  check_packed<LiquidQuant>(packed, n, "pack_weight");
+  const bool six_bits = format_of(packed) == FormatId::kLiquidQuant6;
+  six_bits ? check_packed<LiquidQuant6>(packed, n, "pack_weight")
+           : check_packed<LiquidQuant>(packed, n, "pack_weight");
   const int64_t k_blocks = packed.size(1);
-  return {allocate(packed, {n, k_blocks * kBlockK / 2}, ScalarType::Byte),
+  return {allocate(packed, {n, code_bytes(k_blocks, six_bits)}, ScalarType::Byte),
           allocate(packed, {n, k_blocks}, ScalarType::Byte),
-          allocate(packed, {n, k_blocks}, ScalarType::Byte)};
+          allocate(packed, {n, k_blocks}, ScalarType::Byte), six_bits};
 }
 
 inline LogicalInt8Tensors empty_logical_int8(Tensor const& packed, int64_t n) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from enum import Enum
 from pathlib import Path
@@ -58,12 +58,27 @@ def settings_of(values: dict[str, Any], more: str, given: Collection[str]) -> Li
     return LiquidConfig.from_json(json.dumps({**values, **fields}))
 
 
+def _bits_of(options: Sequence[str]) -> dict[str, int]:
+    """The bits of patterns, of options ``PATTERN=BITS``."""
+    found = {}
+    for option in options:
+        pattern, sign, bits = option.rpartition("=")
+        if not pattern or not sign or not bits.isdecimal():
+            raise ValueError(f"--bits: expected PATTERN=4, 6 or 8, got {option!r}")
+        if pattern in found:
+            raise ValueError(f"--bits: expected a pattern once, got {pattern!r} again")
+        found[pattern] = int(bits)
+    return found
+
+
 def _check_data(
     settings: LiquidConfig, calib: bool, held_out: bool, given: Collection[str], dry_run: bool
 ) -> None:
     """Raises a ValueError for texts that are missing, and for options that would do nothing."""
-    if settings.needs_calibration and not calib and not dry_run:
-        raise ValueError(f"--calib: expected text files for method {settings.method}, got none")
+    measures = settings.budget is not None  # for a plan, too
+    if settings.needs_calibration and not calib and (measures or not dry_run):
+        what = "budget" if measures else f"method {settings.method}"
+        raise ValueError(f"--calib: expected text files for {what}, got none")
     for name in ("held_out", "tokens", "resume"):
         if name in given and not calib:
             raise ValueError(f"--{name.replace('_', '-')}: expected --calib beside it, got none")
@@ -106,6 +121,14 @@ def quantize_command(
     skip: Annotated[
         list[str] | None, typer.Option(help="Patterns of layers to leave alone: lm_head if none.")
     ] = None,
+    bits: Annotated[
+        list[str] | None,
+        typer.Option(help="Of layers, as PATTERN=4, 6 or 8: the first that matches counts."),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Bits per weight: which layers get 4, 6 and 8 is measured."),
+    ] = None,
     head: Annotated[
         Head, typer.Option(help="int8: the output embeddings get INT8 precision.")
     ] = Head["float"],
@@ -144,6 +167,8 @@ def quantize_command(
         "rotate": rotate,
         "augment": augment,
         "keep": keep or (),
+        "bits": _bits_of(bits or ()),
+        "budget": budget,
         "head": head.value,
         "gate": gate.value,
     }

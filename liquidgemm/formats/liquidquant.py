@@ -9,6 +9,8 @@ tensor    dtype    shape         meaning
 ========  =======  ============  ==============================================================
 qweight   uint8    [N, K / 2]    q in 0..15; byte j of a row holds column 2j in its low nibble
                                  and column 2j + 1 in its high nibble
+   or     uint8    [N, 3 K / 4]  q in 0..63; the codes of a row one after the other in its bits,
+                                 from the lowest ones of byte 0 on: four codes to three bytes
 qscale    uint8    [N, K / 64]   integer step s of a group
 qoffset   uint8    [N, K / 64]   a = lo + 128, the offset of a group
 scale     float32  [N]           sigma, the size of one INT8 step of a row
@@ -32,6 +34,9 @@ PANEL = 64
 
 BLOCK_BYTES = PANEL * GROUP // 2 + 2 * PANEL
 """Bytes of one packed block: 64 x 64 nibbles and one (s, a) pair for each row."""
+
+BLOCK_BYTES_6 = PANEL * GROUP * 6 // 8 + 2 * PANEL
+"""The same of 6-bit codes."""
 
 Q_MAX = 15
 """Largest value of a nibble."""
@@ -59,21 +64,46 @@ def unpack_nibbles(qweight: Tensor) -> Tensor:
     return torch.stack((qweight & 0xF, qweight >> 4), dim=-1).flatten(-2)
 
 
+def pack_codes(q: Tensor, bits: int = 4) -> Tensor:
+    """uint8 ``[..., K]``, values below 2^bits, to uint8 ``[..., bits K / 8]``, bits 4 or 6."""
+    if bits == 4:
+        return pack_nibbles(q)
+    a, b, c, d = q.unflatten(-1, (-1, 4)).unbind(-1)
+    return torch.stack((a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2), dim=-1).flatten(-2)
+
+
+def unpack_codes(qweight: Tensor, bits: int = 4) -> Tensor:
+    """Inverse of `pack_codes`."""
+    if bits == 4:
+        return unpack_nibbles(qweight)
+    a, b, c = qweight.unflatten(-1, (-1, 3)).unbind(-1)
+    q = torch.stack((a, a >> 6 | b << 2, b >> 4 | c << 4, c >> 2), dim=-1)
+    return (q & 63).flatten(-2)
+
+
+def code_bits(qweight: Tensor, qscale: Tensor) -> int:
+    """4 or 6, by the bytes of a group. What is of neither is taken for 4."""
+    both = qweight.dim() == 2 and qscale.dim() == 2
+    return 6 if both and qweight.shape[1] == qscale.shape[1] * GROUP * 6 // 8 > 0 else 4
+
+
 def decode(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tensor:
     """INT8 weights ``[N, K]`` of the logical tensors (feasible, or the bytes wrap)."""
-    q = unpack_nibbles(qweight).unflatten(-1, (-1, GROUP))
+    q = unpack_codes(qweight, code_bits(qweight, qscale)).unflatten(-1, (-1, GROUP))
     byte = q * qscale.unsqueeze(-1) + qoffset.unsqueeze(-1)
     return (byte ^ 0x80).view(torch.int8).flatten(-2)
 
 
 def first_infeasible(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> tuple[int, int] | None:
     """``(row, group)`` of the first group in which some ``q * s + a`` exceeds 255, or None."""
-    overflow = Q_MAX * qscale.int() + qoffset.int() > 255
+    bits = code_bits(qweight, qscale)
+    overflow = (2**bits - 1) * qscale.int() + qoffset.int() > 255
     if not overflow.any():  # as in almost every weight: whatever the codes are
         return None
     suspects = overflow.nonzero()
     row, group = suspects.unbind(1)
-    largest = unpack_nibbles(qweight.unflatten(1, (-1, GROUP // 2))[row, group]).amax(1)
+    codes = qweight.unflatten(1, (-1, GROUP * bits // 8))[row, group]
+    largest = unpack_codes(codes, bits).amax(1)
     overflow = largest.int() * qscale[row, group].int() + qoffset[row, group].int() > 255
     if not overflow.any():
         return None

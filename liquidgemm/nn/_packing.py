@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import ops
-from ..formats import int8
+from ..formats import int8, liquidquant6
 
 
 def pack(
@@ -16,14 +16,18 @@ def pack(
     in_features: int,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """Packed as INT8 if that is what the tensors are, else as they are, which may be known."""
+    """Packed with 8 or 6 bits if the tensors are so, else as they are, or known to be."""
     qweight, qscale, qoffset = logical
     if int8.is_int8(qweight, qscale, qoffset, columns, in_features):
         return ops.pack_int8_weight(int8.bytes_of(qweight))
+    if liquidquant6.is_six_bits(qweight, qscale, qoffset, columns, in_features):
+        return ops.pack_weight(*liquidquant6.to_kernel(qweight, qscale, qoffset))
     return ops.pack_weight(*logical) if packed is None else packed
 
 
 def unpack(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     if int8.is_packed(packed):
         return int8.logical_of(ops.unpack_int8_weight(packed, n))
+    if liquidquant6.is_packed(packed):
+        return liquidquant6.from_kernel(*ops.unpack_weight(packed, n))
     return ops.unpack_weight(packed, n)

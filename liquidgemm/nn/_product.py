@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..formats import int8
+from ..formats import int8, liquidquant6
 from ..formats.liquidquant import GROUP
 from ..ops import QuantizedTokens
 
@@ -21,12 +21,13 @@ def product(
 ) -> Tensor:
     """Of an x of K features and a packed weight, which may have residual columns.
 
-    An INT8 weight holds all of its bits in K columns: the residual ones are those of a checkpoint.
+    Weights of 6 and 8 bits hold all of them in K columns: the residual ones are those of a
+    checkpoint.
 
     Raises:
         RuntimeError: as `liquidgemm.linear` or `liquidgemm.gemm`, and for tokens of no float dtype.
     """
-    if int8.is_packed(packed):
+    if int8.is_packed(packed) or liquidquant6.is_packed(packed):
         columns = None
     if isinstance(x, QuantizedTokens):
         if x.dtype not in ops.FLOATS:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..formats import int8
-from ..formats.liquidquant import GROUP, ceil_div
+from ..formats.liquidquant import BLOCK_BYTES, GROUP, ceil_div
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
 from ._modules import as_linear, is_linear
@@ -26,10 +25,11 @@ _STATE = (*_LOGICAL, "scale")
 class LiquidLinear(nn.Module):
     """``y = x @ W.T + bias`` with a 4-bit weight and activations quantized to INT8 on the fly.
 
-    The weight is held once, packed for the kernel: as INT8, without residual columns, where all
-    columns are stored twice (`formats.int8`). ``state_dict`` holds the logical layout instead
-    (``qweight``, ``qscale``, ``qoffset``, ``scale``, ``bias``), so that checkpoints do not depend
-    on the kernel. Pickling and copying the module keep the packed layout.
+    The weight is held once, packed for the kernel: as INT8 or with 6-bit codes, without residual
+    columns, where all columns are stored twice (`formats.int8`, `formats.liquidquant6`).
+    ``state_dict`` holds the logical layout instead (``qweight``, ``qscale``, ``qoffset``,
+    ``scale``, ``bias``), so that checkpoints do not depend on the kernel. Pickling and copying the
+    module keep the packed layout.
 
     The names of the state_dict are attributes as well. Read, they are copies. Assigned (by the
     user, by torch.func.functional_call for the time of a call, or by accelerate), they go before
@@ -222,7 +222,7 @@ class LiquidLinear(nn.Module):
         """Hold the weight once, packed, or as logical tensors where it has no values."""
         packed = self.packed
         if self._is_packed() and packed is not None and not packed.is_meta:
-            if self.columns is not None and not int8.is_packed(packed):  # from an older pickle
+            if self.columns is not None and packed.shape[-1] == BLOCK_BYTES:  # an older pickle's
                 packed = pack(self._logical(), self.columns, self.in_features, packed)
             self._hold(packed)
             return

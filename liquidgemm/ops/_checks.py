@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from ..formats import int8
-from ..formats.liquidquant import BLOCK_BYTES, GROUP, MAX_IN_FEATURES, PANEL, ceil_div
+from ..formats.liquidquant import (
+    BLOCK_BYTES,
+    BLOCK_BYTES_6,
+    GROUP,
+    MAX_IN_FEATURES,
+    PANEL,
+    ceil_div,
+)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,8 +57,9 @@ def check_rows(x: Tensor, *dtypes: torch.dtype) -> None:
 
 def check_blocks(weight: Tensor, n: int, k: int, why: str) -> None:
     """Checks the shape of a packed weight. What is of no format is taken for LiquidQuant."""
-    is_int8 = weight.dim() > 0 and int8.is_packed(weight)
-    block = int8.BLOCK_BYTES if is_int8 else BLOCK_BYTES
+    of_format = (int8.BLOCK_BYTES, BLOCK_BYTES_6)
+    known = weight.dim() > 0 and weight.shape[-1] in of_format
+    block = weight.shape[-1] if known else BLOCK_BYTES
     require_shape("weight", weight, [ceil_div(n, PANEL), ceil_div(k, GROUP), block], why)
 
 

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from ..formats import int8
-from ..formats.liquidquant import BLOCK_BYTES, GROUP, MAX_IN_FEATURES, PANEL, ceil_div
+from ..formats.liquidquant import (
+    BLOCK_BYTES,
+    BLOCK_BYTES_6,
+    GROUP,
+    MAX_IN_FEATURES,
+    PANEL,
+    ceil_div,
+)
 from . import _autograd, _registry
 from ._checks import (
     FLOATS,
@@ -46,8 +53,9 @@ def check_experts(
     require(whole, scale_name, "shape [E, N]", shape)
     experts, n = shape
     only = "4-bit weights, which experts alone are compiled for"
-    refused = weight.dim() > 0 and int8.is_packed(weight)
-    require(not refused, weight_name, only, f"INT8 weights of shape {list(weight.shape)}")
+    others = {int8.BLOCK_BYTES: "INT8", BLOCK_BYTES_6: "6-bit"}
+    other = others.get(weight.shape[-1]) if weight.dim() > 0 else None
+    require(other is None, weight_name, only, f"{other} weights of shape {list(weight.shape)}")
     packed = [experts, ceil_div(n, PANEL), ceil_div(k, GROUP), BLOCK_BYTES]
     why = f" for E = {experts} and N = {n} of {scale_name} and K = {k}"
     require_shape(weight_name, weight, packed, why)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import int8
+from ..formats import int8, liquidquant6
 from ..formats.liquidquant import (
     BLOCK_BYTES,
+    BLOCK_BYTES_6,
     GROUP,
     MAX_IN_FEATURES,
     PANEL,
     ceil_div,
+    code_bits,
     decode,
     padded,
 )
@@ -25,13 +27,15 @@ def _pack_weight_fake(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tenso
         require_device(name, tensor, "qweight", qweight.device)
     shape = list(qweight.shape)
     require(qweight.dim() == 2 and shape[0] >= 1, "qweight", "shape [N, K / 2]", shape)
-    n, k = shape[0], 2 * shape[1]
+    bits = code_bits(qweight, qscale)
+    n, k = shape[0], shape[1] * 8 // bits
     multiple = f"[N, K / 2] with K a positive multiple of {GROUP}"
     require(k > 0 and k % GROUP == 0, "qweight", multiple, f"shape {shape}")
     require_k("qweight", k, padded(MAX_IN_FEATURES))
     require_shape("qscale", qscale, [n, k // GROUP])
     require_shape("qoffset", qoffset, [n, k // GROUP])
-    return qweight.new_empty(ceil_div(n, PANEL), k // GROUP, BLOCK_BYTES)
+    block = BLOCK_BYTES if bits == 4 else BLOCK_BYTES_6
+    return qweight.new_empty(ceil_div(n, PANEL), k // GROUP, block)
 
 
 def _check_packed(packed: Tensor, n: int, block_bytes: int, packer: str) -> int:
@@ -49,9 +53,12 @@ def _check_packed(packed: Tensor, n: int, block_bytes: int, packer: str) -> int:
 
 
 def _unpack_weight_fake(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    groups = _check_packed(packed, n, BLOCK_BYTES, "pack_weight")
+    block, bits = BLOCK_BYTES, 4
+    if packed.dim() > 0 and liquidquant6.is_packed(packed):
+        block, bits = BLOCK_BYTES_6, 6
+    groups = _check_packed(packed, n, block, "pack_weight")
     return (
-        packed.new_empty(n, groups * GROUP // 2),
+        packed.new_empty(n, groups * GROUP * bits // 8),
         packed.new_empty(n, groups),
         packed.new_empty(n, groups),
     )
@@ -87,12 +94,14 @@ def pack_weight(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tensor:
     """Bring a weight from the logical layout (`formats.liquidquant`) to the one the kernel reads.
 
     Args:
-        qweight: uint8 ``[N, K / 2]``, two 4-bit values per byte, K a multiple of 64.
+        qweight: uint8 ``[N, K / 2]``, two 4-bit codes per byte, or ``[N, 3 K / 4]``, four 6-bit
+            codes in three bytes. K is a multiple of 64.
         qscale: uint8 ``[N, K / 64]``, the integer step s of each group.
         qoffset: uint8 ``[N, K / 64]``, the offset a of each group.
 
     Returns:
-        uint8 ``[ceil(N / 64), K / 64, 2176]``, contiguous.
+        uint8 ``[ceil(N / 64), K / 64, 2176]``, of 6-bit codes 3200, contiguous. `gemm` and `linear`
+        take both, experts those of 4 bits.
 
     Raises:
         RuntimeError: a wrong dtype, device or shape, K = 0 or too large for an exact INT32 sum,
@@ -105,11 +114,12 @@ def unpack_weight(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Exact inverse of `pack_weight`.
 
     Args:
-        packed: uint8 ``[ceil(n / 64), K / 64, 2176]``.
+        packed: uint8 ``[ceil(n / 64), K / 64, 2176]``, or 3200.
         n: number of rows N of the weight.
 
     Returns:
-        ``qweight`` uint8 ``[n, K / 2]``, ``qscale`` and ``qoffset`` uint8 ``[n, K / 64]``.
+        ``qweight`` uint8 ``[n, K / 2]``, or ``[n, 3 K / 4]``; ``qscale`` and ``qoffset`` uint8
+        ``[n, K / 64]``.
 
     Raises:
         RuntimeError: a wrong dtype or shape, or an n that does not have this many panels.

@@ -20,7 +20,7 @@ H100_SMS = 132
 H100_MEMORY_TBPS = 3.35
 
 _OPS = ("gemm", "gemm_behind_producer", "linear")
-_FORMATS = {4: "liquidquant", 8: "int8"}
+_FORMATS = {4: "liquidquant", 6: "liquidquant6", 8: "int8"}
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def explain_plan(
         k: input channels.
         op: "gemm" for int8 activations, "gemm_behind_producer" for those that the kernel right
             before writes, "linear" for 16-bit ones that are quantized first.
-        bits: of a weight: 4, or 8 (INT8).
+        bits: of a weight: 4, 6, or 8 (INT8).
         num_sms: of the GPU; 132 on an H100 or H200 SXM.
         memory_tbps: peak of its memory, in 1e12 bytes per second: 3.35 on an H100 SXM, 4.8 on an
             H200.
@@ -206,7 +206,7 @@ def explain_plan(
     if op not in _OPS:
         raise ValueError(f"op: expected one of {', '.join(_OPS)}, got {op!r}")
     if bits not in _FORMATS:
-        raise ValueError(f"bits: expected 4 or 8, got {bits!r}")
+        raise ValueError(f"bits: expected 4, 6 or 8, got {bits!r}")
     for name, value in (("m", m), ("n", n), ("k", k), ("num_sms", num_sms)):
         if not 1 <= value < 2**31:
             raise ValueError(f"{name}: expected 1 to 2^31 - 1, got {value}")

@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from .layer import layer_method, residual_columns
 from .model import quantize_
 from .selection import select
 
-CHOSEN_FIELDS = ("method", "smooth", "augment", "keep", "gate")
+CHOSEN_FIELDS = ("method", "smooth", "augment", "keep", "bits", "budget", "gate")
 """Of `LiquidConfig`: what recipes set; and the gate, as held-out data judges all of them."""
 
 _DATA: dict[str, Any] = {"method": "gptq", "smooth": True}
@@ -215,11 +215,11 @@ def _check_demand(target: float | None, max_loss: float | None) -> None:
 
 
 def _check_config(config: LiquidConfig) -> None:
-    for field in fields(LiquidConfig):
-        if field.name in CHOSEN_FIELDS and getattr(config, field.name) != field.default:
+    defaults = LiquidConfig()
+    for name in CHOSEN_FIELDS:
+        if (got := getattr(config, name)) != getattr(defaults, name):
             raise ValueError(
-                f"config: expected the default {field.name}, which recipes choose, got "
-                f"{getattr(config, field.name)!r}"
+                f"config: expected the default {name}, which recipes choose, got {got!r}"
             )
 
 

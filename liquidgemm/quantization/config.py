@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from .._files import parse_json
 from ..formats.liquidquant import GROUP
@@ -14,6 +14,7 @@ METHODS = ("search", "rtn", "hessian", "gptq")
 CALIBRATED = ("hessian", "gptq")
 GATES = ("raise", "warn", "off")
 HEADS = ("float", "int8")
+BITS = (4, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,15 @@ class LiquidConfig:
               columns after it (arXiv 2210.17323), then the row scales are fitted anew.
         group_size: 64, 128 or -1, as in `quantize_weight`.
         skip: patterns of layers to leave alone, in their float dtype.
-        keep: patterns of layers that get the precision of an INT8 weight, at twice the codes.
+        keep: patterns of layers that get the precision of an INT8 weight: 8 bits, without groups.
+        bits: 4, 6 or 8 per pattern (the first that matches counts; 4 if none): codes of 4 or 6
+            bits, or an INT8 weight, as ``keep``, which goes first. Layers of 6 and 8 bits have no
+            residual columns; experts have 4 bits.
+        budget: bits per weight, scales and all, that the quantized layers have on average at most,
+            those that ``keep`` matches with 8 and experts with 4 among them. Which layers get 4, 6
+            and 8 is chosen by how much the output of the model changes if one of them has 4,
+            measured on a part of the calibration data; `quantize_` records it as ``bits``. None
+            leaves it to ``bits``.
         augment: columns per layer, a multiple of 64, that are stored a second time with what
             rounding has left of them, those with the most error at the output; or such a number
             per pattern (the first that matches counts). Each costs 1 / K of the layer's time.
@@ -70,6 +79,8 @@ class LiquidConfig:
     group_size: int = GROUP
     skip: tuple[str, ...] = ("lm_head",)
     keep: tuple[str, ...] = ()
+    bits: Mapping[str, int] = field(default_factory=dict)
+    budget: float | None = None
     augment: int | Mapping[str, int] = 0
     smooth: bool | Mapping[str, tuple[str, ...]] = False
     rotate: bool = False
@@ -89,6 +100,7 @@ class LiquidConfig:
             raise ValueError(f"group_size: expected one of {GROUP_SIZES}, got {self.group_size!r}")
         for name in ("skip", "keep"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        self._check_bits()
         counts = self.augment.values() if isinstance(self.augment, Mapping) else [self.augment]
         if not all(type(count) is int and count >= 0 and count % GROUP == 0 for count in counts):
             raise ValueError(
@@ -123,9 +135,30 @@ class LiquidConfig:
         if self.head not in HEADS:
             raise ValueError(f"head: expected one of {HEADS}, got {self.head!r}")
 
+    def _check_bits(self) -> None:
+        known = isinstance(self.bits, Mapping) and all(
+            isinstance(pattern, str) and type(bits) is int and bits in BITS
+            for pattern, bits in self.bits.items()
+        )
+        if not known:
+            raise ValueError(f"bits: expected one of {BITS} per pattern, got {self.bits!r}")
+        object.__setattr__(self, "bits", dict(self.bits))
+        if self.budget is None:
+            return
+        number = type(self.budget) in (int, float) and 0 < self.budget < float("inf")
+        if not number:
+            raise ValueError(
+                f"budget: expected a finite number of bits per weight > 0, got {self.budget!r}"
+            )
+        if self.bits:
+            raise ValueError(
+                f"bits: expected none with a budget, which chooses them, got {self.bits!r}"
+            )
+
     @property
     def needs_calibration(self) -> bool:
-        return self.method in CALIBRATED or bool(self.smooth) or self.tune > 0
+        chosen = self.budget is not None
+        return self.method in CALIBRATED or bool(self.smooth) or self.tune > 0 or chosen
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -29,8 +29,17 @@ from .config import LiquidConfig
 _FEW = 4
 
 
+def layer_bits(config: LiquidConfig, name: str) -> int:
+    """Of a weight of a layer that is not skipped: 4, 6 or 8."""
+    if any(matches(name, pattern) for pattern in config.keep):
+        return 8
+    return next((bits for pattern, bits in config.bits.items() if matches(name, pattern)), 4)
+
+
 def residual_columns(config: LiquidConfig, name: str, in_features: int) -> int:
     """How many residual columns a layer gets."""
+    if layer_bits(config, name) != 4:
+        return 0
     count = config.augment
     if not isinstance(count, int):
         count = next((c for pattern, c in count.items() if matches(name, pattern)), 0)
@@ -39,7 +48,7 @@ def residual_columns(config: LiquidConfig, name: str, in_features: int) -> int:
 
 def layer_method(config: LiquidConfig, name: str, has_data: bool) -> str:
     """What becomes of a layer that is not skipped: a method of `LiquidConfig`, or "int8"."""
-    if any(matches(name, pattern) for pattern in config.keep):
+    if layer_bits(config, name) == 8:
         return "int8"
     if has_data or config.method in ("rtn", "search"):
         return config.method
@@ -113,7 +122,8 @@ def _draft(weight: Tensor, config: LiquidConfig, name: str, moments: Moments | N
         if not importance.any():
             importance = None
     rounding = "rtn" if method == "rtn" else "search"
-    base = quantize_weight(weight, config.group_size, rounding, importance)
+    bits = layer_bits(config, name)
+    base = quantize_weight(weight, config.group_size, rounding, importance, bits)
     draft = _Draft(name, method, weight, base)
     if count := residual_columns(config, name, weight.shape[1]):
         draft.error = column_error(weight, dequantize_weight(base), importance)

@@ -30,6 +30,7 @@ from ..nn.experts import LiquidExperts
 from ..nn.linear import LiquidLinear
 from ..weights.quantize import check_finite
 from ..weights.weight import QuantizedWeight
+from .budget import bits_within
 from .calibration.data import as_batches
 from .calibration.driver import Calibrated, calibrate
 from .calibration.gate import check_gate
@@ -130,7 +131,7 @@ def quantize_(
             return QuantizationReport((), selection.skipped, parameters=selection.parameters)
         _check_weights(model, names)
         if calibration is None and config.needs_calibration and not dry_run:
-            wanted = "smooth" if config.smooth else "tune"
+            wanted = "smooth" if config.smooth else "tune" if config.tune else "budget"
             if config.method in CALIBRATED:
                 wanted = f"method {config.method!r}"
             raise ValueError(f"calibration: expected token batches or texts for {wanted}, got None")
@@ -149,6 +150,15 @@ def quantize_(
                 selection.leave(name, f"its weight is read by {reader}")
             if not names:
                 raise _nothing(selection)
+            if config.budget is not None:
+                if batches is None:
+                    raise ValueError(
+                        "calibration: expected token batches or texts for budget, which chooses "
+                        "bits by what layers do to the output, got None"
+                    )
+                bits = bits_within(model, names, config, batches, experts, progress)
+                config = replace(config, bits=bits, budget=None)
+                whole = replace(whole, bits=bits, budget=None)
             if dry_run:
                 lines = plan(model, names, config, batches, experts)
                 return QuantizationReport(
@@ -309,6 +319,7 @@ def _check_patterns(model: nn.Module, names: list[str], config: LiquidConfig) ->
     for argument, patterns, among, what in (
         ("skip", skip, every, "nothing in the model"),
         ("keep", config.keep, names, layers),
+        ("bits", config.bits, names, layers),
         ("augment", counts, names, layers),
     ):
         for pattern in patterns:

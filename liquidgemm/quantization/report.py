@@ -275,10 +275,11 @@ def _by_reason(what: str, reasons: Mapping[str, str]) -> Iterator[str]:
 
 
 def bits_per_weight(quantized: QuantizedWeight) -> float:
-    """4.25 for each stored column, or 8 of an INT8 weight, and the scale of the row, per column
-    that is used."""
-    if quantized.is_int8:
-        return 8 * (padded(quantized.in_features) + 4) / quantized.in_features
+    """4.25 for each stored column, or 6.25 or 8, and the scale of the row, per column that is
+    used."""
+    whole = 8 if quantized.is_int8 else 6.25 if quantized.is_six_bits else None
+    if whole is not None:
+        return (whole * padded(quantized.in_features) + 32) / quantized.in_features
     stored = 8 * (quantized.qweight.nbytes + 2 * quantized.qscale.nbytes + quantized.scale.nbytes)
     return stored / (quantized.out_features * quantized.in_features)
 

@@ -25,6 +25,7 @@ from ..nn.linear import LiquidLinear
 from ..ops import FLOATS
 from .config import LiquidConfig
 from .experts import Experts
+from .layer import layer_bits
 from .readers import weight_readers
 from .report import ParameterReport
 from .routing import count_experts, routers
@@ -232,6 +233,8 @@ class _Rules:
             for pattern in self._config.keep:
                 if any(matches(name, pattern) for name in names):
                     return f"matches the pattern {pattern!r} of keep: experts have no INT8 form"
+            if (bits := layer_bits(self._config, names[0])) != 4:
+                return f"has {bits} bits by the patterns of bits: experts have 4-bit codes alone"
         if self._filter is not None and not self._filter(names[0], module):
             return "rejected by filter_fn"
         return None

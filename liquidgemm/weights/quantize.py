@@ -19,17 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..formats import int8, liquidquant6
 from ..formats.liquidquant import GROUP, MAX_IN_FEATURES, Q_MAX, ceil_div, pack_nibbles, padded
 from ..ops import _cpu
 from .weight import QuantizedWeight
 
 METHODS = ("search", "rtn")
 GROUP_SIZES = (64, 128, -1)
+BITS = (4, 6)
 
 # The largest |w8| at which every (min, max) pair survives the rounding of s to the nearest integer.
 _PROTECTIVE_MAX = 119
 _INT8_MIN, _INT8_MAX = -128, 127
-_MAX_STEP = (_INT8_MAX - _INT8_MIN) // Q_MAX
 
 # The search grid: sigma as a fraction of max|w| / 119; s around the smallest step that covers the
 # range of a group; z around the value that centres the grid on the range, in thirds of a step.
@@ -48,8 +49,9 @@ def quantize_weight(
     group_size: int = GROUP,
     method: str = "search",
     importance: Tensor | None = None,
+    bits: int = 4,
 ) -> QuantizedWeight:
-    """Quantize a weight to 4 bits with an integer (s, a) per group and a float scale per row.
+    """Quantize a weight to 4 or 6 bits with an integer (s, a) per group and a float scale per row.
 
     Rows are quantized independently of each other, so slices along N can be quantized apart. The
     result is deterministic and stays on the weight's device. Columns past K, which fill the last
@@ -62,11 +64,12 @@ def quantize_weight(
         method: "search" (least squared error) or "rtn" (the paper's rounding).
         importance: weight of each column in the squared error of the search, ``[K]``, for example
             the mean square of each input feature; equal weights if None.
+        bits: of a code: 4, or 6 (see `formats.liquidquant6`).
 
     Raises:
         TypeError: the weight's dtype is not one of those above.
-        ValueError: a wrong shape, group size, method or importance, or a weight that is NaN,
-            infinite (the message names its row) or on the meta device.
+        ValueError: a wrong shape, group size, method, importance or number of bits, or a weight
+            that is NaN, infinite (the message names its row) or on the meta device.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"weight: expected dtype float32, bfloat16 or float16, got {weight.dtype}")
@@ -79,6 +82,8 @@ def quantize_weight(
         raise ValueError(f"group_size: expected one of {GROUP_SIZES}, got {group_size!r}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    if bits not in BITS:
+        raise ValueError(f"bits: expected one of {BITS}, got {bits!r}")
     if weight.is_meta:
         raise ValueError("weight: expected one with data, got one on the meta device")
     check_finite(weight)
@@ -91,11 +96,12 @@ def quantize_weight(
     span = padded(k) if group_size == -1 else group_size
     column_weight = _column_weight(importance, k, span, weight.device)
     weight = weight.detach()
+    q_max = 2**bits - 1
 
     n, groups = len(weight), ceil_div(k, GROUP)
     with torch.inference_mode(False):  # the threads below do not inherit that mode
         outputs = (
-            weight.new_empty(n, groups * GROUP // 2, dtype=torch.uint8),
+            weight.new_empty(n, groups * GROUP, dtype=torch.uint8),
             weight.new_empty(n, groups, dtype=torch.uint8),
             weight.new_empty(n, groups, dtype=torch.uint8),
             weight.new_empty(n, dtype=torch.float32),
@@ -107,15 +113,19 @@ def quantize_weight(
         # A row of zeros keeps sigma = 0; any divisor will do for it.
         units = _by_group(rows / torch.where(sigma > 0, sigma, 1).unsqueeze(1), span)
         if method == "rtn":
-            s, z, q, refit = _round_to_nearest(units, len(rows))
+            s, z, q, refit = _round_to_nearest(units, len(rows), q_max)
         else:
-            s, z, q, refit = _search(units, len(rows), column_weight)
+            s, z, q, refit = _search(units, len(rows), column_weight, q_max)
         results = *_to_logical(s, z, q, len(rows), k), sigma * refit
         for output, result in zip(outputs, results, strict=True):
             output[chunk] = result
 
     _for_chunks(quantize_rows, weight)
-    return QuantizedWeight(*outputs, in_features=k)
+    codes, qscale, qoffset, scale = outputs
+    if bits == 4:
+        return QuantizedWeight(pack_nibbles(codes), qscale, qoffset, scale, k)
+    logical = liquidquant6.from_codes(codes, qscale, qoffset)
+    return QuantizedWeight(*logical, scale, k, int8.columns_of(k, weight.device))
 
 
 def _for_chunks(function: Callable[[slice], None], weight: Tensor) -> None:
@@ -186,17 +196,21 @@ def _column_weight(
     return F.pad(weight, (0, -k % span)).view(-1, span).t()
 
 
-def _round_to_nearest(units: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _round_to_nearest(
+    units: Tensor, rows: int, q_max: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The paper's two roundings of ``units = w / sigma``: s, z, q and a factor 1 for sigma."""
     w8 = units.round().clamp_(-_PROTECTIVE_MAX, _PROTECTIVE_MAX)
     z = w8.amin(0)
-    s = ((w8.amax(0) - z) / Q_MAX).round_().clamp_min_(1)
-    q = ((w8 - z) / s).round_().clamp_(0, Q_MAX)
+    s = (w8.amax(0) - z) / q_max
+    # Of the few steps that 6 bits have, the one below would clip a third of the range.
+    s = (s.round_() if q_max == Q_MAX else s.ceil_()).clamp_min_(1)
+    q = ((w8 - z) / s).round_().clamp_(0, q_max)
     return s, z, q, units.new_ones(rows)
 
 
 def _search(
-    units: Tensor, rows: int, column_weight: Tensor | None
+    units: Tensor, rows: int, column_weight: Tensor | None, q_max: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The grid of least squared error for ``units = w / sigma``.
 
@@ -204,7 +218,7 @@ def _search(
     """
     groups = units.shape[1] // rows
     weight = None if column_weight is None else column_weight.repeat(1, rows)
-    if units.is_cpu and _cpu.cpu_kernel() != _cpu.REFERENCE:
+    if q_max == Q_MAX and units.is_cpu and _cpu.cpu_kernel() != _cpu.REFERENCE:
         return torch.ops.liquidgemm_cpu.search(units, rows, weight)
     low, high = units.amin(0), units.amax(0)
 
@@ -212,7 +226,7 @@ def _search(
     row_clip = torch.ones_like(row_error)
     best_s, best_z = torch.ones_like(low), torch.zeros_like(low)
     for clip in _CLIPS:
-        error, s, z = _search_groups(units, low, high, clip, weight)
+        error, s, z = _search_groups(units, low, high, clip, weight, q_max)
         error = _sum(error.view(rows, groups).t())
         better = error < row_error
         row_error = torch.where(better, error, row_error)
@@ -221,7 +235,7 @@ def _search(
         best_s, best_z = torch.where(better, s, best_s), torch.where(better, z, best_z)
 
     q = _codes(units, best_s, best_z, row_clip.repeat_interleave(groups)).round_()
-    q.clamp_(0, Q_MAX)
+    q.clamp_(0, q_max)
     # With the integers fixed, the best sigma is a least-squares fit.
     w8 = torch.addcmul(best_z, q, best_s)
     weighted = w8 if weight is None else w8 * weight
@@ -232,14 +246,14 @@ def _search(
 
 
 def _search_groups(
-    units: Tensor, low: Tensor, high: Tensor, clip: float, weight: Tensor | None
+    units: Tensor, low: Tensor, high: Tensor, clip: float, weight: Tensor | None, q_max: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The least squared error of each group, and its (s, z), if sigma is scaled by clip."""
     best_error = torch.full_like(low, torch.inf)
     best_s, best_z = torch.ones_like(low), torch.zeros_like(low)
-    for s, z in _candidates(low / clip, high / clip, anchored=clip == 1):
+    for s, z in _candidates(low / clip, high / clip, clip == 1, q_max):
         code = _codes(units, s, z, clip)
-        error = code.round().clamp_(0, Q_MAX).sub_(code).square_()
+        error = code.round().clamp_(0, q_max).sub_(code).square_()
         if weight is not None:
             error.mul_(weight)
         error = _sum(error) * (s * clip).square_()
@@ -249,20 +263,23 @@ def _search_groups(
     return best_error, best_s, best_z
 
 
-def _candidates(low: Tensor, high: Tensor, anchored: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def _candidates(
+    low: Tensor, high: Tensor, anchored: bool, q_max: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Feasible (s, z) for groups that range from low to high, in INT8 units.
 
     If anchored, those of round-to-nearest are among them, so that the search is never worse.
     """
-    cover = ((high - low) / Q_MAX).ceil_()
+    cover = ((high - low) / q_max).ceil_()
+    most = (_INT8_MAX - _INT8_MIN) // q_max
     centre = (high + low) / 2
     for step_offset in _STEP_OFFSETS:
-        s = (cover + step_offset).clamp_(1, _MAX_STEP)
-        starts = [centre + s * (offset / 3 - Q_MAX / 2) for offset in _CENTRE_OFFSETS]
+        s = (cover + step_offset).clamp_(1, most)
+        starts = [centre + s * (offset / 3 - q_max / 2) for offset in _CENTRE_OFFSETS]
         if anchored and step_offset in (0, -1):
             starts.append(low)
         for start in starts:
-            yield s, torch.minimum(start.round().clamp_min_(_INT8_MIN), _INT8_MAX - Q_MAX * s)
+            yield s, torch.minimum(start.round().clamp_min_(_INT8_MIN), _INT8_MAX - q_max * s)
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -287,7 +304,7 @@ def _codes(units: Tensor, s: Tensor, z: Tensor, clip: Tensor | float) -> Tensor:
 def _to_logical(
     s: Tensor, z: Tensor, q: Tensor, rows: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Integral floats in the layout of the search to qweight, qscale and qoffset of R rows."""
+    """Integral floats in the layout of the search to codes, qscale and qoffset of R rows."""
     span, width = q.shape[0], padded(k)
     # uint8 before the transposition: a quarter of the traffic.
     codes = q.to(torch.uint8).t().reshape(rows, -1)[:, :width].contiguous()
@@ -297,4 +314,4 @@ def _to_logical(
         parameter = parameter.to(torch.uint8).view(rows, -1)
         return parameter.repeat_interleave(span // GROUP, dim=1)[:, : width // GROUP].contiguous()
 
-    return pack_nibbles(codes), per_group(s), per_group(z - _INT8_MIN)
+    return codes, per_group(s), per_group(z - _INT8_MIN)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import int8
+from ..formats import int8, liquidquant6
 from ..formats.liquidquant import GROUP, MAX_IN_FEATURES, ceil_div, decode, first_infeasible, padded
 
 
@@ -121,6 +121,12 @@ class QuantizedWeight:
     def is_int8(self) -> bool:
         """Whether it is an INT8 weight, as the kernels then hold it: see `formats.int8`."""
         return int8.is_int8(self.qweight, self.qscale, self.qoffset, self.columns, self.in_features)
+
+    @property
+    def is_six_bits(self) -> bool:
+        """Whether it has 6-bit codes, as the kernels then hold it: see `formats.liquidquant6`."""
+        tensors = self.qweight, self.qscale, self.qoffset, self.columns
+        return liquidquant6.is_six_bits(*tensors, self.in_features)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight with its tensors on device."""

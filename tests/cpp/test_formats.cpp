@@ -53,6 +53,43 @@ struct Sample<LiquidQuant> {
   bool operator==(Sample const&) const = default;
 };
 
+// The code of column k in a row of 6-bit codes, bit by bit.
+int code6(uint8_t const* row, int k) {
+  int code = 0;
+  for (int bit = 0; bit < 6; ++bit)
+    code |= (row[(6 * k + bit) / 8] >> (6 * k + bit) % 8 & 1) << bit;
+  return code;
+}
+
+template <>
+struct Sample<LiquidQuant6> {
+  std::vector<uint8_t> qweight = std::vector<uint8_t>(kN * kKBlocks * kBlockK * 6 / 8);
+  std::vector<uint8_t> qscale = std::vector<uint8_t>(kN * kKBlocks);
+  std::vector<uint8_t> qoffset = std::vector<uint8_t>(kN * kKBlocks);
+
+  explicit Sample(bool fill) {
+    if (!fill)
+      return;
+    uint32_t state = 1;
+    auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 24; };
+    for (auto& v : qweight)
+      v = next();
+    for (size_t i = 0; i < qscale.size(); ++i) {
+      qscale[i] = next() % 5;
+      qoffset[i] = next() % (256 - LiquidQuant6::kMaxCode * qscale[i]);
+    }
+  }
+  LiquidQuant6::Logical view() {
+    return {{qweight.data(), qscale.data(), qoffset.data(), kN, kKBlocks}};
+  }
+  int weight(int n, int k) const {
+    const int group = n * kKBlocks + k / kBlockK;
+    const int code = code6(&qweight[n * kKBlocks * kBlockK * 6 / 8], k);
+    return code * qscale[group] + qoffset[group] - LiquidQuant::kOffsetBias;
+  }
+  bool operator==(Sample const&) const = default;
+};
+
 template <>
 struct Sample<Int8> {
   std::vector<int8_t> qweight = std::vector<int8_t>(kN * kKBlocks * kBlockK);

@@ -176,10 +176,13 @@ int main() {
           expect(select_gemm(p).launches() == 1, "a GEMM is one launch", select_gemm(p));
           expect(select_linear(p, false).launches() == 2, "unreadable x takes two launches",
                  select_linear(p, false));
-          const Problem p8{m, n, k, sms, 3.35e6, FormatId::kInt8};
-          for (LaunchPlan const& l : {select_gemm(p8), select_gemm(p8, Activations::kJustQuantized),
-                                      select_linear(p8, true), select_linear(p8, false)})
-            expect_good(l);
+          for (FormatId format : {FormatId::kInt8, FormatId::kLiquidQuant6}) {
+            const Problem other{m, n, k, sms, 3.35e6, format};
+            for (LaunchPlan const& l :
+                 {select_gemm(other), select_gemm(other, Activations::kJustQuantized),
+                  select_linear(other, true), select_linear(other, false)})
+              expect_good(l);
+          }
           for (Plan const& any : all_plans()) {
             for (Activations activations :
                  {Activations::kReady, Activations::kJustQuantized, Activations::kQuantizeInKernel})

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from problems import DEVICE, assert_equal, testing
 
 import liquidgemm
+from liquidgemm.formats.liquidquant import pack_codes
 from liquidgemm.ops.plans import compiled_plans
 
 LAYOUTS = ("plain", "row stride", "odd row stride", "odd offset", "transposed", "batched", "same")
@@ -66,7 +67,7 @@ def cases(draw) -> Case:
             st.sampled_from([2880, 4096, 5472, 9000]),
         )
     )
-    bits = draw(st.sampled_from([4, 4, 8]))
+    bits = draw(st.sampled_from([4, 4, 6, 8]))
     plan = draw(st.one_of(st.none(), st.sampled_from([plan for plan, _ in compiled_plans(bits)])))
     out_dtype = draw(st.sampled_from(OUT_DTYPES))
     return Case(
@@ -118,12 +119,13 @@ class Maker:
     def groups(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes, steps and offsets as int64: feasible for the codes that occur."""
         n, blocks = self.case.n, -(-self.case.k // 64)
-        codes = self.integers(0, 16, n, blocks * 64)
-        step = self.integers(1, 18, n, blocks)
+        largest = 2**self.case.bits - 1
+        codes = self.integers(0, largest + 1, n, blocks * 64)
+        step = self.integers(1, 255 // largest + 1, n, blocks)
         kind = self.case.groups
         if kind == "ends":
-            codes = (codes % 2) * 15
-            step = torch.full_like(step, 17)
+            codes = (codes % 2) * largest
+            step = torch.full_like(step, 255 // largest)
         elif kind == "zero step":
             step = step * 0
         elif kind == "whole row":
@@ -131,8 +133,10 @@ class Maker:
         elif kind == "pairs":
             step = step[:, ::2].repeat_interleave(2, 1)[:, :blocks]
         elif kind == "symmetric":
-            return codes, step, 128 - 8 * step.clamp(max=16)
-        span = 255 - 15 * step
+            middle = (largest + 1) // 2
+            step = step.clamp(max=128 // middle)
+            return codes, step, 128 - middle * step
+        span = 255 - largest * step
         offset = (self.rand(n, blocks) * (span + 1)).long()
         if kind == "whole row":
             offset = offset[:, :1].expand_as(offset)
@@ -147,7 +151,7 @@ class Maker:
             return w8, liquidgemm.pack_int8_weight(w8.to(torch.int8))
         codes, step, offset = self.groups()
         w8 = codes * step.repeat_interleave(64, 1) + offset.repeat_interleave(64, 1) - 128
-        qweight = codes[:, 0::2] | codes[:, 1::2] << 4
+        qweight = pack_codes(codes, self.case.bits) & 255
         logical = (t.to(torch.uint8) for t in (qweight, step, offset))
         return w8, liquidgemm.pack_weight(*logical)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 import liquidgemm
+from liquidgemm.formats.liquidquant import pack_codes
 from liquidgemm.ops.plans import plan_names
 
 DEVICE = "cuda"
@@ -36,21 +37,23 @@ class Problem:
         return (y + self.bias.float() if bias else y).to(dtype)
 
 
-def random_weight(n: int, k: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+def random_weight(
+    n: int, k: int, generator: torch.Generator, bits: int = 4
+) -> tuple[torch.Tensor, ...]:
     """Feasible logical tensors that reach both ends of the int8 range, and their int8 weights."""
     blocks = -(-k // 64)
     device = generator.device
+    largest = 2**bits - 1
 
     def draw(low: int, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(low, high, shape, generator=generator, device=device)
 
-    qscale = draw(1, 18, n, blocks)
-    span = 255 - 15 * qscale
+    qscale = draw(1, 255 // largest + 1, n, blocks)
+    span = 255 - largest * qscale
     qoffset = (torch.rand(n, blocks, generator=generator, device=device) * (span + 1)).long()
-    codes = draw(0, 16, n, blocks * 64)
+    codes = draw(0, largest + 1, n, blocks * 64)
     w8 = codes * qscale.repeat_interleave(64, 1) + qoffset.repeat_interleave(64, 1) - 128
-    qweight = codes[:, 0::2] | codes[:, 1::2] << 4
-    logical = [t.to(torch.uint8) for t in (qweight, qscale, qoffset)]
+    logical = [t.to(torch.uint8) for t in (pack_codes(codes, bits) & 255, qscale, qoffset)]
     return *logical, w8[:, :k].to(torch.int8)
 
 
@@ -62,7 +65,7 @@ def random_problem(m: int, n: int, k: int, seed: int = 0, bits: int = 4) -> Prob
         w8 = w8.to(torch.int8)
         weight, w8 = liquidgemm.pack_int8_weight(w8), w8[:, :k]
     else:
-        *logical, w8 = random_weight(n, k, generator)
+        *logical, w8 = random_weight(n, k, generator, bits)
         weight = liquidgemm.pack_weight(*logical)
     x = torch.randint(-127, 128, (m, k), generator=generator, device=DEVICE).to(torch.int8)
     return Problem(

@@ -1,5 +1,6 @@
 """Every kernel on small problems: what `make sanitize` runs under compute-sanitizer."""
 
+import pytest
 import torch
 from grouped import GROUPED_PLANS, grouped_problem, run_grouped
 from problems import (
@@ -14,6 +15,7 @@ from problems import (
 
 import liquidgemm
 from liquidgemm.ops._dequantize import dequantize_packed
+from liquidgemm.ops._pack import decoded
 from liquidgemm.ops.plans import compiled_plans, plan_names
 
 
@@ -26,13 +28,14 @@ def test_gemm_small() -> None:
         assert_equal(actual, expected, name)
 
 
-def test_int8_weights_small() -> None:
-    """CHECKLIST 15: the kernels of INT8 weights, and what packs and expands them."""
-    problem = random_problem(33, 200, 1088, bits=8)
+@pytest.mark.parametrize("bits", [6, 8])
+def test_weights_of_more_bits_small(bits: int) -> None:
+    """CHECKLIST 15: the kernels of other formats, and what packs and expands them."""
+    problem = random_problem(33, 200, 1088, bits=bits)
     expected = problem.accumulator()
-    for plan, name in compiled_plans(8):
+    for plan, name in compiled_plans(bits):
         assert_equal(run(problem, plan=plan, num_sms=4), expected, name)
-    w8 = liquidgemm.unpack_int8_weight(problem.weight, 200)
+    w8 = decoded(problem.weight, 200)
     assert_equal(w8, problem.w8, "unpacked")
     w = dequantize_packed(problem.weight, problem.weight_scale, 1087, torch.bfloat16)
     expected = (problem.w8[:, :1087].float() * problem.weight_scale[:, None]).bfloat16()

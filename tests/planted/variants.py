@@ -36,6 +36,9 @@ TILES = (
 # Of INT8 weights: with k groups, and without, both among those above.
 INT8_TILES = ("t32_p1_k3_s2", "t256_p2_k1_s2")
 
+# Of 6-bit codes: the one that is among them.
+LIQUIDQUANT6_TILES = ("t256_p2_k1_s2",)
+
 # Of grouped products: decode with several k groups, and prefill.
 GROUPED_TILES = ("t8_p1_k2_s4_half", "t16_p1_k4_s4", "t128_p3_k1_s2")
 
@@ -43,6 +46,11 @@ GROUPED_TILES = ("t8_p1_k2_s4_half", "t16_p1_k4_s4", "t128_p3_k1_s2")
 LISTS = {
     "liquidquant": ("csrc/liquidgemm/plan/tiles.hpp", "kTileShapes", TILES),
     "int8": ("csrc/liquidgemm/plan/tiles.hpp", "kInt8TileShapes", INT8_TILES),
+    "liquidquant6": (
+        "csrc/liquidgemm/plan/tiles.hpp",
+        "kLiquidQuant6TileShapes",
+        LIQUIDQUANT6_TILES,
+    ),
     "grouped": ("csrc/liquidgemm/plan/grouped.hpp", "kGroupedTileShapes", GROUPED_TILES),
 }
 

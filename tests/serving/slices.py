@@ -17,11 +17,12 @@ from liquidgemm.quantization.layer import quantize_layer
 K = 256
 LOGICAL = ("qweight", "qscale", "qoffset", "scale")
 SIZES = (1, 2, 4, 8)
+BITS = {"six": 6, "keep": 8}
 
 
-def weight(n: int, k: int, augment: int = 0, seed: int = 0, keep: bool = False) -> QuantizedWeight:
+def weight(n: int, k: int, augment: int = 0, seed: int = 0, bits: int = 4) -> QuantizedWeight:
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
-    config = LiquidConfig(augment=augment, keep=("layer",) if keep else ())
+    config = LiquidConfig(augment=augment, bits={"layer": bits})
     return quantize_layer(w, config)[0]
 
 
@@ -86,7 +87,7 @@ def check_fused_qkv(engine: ModuleType, size: int, augments: tuple[int, ...]) ->
 
 def check_row_parallel(engine: ModuleType, kind: str, k: int, size: int) -> None:
     """CHECKLIST 34: each rank's product is that of its own columns, also within groups."""
-    w = weight(72, k, 64 if kind == "augment" else 0, 3, keep=kind == "keep")
+    w = weight(72, k, 64 if kind == "augment" else 0, 3, BITS.get(kind, 4))
     x = tokens(k)
     bias = torch.randn(72).bfloat16()
     for rank in range(size):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from engine import as_rank, config_of, down
-from slices import alone, finish, load, tensors, tokens, weight
+from slices import BITS, alone, finish, load, tensors, tokens, weight
 from torch.distributed import ReduceOp
 from vllm.config import get_current_vllm_config
 
@@ -33,11 +33,11 @@ def layer_of(w, rank: int, size: int, **options) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("kind", ["plain", "augment", "keep"])
+@pytest.mark.parametrize("kind", ["plain", "augment", "keep", "six"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_every_rank_gives_the_bits_of_one(kind, size, bias, monkeypatch):
     """The whole layer of vLLM, which adds nothing after it. A first round finds the sums."""
-    w = weight(N, K, 64 if kind == "augment" else 0, 3, keep=kind == "keep")
+    w = weight(N, K, 64 if kind == "augment" else 0, 3, BITS.get(kind, 4))
     x = tokens(K)
     layers = [layer_of(w, rank, size, bias=bias) for rank in range(size)]
     b = torch.randn(N).bfloat16() if bias else None

@@ -77,7 +77,7 @@ def test_fused_gate_up_is_the_slices(size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("k", [512, 344])
-@pytest.mark.parametrize("kind", ["plain", "augment", "keep"])
+@pytest.mark.parametrize("kind", ["plain", "augment", "keep", "six"])
 def test_row_parallel_is_the_slice(kind, k, size):
     """CHECKLIST 34: each rank's product is that of its own columns, also within groups."""
     slices.check_row_parallel(sglang_layers, kind, k, size)

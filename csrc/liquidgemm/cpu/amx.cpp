@@ -221,6 +221,7 @@ Kernels const* amx_kernels() {
   static constexpr Kernels kernels{"amx",
                                    products_by_tiles<Nibbles>(kFewestTokens),
                                    products_by_tiles<Bytes>(kFewestTokens),
+                                   products_by_tiles<SixBits>(kFewestTokens),
                                    quantize,
                                    rms_norm,
                                    glu,

@@ -35,6 +35,16 @@ struct Avx2 : X86With32Bytes, BandByBand<Avx2> {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_add_epi16(low, high), steps));
   }
 
+  static_assert(4 * kLargestCode6 * kLargestX <= kInt16Max);
+  static Sums multiply_add(Sums sums, Codes6 const& codes, int8_t const* x, Steps steps) {
+    const __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(codes.low[0], load256(x)),
+                                         _mm256_maddubs_epi16(codes.low[1], load256(x + 32)));
+    const __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(codes.high[0], load256(x + 64)),
+                                          _mm256_maddubs_epi16(codes.high[1], load256(x + 96)));
+    sums = _mm256_add_epi32(sums, _mm256_madd_epi16(low, steps));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(high, steps));
+  }
+
   // INT8 weights do not fit vpmaddubsw's 16-bit sums: 16-bit halves of the bytes at even and at odd
   // places.
   struct Int8s {
@@ -220,6 +230,7 @@ Kernels const* avx2_kernels() {
       "avx2",
       products<Avx2, Nibbles>(kFewestTokens),
       {product_by_codes<Avx2, Bytes>(), product_by_bytes<Avx2Int8, Bytes>(), kFewestTokens},
+      always(product_by_codes<Avx2, SixBits>()),
       quantize,
       rms_norm,
       glu,

@@ -10,6 +10,7 @@ Kernels const* avx512_vnni_kernels() {
   static constexpr Kernels kernels{"avx512_vnni",
                                    products<Avx512Vnni, Nibbles>(kFewestTokens),
                                    products<Avx512Vnni, Bytes>(kFewestTokens),
+                                   products<Avx512Vnni, SixBits>(kFewestTokens),
                                    quantize,
                                    rms_norm,
                                    glu,

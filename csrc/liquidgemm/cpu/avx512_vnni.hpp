@@ -38,6 +38,15 @@ struct Avx512Vnni {
     return _mm512_dpwssd_epi32(sums, products, steps);
   }
 
+  using Codes6 = Codes6Of64Bytes;
+  static Codes6 codes6(uint8_t const* chunk, uint8_t const* second) { return {chunk, second}; }
+  static_assert(4 * kLargestCode6 * kLargestX <= kInt16Max);
+  static Sums multiply_add(Sums sums, Codes6 const& codes, int8_t const* x, Steps steps) {
+    const __m512i low = _mm512_dpbusd_epi32(zero(), codes.low, _mm512_loadu_si512(x));
+    const __m512i high = _mm512_dpbusd_epi32(zero(), codes.high, _mm512_loadu_si512(x + kChunk));
+    return _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(sums, low, steps), high, steps);
+  }
+
   using Int8s = __m512i;
   static constexpr bool kInt8sAreBiased = true;
   static Int8s int8s(uint8_t const* chunk) {
@@ -67,6 +76,13 @@ struct Avx512Vnni {
 
   static void decode_band(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
     decode_band512(chunks, params, to);
+  }
+
+  static void decode_band6(uint8_t const* chunks,
+                           uint8_t const* second,
+                           uint8_t const* params,
+                           uint8_t* to) {
+    decode_band6_512(chunks, second, params, to);
   }
 
   static void arrange_band(uint8_t const* chunks, uint8_t* to) { arrange_band512(chunks, to); }

@@ -30,6 +30,16 @@ struct AvxVnni : X86With32Bytes, BandByBand<AvxVnni> {
     return _mm256_dpwssd_avx_epi32(sums, products, steps);
   }
 
+  static_assert(4 * kLargestCode6 * kLargestX <= kInt16Max);
+  static Sums multiply_add(Sums sums, Codes6 const& codes, int8_t const* x, Steps steps) {
+    for (int i = 0; i < 2; ++i) {
+      const __m256i low = _mm256_dpbusd_avx_epi32(zero(), codes.low[i], load256(x + 32 * i));
+      const __m256i high = _mm256_dpbusd_avx_epi32(zero(), codes.high[i], load256(x + 64 + 32 * i));
+      sums = _mm256_dpwssd_avx_epi32(_mm256_dpwssd_avx_epi32(sums, low, steps), high, steps);
+    }
+    return sums;
+  }
+
   struct Int8s {
     __m256i of[2];
   };
@@ -45,21 +55,48 @@ struct AvxVnni : X86With32Bytes, BandByBand<AvxVnni> {
 
   static void arrange_band(uint8_t const* chunks, uint8_t* to) { arrange_band256(chunks, to); }
 
-  // A code times s fits a byte, so that a 16-bit product of two codes does not carry.
-  static void decode_band(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
-    const __m256i step_order = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1));
-    const __m256i offset_order = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(1, 1, 1, 1, 5, 5, 5, 5, 9, 9, 9, 9, 13, 13, 13, 13));
-    __m256i s[2], a[2];  // of half a band each
-    for (int half = 0; half < 2; ++half) {
-      const __m256i words = words_of_lanes(params + 16 * half);
-      s[half] = _mm256_shuffle_epi8(words, step_order);
-      a[half] = _mm256_shuffle_epi8(words, offset_order);
+  // Of half a band each. A code times s fits a byte, so that a 16-bit product of two codes does not
+  // carry.
+  struct Grid {
+    __m256i s[2], a[2];
+
+    explicit Grid(uint8_t const* params) {
+      const __m256i step_order = _mm256_broadcastsi128_si256(
+          _mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1));
+      const __m256i offset_order = _mm256_broadcastsi128_si256(
+          _mm_setr_epi8(1, 1, 1, 1, 5, 5, 5, 5, 9, 9, 9, 9, 13, 13, 13, 13));
+      for (int half = 0; half < 2; ++half) {
+        const __m256i words = words_of_lanes(params + 16 * half);
+        s[half] = _mm256_shuffle_epi8(words, step_order);
+        a[half] = _mm256_shuffle_epi8(words, offset_order);
+      }
     }
-    decode_lanes(chunks, to, [&](__m256i codes, int half) {
+    __m256i decode(__m256i codes, int half) const {
       return _mm256_add_epi8(_mm256_mullo_epi16(codes, s[half]), a[half]);
-    });
+    }
+  };
+
+  static void decode_band(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
+    const Grid grid(params);
+    decode_lanes(chunks, to, [&](__m256i codes, int half) { return grid.decode(codes, half); });
+  }
+
+  static void decode_band6(uint8_t const* chunks,
+                           uint8_t const* second,
+                           uint8_t const* params,
+                           uint8_t* to) {
+    const Grid grid(params);
+    alignas(32) uint8_t codes[2][kBandChunks * kChunk];
+    for (int i = 0; i < 2 * kBandChunks; ++i) {
+      const Codes6Of32Bytes half(chunks + 32 * i, second + 16 * i);
+      store256(codes[0] + 32 * i, half.low);
+      store256(codes[1] + 32 * i, half.high);
+    }
+    for (int high = 0; high < 2; ++high) {
+      transpose_words(codes[high], [&](__m256i words, int half, int at) {
+        store256(to + high * kTileBytes / 2 + at, grid.decode(words, half));
+      });
+    }
   }
 
   static int32_t sum(int8_t const* row, int64_t count) {
@@ -113,6 +150,7 @@ Kernels const* avx_vnni_kernels() {
   static constexpr Kernels kernels{"avx_vnni",
                                    products<AvxVnni, Nibbles>(kFewestTokens),
                                    products<AvxVnni, Bytes>(kFewestTokens),
+                                   products<AvxVnni, SixBits>(kFewestTokens),
                                    quantize,
                                    rms_norm,
                                    glu,

@@ -10,6 +10,7 @@
 //
 //   kDecodedBand                              bytes of a decoded band of one group
 //   decode_band(chunks, params, to)           of one group: [k / 4][16 lanes][4 k] bytes first
+//   decode_band6(chunks, second, params, to)  the same of 6-bit codes
 //   arrange_band(chunks, to)                  the same of INT8 weights, with 128 added; AVX2: two
 //                                             codes of each
 //   kToken                                    bytes of a token and group: 64 k first
@@ -19,6 +20,8 @@
 //   steps_of(bands, tokens)                   calls of Part::multiply for some tokens of a panel
 //   sum(row, count)                           of int8, a multiple of 64
 #pragma once
+
+#include <type_traits>
 
 #include "liquidgemm/cpu/codes.hpp"
 
@@ -97,8 +100,11 @@ template <class Simd, class Format>
 void decode_band_at(Place const& at, int64_t group, int b, uint8_t* to) {
   uint8_t const* const block = at.block<Format>(group);
   const int chunk = kBandChunks * (at.begin + b);
-  if constexpr (kHasParams<Format>)
-    Simd::decode_band(block + kChunk * chunk, block + kParams + 4 * chunk, to);
+  if constexpr (std::is_same_v<Format, SixBits>)
+    Simd::decode_band6(block + kChunk * chunk, block + Format::kSecond + kChunk / 2 * chunk,
+                       block + Format::kParams + 4 * chunk, to);
+  else if constexpr (kHasParams<Format>)
+    Simd::decode_band(block + kChunk * chunk, block + Format::kParams + 4 * chunk, to);
   else
     Simd::arrange_band(block + kChunk * chunk, to);
 }

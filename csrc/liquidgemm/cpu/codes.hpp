@@ -2,8 +2,9 @@
 //
 //   sum over k of w8 * x = s * (sum of q * x) + (a - 128) * (sum of x),
 //
-// and the sum of q * x, of 4-bit codes, fits 16 bits, so that one widening multiply-add applies s
-// and adds into 32 bits. Nothing is decoded. Sums are modulo 2^32: only the last one has to fit.
+// and the sum of q * x, of a whole word of 4-bit codes or of four k of 6-bit ones, fits 16 bits, so
+// that one widening multiply-add applies s and adds into 32 bits. Nothing is decoded. Sums are
+// modulo 2^32: only the last one has to fit.
 //
 // INT8 weights have neither s nor a: their products are added as they are, by the sets that
 // multiply unsigned bytes with 128 added.
@@ -66,13 +67,24 @@ template <class Format>
 inline constexpr bool kHasParams = false;
 template <>
 inline constexpr bool kHasParams<Nibbles> = true;
+template <>
+inline constexpr bool kHasParams<SixBits> = true;
+
+template <class Simd>
+auto codes_of(Nibbles, uint8_t const* block, int chunk) {
+  return Simd::codes(block + kChunk * chunk);
+}
+template <class Simd>
+auto codes_of(SixBits, uint8_t const* block, int chunk) {
+  return Simd::codes6(block + kChunk * chunk, block + SixBits::kSecond + kChunk / 2 * chunk);
+}
 
 // sums[t] += chunk * x[t], of one block.
 template <class Simd, class Format, int T>
 void add_chunk(typename Simd::Sums (&sums)[T], uint8_t const* block, int chunk, int8_t const* x) {
   if constexpr (kHasParams<Format>) {
-    const typename Simd::Codes codes = Simd::codes(block + kChunk * chunk);
-    const typename Simd::Steps steps = Simd::steps(block + kParams + 4 * chunk);
+    const auto codes = codes_of<Simd>(Format{}, block, chunk);
+    const typename Simd::Steps steps = Simd::steps(block + Format::kParams + 4 * chunk);
     for (int t = 0; t < T; ++t)
       sums[t] = Simd::multiply_add(sums[t], codes, x + kArranged * t, steps);
   } else {
@@ -127,12 +139,15 @@ void multiply_codes(uint8_t const* panel,
       for (int t = 0; t < T; ++t)
         sums[chunk][t] = run[t];
     }
-    for (int64_t g = begin; kHasParams<Format> && g < end; ++g) {
-      int32_t const* const group_sums = tile.group_sums + g * tile.width;
-      for (int band = first; band < last; ++band) {
-        uint8_t const* const params = panel + g * Format::kBlock + kParams + 4 * kBandChunks * band;
-        for (int t = 0; t < T; ++t)
-          Simd::add_offsets(params, group_sums[t], rows[t] + kBand * band);
+    if constexpr (kHasParams<Format>) {
+      for (int64_t g = begin; g < end; ++g) {
+        int32_t const* const group_sums = tile.group_sums + g * tile.width;
+        for (int band = first; band < last; ++band) {
+          uint8_t const* const params =
+              panel + g * Format::kBlock + Format::kParams + 4 * kBandChunks * band;
+          for (int t = 0; t < T; ++t)
+            Simd::add_offsets(params, group_sums[t], rows[t] + kBand * band);
+        }
       }
     }
   }

@@ -33,15 +33,45 @@ inline void transpose_pairs(__m512i (&rows)[kBandChunks]) {
   }
 }
 
-// A code times s fits a byte, so that a 16-bit product of two codes does not carry from one into
-// the other.
+// 6-bit codes of a chunk: those of the low six bits, and the others.
+struct Codes6Of64Bytes {
+  __m512i low, high;
+
+  Codes6Of64Bytes(uint8_t const* chunk, uint8_t const* second) {
+    const auto masked = [](__m512i words, int mask) {
+      return _mm512_and_si512(words, _mm512_set1_epi8(char(mask)));
+    };
+    const __m512i words = _mm512_loadu_si512(chunk);  // w0 and w1 of every four
+    const __m512i w0 = _mm512_unpacklo_epi64(words, words);
+    const __m512i w2 = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3),
+                                                _mm512_castsi256_si512(load256(second)));
+    const __m512i fourth =
+        _mm512_or_si512(_mm512_or_si512(masked(_mm512_srli_epi16(w0, 2), 0x30),
+                                        masked(_mm512_srli_epi16(words, 4), 0x0c)),
+                        masked(_mm512_srli_epi16(w2, 6), 0x03));
+    low = masked(words, 0x3f);
+    high = _mm512_mask_blend_epi64(0xaa, masked(w2, 0x3f), fourth);
+  }
+};
+
+// Of a band. A code times s fits a byte, so that a 16-bit product of two codes does not carry from
+// one into the other.
+struct Grid512 {
+  __m512i s, a;
+
+  explicit Grid512(uint8_t const* params) {
+    const __m128i step_order =
+        _mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1);
+    const __m128i offset_order = _mm_setr_epi8(1, 1, 1, 1, 5, 5, 5, 5, 9, 9, 9, 9, 13, 13, 13, 13);
+    const __m512i words = _mm512_cvtepu16_epi32(load256(params));  // (s, a, 0, 0) of a lane's row
+    s = _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(step_order));
+    a = _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(offset_order));
+  }
+  __m512i decode(__m512i codes) const { return _mm512_add_epi8(_mm512_mullo_epi16(codes, s), a); }
+};
+
 inline void decode_band512(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
-  const __m128i step_order =
-      _mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1);
-  const __m128i offset_order = _mm_setr_epi8(1, 1, 1, 1, 5, 5, 5, 5, 9, 9, 9, 9, 13, 13, 13, 13);
-  const __m512i words = _mm512_cvtepu16_epi32(load256(params));  // (s, a, 0, 0) of each lane's row
-  const __m512i s = _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(step_order));
-  const __m512i a = _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(offset_order));
+  const Grid512 grid(params);
   const __m512i nibble = _mm512_set1_epi8(15);
   __m512i pairs[kBandChunks];
   for (int i = 0; i < kBandChunks; ++i)
@@ -51,8 +81,28 @@ inline void decode_band512(uint8_t const* chunks, uint8_t const* params, uint8_t
     const __m512i low = _mm512_and_si512(pairs[i], nibble);
     const __m512i high = _mm512_and_si512(_mm512_srli_epi16(pairs[i], 4), nibble);
     uint8_t* const quad = to + 4 * kBand * quad_of_pair(i);
-    _mm512_store_si512(quad, _mm512_add_epi8(_mm512_mullo_epi16(low, s), a));
-    _mm512_store_si512(quad + kTileBytes / 2, _mm512_add_epi8(_mm512_mullo_epi16(high, s), a));
+    _mm512_store_si512(quad, grid.decode(low));
+    _mm512_store_si512(quad + kTileBytes / 2, grid.decode(high));
+  }
+}
+
+inline void decode_band6_512(uint8_t const* chunks,
+                             uint8_t const* second,
+                             uint8_t const* params,
+                             uint8_t* to) {
+  const Grid512 grid(params);
+  __m512i low[kBandChunks], high[kBandChunks];
+  for (int i = 0; i < kBandChunks; ++i) {
+    const Codes6Of64Bytes codes(chunks + kChunk * i, second + kChunk / 2 * i);
+    low[i] = codes.low;
+    high[i] = codes.high;
+  }
+  transpose_pairs(low);
+  transpose_pairs(high);
+  for (int i = 0; i < kBandChunks; ++i) {
+    uint8_t* const quad = to + 4 * kBand * quad_of_pair(i);
+    _mm512_store_si512(quad, grid.decode(low[i]));
+    _mm512_store_si512(quad + kTileBytes / 2, grid.decode(high[i]));
   }
 }
 

@@ -13,8 +13,13 @@ namespace {
 
 // What layout.hpp says of the packed layouts is what formats/*.hpp derive.
 static_assert(kGroup == kBlockK && kPanel == kBlockRows &&
-              Nibbles::kBlock == LiquidQuant::kBlockBytes && kParams == LiquidQuant::kCodeBytes &&
-              kLargestCode == LiquidQuant::kMaxCode && Bytes::kBlock == Int8::kBlockBytes);
+              Nibbles::kBlock == LiquidQuant::kBlockBytes &&
+              Nibbles::kParams == LiquidQuant::kCodeBytes &&
+              kLargestCode == LiquidQuant::kMaxCode && Bytes::kBlock == Int8::kBlockBytes &&
+              SixBits::kBlock == LiquidQuant6::kBlockBytes &&
+              SixBits::kSecond == LiquidQuant6::kFirstBytes &&
+              SixBits::kParams == LiquidQuant6::kCodeBytes &&
+              kLargestCode6 == LiquidQuant6::kMaxCode);
 
 constexpr bool chunks_are_the_layout() {
   for (int chunk = 0; chunk < kPanelChunks; ++chunk) {
@@ -29,7 +34,15 @@ constexpr bool chunks_are_the_layout() {
         return false;
       if (later.byte != at.byte || later.shift != 4)
         return false;
-      if (LiquidQuant::param_position(row) != kParams + 4 * chunk + 2 * (word % 2))
+      if (LiquidQuant::param_position(row) != Nibbles::kParams + 4 * chunk + 2 * (word % 2))
+        return false;
+      if (LiquidQuant6::param_position(row) != SixBits::kParams + 4 * chunk + 2 * (word % 2))
+        return false;
+      // Word 0 or 1 of the chunk's four, 2 or 3, and 0 or 1 of the half chunk.
+      const int half = word % 2, four = word / 4;
+      if (LiquidQuant6::word_position(row, four, word / 2 % 2) != kChunk * chunk + 4 * word ||
+          LiquidQuant6::word_position(row, four, 2) !=
+              SixBits::kSecond + kChunk / 2 * chunk + 8 * four + 4 * half)
         return false;
       if (Int8::position(row, first_k(word) + byte % 4) != kChunk * chunk + byte ||
           Int8::position(row, first_k(word) + byte % 4 + 32) != kHigh + kChunk * chunk + byte)

@@ -91,7 +91,7 @@ struct Products {
 
 struct Kernels {
   char const* name;
-  Products liquidquant, int8;
+  Products liquidquant, int8, liquidquant6;  // in the order of FormatId
 
   // One row of K activations to int8, and its scale.
   float (*quantize)(void const* x, Element type, int64_t k, int8_t* out);
@@ -102,7 +102,9 @@ struct Kernels {
   void (*search)(Search const& arguments);
 
   Product const& product(FormatId format, int64_t tokens) const {
-    Products const& of = format == FormatId::kInt8 ? int8 : liquidquant;
+    Products const& of = format == FormatId::kInt8           ? int8
+                         : format == FormatId::kLiquidQuant6 ? liquidquant6
+                                                             : liquidquant;
     return tokens < of.fewest_many ? of.few : of.many;
   }
 };

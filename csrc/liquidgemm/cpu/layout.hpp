@@ -11,8 +11,13 @@
 //   high nibble k 32-35  32-35    48-51     48-51     36-39    36-39        60-63
 //
 // so that a 32-bit lane belongs to one row throughout: even lanes to row g, odd ones to row g + 8.
-// The word (s[g], a[g], s[g + 8], a[g + 8]) of the chunk lies at kParams + 4 (8 b + g). The eight
-// chunks of one b are a band: 16 rows.
+// The word (s[g], a[g], s[g + 8], a[g + 8]) of the chunk lies at Nibbles::kParams + 4 (8 b + g).
+// The eight chunks of one b are a band: 16 rows.
+//
+// LiquidQuant6: the low six bits of a chunk are the codes of its low nibbles above. Of those of its
+// high nibbles, words 0 and 1 of every four lie in the low six bits of half a chunk more, at
+// SixBits::kSecond; words 2 and 3 in what remains: their bits 5 and 4 in the top bits of the
+// chunk's words 0 and 1, bits 3 and 2 in those of its words 2 and 3, bits 1 and 0 in the half's.
 //
 // INT8: the same chunks twice, with a weight in place of a code: those of k 0-31, and at kHigh
 // those of k 32-63.
@@ -29,12 +34,17 @@ inline constexpr int kBand = 16;         // rows of eight chunks
 inline constexpr int kBandChunks = 8;    // chunks per band
 inline constexpr int kPanelBands = 4;    // bands per panel
 inline constexpr int kPanelChunks = 32;  // chunks per block
-inline constexpr int kParams = kPanelChunks * kChunk;
-inline constexpr int kHigh = kParams;
+inline constexpr int kHigh = kPanelChunks * kChunk;
 inline constexpr int kArranged = 2 * kGroup;  // bytes of one token's group, arranged
 
-struct Nibbles {                                       // of LiquidQuant
+struct Nibbles {  // of LiquidQuant
+  static constexpr int kParams = kHigh;
   static constexpr int kBlock = kParams + 2 * kPanel;  // bytes
+};
+struct SixBits {  // of LiquidQuant6
+  static constexpr int kSecond = kHigh;
+  static constexpr int kParams = kSecond + kHigh / 2;
+  static constexpr int kBlock = kParams + 2 * kPanel;
 };
 struct Bytes {  // of INT8
   static constexpr int kBlock = 2 * kHigh;
@@ -48,6 +58,7 @@ constexpr int first_k(int word) {
 // Bounds that let sums of products of codes stay in 16 bits. x = -128 is not a valid activation,
 // but it must not overflow either.
 inline constexpr int kLargestCode = 15, kLargestX = 128, kInt16Max = 32767;
+inline constexpr int kLargestCode6 = 63;
 static_assert(kGroup * kLargestX <= kInt16Max, "the sum of a group's x fits 16 bits");
 
 }  // namespace liquidgemm::cpu

@@ -31,6 +31,21 @@ struct NeonDotprod {
     return result;
   }
 
+  struct Codes6 : Codes {};
+  static Codes6 codes6(uint8_t const* chunk, uint8_t const* second) {
+    const uint8x8_t six = vdup_n_u8(0x3f);
+    Codes6 result;
+    for (int i = 0; i < kRegisters; ++i) {
+      const uint8x16_t bytes = vld1q_u8(chunk + 16 * i);
+      const uint8x8_t w0 = vget_low_u8(bytes), w1 = vget_high_u8(bytes);
+      const uint8x8_t w2 = vld1_u8(second + 8 * i);
+      const uint8x8_t fourth = vsri_n_u8(vsri_n_u8(w0, w1, 2), w2, 4);
+      result.low[i] = vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(0x3f)));
+      result.high[i] = vreinterpretq_s8_u8(vcombine_u8(vand_u8(w2, six), vshr_n_u8(fourth, 2)));
+    }
+    return result;
+  }
+
   static Steps steps(uint8_t const* params) {
     const int32x2_t pair = vset_lane_s32(params[2], vdup_n_s32(params[0]), 1);
     return vcombine_s32(pair, pair);

@@ -7,6 +7,7 @@ Kernels const* neon_dotprod_kernels() {
   static constexpr Kernels kernels{"neon_dotprod",
                                    always(product_by_codes<NeonDotprod>()),
                                    always(product_by_codes<NeonDotprod, Bytes>()),
+                                   always(product_by_codes<NeonDotprod, SixBits>()),
                                    quantize,
                                    rms_norm,
                                    glu,

@@ -79,7 +79,7 @@ void multiply_pairs(uint8_t const* panel,
             products[p] = vmmlaq_s32(products[p], high, vld1q_s8(x_pair + kGroup));
           }
         }
-        uint8_t const* const params = block + kParams + 4 * chunk;
+        uint8_t const* const params = block + Nibbles::kParams + 4 * chunk;
         const int32x4_t steps = vcombine_s32(vdup_n_s32(params[0]), vdup_n_s32(params[2]));
         for (int p = 0; p < Pairs; ++p)
           run[p] = vmlaq_s32(run[p], products[p], steps);
@@ -90,7 +90,7 @@ void multiply_pairs(uint8_t const* panel,
     for (int64_t g = begin; g < end; ++g) {
       for (int band = first; band < last; ++band) {
         uint8_t const* const params =
-            panel + g * Nibbles::kBlock + kParams + 4 * kBandChunks * band;
+            panel + g * Nibbles::kBlock + Nibbles::kParams + 4 * kBandChunks * band;
         for (int t = 0; t < 2 * Pairs; ++t)
           NeonDotprod::add_offsets(params, x.group_sums[(token + t) * x.groups + g],
                                    rows[t] + kBand * band);
@@ -138,6 +138,7 @@ Kernels const* neon_i8mm_kernels() {
                                     {2, kGroup, arrange_pair, multiply_by_pairs},
                                     kFewestTokens},
                                    always(product_by_codes<NeonDotprod, Bytes>()),
+                                   always(product_by_codes<NeonDotprod, SixBits>()),
                                    quantize,
                                    rms_norm,
                                    glu,

@@ -13,6 +13,7 @@ struct Portable {
   static constexpr int kHalves = kChunk / 2, kWords = kChunk / 4;
   // 4 products of a half, and 8 of a word, in 16 bits.
   static_assert(8 * kLargestCode * kLargestX <= kInt16Max);
+  static_assert(4 * kLargestCode6 * kLargestX <= kInt16Max);  // the 8 are added in 32
 
   struct Sums {
     uint32_t words[kWords];
@@ -35,6 +36,26 @@ struct Portable {
       result.even[1][i] = int16_t(half >> 4 & 15);
       result.odd[0][i] = int16_t(half >> 8 & 15);
       result.odd[1][i] = int16_t(half >> 12);
+    }
+    return result;
+  }
+
+  struct Codes6 : Codes {};
+  static Codes6 codes6(uint8_t const* chunk, uint8_t const* second) {
+    Codes6 result;
+    for (int i = 0; i < kHalves; ++i) {
+      // Two bytes of the upper half of their four words are made of six.
+      const int pair = i % 8, of_second = i / 8 * 8 + 2 * (pair % 4);
+      int high[2];
+      for (int byte = 0; byte < 2; ++byte) {
+        uint8_t const* const w0 = chunk + i / 8 * 16 + 2 * (pair % 4) + byte;
+        const int w2 = second[of_second + byte];
+        high[byte] = pair < 4 ? w2 & 63 : (w0[0] >> 2 & 48) | (w0[8] >> 4 & 12) | w2 >> 6;
+      }
+      result.even[0][i] = int16_t(chunk[2 * i] & 63);
+      result.odd[0][i] = int16_t(chunk[2 * i + 1] & 63);
+      result.even[1][i] = int16_t(high[0]);
+      result.odd[1][i] = int16_t(high[1]);
     }
     return result;
   }
@@ -103,6 +124,7 @@ Kernels const* portable_kernels() {
   static constexpr Kernels kernels{"portable",
                                    always(product_by_codes<Portable>()),
                                    always(product_by_codes<Portable, Bytes>()),
+                                   always(product_by_codes<Portable, SixBits>()),
                                    quantize,
                                    rms_norm,
                                    glu,

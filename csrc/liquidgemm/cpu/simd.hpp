@@ -6,6 +6,8 @@
 //   kTokens                               most tokens at a time: 1, 2, 4 or 8
 //   Sums                                  one register of 32-bit sums: even lanes row g, odd g + 8
 //   Codes codes(chunk)                    the 4-bit codes of one chunk, one per byte
+//   Codes6 codes6(chunk, half a chunk)    the same of 6-bit codes; if their products need no other
+//                                         multiply_add, derived from Codes
 //   Steps steps(params)                   (s[g], s[g + 8]), repeated
 //   multiply_add(sums, codes, x, steps)   sums + steps * (products of codes and x, per word)
 //   Int8s int8s(half of a chunk)          64 INT8 weights, with 128 added if kInt8sAreBiased

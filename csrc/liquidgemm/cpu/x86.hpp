@@ -69,6 +69,27 @@ inline int32_t sum_of(__m256i sums) {
   return _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 1)));
 }
 
+// 6-bit codes of half a chunk: those of the low six bits, and the others.
+struct Codes6Of32Bytes {
+  __m256i low, high;
+
+  Codes6Of32Bytes(uint8_t const* chunk, uint8_t const* second) {
+    const auto masked = [](__m256i words, int mask) {
+      return _mm256_and_si256(words, _mm256_set1_epi8(char(mask)));
+    };
+    const __m256i words = load256(chunk);  // w0 and w1 of every four
+    const __m256i w0 = _mm256_unpacklo_epi64(words, words);
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<__m128i const*>(second));
+    const __m256i w2 = _mm256_permute4x64_epi64(_mm256_castsi128_si256(half), 0x50);
+    const __m256i fourth =
+        _mm256_or_si256(_mm256_or_si256(masked(_mm256_srli_epi16(w0, 2), 0x30),
+                                        masked(_mm256_srli_epi16(words, 4), 0x0c)),
+                        masked(_mm256_srli_epi16(w2, 6), 0x03));
+    low = masked(words, 0x3f);
+    high = _mm256_blend_epi32(masked(w2, 0x3f), fourth, 0xcc);
+  }
+};
+
 // What sets with registers of 32 bytes share: a chunk is two registers, low and high nibbles each.
 struct X86With32Bytes {
   static constexpr int kTokens = 8;
@@ -87,6 +108,20 @@ struct X86With32Bytes {
       const __m256i bytes = load256(chunk + 32 * i);
       result.low[i] = _mm256_and_si256(bytes, nibble);
       result.high[i] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+    }
+    return result;
+  }
+
+  // Their products fill 16 bits sooner.
+  struct Codes6 {
+    __m256i low[2], high[2];
+  };
+  static Codes6 codes6(uint8_t const* chunk, uint8_t const* second) {
+    Codes6 result;
+    for (int i = 0; i < 2; ++i) {
+      const Codes6Of32Bytes half(chunk + 32 * i, second + 16 * i);
+      result.low[i] = half.low;
+      result.high[i] = half.high;
     }
     return result;
   }

@@ -10,15 +10,17 @@
 #include "liquidgemm/formats/format_id.hpp"
 #include "liquidgemm/formats/int8.hpp"
 #include "liquidgemm/formats/liquidquant.hpp"
+#include "liquidgemm/formats/liquidquant6.hpp"
 
 namespace liquidgemm {
 
-using Formats = std::tuple<LiquidQuant, Int8>;
+using Formats = std::tuple<LiquidQuant, Int8, LiquidQuant6>;
 
 template <FormatId id>
 using FormatOf = std::tuple_element_t<static_cast<size_t>(id), Formats>;
 static_assert(std::is_same_v<FormatOf<FormatId::kLiquidQuant>, LiquidQuant>);
 static_assert(std::is_same_v<FormatOf<FormatId::kInt8>, Int8>);
+static_assert(std::is_same_v<FormatOf<FormatId::kLiquidQuant6>, LiquidQuant6>);
 
 // visitor(std::type_identity<Format>{}) for the format that a value names.
 template <size_t kFirst = 0, class Visitor>

@@ -15,6 +15,10 @@ struct LogicalWeight {
   int64_t k_blocks;
 };
 
+// Of LiquidQuant6, likewise: qweight [n, 3 k / 4], a row's codes one after the other in its bits,
+// from the lowest ones of the first byte on.
+struct LogicalWeight6 : LogicalWeight {};
+
 // Of INT8, row-major: qweight [n, k].
 struct LogicalInt8Weight {
   int8_t* qweight;

@@ -4,11 +4,19 @@
 #include "liquidgemm/formats/format_id.hpp"
 #include "liquidgemm/plan/costs_h100.hpp"
 #include "liquidgemm/plan/costs_h100_int8.hpp"
+#include "liquidgemm/plan/costs_h100_liquidquant6.hpp"
 
 namespace liquidgemm {
 
 inline Costs const& costs_of(FormatId format) {
-  return format == FormatId::kInt8 ? kInt8CostsOfH100 : kCostsOfH100;
+  switch (format) {
+    case FormatId::kInt8:
+      return kInt8CostsOfH100;
+    case FormatId::kLiquidQuant6:
+      return kLiquidQuant6CostsOfH100;
+    default:
+      return kCostsOfH100;
+  }
 }
 
 }  // namespace liquidgemm

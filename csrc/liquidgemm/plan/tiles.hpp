@@ -59,11 +59,20 @@ inline constexpr TileShape kInt8TileShapes[] = {
     {256, 2, 1, 2},       // prefill
 };
 
+// Of 6-bit codes: they are read more slowly than they are decoded, at any of these heights.
+inline constexpr TileShape kLiquidQuant6TileShapes[] = {
+    {16, 1, 4, 4, 1, 2},  // decode
+    {64, 1, 3, 2},        // up to some hundred tokens
+    {256, 2, 1, 2},       // prefill
+};
+
 // Of a format: all, unless it has a list of its own.
 template <class Format>
 constexpr std::span<TileShape const> tiles_of() {
   if constexpr (std::is_same_v<Format, Int8>)
     return kInt8TileShapes;
+  else if constexpr (std::is_same_v<Format, LiquidQuant6>)
+    return kLiquidQuant6TileShapes;
   else
     return kTileShapes;
 }

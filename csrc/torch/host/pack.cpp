@@ -51,20 +51,24 @@ void unpack(Tensor const& packed, typename Format::Logical const& logical) {
 
 Tensor pack_weight_cpu(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset) {
   const LogicalTensors logical = checked_logical(qweight, qscale, qoffset);
-  const Tensor packed = empty_packed<LiquidQuant>(logical);
-  check(pack<LiquidQuant>(logical.view(), packed), kInfeasible);
-  return packed;
+  return logical.visit([&](auto of, auto const& weight) {
+    using Format = typename decltype(of)::type;
+    const Tensor packed = empty_packed<Format>(qweight, weight);
+    check(pack<Format>(weight, packed), kInfeasible);
+    return packed;
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> unpack_weight_cpu(Tensor const& packed, int64_t n) {
   const LogicalTensors logical = empty_logical(packed, n);
-  unpack<LiquidQuant>(packed, logical.view());
+  logical.visit(
+      [&](auto of, auto const& weight) { unpack<typename decltype(of)::type>(packed, weight); });
   return {logical.qweight, logical.qscale, logical.qoffset};
 }
 
 Tensor pack_int8_weight_cpu(Tensor const& qweight) {
   const LogicalInt8Tensors logical = checked_logical_int8(qweight);
-  const Tensor packed = empty_packed<Int8>(logical);
+  const Tensor packed = empty_packed<Int8>(qweight, logical.view());
   pack<Int8>(logical.view(), packed);
   return packed;
 }

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...formats import int8
+from ...formats import int8, liquidquant6
 from ...formats.liquidquant import GROUP, padded
 from ...ops import pack_int8_weight, pack_weight
 
@@ -102,7 +102,8 @@ class Packed:
     """What an engine's layer computes with, as one product.
 
     Attributes:
-        weight: packed, uint8 ``[ceil(N / 64), (held + R) / 64, 2176]``; INT8 weights 4096, R = 0.
+        weight: packed, uint8 ``[ceil(N / 64), (held + R) / 64, 2176]``; or 3200 with 6 bits
+            and 4096 with 8, R = 0.
         scale: float32 ``[N]``.
         gather: int32 ``[R]``, which of the held columns are repeated, or None.
         pad: zeros before and after the features of x.
@@ -152,6 +153,8 @@ def pack(
         codes = _side_by_side(codes, rows, slots, [len(own) for own in lists], width)
     elif int8.is_int8(*codes, lists[0], end):
         return Packed(pack_int8_weight(int8.bytes_of(codes[0])), scale, None, (part.lead, 0))
+    elif liquidquant6.is_six_bits(*codes, lists[0], end):
+        return Packed(pack_weight(*liquidquant6.to_kernel(*codes)), scale, None, (part.lead, 0))
     gather = torch.cat(lists)
     zeros = max(width - end, int(gather.max()) + 1 - end)
     return Packed(pack_weight(*codes), scale, gather, (part.lead, zeros))

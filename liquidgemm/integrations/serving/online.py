@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...nn._modules import matches
 from ...quantization.config import LiquidConfig
-from ...quantization.layer import layer_method, quantize_layer, residual_columns
+from ...quantization.layer import layer_bits, layer_method, quantize_layer, residual_columns
 from ...quantization.selection import FEW_ROWS
 from .layout import Packed, Slice, pack
 
@@ -18,6 +18,12 @@ _ROUTERS = ("gate", "router", "shared_expert_gate")
 
 def check_online(config: LiquidConfig) -> None:
     """Raises a ValueError if a config needs more than one layer's weight at a time."""
+    if config.budget is not None:
+        raise ValueError(
+            f"budget: expected None to quantize while loading, got {config.budget!r}: it is met by "
+            "what layers do to the output of the model; run `liquidgemm quantize --budget` and "
+            "serve its output, or give the bits of layers by patterns"
+        )
     for name in ("smooth", "rotate", "rotate_heads"):
         if getattr(config, name):
             raise ValueError(
@@ -60,8 +66,8 @@ def left_in_floats(
     if len(set(treatments.values())) > 1:
         raise ValueError(
             f"{prefix}: expected {', '.join(names)} to be treated alike, as the engine computes "
-            f"them at once, got {treatments}: use patterns of skip, keep and augment that match "
-            "all of them or none"
+            f"them at once, got {treatments}: use patterns of skip, keep, bits and augment that "
+            "match all of them or none"
         )
     return skipped(config, names[0])
 
@@ -69,7 +75,8 @@ def left_in_floats(
 def _treatment(config: LiquidConfig, name: str, in_features: int) -> str:
     """What becomes of a layer, so that those which are computed at once can be compared."""
     augment = residual_columns(config, name, in_features)
-    return f"{layer_method(config, name, False)}, {augment} residual columns"
+    bits = layer_bits(config, name)
+    return f"{layer_method(config, name, False)}, {bits} bits, {augment} residual columns"
 
 
 def quantized(weight: Tensor, config: LiquidConfig, names: Sequence[str]) -> Packed:

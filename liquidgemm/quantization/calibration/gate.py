@@ -70,7 +70,9 @@ class HeldOut:
         config: LiquidConfig,
     ) -> None:
         self._model, self._batches = model, batches
-        self._data_free = LiquidConfig(group_size=config.group_size, keep=config.keep)
+        self._data_free = LiquidConfig(
+            group_size=config.group_size, keep=config.keep, bits=config.bits
+        )
         found = []
         for number, batch in enumerate(batches):
             with running(model, batch, f"held_out: batch {number}"):

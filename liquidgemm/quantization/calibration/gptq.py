@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...formats import int8
+from ...formats import int8, liquidquant6
 from ...formats.liquidquant import GROUP, Q_MAX, pack_nibbles, padded
 from ...weights.weight import QuantizedWeight, dequantize_weight
 
@@ -46,6 +46,7 @@ def gptq(
         a weight with the grids of base.
     """
     k = weight.shape[1]
+    q_max = liquidquant6.Q_MAX if base.is_six_bits else Q_MAX
     units = (weight / _nonzero(base.scale).unsqueeze(1)).T.contiguous()[order]
     s, z = (p.T.contiguous()[order] for p in _grid(base, k))
     code = torch.empty_like(units)
@@ -62,7 +63,7 @@ def gptq(
         errors = torch.empty_like(block)
         for i in range(stop - start):
             j = start + i
-            q = ((block[i] - z[j]) / s[j]).round_().clamp_(0, Q_MAX)
+            q = ((block[i] - z[j]) / s[j]).round_().clamp_(0, q_max)
             v = torch.addcmul(z[j], q, s[j])
             code[j] = q
             if (r := slots.get(j)) is not None:
@@ -169,12 +170,19 @@ def _grid(base: QuantizedWeight, k: int) -> tuple[Tensor, Tensor]:
     def expanded(parameter: Tensor) -> Tensor:
         return parameter.repeat_interleave(GROUP, dim=1)[:, :k].float()
 
-    return expanded(base.qscale), expanded(base.qoffset) - _ZERO
+    qscale, qoffset = base.qscale, base.qoffset
+    if base.is_six_bits:
+        _, qscale, qoffset = liquidquant6.to_codes(base.qweight, qscale, qoffset)
+    return expanded(qscale), expanded(qoffset) - _ZERO
 
 
 def _with_codes(base: QuantizedWeight, codes: Tensor) -> QuantizedWeight:
     """The grids of base with codes ``[N, K]``."""
     q = F.pad(codes.to(torch.uint8), (0, -codes.shape[1] % GROUP)).contiguous()
+    if base.is_six_bits:
+        _, s, a = liquidquant6.to_codes(base.qweight, base.qscale, base.qoffset)
+        qweight, qscale, qoffset = liquidquant6.from_codes(q, s, a)
+        return replace(base, qweight=qweight, qscale=qscale, qoffset=qoffset)
     return replace(base, qweight=pack_nibbles(q))
 
 

@@ -11,7 +11,7 @@ from ...formats.liquidquant import padded
 from ...nn._modules import linear_at
 from ..config import LiquidConfig
 from ..experts import Experts
-from ..layer import layer_method, residual_columns
+from ..layer import layer_bits, layer_method, residual_columns
 from .data import running
 from .flow import Recordings
 from .sites import check_pairs, find_sites
@@ -49,11 +49,13 @@ def plan(
         method = layer_method(config, name, has_data=name in reached)
         columns = padded(linear.in_features)
         own = config if experts is None else experts.config_of(name, config)
-        extra = columns if method == "int8" else residual_columns(own, name, linear.in_features)
+        bits = layer_bits(config, name)
+        extra = residual_columns(own, name, linear.in_features)
         parts = [f"{linear.out_features} x {linear.in_features}", method]
         if extra:
             parts.append(f"{extra} residual columns")
-        parts.append(f"{4.25 * (columns + extra) / linear.in_features:.2f} bits per weight")
+        stored = {4: 4.25, 6: 6.25, 8: 8}[bits] * (columns + extra)
+        parts.append(f"{stored / linear.in_features:.2f} bits per weight")
         if name not in reached:
             parts.append("not reached by the calibration data")
         elif name in smoothed:

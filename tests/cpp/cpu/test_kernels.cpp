@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <string>
@@ -43,6 +44,9 @@ void serially(int64_t count, int64_t, cpu::Body body, void* context) {
     body(context, middle, count);
 }
 
+constexpr FormatId kFormats[] = {FormatId::kLiquidQuant, FormatId::kInt8, FormatId::kLiquidQuant6};
+static_assert(std::size(kFormats) == std::tuple_size_v<Formats>, "every format is tested");
+
 struct Problem {
   int64_t m, n, k, groups;
   FormatId format;
@@ -56,8 +60,10 @@ struct Problem {
   Problem(int64_t m, int64_t n, int64_t k, bool extreme, uint32_t seed, FormatId format)
       : m(m), n(n), k(k), groups((k + 63) / 64), format(format) {
     Random random{seed};
-    const std::vector<int> weights =
-        format == FormatId::kInt8 ? pack_int8(extreme, random) : pack_liquidquant(extreme, random);
+    const std::vector<int> weights = format == FormatId::kInt8 ? pack_int8(extreme, random)
+                                     : format == FormatId::kLiquidQuant6
+                                         ? pack_liquidquant6(extreme, random)
+                                         : pack_liquidquant(extreme, random);
     x.resize(m * k);
     for (int8_t& value : x)
       value = int8_t(extreme ? (random(2) ? 127 : -127) : int(random(255)) - 127);
@@ -101,6 +107,26 @@ struct Problem {
     return {qweight.begin(), qweight.end()};
   }
 
+  std::vector<int> pack_liquidquant6(bool extreme, Random& random) {
+    std::vector<uint8_t> qweight(n * groups * 48), qscale(n * groups), qoffset(n * groups);
+    std::vector<int> weights(n * groups * 64);
+    for (int64_t g = 0; g < n * groups; ++g) {
+      const int largest = extreme && g % 3 == 0 ? 1 : 63;
+      const int step = largest == 1 ? 255 : extreme ? 4 : 1 + random(4);
+      const int room = 255 - largest * step;
+      qscale[g] = uint8_t(step);
+      qoffset[g] = uint8_t(extreme ? (g % 2 ? room : 0) : random(room + 1));
+      for (int i = 0; i < 64; ++i) {
+        const int code = extreme ? largest * int(random(2)) : int(random(largest + 1));
+        for (int bit = 0; bit < 6; ++bit)
+          qweight[48 * g + (6 * i + bit) / 8] |= uint8_t((code >> bit & 1) << (6 * i + bit) % 8);
+        weights[64 * g + i] = code * step + qoffset[g] - 128;
+      }
+    }
+    pack<LiquidQuant6>({{qweight.data(), qscale.data(), qoffset.data(), n, groups}});
+    return weights;
+  }
+
   std::vector<int> pack_liquidquant(bool extreme, Random& random) {
     std::vector<uint8_t> qweight(n * groups * 32), qscale(n * groups), qoffset(n * groups);
     for (int64_t g = 0; g < n * groups; ++g) {
@@ -142,9 +168,10 @@ struct Problem {
 };
 
 void test_gemm(cpu::Kernels const& kernels, Problem const& p) {
-  const std::string where = std::string(kernels.name) + " " + std::to_string(p.m) + " x " +
-                            std::to_string(p.n) + " x " + std::to_string(p.k) +
-                            (p.format == FormatId::kInt8 ? " int8" : "");
+  const std::string where =
+      std::string(kernels.name) + " " + std::to_string(p.m) + " x " + std::to_string(p.n) + " x " +
+      std::to_string(p.k) +
+      visit_format(p.format, [](auto of) { return std::string(" ") + decltype(of)::type::kName; });
   std::vector<int32_t> sums(p.m * p.n, -1);
   cpu::GemmArguments a = p.arguments();
   a.y = sums.data();
@@ -260,12 +287,12 @@ int main() {
   uint32_t seed = 1;
   for (int64_t m : {1, 2, 5, 8, 9, 16, 17, 33, 50}) {
     for (auto [n, k] : {std::pair<int, int>{1, 1}, {16, 64}, {70, 100}, {130, 577}, {33, 700}}) {
-      for (FormatId format : {FormatId::kLiquidQuant, FormatId::kInt8})
+      for (FormatId format : kFormats)
         problems.emplace_back(m, n, k, seed % 2, seed, format);
       ++seed;
     }
   }
-  for (FormatId format : {FormatId::kLiquidQuant, FormatId::kInt8})
+  for (FormatId format : kFormats)
     problems.emplace_back(300, 17, 4200, true, 7, format);  // in several rounds
   for (int i = 0; i < count; ++i) {
     for (Problem const& problem : problems)

@@ -28,6 +28,8 @@ from liquidgemm.cli import quantize as cli_quantize
         (["--rotate"], {"rotate": False}),
         (["--augment", "64"], {"augment": {"q_proj": 64}}),
         (["--keep", "q_proj"], {"keep": []}),
+        (["--bits", "q_proj=6"], {"bits": {}}),
+        (["--budget", "5"], {"budget": 6.0}),
         (["--skip", "q_proj"], {"skip": ["k_proj"]}),
         (["--gate", "off"], {"gate": "warn"}),
     ],
@@ -48,6 +50,14 @@ def test_fields_of_options_that_are_not_given(folder):
     assert LiquidConfig._from_dict(recorded) == expected
 
 
+def test_bits_of_patterns(folder):
+    result = run(*QUANTIZE, "--bits", "k_proj=8", "--bits", "*=6")
+    assert result.exit_code == 0, result.output
+    recorded = json.loads((folder / "out/liquidgemm.json").read_text())["config"]
+    assert LiquidConfig._from_dict(recorded) == LiquidConfig(bits={"k_proj": 8, "*": 6})
+    assert list(recorded["bits"]) == ["k_proj", "*"]
+
+
 DATA = ["--calib", "a.txt"]
 
 
@@ -55,6 +65,13 @@ DATA = ["--calib", "a.txt"]
     ("options", "message"),
     [
         (["--tokens", "99"], "--tokens: expected --calib beside it"),
+        (["--bits", "q_proj"], "--bits: expected PATTERN=4, 6 or 8, got 'q_proj'"),
+        (["--bits", "q_proj=six"], "--bits: expected PATTERN=4, 6 or 8, got 'q_proj=six'"),
+        (["--bits", "q_proj=5"], "bits: expected one of (4, 6, 8) per pattern"),
+        (["--bits", "a=6", "--bits", "a=8"], "--bits: expected a pattern once, got 'a' again"),
+        (["--budget", "5"], "--calib: expected text files for budget, got none"),
+        (["--budget", "0"], "budget: expected a finite number of bits per weight > 0"),
+        (["--budget", "5", "--bits", "*=6"], "bits: expected none with a budget"),
         (["--held-out", "a.txt"], "--held-out: expected --calib beside it"),
         (["--resume", "blocks"], "--resume: expected --calib beside it"),
         (["--gate", "warn"], "--gate warn: expected --held-out beside it"),

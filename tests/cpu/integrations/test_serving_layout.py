@@ -5,19 +5,19 @@ import torch
 from torch import Tensor
 
 from liquidgemm import LiquidConfig, LiquidLinear, QuantizedWeight, gemm, quantize_activation
-from liquidgemm.formats import int8
+from liquidgemm.formats import int8, liquidquant6
 from liquidgemm.formats.liquidquant import GROUP, padded
 from liquidgemm.integrations.serving.layout import Packed, Slice, as_packed, pack
 from liquidgemm.integrations.serving.names import Names
 from liquidgemm.quantization.layer import quantize_layer
 
-KEEP = -1  # of residual columns: all, in their order
+KEEP, SIX = -1, -2  # of residual columns: all, in their order, of weights of 8 and 6 bits
 
 
 def weight(n: int, k: int, augment: int, seed: int) -> QuantizedWeight:
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
-    keep = ("layer",) if augment == KEEP else ()
-    return quantize_layer(w, LiquidConfig(augment=max(augment, 0), keep=keep))[0]
+    bits = {"layer": {KEEP: 8, SIX: 6}.get(augment, 4)}
+    return quantize_layer(w, LiquidConfig(augment=max(augment, 0), bits=bits))[0]
 
 
 def codes_of(weights: list[QuantizedWeight]) -> tuple[Tensor, ...]:
@@ -66,7 +66,10 @@ def tokens(k: int, parts: int = 1) -> Tensor:
 @pytest.mark.parametrize("k", [256, 200])
 @pytest.mark.parametrize(
     "augments",
-    [(0, 0, 0), (64, 64, 64), (64, 0, 128), (KEEP, KEEP, KEEP), (KEEP, 64, 0), (128,), (KEEP,)],
+    [
+        *[(0, 0, 0), (64, 64, 64), (64, 0, 128), (KEEP, KEEP, KEEP), (KEEP, 64, 0), (128,)],
+        *[(KEEP,), (SIX,), (SIX, SIX, SIX), (KEEP, SIX, 0)],
+    ],
 )
 def test_fused_layers(augments, k):
     weights = [weight(40 + 8 * i, k, augment, i) for i, augment in enumerate(augments)]
@@ -92,7 +95,7 @@ def test_a_list_that_is_shared_is_gathered_once():
 
 
 @pytest.mark.parametrize(("k", "parts"), [(512, 2), (512, 4), (448, 2), (360, 5), (344, 8)])
-@pytest.mark.parametrize("augment", [0, 64, KEEP])
+@pytest.mark.parametrize("augment", [0, 64, KEEP, SIX])
 def test_row_parallel_slices_add_up(augment, k, parts):
     """CHECKLIST 34: with one scale per token the INT32 sums of the slices are those of the whole,
     also where a slice cuts a group."""
@@ -105,9 +108,10 @@ def test_row_parallel_slices_add_up(augment, k, parts):
         columns = columns_of(w, part)
         packed = pack(codes, w.scale, [72], [columns], part)
         whole_groups = not part.lead and (part.length % GROUP == 0 or rank == parts - 1)
-        is_int8 = augment == KEEP and whole_groups  # and takes half of the columns
-        assert int8.is_packed(packed.weight) == is_int8
-        width = part.held if is_int8 else part.width(w.augment)
+        whole = augment in (KEEP, SIX) and whole_groups  # and takes half of the columns
+        assert int8.is_packed(packed.weight) == (whole and augment == KEEP)
+        assert liquidquant6.is_packed(packed.weight) == (whole and augment == SIX)
+        width = part.held if whole else part.width(w.augment)
         assert packed.weight.shape[1] * GROUP == width
         own = x8[:, part.start : part.start + part.length]
         assert torch.equal(quantize_activation(own.float())[0], own)

@@ -104,6 +104,7 @@ def test_plans_are_those_that_the_library_dispatches_from() -> None:
     names = {
         "liquidquant": plan_names(),
         "int8": [name for _, name in compiled_plans(8)],
+        "liquidquant6": [name for _, name in compiled_plans(6)],
         "grouped": grouped_plan_names(),
     }
     assert {file.name for file in (ROOT / "csrc/instantiations").iterdir()} == set(names)
@@ -115,7 +116,9 @@ def test_plans_are_those_that_the_library_dispatches_from() -> None:
         assert compiled == set(tiles)
     for file in ("test_gemm.py", "test_canaries.py", "test_overtaking.py", "test_few_sms.py"):
         assert "plan_names()" in (TESTS / "gpu" / file).read_text()
-    assert "compiled_plans(8)" in (TESTS / "gpu/test_int8_weights.py").read_text()
+    text = (TESTS / "gpu/test_weight_formats.py").read_text()
+    assert "BITS = (6, 8)" in text
+    assert "compiled_plans(bits)" in text
     for file in ("test_grouped_gemm.py", "test_moe_chain.py"):
         assert "GROUPED_PLANS" in (TESTS / "gpu" / file).read_text()
 

@@ -6,8 +6,8 @@ from .bug import (
     CANARIES,
     EPILOGUE,
     EXACT,
+    FORMATS,
     INSTANTIATIONS,
-    INT8,
     KERNEL,
     OVERTAKING,
     Bug,
@@ -290,7 +290,19 @@ OF_KERNEL = (
                 '"r"(f.address)',
             ),
         ),
-        (f"{INT8} -k every_weight", f"{INT8} -k every_plan"),
+        (f"{FORMATS} -k every_weight", f"{FORMATS} -k every_plan"),
         units=("instantiations/int8/t32_p1_k3_s2.cu",),
+    ),
+    Bug(
+        "lowest bits of the fourth of 6-bit codes are those of the third word's neighbours",
+        (
+            Patch(
+                "csrc/liquidgemm/formats/liquidquant6.hpp",
+                "((w2 >> 6) & 0x03030303u)",
+                "((w2 >> 4) & 0x03030303u)",
+            ),
+        ),
+        (f"{FORMATS} -k every_weight", f"{FORMATS} -k every_plan"),
+        units=("instantiations/liquidquant6/t256_p2_k1_s2.cu",),
     ),
 )

@@ -1,13 +1,15 @@
-"""INT8 weights on a GPU: every plan that is compiled for them, and what packs them."""
+"""Weights of 6 and 8 bits on a GPU: every plan that is compiled for them, and what packs them."""
 
 import pytest
 import torch
-from problems import DEVICE, assert_equal, random_problem, run
+from problems import DEVICE, assert_equal, random_problem, random_weight, run
 
 import liquidgemm
 from liquidgemm.ops.plans import compiled_plans, plan_names
 
-PLANS = compiled_plans(8)
+BITS = (6, 8)
+PLANS = [(bits, plan, name) for bits in BITS for plan, name in compiled_plans(bits)]
+EVERY_PLAN = pytest.mark.parametrize(("bits", "plan", "name"), PLANS, ids=lambda v: str(v))
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -15,8 +17,20 @@ def tokens_of(name: str) -> int:
     return int(name.split("_")[0][1:])
 
 
-@pytest.mark.parametrize(("plan", "name"), PLANS, ids=lambda v: str(v))
-def test_every_plan_is_exact(plan: int, name: str) -> None:
+def constant_weight(value: int, n: int, groups: int, bits: int) -> torch.Tensor:
+    """Packed; 6-bit codes are the largest that mean it."""
+    if bits == 8:
+        shape = n, groups * 64
+        return liquidgemm.pack_int8_weight(torch.full(shape, value, device=DEVICE).to(torch.int8))
+    code = 255 if value > 0 else 0
+    qweight = torch.full((n, groups * 48), code, dtype=torch.uint8, device=DEVICE)
+    qscale = torch.full((n, groups), 4, dtype=torch.uint8, device=DEVICE)
+    qoffset = torch.full_like(qscale, value + 128 - 4 * 63 if value > 0 else value + 128)
+    return liquidgemm.pack_weight(qweight, qscale, qoffset)
+
+
+@EVERY_PLAN
+def test_every_plan_is_exact(bits: int, plan: int, name: str) -> None:
     """CHECKLIST 1: whole tiles and ragged edges, few SMs, more stages than any ring has."""
     tokens = tokens_of(name)
     for m, n, k in (
@@ -28,7 +42,7 @@ def test_every_plan_is_exact(plan: int, name: str) -> None:
         (3, 72, 12352),
         (5, 200, 1001),
     ):
-        problem = random_problem(m, n, k, m + n + k, bits=8)
+        problem = random_problem(m, n, k, m + n + k, bits=bits)
         expected = problem.accumulator()
         for num_sms in (0, 8, 3):
             actual = run(problem, plan=plan, num_sms=num_sms)
@@ -36,35 +50,36 @@ def test_every_plan_is_exact(plan: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("plan", "name"), PLANS, ids=lambda v: str(v))
-def test_epilogue_is_the_documented_formula(plan: int, name: str, dtype: torch.dtype) -> None:
+@EVERY_PLAN
+def test_epilogue_is_the_documented_formula(
+    bits: int, plan: int, name: str, dtype: torch.dtype
+) -> None:
     """CHECKLIST 1: scales, bias and rounding, bit for bit."""
     for n in (136, 137):
-        problem = random_problem(tokens_of(name) + 3, n, 640, bits=8)
+        problem = random_problem(tokens_of(name) + 3, n, 640, bits=bits)
         for bias in (False, True):
             actual = run(problem, dtype, bias, plan)
             assert_equal(actual, problem.output(dtype, bias), f"{name} {n=} {bias=}")
 
 
-@pytest.mark.parametrize(("plan", "name"), PLANS, ids=lambda v: str(v))
-def test_every_weight(plan: int, name: str) -> None:
+@EVERY_PLAN
+def test_every_weight(bits: int, plan: int, name: str) -> None:
     """CHECKLIST 4: tokens that are unit vectors give the weights themselves, at their places."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    shape = 192, 128
-    w8 = torch.randint(-128, 128, shape, generator=generator, device=DEVICE).to(torch.int8)
-    w8[0], w8[191] = -128, 127
+    problem = random_problem(1, 192, 128, bits=bits)
+    w8, packed = problem.w8, problem.weight
+    assert {-128, 127} <= set(w8.unique().tolist())
     unit = torch.eye(128, dtype=torch.int8, device=DEVICE)
     ones = torch.ones(192, device=DEVICE)
-    packed = liquidgemm.pack_int8_weight(w8)
     y = torch.ops.liquidgemm_testing.gemm_with_plan(
         unit, ones[:128], packed, ones, None, torch.int32, plan, 0
     )
     assert_equal(y.T, w8.int(), name)
 
 
-def test_the_chosen_plan_at_every_m() -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_the_chosen_plan_at_every_m(bits: int) -> None:
     """CHECKLIST 2."""
-    largest = random_problem(1030, 136, 576, bits=8)
+    largest = random_problem(1030, 136, 576, bits=bits)
     expected = largest.accumulator()
     for m in (*range(131), 255, 256, 257, 511, 513, 1030):
         y = liquidgemm.gemm(
@@ -77,21 +92,36 @@ def test_the_chosen_plan_at_every_m() -> None:
         assert_equal(y, expected[:m], f"m={m}")
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("m", [1, 16, 100, 300])
-def test_the_largest_sums(m: int) -> None:
+def test_the_largest_sums(m: int, bits: int) -> None:
     """CHECKLIST 3: at the largest K, which is no multiple of 64, at both ends."""
     k, n = 132_104, 128
     for x_value, w_value in ((127, 127), (-127, 127), (127, -128), (-127, -128)):
-        w8 = torch.full((n, 2065 * 64), w_value, dtype=torch.int8, device=DEVICE)
+        packed = constant_weight(w_value, n, 2065, bits)
         x = torch.full((m, k), x_value, dtype=torch.int8, device=DEVICE)
         ones = torch.ones(max(m, n), device=DEVICE)
-        packed = liquidgemm.pack_int8_weight(w8)
         y = liquidgemm.gemm(x, ones[:m], packed, ones[:n], out_dtype=torch.int32)
         expected = torch.full((m, n), x_value * w_value * k, dtype=torch.int32, device=DEVICE)
         assert_equal(y, expected, f"x={x_value} w={w_value} {m=}")
 
 
-def test_packing_is_that_of_the_cpu() -> None:
+def test_packing_of_6_bits_is_that_of_the_cpu() -> None:
+    """CHECKLIST 4; what is not feasible is refused."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for n, k in ((1, 64), (70, 192), (200, 1024)):
+        *logical, _ = random_weight(n, k, generator, bits=6)
+        on_cpu = [tensor.cpu() for tensor in logical]
+        packed = liquidgemm.pack_weight(*logical)
+        assert_equal(packed.cpu(), liquidgemm.pack_weight(*on_cpu), f"{n=} {k=}")
+        for back, tensor in zip(liquidgemm.unpack_weight(packed, n), logical, strict=True):
+            assert_equal(back, tensor, f"{n=} {k=}")
+        logical[2][-1, -1], logical[1][-1, -1], logical[0][-1, -1] = 4, 4, 255
+        with pytest.raises(RuntimeError, match="infeasible"):
+            liquidgemm.pack_weight(*logical)
+
+
+def test_packing_of_int8_is_that_of_the_cpu() -> None:
     for n, k in ((1, 64), (70, 192), (200, 1024)):
         w8 = torch.randint(-128, 128, (n, k), dtype=torch.int8)
         packed = liquidgemm.pack_int8_weight(w8.to(DEVICE))
@@ -99,11 +129,12 @@ def test_packing_is_that_of_the_cpu() -> None:
         assert_equal(liquidgemm.unpack_int8_weight(packed, n).cpu(), w8, f"{n=} {k=}")
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_equals_the_cpu(dtype: torch.dtype) -> None:
-    """Two launches: no kernel for INT8 weights quantizes."""
+def test_linear_equals_the_cpu(dtype: torch.dtype, bits: int) -> None:
+    """Two launches: no kernel for these weights quantizes."""
     for m in (1, 7, 40):
-        problem = random_problem(m, 264, 2880, bits=8)
+        problem = random_problem(m, 264, 2880, bits=bits)
         x = torch.randn(m, 2880, device=DEVICE).to(dtype)
         arguments = x, problem.weight, problem.weight_scale, problem.bias
         y = liquidgemm.linear(*arguments)
@@ -111,27 +142,30 @@ def test_linear_equals_the_cpu(dtype: torch.dtype) -> None:
         assert_equal(y.cpu(), expected, f"{m=} {dtype}")
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dequantize_equals_the_cpu(dtype: torch.dtype) -> None:
+def test_dequantize_equals_the_cpu(dtype: torch.dtype, bits: int) -> None:
     """CHECKLIST 4: whole and cut blocks."""
     for n, k in ((1, 1), (70, 200), (200, 1090)):
-        problem = random_problem(1, n, k, bits=8)
+        problem = random_problem(1, n, k, bits=bits)
         scale = problem.weight_scale * 1e-3
         w = torch.ops.liquidgemm.dequantize_packed(problem.weight, scale, k, dtype)
         assert_equal(w, (problem.w8.float() * scale[:, None]).to(dtype), f"{n=} {k=}")
 
 
-def test_plans_of_other_tiles_are_refused() -> None:
-    problem = random_problem(4, 64, 64, bits=8)
-    compiled = {plan for plan, _ in PLANS}
+@pytest.mark.parametrize("bits", BITS)
+def test_plans_of_other_tiles_are_refused(bits: int) -> None:
+    problem = random_problem(4, 64, 64, bits=bits)
+    compiled = {plan for plan, _ in compiled_plans(bits)}
     other = next(plan for plan in range(len(plan_names())) if plan not in compiled)
     with pytest.raises(RuntimeError, match="gemm_with_plan"):
         run(problem, plan=other)
 
 
-def test_a_replayed_graph_and_a_busy_gpu() -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_a_replayed_graph_and_a_busy_gpu(bits: int) -> None:
     """CHECKLIST 10, 12: the same bits a hundred times, with poisoned outputs."""
-    problems = [random_problem(m, 4096, 1024, seed=m, bits=8) for m in (1, 16, 64, 300)]
+    problems = [random_problem(m, 4096, 1024, seed=m, bits=bits) for m in (1, 16, 64, 300)]
     expected = [problem.accumulator() for problem in problems]
     outputs = [torch.empty_like(y) for y in expected]
     for problem in problems:

@@ -1,0 +1,10 @@
+#include "liquidgemm/formats/liquidquant6.hpp"
+#include "liquidgemm/host/launch_impl.hpp"
+#include "liquidgemm/kernel/schedule/dense.hpp"
+
+namespace liquidgemm {
+
+constexpr TileShape kTile{16, 1, 4, 4, 1, 2};
+template cudaError_t launch<kTile, LiquidQuant6, int8_t>(DenseParams const&, int, cudaStream_t);
+
+}  // namespace liquidgemm
