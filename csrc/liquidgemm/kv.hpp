@@ -18,7 +18,7 @@ int kv_max_chunks(KvFormat format, int head_dim, int capacity);
 
 // Enqueues attention of the last `queries` tokens of every sequence. Needs as workspace
 // partial = float [batch, heads, kv_max_chunks(), queries * group, head_dim] and
-// stats = float [batch, heads, kv_max_chunks(), 2, queries * group].
+// stats = float2 [batch, heads, kv_max_chunks(), queries * group].
 cudaError_t kv_attention(KvAttentionArguments const& arguments, cudaStream_t stream);
 
 }  // namespace liquidgemm

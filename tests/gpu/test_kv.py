@@ -261,6 +261,32 @@ def test_pages_change_nothing(name: str, page_tokens: int) -> None:
     assert torch.equal(paged.attention(q, on_gpu, block_table=table), expected)
 
 
+def enlarged(cache: KVCache, tokens: int) -> KVCache:
+    """The same with room for so many tokens of each sequence."""
+    name = cache.format.name
+    batch, heads = cache.k.shape[:2]
+    larger = poison_(KVCache.allocate(name, batch, heads, tokens, 128, "cuda"))
+    for pair in zip(cache.tensors, larger.tensors, strict=True):
+        if pair[0] is not None:
+            of, to = (x.view(torch.uint8) if x.itemsize == 1 else x for x in pair)
+            to[:, :, : of.shape[2]] = of
+    return larger
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_where_no_sequence_is_long(name: str) -> None:
+    """CHECKLIST 9: one launch finishes them; the same bits as with room for more, and zeros of an
+    empty sequence, where there were others."""
+    cache, lengths = filled(name, [200, 256, 17], tokens=256)
+    lengths[2] = 0
+    q = queries(name, 3, 2, 8, 128, seed=23)
+    expected = enlarged(cache, 4096).attention(q, lengths)
+    torch.full_like(q, torch.nan)  # where the result is going to be
+    out = cache.attention(q, lengths)
+    assert torch.equal(out, expected)
+    assert not out[2].any()
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_batch_invariance(name: str) -> None:
     """CHECKLIST 9: a sequence alone, in another place, and with another capacity: the same bits."""
@@ -271,12 +297,7 @@ def test_batch_invariance(name: str) -> None:
     for b in (0, 3, 17, 39):
         alone = KVCache(*(None if x is None else x[b : b + 1] for x in cache.tensors))
         assert torch.equal(alone.attention(q[b : b + 1], on_gpu[b : b + 1])[0], together[b])
-    larger = poison_(KVCache.allocate(name, len(lengths), 2, 20_000, 128, "cuda"))
-    for pair in zip(cache.tensors, larger.tensors, strict=True):
-        if pair[0] is not None:
-            of, to = (x.view(torch.uint8) if x.itemsize == 1 else x for x in pair)
-            to[:, :, : of.shape[2]] = of
-    assert torch.equal(larger.attention(q, on_gpu), together)
+    assert torch.equal(enlarged(cache, 20_000).attention(q, on_gpu), together)
     for _ in range(20):  # CHECKLIST 10
         assert torch.equal(cache.attention(q, on_gpu), together)
 

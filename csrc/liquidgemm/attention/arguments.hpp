@@ -1,6 +1,8 @@
 // What the KV cache's kernels are given.
 #pragma once
 
+#include <vector_types.h>
+
 #include <cstdint>
 
 #include "liquidgemm/common/element.hpp"
@@ -42,12 +44,13 @@ struct KvAttentionArguments {
   int64_t q_stride[3];  // of batch, queries and heads, in elements
   Element type;         // of q and out
   int batch, queries, group;
-  float scale;             // of the scores
-  float softcap;           // 0: none
-  int window;              // tokens that a query sees, itself included; 0: all
-  int const* starts;       // [batch]: the first token that is no padding; or null
-  float *partial, *stats;  // kv_workspace()
-  void* out;               // like q, without gaps
+  float scale;        // of the scores
+  float softcap;      // 0: none
+  int window;         // tokens that a query sees, itself included; 0: all
+  int const* starts;  // [batch]: the first token that is no padding; or null
+  float* partial;     // see kv_attention()
+  float2* stats;      // largest score, sum of probabilities
+  void* out;          // like q, without gaps
   int num_sms;
 };
 

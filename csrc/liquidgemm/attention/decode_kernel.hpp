@@ -18,12 +18,13 @@
 // the values' A is four tokens of one dimension, as they are stored. Zero points of int4 are
 // subtracted from the sums.
 //
-// The partial result of a chunk is a function of that chunk alone; combine.cu adds them in order.
+// The partial result of a chunk is a function of that chunk alone; merge.hpp adds them in order.
 #pragma once
 
 #include <cutlass/arch/grid_dependency_control.h>
 
 #include "liquidgemm/attention/loader.hpp"
+#include "liquidgemm/attention/merge.hpp"
 #include "liquidgemm/attention/queries.hpp"
 #include "liquidgemm/attention/token_params.hpp"
 #include "liquidgemm/attention/weights.hpp"
@@ -41,18 +42,11 @@ class Decoder {
                       Shared<Shape>& shared)
       : a_(a), chunks_(chunks), shared_(shared), loader_(a.cache, b, h, shared) {
     CUTE_UNROLL
-    for (int i = 0; i < Shape::kTiles; ++i) {
-      const int r = first_row + 4 * i + t();
-      limit_[i] = chunks.length - a.queries + r / a.group;
-      first_[i] = first_token(a, b);
-      if (a.window > 0)
-        first_[i] = max(first_[i], limit_[i] - a.window + 1);
-      limit_[i] = min(limit_[i], chunks.length - 1);
-    }
-    least_limit_ = chunks.length - a.queries;
-    most_first_ = first_token(a, b);
-    if (a.window > 0)
-      most_first_ = max(most_first_, chunks.length - a.window);
+    for (int i = 0; i < Shape::kTiles; ++i)
+      last_[i] = chunks.length - a.queries + (first_row + 4 * i + t()) / a.group;
+    least_last_ = chunks.length - a.queries;
+    start_ = first_token(a, b);
+    most_first_ = a.window > 0 ? max(start_, chunks.length - a.window) : start_;
   }
 
   // The copies of a chunk's first blocks, which need no queries.
@@ -92,28 +86,28 @@ class Decoder {
 #pragma unroll 1
     for (int block = 0; block < loader_.count(); ++block) {
       loader_.wait();
-      __syncwarp();  // parameters are copied by other lanes
       int dots[Shape::kTiles][2][4] = {};
       multiply_keys(loader_.slot(block), dots);
       const TokenParams<Shape> keys(loader_.params(block, false));
       const TokenParams<Shape> values(loader_.params(block, true));
-      __syncwarp();
+      __syncwarp();  // all lanes have read
       loader_.copy_keys(block + Shape::kSlots);
       uint32_t digits[Shape::kTiles][2];
       const int token = loader_.token(block);
-      const bool whole = token >= most_first_ && token + Shape::kBlock - 1 <= least_limit_ &&
+      const bool whole = token >= most_first_ && token + Shape::kBlock - 1 <= least_last_ &&
                          token + Shape::kBlock <= end_;
       CUTE_UNROLL
       for (int i = 0; i < Shape::kTiles; ++i)
         weigh_tokens(i, token, whole, dots[i], keys, values, digits[i]);
       loader_.wait();
       multiply_values(loader_.slot(block), digits);
+      __syncwarp();
       loader_.copy_values(block + Shape::kSlots);
     }
   }
 
-  // The sum of all warps, to the workspace.
-  CUTE_DEVICE void store(int64_t place, int first_row, int rows) {
+  // The sum of all warps, of `rows` rows.
+  CUTE_DEVICE void store(float* partial, float2* stats, int rows) {
     const int warp = threadIdx.x / 32;
     CUTE_UNROLL
     for (int i = 0; i < Shape::kTiles; ++i) {
@@ -135,26 +129,23 @@ class Decoder {
     __syncthreads();
     for (int at = threadIdx.x; at < Shape::kRows * Shape::kHeadDim; at += Shape::kThreads) {
       const int row = at / Shape::kHeadDim, d = at % Shape::kHeadDim;
-      if (first_row + row >= rows)
+      if (row >= rows)
         break;
       float sum = 0;
       CUTE_UNROLL
       for (int w = 0; w < Shape::kWarps; ++w)
         sum += shared_.sums[w][row][d];
-      a_.partial[(place * rows + first_row + row) * Shape::kHeadDim + d] = sum;
+      partial[at] = sum;
     }
     const int row = threadIdx.x;
-    if (row < Shape::kRows && first_row + row < rows) {
+    if (row < Shape::kRows && row < rows) {
       const float most = most_of(row);
       float total = 0;
       CUTE_UNROLL
       for (int w = 0; w < Shape::kWarps; ++w)
         total += shared_.total[w][row] * exp2_approximate(shared_.most[w][row] - most);
-      float* const stats = a_.stats + place * 2 * rows + first_row + row;
-      stats[0] = most;
-      stats[rows] = total;
+      stats[row] = make_float2(most, total);
     }
-    __syncthreads();  // before slots are copied to again
   }
 
  private:
@@ -172,9 +163,8 @@ class Decoder {
       for (int half = 0; half < 2; ++half) {
         CUTE_UNROLL
         for (int pair = 0; pair < kPairs; ++pair) {
-          const uint2 even = reinterpret_cast<uint2 const*>(slot.keys[half][piece][lane])[pair];
-          const uint2 odd = reinterpret_cast<uint2 const*>(
-              slot.keys[half][Shape::kKeyPieces + piece][lane])[pair];
+          const uint2 even = reinterpret_cast<uint2 const*>(slot.key(half, 0, piece, lane))[pair];
+          const uint2 odd = reinterpret_cast<uint2 const*>(slot.key(half, 1, piece, lane))[pair];
           const uint32_t a[4] = {even.x, odd.x, even.y, odd.y};
           const int step = piece * kPairs + pair;
           if constexpr (Shape::kInt4) {
@@ -229,10 +219,11 @@ class Decoder {
     if (a_.softcap > 0)
       cap(score);
     if (!whole) {
+      const int first = a_.window > 0 ? max(start_, last_[i] - a_.window + 1) : start_;
       CUTE_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int token = block + j / 2 * Shape::kHalf + 2 * g() + j % 2;
-        const bool seen = token >= first_[i] && token <= limit_[i] && token < end_;
+        const bool seen = token >= first && token <= last_[i] && token < end_;
         score[j] = seen ? score[j] : -INFINITY;
         value_scale[j] = seen ? value_scale[j] : 0.f;  // past the end it may be a NaN
       }
@@ -273,8 +264,8 @@ class Decoder {
     const int lane = threadIdx.x % 32;
     CUTE_UNROLL
     for (int piece = 0; piece < Shape::kValuePieces; ++piece) {
-      const uint4 first = *reinterpret_cast<uint4 const*>(slot.values[0][piece][lane]);
-      const uint4 second = *reinterpret_cast<uint4 const*>(slot.values[1][piece][lane]);
+      const uint4 first = *reinterpret_cast<uint4 const*>(slot.value(0, piece, lane));
+      const uint4 second = *reinterpret_cast<uint4 const*>(slot.value(1, piece, lane));
       const uint32_t a[2][4] = {{first.x, first.y, second.x, second.y},
                                 {first.z, first.w, second.z, second.w}};
       CUTE_UNROLL
@@ -331,9 +322,10 @@ class Decoder {
   Chunks const& chunks_;
   Shared<Shape>& shared_;
   Loader<Shape> loader_;
-  int end_ = 0;                                      // of the chunk
-  int least_limit_, most_first_;                     // what all queries see lies between
-  int limit_[Shape::kTiles], first_[Shape::kTiles];  // what this lane's queries see
+  int end_ = 0;                  // of the chunk
+  int start_;                    // the first token that is no padding
+  int last_[Shape::kTiles];      // token that this lane's queries see; may lie past the end
+  int least_last_, most_first_;  // what all queries see lies between
   uint2 queries_[kHoldsQueries ? Shape::kSteps : 1][Shape::kTiles];
   float query_scale_[Shape::kTiles];
   int query_sum_[Shape::kTiles];
@@ -348,16 +340,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
   auto& shared = *reinterpret_cast<Shared<Shape>*>(bytes);
   cutlass::arch::wait_on_dependent_grids();
   cutlass::arch::launch_dependent_grids();  // which may read what came before this kernel
-  const int b = blockIdx.z, h = blockIdx.y / row_groups;
-  const int first_row = blockIdx.y % row_groups * Shape::kRows;
-  const int rows = a.queries * a.group;
+  const int b = blockIdx.y, h = blockIdx.x / row_groups;
+  const int first_row = blockIdx.x % row_groups * Shape::kRows;
+  const int rows = a.queries * a.group, own_rows = min(rows - first_row, Shape::kRows);
   const Chunks chunks = chunks_of<Shape>(a, b);
-  const int first = chunks.begin + blockIdx.x;
-  if (first >= chunks.end)
+  const int first = chunks.begin + blockIdx.z, ctas = gridDim.z;
+  const bool finishes = chunks.end - chunks.begin <= 1;  // what combine.cu does for the others
+  if (first >= chunks.end && !(finishes && blockIdx.z == 0))
     return;
+  const int64_t place = (static_cast<int64_t>(b) * a.cache.heads + h) * max_chunks;
   Decoder<Shape> decoder(a, b, h, first_row, chunks, shared);
 #pragma unroll 1
-  for (int chunk = first; chunk < chunks.end; chunk += gridDim.x) {
+  for (int chunk = first; chunk < chunks.end; chunk += ctas) {
     decoder.start(chunk);
     if (chunk == first) {  // while the first copies are under way
       prepare_queries<Shape>(a, b, h, first_row, shared);
@@ -365,9 +359,19 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
       decoder.read_queries();
     }
     decoder.attend();
-    const int64_t place = (static_cast<int64_t>(b) * a.cache.heads + h) * max_chunks + chunk;
-    decoder.store(place, first_row, rows);
+    const int64_t row = (place + chunk) * rows + first_row;
+    if (finishes)
+      decoder.store(shared.partial[0], shared.stats, own_rows);
+    else
+      decoder.store(a.partial + row * Shape::kHeadDim, a.stats + row, own_rows);
+    __syncthreads();  // before slots are copied to again
   }
+  if (!finishes)
+    return;
+  for (int row = threadIdx.x / 32; row < own_rows; row += Shape::kWarps)
+    merge_row<Shape>(
+        a, b, h, first_row + row, chunks, [&](int) { return shared.partial[row]; },
+        [&](int) { return shared.stats + row; });
 }
 
 }  // namespace liquidgemm::attention

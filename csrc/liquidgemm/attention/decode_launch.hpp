@@ -24,8 +24,9 @@ cudaError_t launch_decode(KvAttentionArguments const& a, cudaStream_t stream) {
   const int64_t wanted = std::max<int64_t>(8, ceil_div(kCtasPerSm * a.num_sms, pairs));
   const auto ctas = static_cast<unsigned>(std::min<int64_t>(chunks, wanted));
   const int row_groups = static_cast<int>(ceil_div(a.queries * a.group, Shape::kRows));
-  const dim3 grid(ctas, static_cast<unsigned>(a.cache.heads * row_groups),
-                  static_cast<unsigned>(a.batch));
+  // CTAs without a chunk come last, or every second or third SM would get none but those.
+  const dim3 grid(static_cast<unsigned>(a.cache.heads * row_groups), static_cast<unsigned>(a.batch),
+                  ctas);
   return launch_early(decode_kernel<Shape>,
                       {.grid = grid, .threads = Shape::kThreads, .shared_bytes = kSharedBytes},
                       stream, a, chunks, row_groups);

@@ -12,7 +12,7 @@ namespace liquidgemm::attention {
 cudaError_t decode_int8(KvAttentionArguments const& arguments, cudaStream_t stream);
 cudaError_t decode_int4(KvAttentionArguments const& arguments, cudaStream_t stream);
 
-// Adds the partial results of chunks.
+// Adds the partial results of chunks, where there is more than one.
 cudaError_t combine(KvAttentionArguments const& arguments, cudaStream_t stream);
 
 // Calls `launch` with the head dimension as a type; cudaErrorInvalidValue for those that there are

@@ -1,5 +1,5 @@
-// Copies of codes and parameters to shared memory: each lane copies the codes that it reads itself,
-// so that no barrier is needed for them, and warps share nothing.
+// Copies of codes and parameters to shared memory: each warp copies what it reads itself, whole
+// lines of memory at a time, so that warps share nothing and wait for none.
 #pragma once
 
 #include "liquidgemm/attention/ptx.hpp"
@@ -31,22 +31,25 @@ class Loader {
   CUTE_DEVICE int count() const { return count_; }
   CUTE_DEVICE int token(int block) const { return begin_ + block * Shape::kWarps * Shape::kBlock; }
 
-  // Both commit a group, of nothing where there is no such block. Call copy_keys first.
+  // Both commit a group, of nothing where there is no such block. Call copy_keys first, and both
+  // once all lanes have read what is copied over.
   CUTE_DEVICE void copy_keys(int block) {
     if (block < count_) {
       find_rows(block);
       auto& slot = this->slot(block);
       CUTE_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int64_t row = row_of(block, half);
-        // Rows of the products are pairs of tokens, see decode_kernel.hpp.
-        auto from = static_cast<uint8_t const*>(cache_.k) + (row + lane() / 4 * 2) * Shape::kWidth +
-                    lane() % 4 * Shape::kKeyPiece;
+        auto const from =
+            static_cast<uint8_t const*>(cache_.k) + row_of(block, half) * Shape::kWidth;
         CUTE_UNROLL
-        for (int i = 0; i < 2 * Shape::kKeyPieces; ++i)
-          copy_async<Shape::kKeyPiece>(shared_address(slot.keys[half][i][lane()]),
-                                       from + i / Shape::kKeyPieces * Shape::kWidth +
-                                           i % Shape::kKeyPieces * 4 * Shape::kKeyPiece);
+        for (int i = 0; i < Shape::kHalfBytes / (4 * kLine); ++i) {
+          const int at = (4 * i + lane() / 8) * kLine + lane() % 8 * 16;
+          // Rows of the products are pairs of tokens, see decode_kernel.hpp.
+          const int token = at / Shape::kWidth, piece = at % Shape::kWidth / Shape::kKeyPiece;
+          copy_16_async(
+              shared_address(slot.key(half, token % 2, piece / 4, token / 2 * 4 + piece % 4)),
+              from + at);
+        }
       }
       copy_params(block);
     }
@@ -58,19 +61,23 @@ class Loader {
       auto& slot = this->slot(block);
       CUTE_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int64_t row = row_of(block, half);
-        auto from = static_cast<uint8_t const*>(cache_.v) + (row + lane() % 4 * 4) * Shape::kWidth +
-                    lane() / 4 * 16;
+        const int token = lane() / 8 * 4, piece = lane() % 8;  // four tokens
+        auto const from = static_cast<uint8_t const*>(cache_.v) +
+                          (row_of(block, half) + token) * Shape::kWidth + piece * 16;
         CUTE_UNROLL
         for (int i = 0; i < Shape::kValuePieces; ++i)
-          copy_async<16>(shared_address(slot.values[half][i][lane()]), from + i * 128);
+          copy_16_async(shared_address(slot.value(half, i, 4 * piece + token / 4)),
+                        from + i * kLine);
       }
     }
     commit_copies();
   }
 
-  // Of this lane, or of all lanes of the warp after __syncwarp().
-  CUTE_DEVICE static void wait() { wait_copies<2 * Shape::kSlots - 1>(); }
+  // For the copies of all lanes of the warp.
+  CUTE_DEVICE static void wait() {
+    wait_copies<2 * Shape::kSlots - 1>();
+    __syncwarp();
+  }
 
   CUTE_DEVICE Slot<Shape>& slot(int block) const {
     return shared_.slots[threadIdx.x / 32][block % Shape::kSlots];
@@ -80,6 +87,7 @@ class Loader {
   }
 
  private:
+  static constexpr int kLine = 128;  // bytes of a line of memory, which eight lanes copy
   static constexpr int kKnown = 16;  // blocks whose rows the lanes of a warp know
 
   CUTE_DEVICE static int lane() { return threadIdx.x % 32; }

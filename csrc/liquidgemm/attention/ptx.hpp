@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/config.hpp>
 
 namespace liquidgemm::attention {
@@ -46,14 +47,21 @@ CUTE_DEVICE uint32_t shared_address(void const* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// What createpolicy.fractional.L2::evict_first gives for all of it, a constant as in CUTLASS: held
+// in registers, the policy would cost the largest decode kernels a spill.
+constexpr uint64_t kEvictFirst = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+
+// For what is read once: it leaves the L2 cache first.
+CUTE_DEVICE void copy_16_async(uint32_t to, void const* from) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
+               "l"(from), "l"(kEvictFirst)
+               : "memory");
+}
+
 template <int kBytes>
 CUTE_DEVICE void copy_async(uint32_t to, void const* from) {
-  if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes)
-                 : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes)
+               : "memory");
 }
 
 CUTE_DEVICE void commit_copies() {

@@ -98,7 +98,7 @@ Tensor kv_attention_op(Tensor const& q,
   const int64_t chunks = kv_max_chunks(cache.format, cache.head_dim, cache.capacity);
   Tensor partial =
       allocate(q, {batch, cache.heads, chunks, tokens * group, cache.head_dim}, ScalarType::Float);
-  Tensor stats = allocate(q, {batch, cache.heads, chunks, 2, tokens * group}, ScalarType::Float);
+  Tensor stats = allocate(q, {batch, cache.heads, chunks, tokens * group, 2}, ScalarType::Float);
   Tensor out = allocate(q, {batch, tokens, q.size(2), q.size(3)}, q.scalar_type());
   check_cuda(
       kv_attention({.cache = cache,
@@ -113,7 +113,7 @@ Tensor kv_attention_op(Tensor const& q,
                     .window = static_cast<int>(std::min<int64_t>(window, kKvMaxCapacity)),
                     .starts = starts ? static_cast<int const*>(starts->const_data_ptr()) : nullptr,
                     .partial = static_cast<float*>(partial.mutable_data_ptr()),
-                    .stats = static_cast<float*>(stats.mutable_data_ptr()),
+                    .stats = static_cast<float2*>(stats.mutable_data_ptr()),
                     .out = out.mutable_data_ptr(),
                     .num_sms = device.num_sms},
                    stream),
