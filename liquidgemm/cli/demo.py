@@ -241,8 +241,10 @@ def run(console: Console, device: torch.device, tokens: int, prompt: str) -> Non
     console.print(f"W4A8 layers run on: [bold]{path}[/bold]")
     console.print(f"  {_library.status().reason}", style="dim", highlight=False)
 
-    model, tokenizer = load_model(fetch_model(), device, dtype)
-    windows = evaluation_windows(tokenizer, tokens)
+    file = fetch_model()
+    with console.status("loading the model"):
+        model, tokenizer = load_model(file, device, dtype)
+        windows = evaluation_windows(tokenizer, tokens)
     before = measure(model, windows, "perplexity before", console)
     with console.status("generating an answer before"):
         answer_before = answer(model, tokenizer, prompt)

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..checkpoints.sources import check_vocabulary, load_model, read_texts
 from ..nn.linear import LiquidLinear
 from ..quantization.evaluate import ContextBand, evaluate, evaluate_context, sliding_windows
-from .options import DEVICE, MODEL, Precision, device_of, dtype_of, options_given
+from .options import DEVICE, MODEL, Precision, device_of, doing, dtype_of, options_given
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,14 +55,19 @@ def eval_command(
     where = device_of(device)
     precision = dtype_of(dtype)
     texts = read_texts(text)
-    network, tokenizer = load_model(model, where, precision)
+    with doing(f"loading {model}"):
+        network, tokenizer = load_model(model, where, precision)
     if network.config.is_encoder_decoder or not network.can_generate():
         kind = type(network).__name__
         raise ValueError(f"{model}: expected a causal language model, got {kind}")
-    other = None if reference is None else load_model(reference, where, precision)[0]
+    other = None
+    if reference is not None:
+        with doing(f"loading {reference}"):
+            other = load_model(reference, where, precision)[0]
     if dtype and all(map(_is_quantized, filter(None, (network, other)))):
         raise ValueError(f"--dtype: expected a model that is not quantized, got {model}")
-    ids = [token for t in texts for token in tokenizer(t)["input_ids"]][:tokens]
+    with doing("reading the text"):
+        ids = [token for t in texts for token in tokenizer(t)["input_ids"]][:tokens]
     if context is not None:
         count = len(ids) // context
         if not count:

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they stand for."""
+"""What several commands have: options and what they stand for, and how they say what goes on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
 
 from ..ops import _library
 
@@ -69,3 +72,11 @@ def options_given(context: typer.Context) -> set[str]:
     """Names of the parameters that the user has given."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source and source.name != "DEFAULT"}
+
+
+def doing(step: str) -> Status:
+    """Shows on a terminal what takes a while and has no bar of its own, until it is done.
+
+    On the standard error: the output may be read by a program.
+    """
+    return Console(stderr=True).status(f"{escape(step)} ...")

@@ -21,7 +21,7 @@ from ..quantization.choice_report import Choice, NoRecipeError, trial_table
 from ..quantization.config import LiquidConfig
 from ..quantization.model import quantize_
 from ..quantization.report import QuantizationReport
-from .options import DEVICE, MODEL, Precision, device_of, dtype_of, options_given
+from .options import DEVICE, MODEL, Precision, device_of, doing, dtype_of, options_given
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -188,11 +188,13 @@ def quantize_command(
     texts = read_texts(calib or ())
     unseen = read_texts(held_out or ())
     with nullcontext() if dry_run else new_folder(output, *sources) as staging:
-        network, tokenizer = load_model(model, where, dtype_of(dtype))
+        with doing(f"loading {model}"):
+            network, tokenizer = load_model(model, where, dtype_of(dtype))
         if texts or unseen:
             _check_takes_texts(network)
-        batches = token_windows(texts, tokenizer, limit=tokens)
-        held_out_batches = token_windows(unseen, tokenizer, limit=8192)
+        with doing("reading the texts"):
+            batches = token_windows(texts, tokenizer, limit=tokens)
+            held_out_batches = token_windows(unseen, tokenizer, limit=8192)
         check_vocabulary([*batches, *held_out_batches], network)
         choice = None
         if chooses:
@@ -221,7 +223,8 @@ def quantize_command(
         if not report.quantized:
             raise ValueError(f"{model}: expected a float model, got one that is quantized already")
         if staging is not None:
-            without_plot = _write(network, tokenizer, report, staging)
+            with doing(f"writing {output}"):
+                without_plot = _write(network, tokenizer, report, staging)
     # Only now: whoever reads it may be gone.
     console.print(str(report), markup=False, highlight=False)
     if not dry_run:

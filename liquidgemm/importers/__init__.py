@@ -135,15 +135,19 @@ def import_checkpoint(
     architecture = Architecture(source, checkpoint.config)
     layers = checkpoint.layers(architecture)
     imported, names, notes = [], {}, list(checkpoint.notes)
-    with new_folder(output, source) as staging:
+    with (
+        new_folder(output, source) as staging,
+        tqdm(total=len(layers), desc="copying", unit="layer", disable=not progress) as bar,
+    ):
         writer = ShardWriter(staging)
         taken = {f"{layer.name}.{key}" for layer in layers for key in layer.keys}
         for key in checkpoint.names():
             if key not in taken:
                 writer.add(key, _in_float(key, checkpoint[key]))
         places = architecture.places
-        bar = tqdm(layers, "importing", unit="layer", disable=not progress)
-        for layer in (layer for layer in bar if layer.name not in places):
+        bar.set_description("importing")
+        for layer in (layer for layer in layers if layer.name not in places):
+            bar.update()
             try:
                 weight = checkpoint.read(layer)
                 n, k = weight.shape
@@ -166,6 +170,7 @@ def import_checkpoint(
         by_name = {layer.name: layer for layer in layers}
 
         def read(name: str) -> tuple[QuantizedWeight, Tensor | None]:
+            bar.update()
             try:
                 weight = checkpoint.read(by_name[name])
                 quantized, error = fit(weight, 4)
@@ -206,6 +211,7 @@ def import_checkpoint(
             **({"experts": experts} if experts else {}),
         }
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        bar.set_description("loading the result once")
         loaded_as = architecture.try_loading(staging)
         notes += [layer.settings.note for layer in layers if layer.settings.note]
         unique = tuple(dict.fromkeys(notes))
