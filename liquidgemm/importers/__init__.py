@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -131,14 +132,17 @@ def import_checkpoint(
         raise ValueError(f"fine_bits: expected 8 or 4, got {fine_bits!r}")
     source, output = path_of(source), path_of(output)
     check_new_folder(output, source)
+    with tqdm(desc="reading", unit="layer", disable=not progress) as bar:
+        return _import(source, output, fine_bits, bar)
+
+
+def _import(source: Path, output: Path, fine_bits: int, bar: tqdm) -> ImportReport:
     checkpoint = GgufFile(source) if source.is_file() else FolderCheckpoint(source)
     architecture = Architecture(source, checkpoint.config)
     layers = checkpoint.layers(architecture)
     imported, names, notes = [], {}, list(checkpoint.notes)
-    with (
-        new_folder(output, source) as staging,
-        tqdm(total=len(layers), desc="copying", unit="layer", disable=not progress) as bar,
-    ):
+    bar.reset(len(layers))
+    with new_folder(output, source) as staging:
         writer = ShardWriter(staging)
         taken = {f"{layer.name}.{key}" for layer in layers for key in layer.keys}
         for key in checkpoint.names():
