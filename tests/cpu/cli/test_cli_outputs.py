@@ -39,13 +39,13 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(folder, monkeypatch):
 
 WAITING = """
 import sys, time
-from liquidgemm.cli import main, models
+from liquidgemm.cli import main, quantize
 
 def wait(*args, **kwargs):
     print("waiting", flush=True)
     time.sleep(60)
 
-models.quantize_ = wait
+quantize.quantize_ = wait
 sys.argv = ["liquidgemm", "quantize", "model", "-o", "out"]
 main.app()
 """
@@ -67,14 +67,14 @@ def test_a_terminated_run_leaves_nothing(folder):
 
 WAITING_FOR_SIGHUP = """
 import signal, sys, time
-from liquidgemm.cli import main, models
+from liquidgemm.cli import main, quantize
 
 def wait(*args, **kwargs):
     print("waiting", flush=True)
     time.sleep(5 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else 60)
     sys.exit(7)
 
-models.quantize_ = wait
+quantize.quantize_ = wait
 if "ignore" in sys.argv:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 sys.argv = ["liquidgemm", "quantize", "model", "-o", "out"]
