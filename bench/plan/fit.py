@@ -34,7 +34,7 @@ PLAN = ROOT / "csrc/liquidgemm/plan"
 SOFTNESS = 6.0
 QUAD_CLUSTER_FIT = 0.91
 HALF_SM_BYTES = 160e3
-IDLE_SMS_BYTES = 200e3
+IDLE_SMS_BYTES = 220e3
 MANY_ROUNDS = 3
 NAMES = {  # of the costs that are not a tile's, in the library's order, and where the fit starts
     "launch_us": 1.0,
@@ -164,7 +164,7 @@ class Sweep:
         keep &= ~self.half_sm | (one_round & (read <= HALF_SM_BYTES))
         k_groups = np.array([int(re.search(r"_k(\d+)", plan)[1]) for plan in self.plans])
         half_idle = 2 * self.units() * self.cluster() <= self.sms
-        if self.format == "int8":
+        if self.format != "liquidquant":
             keep &= ~((k_groups > 1) & (self.split_k < 4) & half_idle & (weights > IDLE_SMS_BYTES))
         columns = {k: v[keep] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         return replace(self, **columns)

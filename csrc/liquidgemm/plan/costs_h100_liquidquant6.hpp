@@ -1,4 +1,7 @@
-// Costs of an H100 with liquidquant6 weights: those of 4-bit codes, until they are measured.
+// Costs measured on an H100 with liquidquant6 weights. Written by bench/plan/fit.py, but for those
+// of splits in four, which no swept problem has in one round: 1.4 times those of splits in two, as
+// of INT8 weights. Sweep: bench/results/h100-sxm/2026-11-28/plan_sweep_liquidquant6.json, on an
+// NVIDIA H100 80GB HBM3, of the kernels of 5fad2d4.
 #pragma once
 
 #include "liquidgemm/plan/cost_model.hpp"
@@ -6,18 +9,18 @@
 namespace liquidgemm {
 
 inline constexpr TileCost kLiquidQuant6TileCostsOfH100[] = {
-    {{16, 1, 4, 4}, 0.0540, 0.830, {0.334, 0.457}},   // t16_p1_k4_s4
-    {{64, 1, 3, 2}, 0.0780, 1.274, {0.396, 0.413}},   // t64_p1_k3_s2
-    {{256, 2, 1, 2}, 0.2984, 2.718, {1.026, 0.000}},  // t256_p2_k1_s2
+    {{16, 1, 4, 4}, 0.0572, 0.706, {0.343, 0.480}},   // t16_p1_k4_s4
+    {{64, 1, 3, 2}, 0.0807, 1.238, {0.644, 0.902}},   // t64_p1_k3_s2
+    {{256, 2, 1, 2}, 0.3085, 3.131, {0.831, 0.000}},  // t256_p2_k1_s2
 };
 
 inline constexpr Costs kLiquidQuant6CostsOfH100 = {
-    .launch_us = 0.6735,
-    .occupancy_us = 0.9604,
-    .half_sm_occupancy = 0.3683,
-    .memory_efficiency = 0.9127,
-    .m_tiles_share = 0.06094,
-    .pair_gain = 0.992,
+    .launch_us = 0.3952,
+    .occupancy_us = 1.641,
+    .half_sm_occupancy = 0.5,
+    .memory_efficiency = 0.9312,
+    .m_tiles_share = 0.0000,
+    .pair_gain = 0.9857,
     .tiles = kLiquidQuant6TileCostsOfH100,
 };
 

@@ -51,15 +51,15 @@ inline bool half_sm_pays(Problem const& p,
   return bytes <= limit && d.whole_rounds == 1 && !(behind_quantizer && d.m_tiles > 1);
 }
 
-inline constexpr double kMostBytesBesideIdleSms = 200e3;
+inline constexpr double kMostBytesBesideIdleSms = 220e3;
 
-// While half of the SMs are idle, a CTA does not read more INT8 weights than its ring holds: it is
-// slower than the model says, which for 4-bit weights selects no such plan anyway.
-// Experiment: formats.md, "Plans of INT8 weights".
+// While half of the SMs are idle, a CTA does not read more weights of 6 or 8 bits than its ring
+// holds: it is slower than the model says, which for 4-bit weights selects no such plan anyway.
+// Experiments: formats.md, "Plans of INT8 weights", "Plans of 6-bit codes".
 inline bool should_share_k(Problem const& p, Plan const& plan, Division const& d) {
   const int64_t ctas = int64_t(d.m_tiles) * d.n_tiles * plan.cluster();
   const int64_t bytes = blocks_per_cta(plan, d.stages) * block_bytes(p.format);
-  return p.format == FormatId::kInt8 && !plan.tile.can_pair() && plan.split_k < 4 &&
+  return p.format != FormatId::kLiquidQuant && !plan.tile.can_pair() && plan.split_k < 4 &&
          2 * ctas <= p.num_sms && bytes > kMostBytesBesideIdleSms;
 }
 

@@ -315,7 +315,7 @@ def test_plan():
     assert plan(model, ["a", "b", "c"], config) == {
         "a": "8 x 128, gptq, 4.25 bits per weight",
         "b": "8 x 128, gptq, 64 residual columns, 6.38 bits per weight",
-        "c": "8 x 96, int8, 128 residual columns, 11.33 bits per weight",
+        "c": "8 x 96, int8, 10.67 bits per weight",
     }
 
 
