@@ -109,6 +109,18 @@ def check_row_parallel(engine: ModuleType, kind: str, k: int, size: int) -> None
             assert torch.equal(y, alone(w.narrow_columns(part.start, part.length), own, bias))
 
 
+def check_head(engine: ModuleType, size: int) -> None:
+    """Vocabularies are filled up, to 64 rows and by the last rank."""
+    w, x = weight(200, K, 64), tokens(K)
+    got = []
+    for rank in range(size):
+        with engine.as_rank(rank, size):
+            layer = engine.head(engine.config_of({"lm_head": 64}), 200, K)
+            load(layer, tensors(w))
+            got.append(output(finish(layer), x))
+    assert torch.equal(torch.cat(got, 1)[:, :200], alone(w, x))
+
+
 def foreign_layer(name: str) -> tuple[dict[str, torch.Tensor], dict, QuantizedWeight]:
     """A layer [64, 256] of another project's format, its settings, and what it becomes."""
     tensors_of, settings, _ = foreign.packed(name, 64)

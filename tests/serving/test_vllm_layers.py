@@ -7,7 +7,7 @@ import engine
 import pytest
 import slices
 import torch
-from engine import as_rank, config_of, down, gate_up, head, qkv
+from engine import as_rank, config_of, down, gate_up, qkv
 from slices import (
     LOGICAL,
     SIZES,
@@ -68,16 +68,7 @@ def test_row_parallel_is_the_slice(kind, k, size):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_quantized_head(size):
-    """Vocabularies are filled up, to 64 rows and by the last rank."""
-    w, x = weight(200, K, 64), tokens(K)
-    y = alone(w, x)
-    got = []
-    for rank in range(size):
-        with as_rank(rank, size):
-            layer = head(config_of({"lm_head": 64}), 200, K)
-            load(layer, tensors(w))
-            got.append(output(finish(layer), x))
-    assert torch.equal(torch.cat(got, 1)[:, :200], y)
+    slices.check_head(engine, size)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -25,7 +25,10 @@ def as_rank(rank: int, size: int):
     """As if this were one process of several."""
     group = SimpleNamespace(rank_in_group=rank, world_size=size)
     parallel = SimpleNamespace(tp_rank=rank, tp_size=size, tp_group=group)
-    with patch.object(linear, "get_parallel", lambda: parallel):
+    with (
+        patch.object(linear, "get_parallel", lambda: parallel),
+        patch.object(vocab_parallel_embedding, "get_parallel", lambda: parallel),
+    ):
         yield
 
 
@@ -72,8 +75,14 @@ def replicated(config, k, n) -> nn.Module:
     )
 
 
-def embedding() -> nn.Module:
-    return nn.Module.__new__(vocab_parallel_embedding.ParallelLMHead)
+def head(config, n, k, dtype=torch.bfloat16) -> nn.Module:
+    return vocab_parallel_embedding.ParallelLMHead(
+        n, k, params_dtype=dtype, quant_config=config, prefix="lm_head"
+    )
+
+
+def embedding(kind: str = "ParallelLMHead") -> nn.Module:
+    return nn.Module.__new__(getattr(vocab_parallel_embedding, kind))
 
 
 def experts() -> nn.Module:

@@ -72,9 +72,10 @@ def assert_near(actual: torch.Tensor, wanted: torch.Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """With the recommended residual columns."""
+    """With the recommended residual columns, and its head."""
     folder = tmp_path_factory.mktemp("ours")
-    config = LiquidConfig(augment={"down_proj": 64, "q_proj": 64, "k_proj": 128}, keep=["o_proj"])
+    augment = {"down_proj": 64, "q_proj": 64, "k_proj": 128}
+    config = LiquidConfig(augment=augment, keep=["o_proj"], skip=[])
     model = float_model()
     quantize_(model, config, progress=False, verify=False)
     save_quantized(model, folder)
@@ -90,7 +91,7 @@ def test_what_we_save_is_served(saved):
 
 def test_a_float_checkpoint_is_quantized_as_it_is_loaded(tmp_path):
     float_model().save_pretrained(tmp_path)
-    fields = {"augment": {"down_proj": 64}, "keep": ["o_proj"]}
+    fields = {"augment": {"down_proj": 64}, "keep": ["o_proj"], "head": "int8"}
     settings = {"quantization_config": {"quant_method": "liquidgemm", "config": fields}}
     options = {"quantization": "liquidgemm", "json_model_override_args": json.dumps(settings)}
     first, _ = log_probabilities(tmp_path, **options)
@@ -108,18 +109,25 @@ def test_other_projects_checkpoints_are_converted_as_they_are_loaded(name, tmp_p
     assert_near(first, expected(load_quantized(tmp_path / "out")))
 
 
-def test_experts_are_served(tmp_path):
+@pytest.mark.parametrize("kind", ["saved", "floats"])
+def test_experts_are_served(kind, tmp_path):
     """As offline; attention in floats, so that what reaches the experts is the same in both."""
     # On a CPU SGLang fills inner channels up to whole 64s, which is refused.
     sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "head_dim": 32}
     model = moe_models.moe_model(
         "Qwen3Moe", vocab_size=VOCABULARY, max_position_embeddings=256, **sizes
     )
-    skip = ["lm_head", "*self_attn*"]
-    quantize_(model, LiquidConfig(skip=skip), progress=False, verify=False)
-    save_quantized(model, tmp_path)
-    first, second = log_probabilities(tmp_path)
-    assert_near(first, expected(load_quantized(tmp_path)))
+    fields = {"skip": ["lm_head", "*self_attn*"]}
+    options = {}
+    if kind == "floats":
+        model.save_pretrained(tmp_path)
+        settings = {"quantization_config": {"quant_method": "liquidgemm", "config": fields}}
+        options = {"quantization": "liquidgemm", "json_model_override_args": json.dumps(settings)}
+    quantize_(model, LiquidConfig(**fields), progress=False, verify=False)
+    if kind == "saved":
+        save_quantized(model, tmp_path)
+    first, second = log_probabilities(tmp_path, **options)
+    assert_near(first, expected(model))
     assert torch.equal(first, second)
 
 

@@ -14,10 +14,11 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang_layers import config_of
 from torch import nn
 
-from liquidgemm import LiquidExperts
+from liquidgemm import LiquidConfig, LiquidExperts
 from liquidgemm.integrations.sglang import experts as plug_in
-from liquidgemm.integrations.sglang.experts import LiquidExpertsMethod
+from liquidgemm.integrations.sglang.experts import LiquidExpertsMethod, OnlineLiquidExpertsMethod
 from liquidgemm.integrations.sglang.config import Summary
+from liquidgemm.quantization.layer import quantize_layer
 
 EXPERTS, HIDDEN, INNER = 6, 64, 128
 
@@ -123,6 +124,83 @@ def test_experts_are_spread(whole):
         local = torch.where(own, ids - 2 * rank, -1)
         elsewhere = whole(x, torch.where(own, ids, -1), weights)
         assert torch.equal(output(layer, x, weights, local), elsewhere)
+
+
+def online(tp=(0, 1), ep=(0, 1), **config) -> nn.Module:
+    """A layer of a float checkpoint, and a loader that takes what is of its GPU as SGLang's."""
+    local, inner = EXPERTS // ep[1], INNER // tp[1]
+    layer = nn.Module()
+    layer.num_experts, layer.intermediate_size_per_partition = EXPERTS, inner
+    (layer.moe_tp_rank, layer.moe_tp_size), (layer.moe_ep_rank, layer.moe_ep_size) = tp, ep
+    layer.moe_runner_config = MoeRunnerConfig(activation="silu")
+
+    def loader(param, loaded, weight_name, shard_id, expert_id):
+        index = expert_id - ep[0] * local
+        if not 0 <= index < local:
+            return
+        own = loaded.narrow(1 if shard_id == "w2" else 0, tp[0] * inner, inner)
+        rows = {"w1": slice(0, inner), "w3": slice(inner, None), "w2": slice(None)}[shard_id]
+        param.data[index, rows].copy_(own)
+
+    method = OnlineLiquidExpertsMethod("a.experts", LiquidConfig(**config), Summary())
+    layer.quant_method = method
+    method.create_weights(
+        layer=layer,
+        num_experts=local,
+        hidden_size=HIDDEN,
+        intermediate_size_per_partition=inner,
+        params_dtype=torch.float32,
+        weight_loader=loader,
+        with_bias=False,
+    )
+    method.create_moe_runner(layer, layer.moe_runner_config)
+    return layer
+
+
+def parts(last: int | None = None) -> list[tuple[str, int, torch.Tensor]]:
+    """Of all experts, as on the disk; that of one after all others."""
+    torch.manual_seed(2)
+    shapes = {"w1": (INNER, HIDDEN), "w3": (INNER, HIDDEN), "w2": (HIDDEN, INNER)}
+    found = [
+        (part, e, torch.randn(shape)) for e in range(EXPERTS) for part, shape in shapes.items()
+    ]
+    return sorted(found, key=lambda one: one[1] == last)
+
+
+def load_parts(layer: nn.Module, given) -> None:
+    places = {name: layer._parameters[name] for name in ("w13_weight", "w2_weight")}
+    for part, expert, tensor in given:
+        place = places["w2_weight" if part == "w2" else "w13_weight"]
+        place.weight_loader(place, tensor, "a name", shard_id=part, expert_id=expert)
+
+
+def test_float_experts_are_quantized_with_the_last_of_their_parts():
+    """Each GPU those that it has, by their own columns and rows."""
+    x, weights, ids = routing()
+    held = {(part, e): tensor for part, e, tensor in parts()}
+    config = LiquidConfig()
+    for tp, ep in (((0, 1), (0, 1)), ((1, 2), (0, 1)), ((0, 1), (2, 3))):
+        layer = online(tp, ep, augment=64, keep=["experts"])  # which experts do not have
+        places = list(layer._parameters.values())
+        *most, last = parts(last=1)
+        load_parts(layer, most)
+        with pytest.raises(ValueError, match="got nothing for w2 of 1 and 0 others"):
+            layer.quant_method.process_weights_after_loading(layer)
+        load_parts(layer, [last])
+        assert not any(place.numel() for place in places)
+        inner, local = INNER // tp[1], EXPERTS // ep[1]
+        own = slice(tp[0] * inner, (tp[0] + 1) * inner)
+        gate_up, down = [], []
+        for e in range(ep[0] * local, (ep[0] + 1) * local):
+            both = torch.cat((held["w1", e][own], held["w3", e][own]))
+            gate_up.append(quantize_layer(both, config, "a")[0])
+            down.append(quantize_layer(held["w2", e][:, own].contiguous(), config, "a")[0])
+        wanted = LiquidExperts.from_quantized(gate_up, down, "silu_mul", dtype=torch.float32)
+        local_ids = torch.where(ids // local == ep[0], ids % local, -1)
+        assert torch.equal(output(layer, x, weights, local_ids), wanted(x, local_ids, weights))
+        layer.quant_method.process_weights_after_loading(layer)
+        with pytest.raises(RuntimeError, match="start the server anew"):
+            places[0].weight_loader(places[0], last[2], "a name", "w1", 0)
 
 
 def test_what_is_missing_or_wrong_is_named(whole):

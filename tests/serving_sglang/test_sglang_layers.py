@@ -94,6 +94,11 @@ def test_replicated_layers_and_dtypes():
         layer.qweight.weight_loader(layer.qweight, w.qweight)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_quantized_head(size):
+    slices.check_head(sglang_layers, size)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("name", ["ct-sym", "ct-asym", "awq", "gptq"])
 def test_foreign_layers_are_slices_of_the_whole_conversion(name, size):
@@ -140,8 +145,9 @@ def test_what_is_not_served_is_refused():
         foreign_config({"quant_method": "fp8"}, ["a.o_proj.weight"])
     with pytest.raises(ValueError, match=r"got \['surprise'\]"):
         config_of({}, surprise=1)
-    with pytest.raises(ValueError, match=r"lm_head: a quantized head"):
-        config_of({"lm_head": 0}).get_quant_method(embedding(), "lm_head")
+    table = embedding("VocabParallelEmbedding")
+    with pytest.raises(ValueError, match=r"a\.embed: embeddings cannot"):
+        config_of({"a.embed": 0}).get_quant_method(table, "a.embed")
     with pytest.raises(ValueError, match=r"kv_b_proj: MLA"):
         config_of({"a.kv_b_proj": 0}).get_quant_method(replicated(None, 64, 64), "a.kv_b_proj")
 

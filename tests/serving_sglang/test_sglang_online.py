@@ -1,5 +1,7 @@
 """SGLang's linear layers of a float checkpoint, quantized as soon as they are loaded."""
 
+from types import SimpleNamespace
+
 import pytest
 import sglang_layers  # the stand-ins, before SGLang
 import torch
@@ -11,8 +13,9 @@ from liquidgemm.quantization.layer import quantize_layer
 FIELDS = {"augment": {"down_proj": 64}, "keep": ["q_proj", "k_proj", "v_proj"]}
 
 
-def config_of(**fields):
-    own = {"quant_method": "liquidgemm", "config": fields, "hf_config": object()}
+def config_of(tied=None, **fields):
+    model = SimpleNamespace() if tied is None else SimpleNamespace(tie_word_embeddings=tied)
+    own = {"quant_method": "liquidgemm", "config": fields, "hf_config": model}
     return sglang_layers.LiquidGemmConfig.from_config(own)
 
 
@@ -65,6 +68,18 @@ def test_fused_on_disk():
         layer.qweight.weight_loader(layer.qweight, w)
 
 
+@pytest.mark.parametrize("fields", [{"skip": []}, {"head": "int8"}])
+def test_a_head_is_quantized(fields):
+    """Also one that the patterns of skip name, where an INT8 head is asked for."""
+    w, x = floats(200, K), tokens(K)
+    with sglang_layers.as_rank(0, 1):
+        layer = sglang_layers.head(config_of(tied=False, **fields), 200, K)
+        load(layer, {"weight": w})
+    keep = ["lm_head"] if "head" in fields else []
+    y = output(finish(layer), x)[:, :200]
+    assert torch.equal(y, expected(w, "lm_head", x, fields | {"keep": keep}))
+
+
 def test_what_is_missing_is_named():
     with sglang_layers.as_rank(0, 1):
         layer = sglang_layers.gate_up(config_of(), K, [96, 96])
@@ -90,13 +105,12 @@ def test_what_cannot_be_quantized_while_loading_is_refused():
     for fields, message in (
         ({"smooth": True}, "smooth: expected False"),
         ({"method": "gptq"}, "method: expected 'search' or 'rtn'"),
-        ({"head": "int8"}, "head: expected 'float'"),
+        ({"head": "int8", "tied": True}, "head: expected 'float'"),
+        ({"head": "int8", "tied": None}, "does not say"),
     ):
         with pytest.raises(ValueError, match=message):
             config_of(**fields)
     with sglang_layers.as_rank(0, 1), pytest.raises(ValueError, match="to be treated alike"):
         sglang_layers.qkv(config_of(keep=["q_proj"]), K, 16, 8, 2)
     layer = sglang_layers.experts()
-    with pytest.raises(ValueError, match="got experts"):
-        config_of().get_quant_method(layer, "a.experts")
     assert config_of(skip=["*experts"]).get_quant_method(layer, "a.experts") is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..serving.foreign import ForeignLayer, foreign_layers
 from ..serving.names import Names, parts_of
 from ..serving.online import check_online, left_in_floats, skipped
 from ..transformers import LiquidGemmConfig as Settings
-from .experts import LiquidExpertsMethod
+from .experts import LiquidExpertsMethod, OnlineLiquidExpertsMethod
 from .foreign import ForeignLiquidLinearMethod
 from .linear import LiquidLinearMethod
 from .online import OnlineLiquidLinearMethod
@@ -68,6 +69,7 @@ class LiquidGemmConfig(QuantizationConfig):
         self,
         settings: Settings | None = None,
         foreign: Mapping[str, ForeignLayer] | None = None,
+        tied: bool | None = None,
     ) -> None:
         super().__init__()
         if settings is None:
@@ -77,10 +79,11 @@ class LiquidGemmConfig(QuantizationConfig):
         self.recipe = settings.config if settings.layers is None else None
         if self.recipe is not None:
             check_online(self.recipe)
-            if self.recipe.head == "int8":
+            if self.recipe.head == "int8" and tied is not False:
                 raise ValueError(
-                    "head: expected 'float' to quantize while loading, as a quantized head cannot "
-                    "be served with SGLang yet, got 'int8'"
+                    "head: expected 'float' for one that is tied to the embeddings, or that may be "
+                    "as this SGLang does not say, to quantize while loading, got 'int8': run "
+                    "`liquidgemm quantize --head int8` and serve its output"
                 )
         self.names: Names[int] = Names(settings.layers or {})
         self.experts: Names[Mapping[str, Any]] = Names(settings.experts)
@@ -90,7 +93,7 @@ class LiquidGemmConfig(QuantizationConfig):
     def from_config(cls, config: dict) -> LiquidGemmConfig:
         own = {key: value for key, value in config.items() if key not in _OF_SGLANG}
         if own.get("quant_method") == cls.METHOD:
-            found = cls(Settings(**own))
+            found = cls(Settings(**own), tied=_tied(config.get("hf_config")))
         else:
             names = _tensors_of(config.get("hf_config"))
             found = cls(foreign=foreign_layers({"config.json": own}, names))
@@ -150,10 +153,10 @@ class LiquidGemmConfig(QuantizationConfig):
         """The method, or why there is none; None for what is no linear layer."""
         fused = _FUSED | self.packed_modules_mapping
         found, foreign = self.names.of(prefix, fused), self.foreign.of(prefix, fused)
-        if isinstance(layer, VocabParallelEmbedding):
-            self._refuse(found or foreign, "a quantized head cannot be served with SGLang yet")
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            self._refuse(found or foreign, "embeddings cannot be served in W4A8")
             return None
-        if not isinstance(layer, _LINEAR):
+        if not isinstance(layer, (*_LINEAR, ParallelLMHead)):
             self._refuse(found or foreign, f"{type(layer).__name__} cannot be served in W4A8")
             return "so in the checkpoint" if isinstance(layer, LinearBase) else None
         if prefix.rpartition(".")[2] in _OF_MLA:
@@ -168,7 +171,11 @@ class LiquidGemmConfig(QuantizationConfig):
         self, layer: nn.Module, prefix: str, config: LiquidConfig
     ) -> QuantizeMethodBase | str | None:
         if isinstance(layer, ParallelLMHead):
-            return skipped(config, prefix) or "a quantized head cannot be served with SGLang yet"
+            if config.head == "int8":
+                config = replace(config, keep=(*config.keep, prefix))
+            elif (reason := skipped(config, prefix)) is not None:
+                return reason
+            return OnlineLiquidLinearMethod((prefix,), config, self.summary)
         if not isinstance(layer, LinearBase):
             return None
         if prefix.rpartition(".")[2] in _OF_MLA or not isinstance(layer, _LINEAR):
@@ -183,10 +190,7 @@ class LiquidGemmConfig(QuantizationConfig):
         if self.recipe is not None:
             if (reason := skipped(self.recipe, prefix)) is not None:
                 return reason
-            raise ValueError(
-                f"{prefix}: expected linear layers to quantize while loading, got experts, for "
-                f"which SGLang's plug-in cannot do it yet: {_REMEDY}"
-            )
+            return OnlineLiquidExpertsMethod(prefix, self.recipe, self.summary)
         held = (*self.names.layers, *self.foreign.layers)
         inside = [name for name in held if name.startswith(f"{prefix}.")]
         self._refuse(inside, "experts of their own tensors in W4A8 cannot be served with SGLang")
@@ -205,6 +209,11 @@ class LiquidGemmConfig(QuantizationConfig):
                 f"{next(iter(found))}: {reason}: quantize with a pattern of skip that matches it, "
                 "or serve the model with vLLM or transformers"
             )
+
+
+def _tied(config: object) -> bool | None:
+    """Whether a model's head is that of its embeddings; None where it is not known."""
+    return getattr(getattr(config, "text_config", None) or config, "tie_word_embeddings", None)
 
 
 def _tensors_of(config: object) -> list[str]:

@@ -7,7 +7,9 @@ add shared experts and sum over GPUs; what is between is `liquidgemm.ops.moe`. O
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 
 from ...formats.liquidquant import GROUP
 from ...nn.experts import LiquidExperts
+from ...quantization.config import LiquidConfig
+from ...quantization.layer import quantize_layer
 from ..serving import experts as serving
 from ..serving.summary import Summary
 from ..serving.tensors import EngineLayer
@@ -54,15 +58,37 @@ class _Stack(nn.Module):
         return load
 
 
-class LiquidExpertsMethod(FusedMoEMethodBase):
-    """Experts that a checkpoint of ours has quantized.
+class ExpertsMethod(FusedMoEMethodBase):
+    """Computes with packed experts, which subclasses bring about.
 
     Once loaded, a layer has what `serving.experts` says.
     """
 
-    def __init__(self, name: str, sizes: Mapping[str, Any], summary: Summary) -> None:
-        self.name, self.sizes, self.summary = name, dict(sizes), summary
+    def __init__(self, name: str, summary: Summary) -> None:
+        self.name, self.summary = name, summary
         summary.expect((name,))
+
+    def create_moe_runner(self, layer: EngineLayer, moe_runner_config: Any) -> None:
+        self.moe_runner_config = moe_runner_config
+
+    def set_experts(self, layer: EngineLayer, experts: LiquidExperts) -> None:
+        """Give a layer what it computes with."""
+        for name, tensor in serving.held(experts):
+            own = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            layer.register_parameter(name, own)
+        layer.liquid_activation = experts.activation
+        self.summary.done((self.name,), layer.gate_up_packed.device)
+
+    def apply(self, layer: EngineLayer, dispatch_output: Any) -> Any:
+        return StandardCombineInput(compute(layer, dispatch_output))
+
+
+class LiquidExpertsMethod(ExpertsMethod):
+    """Experts that a checkpoint of ours has quantized."""
+
+    def __init__(self, name: str, sizes: Mapping[str, Any], summary: Summary) -> None:
+        super().__init__(name, summary)
+        self.sizes = dict(sizes)
 
     def create_weights(
         self,
@@ -110,9 +136,6 @@ class LiquidExpertsMethod(FusedMoEMethodBase):
         per_byte = inner // own.shape[2]
         return own.narrow(2, self.first // per_byte, self.local["intermediate_size"] // per_byte)
 
-    def create_moe_runner(self, layer: EngineLayer, moe_runner_config: Any) -> None:
-        self.moe_runner_config = moe_runner_config
-
     def process_weights_after_loading(self, layer: EngineLayer) -> None:
         if "gate_up" not in layer._modules:  # packed already
             return
@@ -122,19 +145,96 @@ class LiquidExpertsMethod(FusedMoEMethodBase):
             loaded = {key: place.data for key, place in places if place.numel()}
             serving.load_stack(self.name, experts, stack, loaded)
             delattr(layer, stack)
-        set_experts(layer, experts)
-        self.summary.done((self.name,), layer.gate_up_packed.device)
-
-    def apply(self, layer: EngineLayer, dispatch_output: Any) -> Any:
-        return StandardCombineInput(compute(layer, dispatch_output))
+        self.set_experts(layer, experts)
 
 
-def set_experts(layer: EngineLayer, experts: LiquidExperts) -> None:
-    """Give a layer what it computes with."""
-    for name, tensor in serving.held(experts):
-        own = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-        layer.register_parameter(name, own)
-    layer.liquid_activation = experts.activation
+class OnlineLiquidExpertsMethod(ExpertsMethod):
+    """Experts of a float checkpoint, quantized without data as soon as all of a layer are loaded.
+
+    A layer has no memory for them before the first comes. Each GPU quantizes its own inner
+    channels.
+    """
+
+    def __init__(self, name: str, config: LiquidConfig, summary: Summary) -> None:
+        super().__init__(name, summary)
+        self.config = replace(config, augment=0, keep=())  # experts have no residual columns
+        self.lock = threading.Lock()  # some of SGLang's models load in several threads
+
+    def create_weights(
+        self,
+        layer: EngineLayer,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        with_bias: bool = False,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        self.activation = activation_of(self.name, layer.moe_runner_config)
+        check_experts(self.name, layer)
+        if with_bias:
+            raise ValueError(
+                f"{self.name}: expected experts without biases to quantize while loading, got some "
+                "with them: run `liquidgemm quantize` and serve its output"
+            )
+        inner, self.dtype = intermediate_size_per_partition, params_dtype
+        # Parts of all experts, as SGLang asks for those of other GPUs, too, and loads nothing.
+        self.missing = {(e, part) for e in range(layer.num_experts) for part in ("w1", "w2", "w3")}
+        shapes = {
+            "w13_weight": (num_experts, 2 * inner, hidden_size),
+            "w2_weight": (num_experts, hidden_size, inner),
+        }
+        for name, shape in shapes.items():
+            place: Any = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+            place.weight_loader = self._loader(layer, shape, extra_weight_attrs["weight_loader"])
+            layer.register_parameter(name, place)
+
+    def _loader(self, layer: EngineLayer, shape: tuple[int, ...], loader: Any):
+        def load(
+            place: nn.Parameter,
+            loaded: Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int | None = None,
+        ) -> None:
+            with self.lock:
+                if "w13_weight" not in layer._parameters:
+                    raise RuntimeError(
+                        f"{self.name}: experts are packed, and cannot be loaded into: start the "
+                        "server anew to change weights"
+                    )
+                if not place.numel():
+                    place.data = torch.full(shape, torch.nan, dtype=self.dtype, device=place.device)
+                which = () if expert_id is None else (expert_id,)  # () for all at once
+                loader(place, loaded, weight_name, shard_id, *which)
+                parts = ("w1", "w3") if shard_id == "w13" else (shard_id,)
+                for one in which or range(layer.num_experts):
+                    self.missing.difference_update((one, part) for part in parts)
+                if not self.missing:
+                    self._quantize(layer)
+
+        return load
+
+    def process_weights_after_loading(self, layer: EngineLayer) -> None:
+        if "w13_weight" in layer._parameters:
+            expert, part = min(self.missing)
+            raise ValueError(
+                f"{self.name}: expected all experts to be loaded, got nothing for {part} of "
+                f"{expert} and {len(self.missing) - 1} others"
+            )
+
+    def _quantize(self, layer: EngineLayer) -> None:
+        stacks = []
+        for name in ("w13_weight", "w2_weight"):
+            place = layer._parameters.pop(name)
+            try:
+                stacks.append([quantize_layer(w, self.config, self.name)[0] for w in place.data])
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {error}") from None
+            place.data = torch.empty(0, dtype=self.dtype, device=place.device)  # SGLang holds it
+        gate_up, down = stacks
+        experts = LiquidExperts.from_quantized(gate_up, down, self.activation, dtype=self.dtype)
+        self.set_experts(layer, experts)
 
 
 def compute(layer: EngineLayer, dispatch_output: Any) -> Tensor:
