@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -34,6 +35,15 @@ def check_online(config: LiquidConfig) -> None:
         raise ValueError(
             f"method: expected 'search' or 'rtn' to quantize while loading, got {config}: run "
             "`liquidgemm quantize` with the text to calibrate on, and serve its output"
+        )
+
+
+def check_experts(config: LiquidConfig, name: str) -> None:
+    """Raises a ValueError if a config gives experts more than 4 bits."""
+    if (bits := layer_bits(replace(config, keep=()), name)) != 4:
+        raise ValueError(
+            f"bits: expected 4 for {name}, as experts have 4-bit codes alone, got {bits}: put a "
+            "pattern for them first"
         )
 
 

@@ -28,7 +28,7 @@ from ...quantization.config import LiquidConfig
 from ..serving import summary
 from ..serving.foreign import ForeignLayer, foreign_layers
 from ..serving.names import Names, parts_of
-from ..serving.online import check_online, left_in_floats, skipped
+from ..serving.online import check_experts, check_online, left_in_floats, skipped
 from ..transformers import LiquidGemmConfig as Settings
 from .experts import LiquidExpertsMethod, OnlineLiquidExpertsMethod
 from .foreign import ForeignLiquidLinearMethod
@@ -190,6 +190,7 @@ class LiquidGemmConfig(QuantizationConfig):
         if self.recipe is not None:
             if (reason := skipped(self.recipe, prefix)) is not None:
                 return reason
+            check_experts(self.recipe, prefix)
             return OnlineLiquidExpertsMethod(prefix, self.recipe, self.summary)
         held = (*self.names.layers, *self.foreign.layers)
         inside = [name for name in held if name.startswith(f"{prefix}.")]

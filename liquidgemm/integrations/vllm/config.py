@@ -19,10 +19,9 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from ...ops import FLOATS
 from ...quantization.config import LiquidConfig
-from ...quantization.layer import layer_bits
 from ..serving.foreign import ForeignLayer, foreign_layers
 from ..serving.names import Names, parts_of
-from ..serving.online import check_online, left_in_floats, skipped
+from ..serving.online import check_experts, check_online, left_in_floats, skipped
 from ..serving.tensors import EngineLayer
 from ..transformers import LiquidGemmConfig as Settings
 from .experts import LiquidExpertsMethod, OnlineLiquidExpertsMethod
@@ -198,11 +197,7 @@ class LiquidGemmConfig(QuantizationConfig):
             return "so in the checkpoint"
         if (reason := skipped(self.recipe, prefix)) is not None:
             return reason
-        if (bits := layer_bits(replace(self.recipe, keep=()), prefix)) != 4:
-            raise ValueError(
-                f"bits: expected 4 for {prefix}, as experts have 4-bit codes alone, got {bits}: "
-                "put a pattern for them first"
-            )
+        check_experts(self.recipe, prefix)
         return OnlineLiquidExpertsMethod(moe, prefix, self.recipe, self.summary)
 
 
