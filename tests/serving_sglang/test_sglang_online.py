@@ -114,3 +114,5 @@ def test_what_cannot_be_quantized_while_loading_is_refused():
         sglang_layers.qkv(config_of(keep=["q_proj"]), K, 16, 8, 2)
     layer = sglang_layers.experts()
     assert config_of(skip=["*experts"]).get_quant_method(layer, "a.experts") is None
+    with pytest.raises(ValueError, match="bits: expected 4"):
+        config_of(bits={"*": 6}).get_quant_method(layer, "a.experts")

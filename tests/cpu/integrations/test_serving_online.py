@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from liquidgemm import LiquidConfig
-from liquidgemm.integrations.serving.online import check_online, left_in_floats, quantized
+from liquidgemm.integrations.serving.online import (
+    check_experts,
+    check_online,
+    left_in_floats,
+    quantized,
+)
 
 QKV = ["a.q_proj", "a.k_proj", "a.v_proj"]
 
@@ -50,3 +55,10 @@ def test_what_needs_more_than_one_layer_is_refused():
     ):
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             check_online(LiquidConfig(**fields))
+
+
+def test_experts_have_four_bits_alone():
+    for bits in ({}, {"*experts": 4, "*": 6}, {"down_proj": 8}):
+        check_experts(LiquidConfig(bits=bits, keep=["*"]), "a.experts")
+    with pytest.raises(ValueError, match=r"bits: expected 4 for a\.experts, .*got 6"):
+        check_experts(LiquidConfig(bits={"*": 6}), "a.experts")
