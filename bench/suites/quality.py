@@ -41,7 +41,7 @@ from .quality_data import HOME, MINILM, QWEN, SMOLLM2, UNSEEN, read_texts
 from .quality_tables import processor_of, render
 
 WINDOW, STRIDE = 1024, 512
-BATCH = 4  # windows of calibration text at a time
+BATCH = 2  # windows of calibration text at a time
 SENTENCES = 1000
 PERTURBATIONS = 4
 MODELS = {"SmolLM2-135M": SMOLLM2, "Qwen2.5-Coder-0.5B": QWEN, "MiniLM-L6": MINILM}
@@ -54,6 +54,7 @@ _DOWN_KV = {"keep": ("down_proj", "k_proj", "v_proj")}
 RECIPES = {
     "head int8, all else in floats": {"skip": ("layers.*",), "head": "int8"},
     "W8A8": {"keep": ("*",)},
+    "W8A8, smooth": {"keep": ("*",), "smooth": True},
     "W8A8, head int8": {"keep": ("*",), "head": "int8"},
     "rtn": {"method": "rtn"},
     "search": {},
@@ -80,12 +81,12 @@ RECIPES = {
     },
     "gptq, smooth, augment 128, keep down, k, v_proj": {**_SMOOTH, **_DOWN_KV, "augment": 128},
     "gptq, smooth, augment 256, keep down, k, v_proj": {**_SMOOTH, **_DOWN_KV, "augment": 256},
-    "gptq, smooth, tune": {**_SMOOTH, "tune": 100},
+    "gptq, smooth, tune": {**_SMOOTH, "tune": 60},
     "gptq, smooth, augment 128, keep down, k, v_proj, tune": {
         **_SMOOTH,
         **_DOWN_KV,
         "augment": 128,
-        "tune": 100,
+        "tune": 60,
     },
 }
 # A norm at the end of a branch feeds the residual stream too: of BERT values alone can be smoothed.

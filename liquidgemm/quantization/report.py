@@ -38,7 +38,8 @@ class LayerReport:
             activations included; None without calibration.
         outlier: largest ``max|x_k|`` over the median of it over the features k; None without
             calibration.
-        alpha: exponent of the smoothing before it; None if there is none.
+        alpha: exponent of the smoothing before it, or that which its fit started from; None if
+            there is none.
         tokens: number of tokens it was calibrated on.
         seconds: time it took.
         note: why it was quantized without data although there was some; empty as a rule.

@@ -2,27 +2,34 @@
 
 For a layer whose input x comes from a norm or linear, ``W x = (W m)(x / m)``: m goes into the
 columns of W, 1 / m into the gain of the norm or the rows of the linear. ``m = max|x|^alpha /
-max|W|^(1 - alpha)`` (SmoothQuant, arXiv 2211.10438, as used by QServe, arXiv 2405.04532), where
-alpha is searched per site for the least error at the output, through the quantizer.
+max|W|^(1 - alpha)`` (SmoothQuant, arXiv 2211.10438, as used by QServe, arXiv 2405.04532), or m is
+fitted to a model of the error. Of these, with several alpha, each site takes that of least error at
+the output, through the quantizer.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...formats.liquidquant import GROUP, Q_MAX
 from ...nn._modules import linear_at, weight_of
 from ...weights.quantize import quantize_weight
 from ...weights.weight import dequantize_weight
 from ..config import LiquidConfig
+from .gptq import int8_weight
 from .moments import round_activation
 from .simulate import SimulatedLinear
 
-_ALPHAS = (0.15, 0.3, 0.45, 0.6, 0.75)
+_MIDDLE = 0.45
+_ALPHAS = (0.15, 0.3, _MIDDLE, 0.6, 0.75)
+_FIT_STEPS, _FIT_RATE = 100, 0.1
 _SAMPLE_TOKENS = 384
 _SAMPLE_ROWS = 192
 _RANGE = 1e4  # factors stay within a range that no dtype minds
@@ -59,35 +66,95 @@ def choose_factors(
     weights: list[Tensor],
     layout: tuple[int, int, int],
     config: LiquidConfig,
+    kept: Collection[int] = (),
 ) -> tuple[Tensor | None, float | None]:
     """The factors of least output error: ``[K]``, or None if not to smooth is best, and alpha.
+
+    Fitted factors have that of where they started.
 
     Args:
         x: float32 ``[T, K]``, a sample of the inputs.
         amax, mean_square: of each input feature over all tokens, ``[K]``.
         weights: float32 ``[N, K]`` each, all of the layers with this input.
         layout: as of `head_layout`; factors of repeated heads are tied.
+        kept: which of the weights become INT8 weights.
     """
-    rows = torch.cat([w[:: max(1, len(w) * len(weights) // _SAMPLE_ROWS)] for w in weights])
-    expected = x @ rows.T
+    stride = max(1, sum(map(len, weights)) // _SAMPLE_ROWS)
+    rows = [w[::stride] for w in weights]
+    expected = [x @ w.T for w in rows]
     wmax = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
 
     def error(m: Tensor | None) -> float:
-        scaled, inputs, squares = rows, x, mean_square
-        if m is not None:
-            scaled, inputs, squares = rows * m, x / m, mean_square / m.square()
+        inputs = round_activation(x if m is None else x / m)
+        squares = mean_square if m is None else mean_square / m.square()
         importance = squares if squares.any() else None
-        quantized = dequantize_weight(
-            quantize_weight(scaled, config.group_size, "search", importance)
-        )
-        return (round_activation(inputs) @ quantized.T - expected).square().sum().item()
+        total = 0.0
+        for i, w in enumerate(rows):
+            scaled = w if m is None else w * m
+            quantized = dequantize_weight(
+                int8_weight(scaled)
+                if i in kept
+                else quantize_weight(scaled, config.group_size, "search", importance)
+            )
+            total += (inputs @ quantized.T - expected[i]).square().sum().item()
+        return total
 
     best, best_alpha, least = None, None, error(None)
     for alpha in _ALPHAS:
         m = _factors(amax, wmax, alpha, layout)
         if (e := error(m)) < least:
             best, best_alpha, least = m, alpha, e
-    return best, best_alpha
+    alpha = _MIDDLE if best_alpha is None else best_alpha
+    m = _fitted(_factors(amax, wmax, alpha, layout), x, mean_square, rows, layout, kept)
+    return (m, alpha) if error(m) < least else (best, best_alpha)
+
+
+def _fitted(
+    start: Tensor,
+    x: Tensor,
+    mean_square: Tensor,
+    rows: list[Tensor],
+    layout: tuple[int, int, int],
+    kept: Collection[int],
+) -> Tensor:
+    """Factors that minimize a model of the output error: ``[K]``.
+
+    Rounding errors are taken to be spread evenly over a step and independent. The step of a token
+    is ``max|x / m| / 127``, that of an INT8 row ``max|w m| / 127``, and that of a group of 4-bit
+    weights a 15th of its range. The error is a sum of maxima of products of powers of m, and so
+    convex in their logarithm.
+    """
+    heads, repeats, size = layout
+    norm = torch.cat(rows).square().sum(0)
+    squares = x.square()
+    with torch.enable_grad():
+        own = start.view(heads, repeats, size)[:, :1].log().requires_grad_()
+        optimizer = torch.optim.Adam([own], lr=_FIT_RATE)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _FIT_STEPS)
+        for _ in range(_FIT_STEPS):
+            m = own.exp().expand(heads, repeats, size).reshape(-1)
+            square = m.square()
+            loss = (squares / square).amax(1).mean() * (square * norm).sum() / 127**2
+            inputs = mean_square / square
+            for i, w in enumerate(rows):
+                if i in kept:
+                    of_weights = (w * m).abs().amax(1).square().sum() / 127**2 * inputs.sum()
+                else:
+                    groups = _groups(w * m)
+                    step = (groups.amax(2) - groups.amin(2)) / Q_MAX
+                    of_weights = (step.square() @ _groups(inputs).sum(1)).sum()
+                loss = loss + of_weights
+            optimizer.zero_grad()
+            loss.log().backward()
+            optimizer.step()
+            schedule.step()
+    m = own.detach().sub_(own.detach().mean()).exp_().clamp_(1 / _RANGE, _RANGE)
+    return m.expand(heads, repeats, size).reshape(-1)
+
+
+def _groups(x: Tensor) -> Tensor:
+    """``[..., K]`` to ``[..., K / 64, 64]``, padded with zeros."""
+    return F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
 
 
 def _factors(amax: Tensor, wmax: Tensor, alpha: float, layout: tuple[int, int, int]) -> Tensor:
@@ -150,16 +217,25 @@ def sample_rows(inputs: list[Tensor], count: int = _SAMPLE_TOKENS) -> Tensor:
 
 
 def smooth_site(
-    block: nn.Module, site: Site, inputs: list[Tensor], config: LiquidConfig
+    block: nn.Module,
+    site: Site,
+    inputs: list[Tensor],
+    config: LiquidConfig,
+    kept: Collection[str] = (),
 ) -> tuple[list[Tensor], float | None]:
-    """Choose the factors of a site and fold them in; the inputs as they are now, and alpha."""
+    """Choose the factors of a site and fold them in; the inputs as they are now, and alpha.
+
+    Args:
+        kept: which of its linears become INT8 weights.
+    """
     layout = site_layout(block, site)
     linears = [linear_at(block, name) for name in site.linears]
     amax = torch.stack([x.abs().amax(0) for x in inputs]).amax(0).float()
     tokens = sum(len(x) for x in inputs)
     mean_square = reduce(torch.add, (x.float().square().sum(0) for x in inputs)) / tokens
     weights = [linear.weight.float() for linear in linears]
-    m, alpha = choose_factors(sample_rows(inputs), amax, mean_square, weights, layout, config)
+    int8 = [i for i, name in enumerate(site.linears) if name in kept]
+    m, alpha = choose_factors(sample_rows(inputs), amax, mean_square, weights, layout, config, int8)
     if m is None:
         return inputs, None
     fold_into_source(block.get_submodule(site.source), m, layout)

@@ -1,37 +1,41 @@
 """Tuning: the gate that it may not pass where it overfits, resuming, and what the report tells."""
 
+import copy
+
 import pytest
-from tiny_models import assert_same_state, batches, logits, make, state
+import torch
+from tiny_models import assert_same_state, batches, make, state
+from torch import nn
 
 from liquidgemm import LiquidConfig, quantize_
 from liquidgemm.quantization.calibration import driver
 
 
 def test_the_gate_refuses_what_overfits():
-    """One sequence, learned by heart: nearer to the float model there, and worse elsewhere."""
-    seen, unseen = [b[:1] for b in batches(1)], batches(4, seed=5)
-    model, before = make(), state(make())
-    recipe = {"method": "hessian", "tune": 80}
+    """Four tokens, learned by heart: nearer to the float model there, and worse elsewhere."""
+    torch.manual_seed(0)
+    seen, unseen = [torch.randn(1, 4, 96)], [torch.randn(4, 50, 96)]
+    model = nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 96))
+    plain, before = copy.deepcopy(model), state(model)
+    expected = model(seen[0])
 
-    def run(gate):
+    def run(model, gate, tune):
         return quantize_(
             model,
-            LiquidConfig(**recipe, gate=gate),
+            LiquidConfig(tune=tune, gate=gate),
             calibration=seen,
             held_out=unseen,
             progress=False,
         )
 
     with pytest.raises(RuntimeError, match=r"the same before tuning .*fewer steps of tuning"):
-        run("raise")
+        run(model, "raise", 100)
     assert_same_state(model, before)
-    expected = logits(model, seen[0])
-    report = run("off")
-    tuned = (logits(model, seen[0]) - expected).norm()
-    plain = make()
-    quantize_(plain, LiquidConfig("hessian"), calibration=seen, progress=False)
-    assert tuned < (logits(plain, seen[0]) - expected).norm()  # it has learned something
-    assert report.held_out["calibrated"] > report.held_out["untuned"]
+    losses = run(model, "off", 100).held_out
+    run(plain, "off", 1)
+    off = [(m(seen[0]) - expected).norm() for m in (model, plain)]
+    assert off[0] < 0.7 * off[1]  # it has learned something
+    assert losses["calibrated"] > 1.02 * losses["untuned"]
 
 
 def test_interrupted_and_resumed_it_gives_the_same_bits_and_losses(tmp_path, monkeypatch):
