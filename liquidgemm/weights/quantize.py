@@ -218,8 +218,8 @@ def _search(
     """
     groups = units.shape[1] // rows
     weight = None if column_weight is None else column_weight.repeat(1, rows)
-    if q_max == Q_MAX and units.is_cpu and _cpu.cpu_kernel() != _cpu.REFERENCE:
-        return torch.ops.liquidgemm_cpu.search(units, rows, weight)
+    if units.is_cpu and _cpu.cpu_kernel() != _cpu.REFERENCE:
+        return torch.ops.liquidgemm_cpu.search(units, rows, weight, q_max)
     low, high = units.amin(0), units.amax(0)
 
     row_error = units.new_full((rows,), torch.inf)

@@ -49,10 +49,11 @@ struct Search {
   float const* units;   // [span, columns], w / sigma
   float const* weight;  // [span, columns], of the squared errors, or null
   int64_t span, columns, rows;
-  float *s, *z;   // [columns]
-  float* q;       // [span, columns]
-  float* refit;   // [rows], factors of sigma
-  void* scratch;  // search_scratch bytes, aligned to 64
+  float *s, *z;           // [columns]
+  float* q;               // [span, columns]
+  float* refit;           // [rows], factors of sigma
+  void* scratch;          // search_scratch bytes, aligned to 64
+  int largest_code = 15;  // or 63
 };
 
 constexpr int64_t search_scratch(int64_t span, int64_t columns) {

@@ -23,7 +23,6 @@ inline constexpr float kClips[] = {1.f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f};
 inline constexpr int kClipCount = sizeof(kClips) / sizeof(float);
 inline constexpr int kStepOffsets[] = {0, -1, -2, 1};
 inline constexpr int kCentreOffsets[] = {0, -1, 1};
-inline constexpr float kMaxStep = 17.f, kMaxCode15 = 15.f;
 
 inline Lanes all(float value) {
   return Lanes{} + value;
@@ -60,9 +59,11 @@ inline Lanes ceiling(Lanes x) {
   const Lanes nearest = rounded(x);
   return nearest < x ? nearest + 1.f : nearest;
 }
-// The nearest code, clamped as an integer, which the bits of the shifted number are.
-inline Lanes nearest_code(Lanes x) {
-  constexpr int32_t kZero = 0x4b400000, kLargest = kZero + 15;
+// The nearest code of 0 ... kLargestOne, clamped as an integer, which the bits of the shifted
+// number are.
+template <int kLargestOne>
+Lanes nearest_code(Lanes x) {
+  constexpr int32_t kZero = 0x4b400000, kLargest = kZero + kLargestOne;
   IntLanes bits = (IntLanes)(x + kShift);
   bits = bits > kZero ? bits : IntLanes{} + kZero;
   bits = bits < kLargest ? bits : IntLanes{} + kLargest;
@@ -113,7 +114,7 @@ struct Best {
   Lanes error, s, z;
 };
 
-template <bool Weighted>
+template <bool Weighted, int kLargest>
 void try_candidate(Lanes const* x,
                    Lanes const* weight,
                    int64_t span,
@@ -122,13 +123,13 @@ void try_candidate(Lanes const* x,
                    Lanes start,
                    Lanes* memory,
                    Best& best) {
-  const Lanes z = lesser(greater(rounded(start), all(-128.f)), 127.f - 15.f * s);
+  const Lanes z = lesser(greater(rounded(start), all(-128.f)), 127.f - float(kLargest) * s);
   const ToCode code(s, z, clip);
   const Lanes step = s * clip;
   const Lanes error = sum_by_halving(span, memory,
                                      [&](int64_t i) {
                                        const Lanes q = code(x[i]);
-                                       const Lanes off = nearest_code(q) - q;
+                                       const Lanes off = nearest_code<kLargest>(q) - q;
                                        return Weighted ? off * off * weight[i] : off * off;
                                      }) *
                       (step * step);
@@ -138,7 +139,7 @@ void try_candidate(Lanes const* x,
   best.z = better ? z : best.z;
 }
 
-template <bool Weighted>
+template <bool Weighted, int kLargest>
 Best search_groups(Lanes const* x,
                    Lanes const* weight,
                    int64_t span,
@@ -149,15 +150,17 @@ Best search_groups(Lanes const* x,
   Best best{all(__builtin_inff()), all(1.f), all(0.f)};
   low /= clip;
   high /= clip;
-  const Lanes cover = ceiling((high - low) / kMaxCode15), centre = (high + low) / 2.f;
+  constexpr float kMaxStep = float(255 / kLargest);
+  const Lanes cover = ceiling((high - low) / float(kLargest)), centre = (high + low) / 2.f;
   for (int step : kStepOffsets) {
     const Lanes s = clamped(cover + float(step), 1.f, kMaxStep);
     for (int offset : kCentreOffsets) {
-      const float shift = float(offset / 3.0 - 7.5);
-      try_candidate<Weighted>(x, weight, span, all(clip), s, centre + s * shift, memory, best);
+      const float shift = float(offset / 3.0 - kLargest / 2.0);
+      try_candidate<Weighted, kLargest>(x, weight, span, all(clip), s, centre + s * shift, memory,
+                                        best);
     }
     if (clip == 1.f && (step == 0 || step == -1))
-      try_candidate<Weighted>(x, weight, span, all(clip), s, low, memory, best);
+      try_candidate<Weighted, kLargest>(x, weight, span, all(clip), s, low, memory, best);
   }
   return best;
 }
@@ -179,7 +182,7 @@ inline void store_lanes(Lanes const& lanes, int64_t columns, int64_t column, flo
   memcpy(to + column, &lanes, sizeof(float) * size_t(smaller(kLanes, columns - column)));
 }
 
-template <bool Weighted>
+template <bool Weighted, int kLargest>
 void search_rows(Search const& a) {
   const int64_t groups = a.columns / a.rows;
   Lanes* const x = reinterpret_cast<Lanes*>(a.scratch);
@@ -198,7 +201,8 @@ void search_rows(Search const& a) {
       high = greater(high, x[i]);
     }
     for (int clip = 0; clip < kClipCount; ++clip) {
-      const Best best = search_groups<Weighted>(x, weight, a.span, low, high, kClips[clip], memory);
+      const Best best =
+          search_groups<Weighted, kLargest>(x, weight, a.span, low, high, kClips[clip], memory);
       store_lanes(best.error, a.columns, column, result(clip, 0));
       store_lanes(best.s, a.columns, column, result(clip, 1));
       store_lanes(best.z, a.columns, column, result(clip, 2));
@@ -239,14 +243,14 @@ void search_rows(Search const& a) {
     load_lanes(a.z, 1, a.columns, column, &z);
     load_lanes(clips, 1, a.columns, column, &clip);
     const ToCode code(s, z, clip);
-    const auto w8 = [&](int64_t i) { return fused(nearest_code(code(x[i])), s, z); };
+    const auto w8 = [&](int64_t i) { return fused(nearest_code<kLargest>(code(x[i])), s, z); };
     const auto weighted = [&](int64_t i) { return Weighted ? w8(i) * weight[i] : w8(i); };
     store_lanes(sum_by_halving(a.span, memory, [&](int64_t i) { return weighted(i) * x[i]; }),
                 a.columns, column, numerators);
     store_lanes(sum_by_halving(a.span, memory, [&](int64_t i) { return weighted(i) * w8(i); }),
                 a.columns, column, denominators);
     for (int64_t i = 0; i < a.span; ++i)
-      store_lanes(nearest_code(code(x[i])), a.columns, column, a.q + i * a.columns);
+      store_lanes(nearest_code<kLargest>(code(x[i])), a.columns, column, a.q + i * a.columns);
   }
   for (int64_t row = 0; row < a.rows; ++row) {
     const float clip = clips[row * groups];
@@ -258,7 +262,11 @@ void search_rows(Search const& a) {
 }
 
 inline void search(Search const& arguments) {
-  (arguments.weight ? search_rows<true> : search_rows<false>)(arguments);
+  const bool weighted = arguments.weight != nullptr;
+  if (arguments.largest_code == kLargestCode)
+    (weighted ? search_rows<true, kLargestCode> : search_rows<false, kLargestCode>)(arguments);
+  else
+    (weighted ? search_rows<true, kLargestCode6> : search_rows<false, kLargestCode6>)(arguments);
 }
 
 }  // namespace

@@ -25,7 +25,9 @@ STABLE_TORCH_LIBRARY(liquidgemm_cpu, m) {
   m.def("kernels() -> str[]");
   m.def("kernel() -> str");
   m.def("set_kernel(str name) -> ()");
-  m.def("search(Tensor units, int rows, Tensor? weight) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "search(Tensor units, int rows, Tensor? weight, int largest_code) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liquidgemm_cpu, CompositeExplicitAutograd, m) {

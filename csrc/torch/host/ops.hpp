@@ -78,7 +78,8 @@ void set_cpu_kernel(std::string name);
 // `_search` of liquidgemm/weights/quantize.py, whose docstring says what it takes and returns.
 std::tuple<Tensor, Tensor, Tensor, Tensor> search_cpu(Tensor const& units,
                                                       int64_t rows,
-                                                      OptionalTensor const& weight);
+                                                      OptionalTensor const& weight,
+                                                      int64_t largest_code);
 
 std::vector<std::string> plan_names();
 // Of those that are compiled for a weight format, for m tokens; m = 0: for any number of them.

@@ -6,7 +6,8 @@ namespace liquidgemm::binding {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> search_cpu(Tensor const& units,
                                                       int64_t rows,
-                                                      OptionalTensor const& weight) {
+                                                      OptionalTensor const& weight,
+                                                      int64_t largest_code) {
   check_dtype("units", units, {ScalarType::Float});
   check(units.dim() == 2 && units.size(0) > 0 && rows > 0 && units.size(1) > 0 &&
             units.size(1) % rows == 0,
@@ -16,6 +17,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> search_cpu(Tensor const& units,
     check_dtype("weight", *weight, {ScalarType::Float});
     check_shape("weight", *weight, {span, columns});
   }
+  check(largest_code == 15 || largest_code == 63, "largest_code: expected 15 or 63, got ",
+        largest_code);
   cpu::Kernels const* const kernels = cpu::current_kernels();
   check(kernels != nullptr, "search: expected kernels, the reference is chosen");
   const Tensor x = dense(units);
@@ -35,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> search_cpu(Tensor const& units,
        errors ? static_cast<float const*>(errors->const_data_ptr()) : nullptr, span, columns, rows,
        static_cast<float*>(s.mutable_data_ptr()), static_cast<float*>(z.mutable_data_ptr()),
        static_cast<float*>(q.mutable_data_ptr()), static_cast<float*>(refit.mutable_data_ptr()),
-       reinterpret_cast<void*>(ceil_div(memory, 64) * 64)});
+       reinterpret_cast<void*>(ceil_div(memory, 64) * 64), static_cast<int>(largest_code)});
   return {s, z, q, refit};
 }
 

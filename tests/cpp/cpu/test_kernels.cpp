@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "liquidgemm/cpu/gemm.hpp"
+#include "liquidgemm/cpu/layout.hpp"
 #include "liquidgemm/formats/formats.hpp"
 
 using namespace liquidgemm;
@@ -241,7 +242,8 @@ void test_search(cpu::Kernels const& kernels,
                  int64_t span,
                  int64_t rows,
                  int64_t groups,
-                 bool weighted) {
+                 bool weighted,
+                 int largest_code) {
   Random random{uint32_t(span + rows)};
   const int64_t columns = rows * groups;
   std::vector<float> units(span * columns), weight(span * columns);
@@ -263,7 +265,7 @@ void test_search(cpu::Kernels const& kernels,
     const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.get());
     set.search({units.data(), weighted ? weight.data() : nullptr, span, columns, rows,
                 result.s.data(), result.z.data(), result.q.data(), result.refit.data(),
-                reinterpret_cast<void*>((begin + 63) / 64 * 64)});
+                reinterpret_cast<void*>((begin + 63) / 64 * 64), largest_code});
     return result;
   };
   const Result got = run(kernels), expected = run(portable);
@@ -300,9 +302,11 @@ int main() {
     for (int64_t k : {1, 15, 64, 1000})
       test_quantize(*sets[i], k);
     for (bool weighted : {false, true}) {
-      test_search(*sets[i], *sets[count - 1], 64, 3, 9, weighted);
-      test_search(*sets[i], *sets[count - 1], 1, 1, 1, weighted);
-      test_search(*sets[i], *sets[count - 1], 77, 5, 1, weighted);
+      for (int largest : {cpu::kLargestCode, cpu::kLargestCode6}) {
+        test_search(*sets[i], *sets[count - 1], 64, 3, 9, weighted, largest);
+        test_search(*sets[i], *sets[count - 1], 1, 1, 1, weighted, largest);
+        test_search(*sets[i], *sets[count - 1], 77, 5, 1, weighted, largest);
+      }
     }
     std::printf("%s: %s\n", sets[i]->name, failures ? "FAILED" : "ok");
   }

@@ -291,7 +291,8 @@ def test_reference_is_exact_with_the_instruction_set_lowered():
 )
 @pytest.mark.parametrize("group_size", [64, 128, -1])
 @pytest.mark.parametrize("shape", [(3, 1), (5, 64), (33, 576), (7, 130), (40, 1000)])
-def test_search_finds_the_same_grids(shape, group_size):
+@pytest.mark.parametrize("bits", [4, 6])
+def test_search_finds_the_same_grids(shape, group_size, bits):
     """Every set against plain torch: rows of zeros, denormals, constants, ties, and importance."""
     generator = torch.Generator().manual_seed(shape[1])
     weight = torch.randn(shape, generator=generator)
@@ -304,10 +305,10 @@ def test_search_finds_the_same_grids(shape, group_size):
     sparse = (torch.rand(shape[1], generator=generator) > 0.5).float() + 1e-9
     for importance in (None, torch.rand(shape[1], generator=generator) ** 3, sparse):
         liquidgemm.set_cpu_kernel("reference")
-        expected = liquidgemm.quantize_weight(weight, group_size, importance=importance)
+        expected = liquidgemm.quantize_weight(weight, group_size, importance=importance, bits=bits)
         for name in KERNELS[:-1]:
             liquidgemm.set_cpu_kernel(name)
-            got = liquidgemm.quantize_weight(weight, group_size, importance=importance)
+            got = liquidgemm.quantize_weight(weight, group_size, importance=importance, bits=bits)
             for field in ("qweight", "qscale", "qoffset", "scale"):
                 reference.assert_same(
                     getattr(got, field), getattr(expected, field), kernel=name, field=field
