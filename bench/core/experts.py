@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 2176  # of 64 output channels x 64 k
+from liquidgemm.formats.liquidquant import BLOCK_BYTES
+
 COMPUTE_TOPS = 1750.0  # INT8, sustained at the limit of power
 # What a kernel that only copies weights reaches, in bytes per µs, by the folder of results.
 STREAM_BYTES_PER_US = {"h100-sxm": 3.11e6, "h200": 4.05e6}

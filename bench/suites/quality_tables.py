@@ -37,7 +37,7 @@ def tables(results: dict, folder: Path) -> str:
     parts = [
         f"{machines}; commit {commits}. Language models are calibrated on {' and '.join(HOME)}. "
         "Raw figures: "
-        f"[{folder.name}/quality.json](../bench/results/quality/{folder.name}/quality.json)."
+        f"`bench/results/quality/{folder.name}/quality.json`."
     ]
     for model, processor in dict.fromkeys((row["model"], processor_of(row)) for row in rows):
         own = [row for row in rows if (row["model"], processor_of(row)) == (model, processor)]

@@ -45,9 +45,9 @@ struct GroupedGemmArguments {
 // Enqueues the product on the stream of the current device. Needs a GPU of compute capability 9.0.
 // Never synchronizes, never allocates; a graph that holds it can be replayed with other offsets.
 //
-// Returns cudaErrorInvalidValue if the problem has too many experts or tiles, or a gate
-// what it asks for is missing, cudaErrorNotSupported
-// if the driver has no tensor maps, otherwise what the launch returns.
+// Returns cudaErrorInvalidValue if the problem has too many experts or tiles, if its format has no
+// kernels for experts, or if a gated activation is asked for without what it needs;
+// cudaErrorNotSupported if the driver has no tensor maps; otherwise what the launch returns.
 cudaError_t grouped_gemm(GroupedGemmArguments const& arguments,
                          GroupedPlan const& plan,
                          cudaStream_t stream);

@@ -9,7 +9,8 @@
 
 namespace liquidgemm {
 
-// For gemm(). m, n and k must be positive, k at most kMaxK. `follows_producer`: whether the kernel
+// For gemm(). m, n and k must be positive, k at most kMaxK (common/int8.hpp).
+// `follows_producer`: whether the kernel
 // that writes the activations is launched right before.
 LaunchPlan plan_gemm(Problem const& problem, bool follows_producer = false);
 

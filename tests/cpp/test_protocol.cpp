@@ -6,6 +6,7 @@
 #include "liquidgemm/kernel/protocol.hpp"
 #include "liquidgemm/kernel/storage.hpp"
 #include "liquidgemm/kernel/tile.hpp"
+#include "liquidgemm/plan/grouped.hpp"
 #include "liquidgemm/plan/tiles.hpp"
 
 using namespace liquidgemm;
@@ -55,10 +56,16 @@ void test_tiles(std::integer_sequence<int, I...>, std::tuple<Format...>) {
   (test_all(static_cast<Format*>(nullptr)), ...);
 }
 
+template <int... I>
+void test_grouped_tiles(std::integer_sequence<int, I...>) {
+  (test_tile<Tile<kGroupedTileShapes[I], LiquidQuant>>(), ...);
+}
+
 }  // namespace
 
 int main() {
   test_tiles(std::make_integer_sequence<int, kNumTileShapes>{}, Formats{});
+  test_grouped_tiles(std::make_integer_sequence<int, kNumGroupedTileShapes>{});
   struct TwoBytes {};  // in place of the device's 16-bit types
   for (TileShape const& tile : kTileShapes)
     expect(tile.can_quantize() == supports<LiquidQuant>(tile, Element::kFloat16), tile,

@@ -17,7 +17,7 @@ cudaError_t launch_decode(KvAttentionArguments const& a, cudaStream_t stream) {
       decode_kernel<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (prepared != cudaSuccess)
     return prepared;
-  // Sequences with more chunks than this share them out among as many CTAs.
+  // At most. The CTAs of a sequence that has more chunks take several each.
   constexpr int kCtasPerSm = 16;
   const int chunks = max_chunks<Shape>(a.cache.capacity);
   const int64_t pairs = static_cast<int64_t>(a.batch) * a.cache.heads;

@@ -35,7 +35,6 @@ struct DecodeShape {
   static constexpr int kSteps = kHeadDim / 32;
   static constexpr int kDimTiles = kHeadDim / 16;
 
-  static constexpr int kSlotBytes = 4 * kHalfBytes;            // keys, then values
   static constexpr int kParamBytes = kBlock / 2 * kPairBytes;  // of keys; as many of values
   static constexpr int kQueryPitch = kHeadDim + 8;
   static constexpr int kCtas = kTiles == 4 || kHeadDim == 256 ? 2 : 3;  // per SM

@@ -2,8 +2,7 @@
 // WeightFormat; nothing else knows where a bit lies. All formats decode to int8 and share the
 // blocks of block_layout.hpp; their blocks differ in size and in what is in them.
 //
-// To add a format: its header; a row in formats.hpp; its instantiations; its tests are those of
-// every registered format (tests/cpp/test_formats.cpp).
+// How to add one: CONTRIBUTING.md.
 #pragma once
 
 #include <concepts>

@@ -19,6 +19,8 @@
 //                                                  received                cluster-wide
 //                                                  pair: multiplied,       multiplied (1 per warp) and
 //                                                  received                received (bytes) of the peer
+//   resolver, if experts'  1 warp, last group      taken[entry]            resolved[entry]: 1
+//   schedule/grouped.hpp
 //
 //   protocol.hpp has the same by barrier, with the counts.
 //
@@ -59,7 +61,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
   auto& shared = *reinterpret_cast<SharedStorage<Tile>*>(shared_bytes);
 
   const int warp = cutlass::canonical_warp_idx_sync();
-  const int producer_warp = warp - 4 * Tile::kConsumerGroups;  // of the last group; two are used
+  const int producer_warp =
+      warp -
+      4 * Tile::kConsumerGroups;  // of the last group; two are used, three if work is resolved
   const bool pairs = Tile::kPairs && params.work.cluster.pairs;
   const bool cluster = params.work.cluster.log2_split > 0 || pairs;
 

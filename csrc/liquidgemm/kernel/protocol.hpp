@@ -1,4 +1,6 @@
-// All barriers of the kernel: what a phase of each means, who arrives, and how often.
+// The barriers of every launch: what a phase of each means, who arrives, and how often. Those by
+// which a source of work hands out items are beside it: `resolved` and `taken` in
+// schedule/grouped.hpp.
 //
 // clang-format off
 //   barrier          a phase means                            arrivals per phase             and bytes

@@ -10,8 +10,8 @@
 
 namespace liquidgemm {
 
-// Clusters of four CTAs do not tile the GPCs of an H100, whose numbers of SMs differ: on 132 SMs 30
-// of them run at a time, not 33.
+// Counted, not fitted: clusters of four CTAs do not tile the GPCs of an H100, whose numbers of SMs
+// differ: on 132 SMs 30 of them run at a time, not 33.
 inline constexpr double kQuadClusterFit = 0.91;
 
 // Clusters that run at a time. Where a CTA takes half an SM, the other half is left to the next

@@ -69,7 +69,7 @@ inline Candidate candidate(Problem const& p, Plan const& plan, Activations activ
   return candidate(p, plan, activations, costs_of(p.format));
 }
 
-// The cheapest plan; of equals the first.
+// The cheapest plan; of plans that cost the same, the first.
 inline Plan select_plan(Problem const& p, Activations activations) {
   Plan best{};
   double best_us = std::numeric_limits<double>::infinity();

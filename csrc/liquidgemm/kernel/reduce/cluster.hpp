@@ -60,9 +60,10 @@ class ClusterSums : public GroupSums<Tile> {
     return sums;
   }
 
-  // The cluster may send the next tile's parts once all warps have said so: those of the receiver
-  // too, or a CTA that owns nothing, and so waits for nothing, could complete the phase after the
-  // one that its peer waits for. After the last tile no warp arrives, and none waits.
+  // The cluster may send the next tile's parts once all warps have arrived, the receiver's own too.
+  // A CTA that owns nothing waits for nothing: without the receiver's arrivals it could complete
+  // the phase after the one that its peer waits for. After the last tile no warp arrives, and none
+  // waits.
   CUTE_DEVICE void release(bool last) const {
     if (params_.log2_split > 0 && !last) {
       __syncwarp();

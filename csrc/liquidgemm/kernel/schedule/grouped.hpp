@@ -44,7 +44,7 @@ struct ScheduleEntry {
 };
 
 struct GroupedSchedule {
-  // More items than a ring holds stages are never ahead of the consumers.
+  // A loader is never ahead of the consumers by more items than the ring has stages.
   static constexpr int kEntries = 16;
 
   alignas(16) ScheduleEntry entries[kEntries];

@@ -114,7 +114,8 @@ CUTE_DEVICE void store_rows(OutputTile<Tile> const& out,
           cute::tma_store_wait<Tile::kChunkBuffers - 2>();
       }
       panel_barrier<Tile>(out.panel);
-      // Rows past the last of x are clipped; those of the next tile are not this one's.
+      // TMA clips rows past the end of x alone: a chunk that reaches into the next tile's rows is
+      // stored row by row.
       const bool clipped =
           (chunk + 1) * kChunk <= out.tokens || out.first_token + out.tokens == out.sizes.m;
       if (Tile::kStoresByTma && clipped) {
