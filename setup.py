@@ -14,6 +14,7 @@ ninja does the compiling, in a folder below build/ that is kept: the second buil
 import fcntl
 import hashlib
 import importlib.util
+import itertools
 import os
 import platform
 import re
@@ -70,6 +71,10 @@ SOURCES = {
     ],
 }
 
+# Tiles that are compiled together: nine tenths of what one takes are the headers of CUTLASS.
+TILES_PER_UNIT = 6
+TILES_ALONE = ("t224_p2_k1_s2",)  # beside others it becomes other machine code than alone
+
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DNDEBUG"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = [
@@ -77,7 +82,6 @@ NVCC_FLAGS = [
     "-O3",
     "-gencode=arch=compute_90a,code=sm_90a",
     "--expt-relaxed-constexpr",
-    "-DCUTLASS_ENABLE_GDC_FOR_SM90",  # griddepcontrol, or CUTLASS's wrappers of it do nothing
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Xfatbin=-compress-all",  # also kernels with line numbers, which are three times as large
     "-Xptxas=-v",  # check_ptxas_report reads what this prints
@@ -252,6 +256,34 @@ def source_files(extension: str) -> list[Path]:
     return [file for matches in files.values() for file in matches]
 
 
+def units(extension: str) -> dict[str, list[Path]]:
+    """The sources that one call of a compiler takes, by the name of what it makes, without .o."""
+    found = {}
+    for room, files in itertools.groupby(source_files(extension), lambda file: file.parent):
+        sources = list(files)
+        holds_tiles = room.parent.name == "instantiations"
+        count = -(-len(sources) // (TILES_PER_UNIT if holds_tiles else 1))
+        for i in range(count):
+            unit = sources[i::count]
+            alone = [[source] for source in unit if source.stem in TILES_ALONE]
+            together = [source for source in unit if [source] not in alone]
+            for unit in filter(None, (*alone, together)):
+                file = unit[0] if len(unit) == 1 else room / f"tiles_{i}.cu"
+                found[str(file.relative_to(ROOT))] = unit
+    return found
+
+
+def write_unit(path: Path, sources: list[Path]) -> Path:
+    """The source of a unit: if it has several, a file at `path` that includes them."""
+    if len(sources) == 1:
+        return sources[0]
+    text = "".join(f'#include "{source}"\n' for source in sources)
+    if not path.exists() or path.read_text() != text:  # or ninja would compile it again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return path
+
+
 def cpu_flags(source: Path) -> tuple[str, ...]:
     """What a source of the CPU kernels is compiled with besides CXX_FLAGS."""
     if source.parent.name != "cpu":
@@ -301,9 +333,9 @@ def write_build_file(tools: Toolchain, folder: Path, extensions: list[str]) -> l
         for extension in extensions:
             cuda = extension.endswith("cuda")
             objects = []
-            for source in source_files(extension):
-                name = source.relative_to(ROOT)
+            for name, sources in units(extension).items():
                 target = folder / f"{name}.o"
+                source = write_unit(folder / name, sources)
                 if source.suffix == ".cu":
                     rule, variables = "cuda", {"flags": command(*cuda_flags(source))}
                     reports.append(Path(f"{target}.log"))
@@ -316,6 +348,9 @@ def write_build_file(tools: Toolchain, folder: Path, extensions: list[str]) -> l
             library = library_name(extension)
             libs = command(*tools.cudart()) if cuda else ""
             ninja.build(library, "link", objects, variables={"libs": libs, "name": library})
+            tiles = {str(path) for path in folder.glob("csrc/instantiations/*/*.o")}
+            for stale in tiles - set(objects) if cuda else ():
+                Path(stale).unlink()  # csrc/CMakeLists.txt links all that lies there
         ninja.build("objects", "phony", every_object)
         ninja.build("libraries", "phony", [library_name(extension) for extension in extensions])
     return reports

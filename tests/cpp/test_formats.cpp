@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "liquidgemm/formats/a_operand.hpp"
 #include "liquidgemm/formats/formats.hpp"
 
 using namespace liquidgemm;

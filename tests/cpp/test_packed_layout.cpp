@@ -3,6 +3,7 @@
 #include <set>
 #include <vector>
 
+#include "liquidgemm/formats/a_operand.hpp"
 #include "liquidgemm/formats/liquidquant.hpp"
 
 using namespace liquidgemm;

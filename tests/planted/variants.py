@@ -126,6 +126,7 @@ class Base:
         tree = FOLDER / "tree"
         write_tree(tree, reduced_sources(root))
         build.ROOT = tree
+        build.TILES_PER_UNIT = 1  # so that one can be compiled and linked in place of another
         libraries = build.build_libraries(list(build.SOURCES))
         return cls(root, tree, libraries["liquidgemm._C_cuda"].parent, libraries)
 

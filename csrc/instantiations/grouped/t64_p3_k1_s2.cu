@@ -4,7 +4,8 @@
 
 namespace liquidgemm {
 
-constexpr TileShape kTile{64, 3, 1, 2};
-template cudaError_t launch<kTile, LiquidQuant, int8_t>(GroupedParams const&, int, cudaStream_t);
+template cudaError_t launch<TileShape{64, 3, 1, 2}, LiquidQuant, int8_t>(GroupedParams const&,
+                                                                         int,
+                                                                         cudaStream_t);
 
 }  // namespace liquidgemm

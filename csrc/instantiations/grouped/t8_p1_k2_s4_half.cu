@@ -4,7 +4,8 @@
 
 namespace liquidgemm {
 
-constexpr TileShape kTile{8, 1, 2, 4, 2};
-template cudaError_t launch<kTile, LiquidQuant, int8_t>(GroupedParams const&, int, cudaStream_t);
+template cudaError_t launch<TileShape{8, 1, 2, 4, 2}, LiquidQuant, int8_t>(GroupedParams const&,
+                                                                           int,
+                                                                           cudaStream_t);
 
 }  // namespace liquidgemm

@@ -4,7 +4,8 @@
 
 namespace liquidgemm {
 
-constexpr TileShape kTile{32, 1, 2, 2, 2, 3};
-template cudaError_t launch<kTile, LiquidQuant, int8_t>(DenseParams const&, int, cudaStream_t);
+template cudaError_t launch<TileShape{32, 1, 2, 2, 2, 3}, LiquidQuant, int8_t>(DenseParams const&,
+                                                                               int,
+                                                                               cudaStream_t);
 
 }  // namespace liquidgemm

@@ -4,11 +4,13 @@
 
 namespace liquidgemm {
 
-constexpr TileShape kTile{8, 1, 4, 4, 1, 2};
-template cudaError_t launch<kTile, LiquidQuant, int8_t>(DenseParams const&, int, cudaStream_t);
-template cudaError_t launch<kTile, LiquidQuant, __nv_bfloat16>(DenseParams const&,
-                                                               int,
-                                                               cudaStream_t);
-template cudaError_t launch<kTile, LiquidQuant, __half>(DenseParams const&, int, cudaStream_t);
+template cudaError_t launch<TileShape{8, 1, 4, 4, 1, 2}, LiquidQuant, int8_t>(DenseParams const&,
+                                                                              int,
+                                                                              cudaStream_t);
+template cudaError_t launch<TileShape{8, 1, 4, 4, 1, 2}, LiquidQuant, __nv_bfloat16>(
+    DenseParams const&, int, cudaStream_t);
+template cudaError_t launch<TileShape{8, 1, 4, 4, 1, 2}, LiquidQuant, __half>(DenseParams const&,
+                                                                              int,
+                                                                              cudaStream_t);
 
 }  // namespace liquidgemm

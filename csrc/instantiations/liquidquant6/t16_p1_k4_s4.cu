@@ -4,7 +4,8 @@
 
 namespace liquidgemm {
 
-constexpr TileShape kTile{16, 1, 4, 4, 1, 2};
-template cudaError_t launch<kTile, LiquidQuant6, int8_t>(DenseParams const&, int, cudaStream_t);
+template cudaError_t launch<TileShape{16, 1, 4, 4, 1, 2}, LiquidQuant6, int8_t>(DenseParams const&,
+                                                                                int,
+                                                                                cudaStream_t);
 
 }  // namespace liquidgemm

@@ -1,8 +1,7 @@
 // The results of sequences of more than one chunk.
-#include <cutlass/arch/grid_dependency_control.h>
-
 #include "liquidgemm/attention/launch.hpp"
 #include "liquidgemm/attention/merge.hpp"
+#include "liquidgemm/common/grid_dependency.hpp"
 #include "liquidgemm/common/launch.hpp"
 #include "liquidgemm/common/math.hpp"
 #include "liquidgemm/kv.hpp"
@@ -16,7 +15,7 @@ constexpr int kWarps = 4;
 template <class Shape>
 __global__ void __launch_bounds__(32 * kWarps)
     combine_kernel(const __grid_constant__ KvAttentionArguments a, int max_chunks) {
-  cutlass::arch::launch_dependent_grids();
+  launch_dependent_grids();
   const int b = blockIdx.y, rows = a.queries * a.group;
   const int index = static_cast<int>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (index >= a.cache.heads * rows)
@@ -25,7 +24,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   const Chunks chunks = chunks_of<Shape>(a, b);  // decode_kernel has waited for its lengths
   const int64_t place = (static_cast<int64_t>(b) * a.cache.heads + h) * max_chunks;
   // For those that decode_kernel has finished, too: what follows waits for this kernel alone.
-  cutlass::arch::wait_on_dependent_grids();
+  wait_on_dependent_grids();
   if (chunks.end - chunks.begin <= 1)
     return;
 

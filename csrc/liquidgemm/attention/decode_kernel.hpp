@@ -21,13 +21,12 @@
 // The partial result of a chunk is a function of that chunk alone; merge.hpp adds them in order.
 #pragma once
 
-#include <cutlass/arch/grid_dependency_control.h>
-
 #include "liquidgemm/attention/loader.hpp"
 #include "liquidgemm/attention/merge.hpp"
 #include "liquidgemm/attention/queries.hpp"
 #include "liquidgemm/attention/token_params.hpp"
 #include "liquidgemm/attention/weights.hpp"
+#include "liquidgemm/common/grid_dependency.hpp"
 
 namespace liquidgemm::attention {
 
@@ -338,8 +337,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
     decode_kernel(const __grid_constant__ KvAttentionArguments a, int max_chunks, int row_groups) {
   extern __shared__ __align__(16) uint8_t bytes[];
   auto& shared = *reinterpret_cast<Shared<Shape>*>(bytes);
-  cutlass::arch::wait_on_dependent_grids();
-  cutlass::arch::launch_dependent_grids();  // which may read what came before this kernel
+  wait_on_dependent_grids();
+  launch_dependent_grids();  // which may read what came before this kernel
   const int b = blockIdx.y, h = blockIdx.x / row_groups;
   const int first_row = blockIdx.x % row_groups * Shape::kRows;
   const int rows = a.queries * a.group, own_rows = min(rows - first_row, Shape::kRows);

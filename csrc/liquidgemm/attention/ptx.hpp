@@ -6,6 +6,8 @@
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/config.hpp>
 
+#include "liquidgemm/common/shared_address.hpp"
+
 namespace liquidgemm::attention {
 
 // Whether the bytes of a factor have a sign.
@@ -41,10 +43,6 @@ CUTE_DEVICE float exp2_approximate(float x) {
   float out;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
   return out;
-}
-
-CUTE_DEVICE uint32_t shared_address(void const* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
 // What createpolicy.fractional.L2::evict_first gives for all of it, a constant as in CUTLASS: held

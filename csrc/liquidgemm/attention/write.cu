@@ -2,10 +2,10 @@
 //
 // Every operation is that of liquidgemm/kv/format.py, rounded alike: the codes of a CPU, to the
 // bit.
-#include <cutlass/arch/grid_dependency_control.h>
 
 #include "liquidgemm/attention/launch.hpp"
 #include "liquidgemm/attention/rows.hpp"
+#include "liquidgemm/common/grid_dependency.hpp"
 #include "liquidgemm/common/launch.hpp"
 #include "liquidgemm/common/math.hpp"
 #include "liquidgemm/kv.hpp"
@@ -150,8 +150,8 @@ CUTE_DEVICE void write_four(KvWriteArguments const& a, int b, int h, int first) 
 template <KvFormat kFormat, int kHeadDim>
 __global__ void __launch_bounds__(32 * kWarps)
     write_kernel(const __grid_constant__ KvWriteArguments a) {
-  cutlass::arch::launch_dependent_grids();
-  cutlass::arch::wait_on_dependent_grids();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
   const int index = static_cast<int>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (index >= 2 * a.cache.heads)
     return;

@@ -1,5 +1,4 @@
-// Blocks of weights, derived from the WGMMA A-operand layout that the kernel uses, for any code
-// width.
+// Blocks of weights, in the WGMMA A-operand layout that the kernel uses, for any code width.
 //
 // A block is 64 output channels x 64 k: two m64k32 MMA steps. A panel is the blocks of 64 channels
 // along K, contiguous, so that any run of blocks is one bulk copy: packed[panel][k_block][bytes].
@@ -10,10 +9,7 @@
 //                        g + 8 (r % 2) and k = 16 (r / 2) + 4 (t % 4) .. + 3
 #pragma once
 
-#include <cstdint>
-
-#include <cute/atom/mma_traits_sm90_gmma.hpp>
-#include <cute/layout.hpp>
+#include <cute/config.hpp>
 
 namespace liquidgemm {
 
@@ -22,14 +18,9 @@ inline constexpr int kBlockK = 64;     // k per block
 inline constexpr int kMmaK = 32;       // k of one 8-bit wgmma
 inline constexpr int kWarpGroupThreads = 128;
 
-// (thread, value) -> row + 64 k of the A operand of one MMA step. A thread's 16 values are the 16
-// bytes of its four registers in order, so the inverse gives a weight's place in memory directly.
-using AOperandLayout =
-    typename cute::MMA_Traits<cute::SM90::GMMA::MMA_64x8x32_S32S8S8_RS_TN>::ALayout;
-using AOperandInverse = decltype(cute::right_inverse(AOperandLayout{}));
-
 // Which thread holds (row, k) of a block, and as which of its values: those of k step 1 follow
-// those of k step 0.
+// those of k step 0. a_operand.hpp asserts that it is CuTe's layout; this header is without CuTe's,
+// which take longer to compile than most of what needs a block's layout.
 struct OperandPosition {
   int thread;
   int step;   // 0 or 1
@@ -37,8 +28,19 @@ struct OperandPosition {
 };
 
 CUTE_HOST_DEVICE constexpr OperandPosition operand_position(int row, int k) {
-  const int thread_value = AOperandInverse{}(row + kBlockRows * (k % kMmaK));
-  return {thread_value % kWarpGroupThreads, k / kMmaK, thread_value / kWarpGroupThreads};
+  const int warp = row / 16, row_half = row / 8 % 2, g = row % 8;
+  const int step = k / kMmaK, k_half = k / 16 % 2, quad_thread = k / 4 % 4;
+  return {32 * warp + 4 * g + quad_thread, step, 8 * k_half + 4 * row_half + k % 4};
+}
+
+// The inverse: row + kBlockRows * k, of k step 0.
+CUTE_HOST_DEVICE constexpr int block_position(int thread, int value) {
+  const int quad = thread / 4, quad_thread = thread % 4;
+  const int warp = quad / 8, g = quad % 8;
+  const int word = value / 4, byte = value % 4;
+  const int k_half = word / 2, row_half = word % 2;
+  return (quad_thread * (4 * kBlockRows) + (g + warp * 16)) +
+         (byte * kBlockRows + (row_half * 8 + k_half * (16 * kBlockRows)));
 }
 
 }  // namespace liquidgemm

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kWarpGroupThreads) dequantize_kernel(uint8_t c
   Format::dequantize(Format::fragment(block, threadIdx.x), operand);
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    const int at = AOperandLayout{}(int(threadIdx.x), kRegisterWeights * r);
+    const int at = block_position(int(threadIdx.x), kRegisterWeights * r);
     const int64_t row = first_row + at % kBlockRows;
     if (row >= n)
       continue;

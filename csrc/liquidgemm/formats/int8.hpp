@@ -11,9 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include <cute/arch/util.hpp>
-#include <cute/tensor.hpp>
-
+#include "liquidgemm/common/shared_address.hpp"
 #include "liquidgemm/formats/format.hpp"
 #include "liquidgemm/formats/logical_weight.hpp"
 
@@ -61,7 +59,7 @@ struct Int8 {
   class Reader {
    public:
     CUTE_DEVICE Reader(uint8_t const* first_block, int thread)
-        : weights_(cute::cast_smem_ptr_to_uint(first_block) + kStepBytesPerThread * thread) {
+        : weights_(shared_address(first_block) + kStepBytesPerThread * thread) {
       // Hides where it comes from: ptxas would compute it anew for every block.
       asm volatile("" : "+r"(weights_));
     }

@@ -24,10 +24,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include <cute/arch/util.hpp>
-#include <cute/tensor.hpp>
-
 #include "liquidgemm/common/bytes.hpp"
+#include "liquidgemm/common/shared_address.hpp"
 #include "liquidgemm/formats/format.hpp"
 #include "liquidgemm/formats/logical_weight.hpp"
 
@@ -117,8 +115,8 @@ struct LiquidQuant {
   class Reader {
    public:
     CUTE_DEVICE Reader(uint8_t const* first_block, int thread)
-        : codes_(cute::cast_smem_ptr_to_uint(first_block) + kCodeBytesPerThread * thread),
-          params_(cute::cast_smem_ptr_to_uint(first_block) + kCodeBytes + 4 * param_word(thread)) {
+        : codes_(shared_address(first_block) + kCodeBytesPerThread * thread),
+          params_(shared_address(first_block) + kCodeBytes + 4 * param_word(thread)) {
       // Hides where they come from: ptxas would compute both anew for every block.
       asm volatile("" : "+r"(codes_), "+r"(params_));
     }

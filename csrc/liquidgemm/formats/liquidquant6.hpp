@@ -21,10 +21,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include <cute/arch/util.hpp>
-#include <cute/tensor.hpp>
-
 #include "liquidgemm/common/bytes.hpp"
+#include "liquidgemm/common/shared_address.hpp"
 #include "liquidgemm/formats/format.hpp"
 #include "liquidgemm/formats/liquidquant.hpp"
 #include "liquidgemm/formats/logical_weight.hpp"
@@ -103,11 +101,9 @@ struct LiquidQuant6 {
   class Reader {
    public:
     CUTE_DEVICE Reader(uint8_t const* first_block, int thread)
-        : first_(cute::cast_smem_ptr_to_uint(first_block) + kFirstBytesPerThread * thread),
-          second_(cute::cast_smem_ptr_to_uint(first_block) + kFirstBytes +
-                  kSecondBytesPerThread * thread),
-          params_(cute::cast_smem_ptr_to_uint(first_block) + kCodeBytes +
-                  4 * LiquidQuant::param_word(thread)) {
+        : first_(shared_address(first_block) + kFirstBytesPerThread * thread),
+          second_(shared_address(first_block) + kFirstBytes + kSecondBytesPerThread * thread),
+          params_(shared_address(first_block) + kCodeBytes + 4 * LiquidQuant::param_word(thread)) {
       // Hides where they come from: ptxas would compute all anew for every block.
       asm volatile("" : "+r"(first_), "+r"(second_), "+r"(params_));
     }

@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "liquidgemm/common/cluster_ptx.hpp"
+#include "liquidgemm/formats/a_operand.hpp"
 #include "liquidgemm/kernel/load/tokens.hpp"
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/ring.hpp"

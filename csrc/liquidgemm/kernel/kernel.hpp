@@ -37,11 +37,11 @@
 // clang-format on
 #pragma once
 
-#include <cutlass/arch/grid_dependency_control.h>
 #include <cutlass/arch/reg_reconfig.h>
 #include <cute/arch/cluster_sm90.hpp>
 
 #include "liquidgemm/common/cluster_ptx.hpp"
+#include "liquidgemm/common/grid_dependency.hpp"
 #include "liquidgemm/kernel/ahead.hpp"
 #include "liquidgemm/kernel/consumer.hpp"
 #include "liquidgemm/kernel/epilogue.hpp"
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     auto operands_ahead = Ahead<Tile>::make_operands();
     if constexpr (Tile::kStagesAhead > 0)
       ahead.dequantize(operands_ahead);
-    cutlass::arch::wait_on_dependent_grids();  // x_scale is read and y written below
+    wait_on_dependent_grids();  // x_scale is read and y written below
     Scheduler scheduler(params.sizes, params.work);
     if constexpr (Tile::kQuantizes) {
       // A CTA has the same part of K of all of its tiles.

@@ -5,6 +5,7 @@
 // A thread keeps its part of y in registers between the maximum and the division; what a longer row
 // has beyond it is computed twice.
 #include "liquidgemm/common/activation.hpp"
+#include "liquidgemm/common/grid_dependency.hpp"
 #include "liquidgemm/glu.hpp"
 #include "liquidgemm/producers/pairs.hpp"
 #include "liquidgemm/producers/rows.hpp"
@@ -86,9 +87,9 @@ template <class T, GatedActivation kActivation, int kHeld>
 __global__ void __launch_bounds__(max_threads<T>(kHeld), 1)
     glu_kernel(const __grid_constant__ GluRows<T> rows) {
   // As in quantize_activation.cu.
-  cutlass::arch::launch_dependent_grids();
+  launch_dependent_grids();
   const ClusterMax cluster_max;
-  cutlass::arch::wait_on_dependent_grids();
+  wait_on_dependent_grids();
 
   const int64_t token = cute::cluster_id_in_grid().x;
   const GluRow<T, kActivation> row(rows, token);

@@ -1,6 +1,7 @@
 // A token's rows, weighted and added in the order of its slots: no atomics, so that the sum is the
 // same whatever the batch. A thread has a vector of one token.
 #include "liquidgemm/common/formula.hpp"
+#include "liquidgemm/common/grid_dependency.hpp"
 #include "liquidgemm/moe.hpp"
 #include "liquidgemm/producers/rows.hpp"
 
@@ -22,8 +23,8 @@ __device__ void round_to(__nv_bfloat16& to, float value) {
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const MoeCombineArguments a, const bool aligned) {
-  cutlass::arch::launch_dependent_grids();
-  cutlass::arch::wait_on_dependent_grids();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
   const int64_t token = blockIdx.x;
   const int64_t at = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * kVector;
   if (at >= a.n)

@@ -8,10 +8,10 @@
 //   count       counts[warp][expert], by match.any among 32 slots
 //   place       counts[warp][expert] = first row; offsets
 //   distribute  row = counts[warp][expert] + rank among the 32
-#include <cutlass/arch/grid_dependency_control.h>
 
 #include <algorithm>
 
+#include "liquidgemm/common/grid_dependency.hpp"
 #include "liquidgemm/common/launch.hpp"
 #include "liquidgemm/common/math.hpp"
 #include "liquidgemm/moe.hpp"
@@ -77,13 +77,13 @@ __global__ void __launch_bounds__(kMostWarps * 32) schedule_kernel(Id const* ids
   extern __shared__ int counts[];  // [warps][experts]
   __shared__ int of_warp[kMostWarps];
   __shared__ int rows;
-  cutlass::arch::launch_dependent_grids();
+  launch_dependent_grids();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   int* const mine = counts + warp * experts;
   for (int e = lane; e < experts; e += 32)
     mine[e] = 0;
   __syncwarp();
-  cutlass::arch::wait_on_dependent_grids();
+  wait_on_dependent_grids();
 
   const int64_t part = (slots + warps * 32 - 1) / (warps * 32) * 32;
   const int64_t begin = warp * part, end = min(begin + part, slots);

@@ -4,6 +4,7 @@
 // A thread keeps its part of the row in registers between the maximum and the division. For few
 // tokens this kernel is latency and nothing else, much of it that of fetching instructions: each
 // thread has one vector then, and the code is short. For many it runs at the speed of memory.
+#include "liquidgemm/common/grid_dependency.hpp"
 #include "liquidgemm/producers/rows.hpp"
 #include "liquidgemm/quantize.hpp"
 
@@ -55,9 +56,9 @@ __global__ void __launch_bounds__(max_threads(kHeld)) quantize_kernel(T const* x
                                                                       bool streamed) {
   // The next kernel, a GEMM, may start to fetch its weights. It waits for this one before it
   // touches anything else, and this one for the kernel before it.
-  cutlass::arch::launch_dependent_grids();
+  launch_dependent_grids();
   const ClusterMax cluster_max;
-  cutlass::arch::wait_on_dependent_grids();
+  wait_on_dependent_grids();
 
   const int64_t token = cute::cluster_id_in_grid().x;
   const Row<T> row{x + token * k, out + token * out_stride, k, aligned, streamed};

@@ -1,5 +1,6 @@
 // Activation quantization of rows in another order, or of some rows: one CTA per row of the output,
 // or per token that becomes several rows. The formula is that of producers/quantizer.hpp.
+#include "liquidgemm/common/grid_dependency.hpp"
 #include "liquidgemm/moe.hpp"
 #include "liquidgemm/producers/rows.hpp"
 
@@ -53,10 +54,10 @@ __global__ void __launch_bounds__(kMostThreads) quantize_rows_kernel(const Argum
   // reads offsets: it must not start before they are complete. The second quantizer starts itself
   // only after all CTAs of the first product have seen that they are.
   if constexpr (kOrder == RowOrder::kInPlace)
-    cutlass::arch::launch_dependent_grids();
-  cutlass::arch::wait_on_dependent_grids();
+    launch_dependent_grids();
+  wait_on_dependent_grids();
   if constexpr (kOrder != RowOrder::kInPlace)
-    cutlass::arch::launch_dependent_grids();
+    launch_dependent_grids();
 
   __shared__ uint32_t of_warp[kMostThreads / 32];
   const int64_t source = blockIdx.x;  // a token if rows are scattered, else a row

@@ -3,6 +3,7 @@
 //
 // A thread keeps its part of the row in registers: first h, then y. A row that is longer than what
 // its CTA holds is read three times there.
+#include "liquidgemm/common/grid_dependency.hpp"
 #include "liquidgemm/common/int8.hpp"
 #include "liquidgemm/norm.hpp"
 #include "liquidgemm/producers/pairs.hpp"
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(max_threads<T>(kHeld))
     rms_norm_kernel(const __grid_constant__ NormRows<T, W> rows) {
   // The next kernel, a GEMM, may start to fetch its weights. It waits for this one before it
   // touches anything else, and this one, but for the norm's own weight, for the kernel before it.
-  cutlass::arch::launch_dependent_grids();
+  launch_dependent_grids();
   __shared__ float sum_of_group[kMaxGroups];
   const ClusterMax cluster_max;
   const NormRow<T, W> row(rows, blockIdx.x);
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(max_threads<T>(kHeld))
   };
   if (rows.weight_is_old)
     load_weights();
-  cutlass::arch::wait_on_dependent_grids();
+  wait_on_dependent_grids();
   if (!rows.weight_is_old)
     load_weights();
 

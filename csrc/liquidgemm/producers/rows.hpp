@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cutlass/arch/barrier.h>
-#include <cutlass/arch/grid_dependency_control.h>
 
 #include <algorithm>
 #include <type_traits>

@@ -96,6 +96,34 @@ def test_missing_sources_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         build.source_files("liquidgemm._C_cuda")
 
 
+@pytest.mark.parametrize("extension", build.SOURCES)
+def test_units_have_every_source_once(extension: str) -> None:
+    units = build.units(extension)
+    together = [source for sources in units.values() for source in sources]
+    assert sorted(together) == sorted(build.source_files(extension))
+    for name, sources in units.items():
+        assert {source.parent for source in sources} == {ROOT / Path(name).parent}
+        assert len(sources) == 1 or "csrc/instantiations/" in name
+
+
+def test_the_file_of_a_unit(tmp_path: Path) -> None:
+    """It includes the sources, and is only written if they are others: ninja looks at its time."""
+    sources = [tmp_path / name for name in ("one.cu", "two.cu", "three.cu")]
+    for number, source in enumerate(sources):
+        source.write_text(f"int of_{number};")
+    unit = tmp_path / "units/unit.cu"
+    assert build.write_unit(unit, sources[:1]) == sources[0]
+    assert not unit.exists()
+    assert build.write_unit(unit, sources[:2]) == unit
+    compiled = build.run_quietly("g++", "-E", "-P", "-x", "c++", unit)
+    assert compiled.stdout.split("\n")[:2] == ["int of_0;", "int of_1;"], compiled.stderr
+    os.utime(unit, (1, 1))
+    build.write_unit(unit, sources[:2])
+    assert unit.stat().st_mtime == 1
+    build.write_unit(unit, sources)
+    assert unit.stat().st_mtime > 1
+
+
 # --------------------------------------------------------------------------------------------------
 # The report of ptxas
 

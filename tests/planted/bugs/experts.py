@@ -82,7 +82,7 @@ OF_EXPERTS = (
         (
             Patch(
                 f"csrc/{PRODUCERS}/moe_schedule.cu",
-                "cutlass::arch::wait_on_dependent_grids();",
+                "wait_on_dependent_grids();",
                 "",
             ),
         ),
@@ -106,7 +106,7 @@ OF_EXPERTS = (
         (
             Patch(
                 f"csrc/{PRODUCERS}/moe_combine.cu",
-                "cutlass::arch::wait_on_dependent_grids();",
+                "wait_on_dependent_grids();",
                 "",
             ),
         ),

@@ -106,21 +106,21 @@ OF_KERNEL = (
     bug(
         "tokens are loaded before the previous kernel is done",
         "load/tokens_tma.hpp",
-        "cutlass::arch::wait_on_dependent_grids();",
+        "wait_on_dependent_grids();",
         "",
         OVERTAKING,
     ),
     bug(
         "scales are read before the previous kernel is done",
         "kernel.hpp",
-        "cutlass::arch::wait_on_dependent_grids();",
+        "wait_on_dependent_grids();",
         "",
         OVERTAKING,
     ),
     bug(
         "a GEMM quantizes before the previous kernel is done",
         "kernel.hpp",
-        "cutlass::arch::wait_on_dependent_grids();",
+        "wait_on_dependent_grids();",
         "",
         OVERTAKING,
         units=(f"{INSTANTIATIONS}/t8_p1_k4_s4.cu",),
@@ -130,7 +130,7 @@ OF_KERNEL = (
         (
             Patch(
                 "csrc/liquidgemm/producers/quantize_activation.cu",
-                "cutlass::arch::wait_on_dependent_grids();",
+                "wait_on_dependent_grids();",
                 "",
             ),
         ),

@@ -20,14 +20,14 @@ OF_PRODUCERS = (
     producer_bug(
         "a norm does not wait for its x",
         NORM,
-        "cutlass::arch::wait_on_dependent_grids();",
+        "wait_on_dependent_grids();",
         "",
         OVERTAKING,
     ),
     producer_bug(
         "a gated activation does not wait for its gates",
         GLU,
-        "cutlass::arch::wait_on_dependent_grids();",
+        "wait_on_dependent_grids();",
         "",
         OVERTAKING,
     ),

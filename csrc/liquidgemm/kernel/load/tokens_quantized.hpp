@@ -14,11 +14,11 @@
 #pragma once
 
 #include <cutlass/arch/barrier.h>
-#include <cutlass/arch/grid_dependency_control.h>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
+#include "liquidgemm/common/grid_dependency.hpp"
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/protocol.hpp"
 #include "liquidgemm/kernel/storage.hpp"
@@ -43,8 +43,8 @@ class QuantizedTokens {
                                Sizes const&,
                                Work const&,
                                SharedStorage<Tile>&) {
-    cutlass::arch::wait_on_dependent_grids();
-    cutlass::arch::launch_dependent_grids();
+    wait_on_dependent_grids();
+    launch_dependent_grids();
   }
 
   // Operand B of a k step of a stage, counted from this CTA's first.

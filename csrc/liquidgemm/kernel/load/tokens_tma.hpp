@@ -2,13 +2,13 @@
 #pragma once
 
 #include <cutlass/arch/barrier.h>
-#include <cutlass/arch/grid_dependency_control.h>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
 #include "liquidgemm/common/cluster_ptx.hpp"
+#include "liquidgemm/common/grid_dependency.hpp"
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/ring.hpp"
 #include "liquidgemm/kernel/schedule/work_item.hpp"
@@ -47,8 +47,8 @@ class TmaTokens {
         sizes, work, [&](WorkItem const& item, Place const& place, RingState<Tile>& ring) {
           // Waits for the previous kernel; from the second item on it returns at once. The next
           // kernel may start only after that, since it must see what ran before this kernel.
-          cutlass::arch::wait_on_dependent_grids();
-          cutlass::arch::launch_dependent_grids();
+          wait_on_dependent_grids();
+          launch_dependent_grids();
           CUTE_NO_UNROLL
           for (int stage = item.begin; stage < item.end; ++stage) {
             Barrier::wait(&barriers.empty[ring.slot], ring.phase ^ 1);

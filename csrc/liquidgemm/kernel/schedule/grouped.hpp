@@ -18,12 +18,12 @@
 #pragma once
 
 #include <cutlass/arch/barrier.h>
-#include <cutlass/arch/grid_dependency_control.h>
 #include <cutlass/fast_math.h>
 
 #include <cute/arch/cluster_sm90.hpp>
 
 #include "liquidgemm/common/cluster_ptx.hpp"
+#include "liquidgemm/common/grid_dependency.hpp"
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/protocol.hpp"
 #include "liquidgemm/kernel/schedule/dense.hpp"
@@ -141,7 +141,7 @@ class GroupedScheduler {
   // By one warp.
   CUTE_DEVICE static void resolve(Sizes const& sizes, GroupedWork const& params) {
     if (!params.offsets_are_visible)
-      cutlass::arch::wait_on_dependent_grids();
+      wait_on_dependent_grids();
     const int lane = threadIdx.x % 32;
     const int run = params.experts_per_lane;
     int tiles = 0;  // m tiles of this lane's experts
