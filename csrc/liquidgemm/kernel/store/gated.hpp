@@ -9,6 +9,7 @@
 
 #include "liquidgemm/common/activation.hpp"
 #include "liquidgemm/kernel/epilogue.hpp"
+#include "liquidgemm/kernel/store/gated_pair.hpp"
 
 namespace liquidgemm {
 
@@ -34,6 +35,9 @@ class GatedEpilogue : public Epilogue<Tile> {
   using Sums = ClusterSums<Tile>;
   static constexpr int kRowBytes = kBlockRows;  // of a panel: 32 channels of 16 bits
   static constexpr int kVectors = kRowBytes / 16;
+  // Where a thread has the most values, they take the short way of gated_pair.hpp. On other tiles
+  // that has not been measured.
+  static constexpr bool kByPairs = Tile::kTokens == 256;
 
  public:
   using Base::Base;
@@ -91,6 +95,24 @@ class GatedEpilogue : public Epilogue<Tile> {
                       gated_at_run_time(gate, gates.y, ups.y, round), Pair{});
   }
 
+  // The same of all octets of a chunk, by pairs.
+  template <class Pair, int kOctets, class Accumulator>
+  CUTE_DEVICE cute::array<uint32_t, kOctets> activate_chunk(GatedActivation gate,
+                                                            int chunk,
+                                                            Accumulator const& acc,
+                                                            ChannelValues const& channels) const {
+    cute::array<uint32_t, kOctets> gates, ups;
+    CUTE_UNROLL
+    for (int i = 0; i < kOctets; ++i) {
+      const int octet = chunk * kOctets + i;
+      const auto words =
+          this->out_.template round_octet<Pair>(octet, octet_of(acc, octet), channels);
+      gates[i] = words[0], ups[i] = words[1];
+    }
+    gate_pairs<Pair>(gate, gates, ups);
+    return gates;
+  }
+
   // As store_rows of rows.hpp, with rows of half the length.
   template <class Pair, class Accumulator>
   CUTE_DEVICE void store_rows(GatedActivation gate, Accumulator const& acc) {
@@ -109,10 +131,14 @@ class GatedEpilogue : public Epilogue<Tile> {
       uint8_t* const buffer = this->out_.shared.staging[this->out_.panel] +
                               chunk % Tile::kChunkBuffers * Tile::kChunkBytes;
       cute::array<uint32_t, kOctets> words;
-      CUTE_UNROLL
-      for (int i = 0; i < kOctets; ++i) {
-        const int octet = chunk * kOctets + i;
-        words[i] = activate<Pair>(gate, octet, octet_of(acc, octet), channels);
+      if constexpr (kByPairs) {
+        words = activate_chunk<Pair, kOctets>(gate, chunk, acc, channels);
+      } else {
+        CUTE_UNROLL
+        for (int i = 0; i < kOctets; ++i) {
+          const int octet = chunk * kOctets + i;
+          words[i] = activate<Pair>(gate, octet, octet_of(acc, octet), channels);
+        }
       }
       auto& to = *reinterpret_cast<cute::uint128_t*>(&buffer[stage_at]);
       if constexpr (kOctets == 4) {
