@@ -99,6 +99,10 @@ class _Product(torch.autograd.Function):
         of_v = None
         if ctx.needs_input_grad[1]:
             scaled = (scaled * alpha).to(v.dtype)
-            of_v = scaled.flatten(0, -2).T @ rows.flatten(0, -2)
-        of_sigma = (gradient * alpha * product).flatten(0, -2).sum(0)
+            of_v = _rows(scaled).T @ _rows(rows)
+        of_sigma = _rows(gradient * alpha * product).sum(0)
         return of_x, of_v, of_sigma
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

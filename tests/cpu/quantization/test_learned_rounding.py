@@ -88,9 +88,10 @@ def test_whatever_the_gradient_is_every_byte_holds_its_group(direction):
     assert (moved * direction).sum() > 0
 
 
+@pytest.mark.parametrize("shape", [(100,), (0, 100), (3, 7, 100)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_product_while_tuning_is_the_layers(dtype):
-    weight, bias, x = torch.randn(40, 100), torch.randn(40), torch.randn(3, 7, 100)
+def test_the_product_while_tuning_is_the_layers(dtype, shape):
+    weight, bias, x = torch.randn(40, 100), torch.randn(40), torch.randn(shape)
     layer = SimulatedLinear(quantize_layer(weight, LiquidConfig())[0], bias)
     expected = layer(x)
     inputs, factor = x.clone().requires_grad_(), torch.ones(40, requires_grad=True)
@@ -102,15 +103,15 @@ def test_the_product_while_tuning_is_the_layers(dtype):
         y.backward(gradient)
     bound = 1e-5 if dtype == torch.float32 else 1e-2
     rounded = driver.round_activation(x)
-    of_weight = gradient.flatten(0, 1).T @ rounded.flatten(0, 1)
+    of_weight = gradient.view(-1, 40).T @ rounded.view(-1, 100)
     sigma = layer.quantized.scale.unsqueeze(1)
     for actual, wanted in (
         (y, expected),
         (inputs.grad, gradient @ layer.weight),
         (units.grad, of_weight * sigma),
-        (factor.grad, (gradient * (expected - bias)).sum((0, 1))),
+        (factor.grad, (gradient * (expected - bias)).view(-1, 40).sum(0)),
     ):
-        assert (actual.float() - wanted).norm() < bound * wanted.norm()
+        assert (actual.float() - wanted).norm() <= bound * wanted.norm()
 
 
 def test_a_target_follows_its_rows():
