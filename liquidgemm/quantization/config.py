@@ -62,8 +62,8 @@ class LiquidConfig:
         shrinkage: fraction, 0 to 1, by which "gptq" shrinks H towards diag(H), and "hessian" and
             the grids of "gptq" shrink diag(H) towards its mean.
         tune: steps in which codes, row scales and norm gains of each block are fitted to what the
-            float model gives (learned rounding, arXiv 2309.05516); 0 for none. Codes of "keep" and
-            of experts stay as they are, and so do steps and offsets of all groups.
+            float model gives (learned rounding, arXiv 2309.05516); 0 for none. Codes of more
+            than 4 bits and of experts stay as they are, and so do all steps and offsets.
         seed: of the random rotation and of the order of batches in tuning.
         head: what becomes of the output embeddings (the lm_head) of a language model. "float"
             leaves them to skip and keep. "int8" gives them the precision of an INT8 weight, whether

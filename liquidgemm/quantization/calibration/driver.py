@@ -24,7 +24,7 @@ from ...nn._modules import linear_at, replace_module
 from ...weights.weight import QuantizedWeight
 from ..config import LiquidConfig
 from ..experts import PARTS, SeparateExperts
-from ..layer import layer_method, quantize_layers
+from ..layer import layer_bits, quantize_layers
 from ..report import LayerReport
 from .blocks import Call, find_stages, main_tensor, stage_inputs
 from .data import running
@@ -257,8 +257,8 @@ def _quantize_unit(
         inside = {unit.inner(name) for name in stage}
         site = next((site for site in sites if inside == set(site.linears)), None)
         if site is not None and inputs:
-            kept = [unit.inner(n) for n in stage if layer_method(config, n, True) == "int8"]
-            inputs, alpha = smooth_site(block, site, inputs, config, kept)
+            bits = [layer_bits(config, unit.outer(name)) for name in site.linears]
+            inputs, alpha = smooth_site(block, site, inputs, config, bits)
         moments = Moments.of(map(round_activation, inputs))
         sample = sample_rows(inputs) if inputs else None
         weights = {name: layers[name].weight for name in stage}
@@ -266,7 +266,7 @@ def _quantize_unit(
         for name, (quantized, method) in zip(stage, found, strict=True):
             linear = layers[name]
             simulated = SimulatedLinear(quantized, linear.bias)
-            if config.tune and method != "int8":
+            if config.tune and layer_bits(config, name) == 4:
                 simulated.original = linear.weight.detach().float()
             report = LayerReport.of(name, method, linear.weight, quantized, sample, alpha)
             report.tokens = moments.tokens if moments is not None else 0

@@ -10,7 +10,7 @@ the output, through the quantizer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...formats.liquidquant import GROUP, Q_MAX
+from ...formats.liquidquant import GROUP
 from ...nn._modules import linear_at, weight_of
 from ...weights.quantize import quantize_weight
 from ...weights.weight import dequantize_weight
@@ -66,7 +66,7 @@ def choose_factors(
     weights: list[Tensor],
     layout: tuple[int, int, int],
     config: LiquidConfig,
-    kept: Collection[int] = (),
+    bits: Sequence[int],
 ) -> tuple[Tensor | None, float | None]:
     """The factors of least output error: ``[K]``, or None if not to smooth is best, and alpha.
 
@@ -77,7 +77,7 @@ def choose_factors(
         amax, mean_square: of each input feature over all tokens, ``[K]``.
         weights: float32 ``[N, K]`` each, all of the layers with this input.
         layout: as of `head_layout`; factors of repeated heads are tied.
-        kept: which of the weights become INT8 weights.
+        bits: 4, 6 or 8, of each of the weights.
     """
     stride = max(1, sum(map(len, weights)) // _SAMPLE_ROWS)
     rows = [w[::stride] for w in weights]
@@ -93,8 +93,8 @@ def choose_factors(
             scaled = w if m is None else w * m
             quantized = dequantize_weight(
                 int8_weight(scaled)
-                if i in kept
-                else quantize_weight(scaled, config.group_size, "search", importance)
+                if bits[i] == 8
+                else quantize_weight(scaled, config.group_size, "search", importance, bits[i])
             )
             total += (inputs @ quantized.T - expected[i]).square().sum().item()
         return total
@@ -105,7 +105,7 @@ def choose_factors(
         if (e := error(m)) < least:
             best, best_alpha, least = m, alpha, e
     alpha = _MIDDLE if best_alpha is None else best_alpha
-    m = _fitted(_factors(amax, wmax, alpha, layout), x, mean_square, rows, layout, kept)
+    m = _fitted(_factors(amax, wmax, alpha, layout), x, mean_square, rows, layout, bits)
     return (m, alpha) if error(m) < least else (best, best_alpha)
 
 
@@ -115,14 +115,14 @@ def _fitted(
     mean_square: Tensor,
     rows: list[Tensor],
     layout: tuple[int, int, int],
-    kept: Collection[int],
+    bits: Sequence[int],
 ) -> Tensor:
     """Factors that minimize a model of the output error: ``[K]``.
 
     Rounding errors are taken to be spread evenly over a step and independent. The step of a token
-    is ``max|x / m| / 127``, that of an INT8 row ``max|w m| / 127``, and that of a group of 4-bit
-    weights a 15th of its range. The error is a sum of maxima of products of powers of m, and so
-    convex in their logarithm.
+    is ``max|x / m| / 127``, that of an INT8 row ``max|w m| / 127``, and that of a group of b bits
+    its range by ``2^b - 1``. The error is a sum of maxima of products of powers of m, and so convex
+    in their logarithm.
     """
     heads, repeats, size = layout
     norm = torch.cat(rows).square().sum(0)
@@ -137,11 +137,11 @@ def _fitted(
             loss = (squares / square).amax(1).mean() * (square * norm).sum() / 127**2
             inputs = mean_square / square
             for i, w in enumerate(rows):
-                if i in kept:
+                if bits[i] == 8:
                     of_weights = (w * m).abs().amax(1).square().sum() / 127**2 * inputs.sum()
                 else:
                     groups = _groups(w * m)
-                    step = (groups.amax(2) - groups.amin(2)) / Q_MAX
+                    step = (groups.amax(2) - groups.amin(2)) / (2 ** bits[i] - 1)
                     of_weights = (step.square() @ _groups(inputs).sum(1)).sum()
                 loss = loss + of_weights
             optimizer.zero_grad()
@@ -221,12 +221,12 @@ def smooth_site(
     site: Site,
     inputs: list[Tensor],
     config: LiquidConfig,
-    kept: Collection[str] = (),
+    bits: Sequence[int],
 ) -> tuple[list[Tensor], float | None]:
     """Choose the factors of a site and fold them in; the inputs as they are now, and alpha.
 
     Args:
-        kept: which of its linears become INT8 weights.
+        bits: 4, 6 or 8, of each of its linears.
     """
     layout = site_layout(block, site)
     linears = [linear_at(block, name) for name in site.linears]
@@ -234,8 +234,7 @@ def smooth_site(
     tokens = sum(len(x) for x in inputs)
     mean_square = reduce(torch.add, (x.float().square().sum(0) for x in inputs)) / tokens
     weights = [linear.weight.float() for linear in linears]
-    int8 = [i for i, name in enumerate(site.linears) if name in kept]
-    m, alpha = choose_factors(sample_rows(inputs), amax, mean_square, weights, layout, config, int8)
+    m, alpha = choose_factors(sample_rows(inputs), amax, mean_square, weights, layout, config, bits)
     if m is None:
         return inputs, None
     fold_into_source(block.get_submodule(site.source), m, layout)

@@ -160,7 +160,7 @@ def test_codes_make_up_for_each_other(learns):
 
 
 def test_layers_of_a_block_learn_their_codes(monkeypatch):
-    """All of 4 bits; what is INT8 stays."""
+    """All of 4 bits; what has more stays."""
     learning, run = [], driver.tune_block
 
     def watched(block, *args):
@@ -170,7 +170,7 @@ def test_layers_of_a_block_learn_their_codes(monkeypatch):
         return run(block, *args)
 
     monkeypatch.setattr(driver, "tune_block", watched)
-    config = LiquidConfig(keep=("k_proj", "down_proj"), tune=1)
+    config = LiquidConfig(keep=("k_proj",), bits={"down_proj": 6}, tune=1)
     quantize_(make(), config, calibration=batches(1), progress=False)
     attention = {f"self_attn.{name}_proj" for name in "qvo"}
     assert learning == 2 * [attention | {"mlp.gate_proj", "mlp.up_proj"}]

@@ -23,9 +23,9 @@ def site(tokens=384, seed=0):
     return x, weights
 
 
-def chosen(x, weights, kept=(), layout=LAYOUT):
+def chosen(x, weights, bits=(4, 4), layout=LAYOUT):
     factors, _ = smooth.choose_factors(
-        x, x.abs().amax(0), x.square().mean(0), weights, layout, LiquidConfig(), kept
+        x, x.abs().amax(0), x.square().mean(0), weights, layout, LiquidConfig(), bits
     )
     return factors
 
@@ -41,31 +41,31 @@ def int8_error(x, weights, factors):
 
 def test_fitted_factors_are_better_on_other_inputs(monkeypatch):
     x, weights = site()
-    fitted = chosen(x, weights, kept=(0, 1))
+    fitted = chosen(x, weights, bits=(8, 8))
     monkeypatch.setattr(smooth, "_fitted", lambda start, *_: start)
-    by_exponent = chosen(x, weights, kept=(0, 1))
+    by_exponent = chosen(x, weights, bits=(8, 8))
     other, _ = site(tokens=800)
     errors = [int8_error(other[384:], weights, m) for m in (fitted, by_exponent)]
     assert errors[0] < 0.9 * errors[1]
 
 
-@pytest.mark.parametrize("kept", [(0, 1), (0,), ()])
-def test_fitted_factors_are_a_minimum(kept):
+@pytest.mark.parametrize("bits", [(8, 8), (8, 4), (4, 6)])
+def test_fitted_factors_are_a_minimum(bits):
     """Of the sum over tokens, rows and groups of squared steps, times what they do."""
     x, weights = site()
     ones, squares = torch.ones(K), x.square().mean(0)
-    m = smooth._fitted(ones, x, squares, weights, LAYOUT, kept)
+    m = smooth._fitted(ones, x, squares, weights, LAYOUT, bits)
 
     def error(m):
         total = (x / m).abs().amax(1).div(127).square().mean() * sum(
             (w * m).square().sum() for w in weights
         )
         for i, w in enumerate(weights):
-            for columns in [slice(None)] if i in kept else [slice(0, 64), slice(64, 128)]:
+            for columns in [slice(None)] if bits[i] == 8 else [slice(0, 64), slice(64, 128)]:
                 part = (w * m)[:, columns]
                 step = part.abs().amax(1) / 127
-                if i not in kept:
-                    step = (part.amax(1) - part.amin(1)) / 15
+                if bits[i] != 8:
+                    step = (part.amax(1) - part.amin(1)) / (2 ** bits[i] - 1)
                 total += step.square().sum() * (squares / m.square())[columns].sum()
         return total.item()
 
@@ -82,11 +82,11 @@ def test_factors_of_a_group_of_heads_are_one():
     assert torch.equal(m, m[:, :1].expand(2, 4, 16))
 
 
-def test_layers_to_keep_are_judged_as_int8(monkeypatch):
+def test_layers_are_judged_with_their_own_bits(monkeypatch):
     judged, run = [], smooth.choose_factors
     monkeypatch.setattr(
-        smooth, "choose_factors", lambda *args: judged.append((len(args[3]), args[6])) or run(*args)
+        smooth, "choose_factors", lambda *args: judged.append(list(args[6])) or run(*args)
     )
-    config = LiquidConfig("gptq", smooth=True, keep=("v_proj", "down_proj"))
+    config = LiquidConfig("gptq", smooth=True, keep=("v_proj", "down_proj"), bits={"o_proj": 6})
     quantize_(make(), config, calibration=batches(), progress=False)
-    assert judged == 2 * [(3, [2]), (1, []), (2, []), (1, [0])]
+    assert judged == 2 * [[4, 4, 8], [6], [4, 4], [8]]
