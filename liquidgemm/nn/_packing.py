@@ -25,6 +25,10 @@ def pack(
     return ops.pack_weight(*logical) if packed is None else packed
 
 
+def bits_of(packed: Tensor) -> int:
+    return 8 if int8.is_packed(packed) else 6 if liquidquant6.is_packed(packed) else 4
+
+
 def unpack(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     if int8.is_packed(packed):
         return int8.logical_of(ops.unpack_int8_weight(packed, n))

@@ -13,7 +13,7 @@ from ..formats.liquidquant import BLOCK_BYTES, GROUP, ceil_div
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
 from ._modules import as_linear, is_linear
-from ._packing import pack, unpack
+from ._packing import bits_of, pack, unpack
 from ._product import product
 from ._stand_in import WeightStandIn, no_float_weight
 from ._state import read_state
@@ -302,10 +302,12 @@ class LiquidLinear(nn.Module):
         return dequantize_weight(self.quantized_weight(), dtype)
 
     def extra_repr(self) -> str:
-        augment = "" if self.columns is None else f", augment={len(self.columns)}"
+        more = "" if self.columns is None else f", augment={len(self.columns)}"
+        if self.packed is not None and (bits := bits_of(self.packed)) != 4:
+            more = f", bits={bits}"  # its columns are those of the checkpoint alone
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}{augment}"
+            f"bias={self.bias is not None}{more}"
         )
 
     def _apply(self, fn, recurse: bool = True) -> LiquidLinear:

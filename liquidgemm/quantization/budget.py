@@ -9,6 +9,8 @@ up) get the same bits, so that they remain one product.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,12 +146,16 @@ def _measured(
     batches: Sequence[Tensor | Mapping[str, Any]],
     progress: bool,
 ) -> list[Choice]:
-    """What the layers lose, those of the same input together."""
+    """What the layers lose, those of the same input together.
+
+    Raises:
+        ValueError: the loss of one is not finite.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         groups, expected = _of_the_same_input(model, names, batches)
-        choices = []
+        found: list[tuple[list[str], float, dict[int, float]]] = []
         for group in tqdm(groups, desc="sensitivity", unit="layer", disable=not progress):
             errors = dict.fromkeys(BITS, 0.0)
             coarse = {}
@@ -166,8 +172,18 @@ def _measured(
                 loss(OUTPUT, model, batch, output, reference)[0] ** 2
                 for batch, output, reference in zip(batches, outputs, expected, strict=True)
             )
-            unit = measured / errors[4] if errors[4] else 0.0
-            losses = {bits: unit * error for bits, error in errors.items()}
+            if not math.isfinite(measured):
+                raise ValueError(
+                    f"calibration: expected outputs that are finite, got {measured} for the loss "
+                    f"with {', '.join(group)} in 4 bits"
+                )
+            found.append((group, measured / errors[4] if errors[4] else 0.0, errors))
+        # What the sample does not reach counts as much as most others do.
+        reached = [unit for _, unit, _ in found if unit > 0]
+        usual = statistics.median(reached) if reached else 1.0
+        choices = []
+        for group, unit, errors in found:
+            losses = {bits: (unit or usual) * error for bits, error in errors.items()}
             stored = {bits: sum(_stored(model, name, bits) for name in group) for bits in BITS}
             choices.append(Choice(tuple(group), losses, stored))
         return choices

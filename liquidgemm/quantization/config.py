@@ -155,6 +155,11 @@ class LiquidConfig:
             raise ValueError(
                 f"bits: expected none with a budget, which chooses them, got {self.bits!r}"
             )
+        if self.augment:
+            raise ValueError(
+                f"augment: expected 0 with a budget, which counts no residual columns, got "
+                f"{self.augment!r}"
+            )
 
     @property
     def needs_calibration(self) -> bool:

@@ -325,6 +325,16 @@ def _check_patterns(model: nn.Module, names: list[str], config: LiquidConfig) ->
         for pattern in patterns:
             if not any(matches(name, pattern) for name in among):
                 warnings.warn(f"{argument}: {pattern!r} matches {what}", stacklevel=6)
+    kept = [name for name in names if any(matches(name, pattern) for pattern in config.keep)]
+    firsts = [next((p for p in config.bits if matches(name, p)), None) for name in names]
+    decided = {p for name, p in zip(names, firsts, strict=True) if name not in kept}
+    for pattern in config.bits:
+        if pattern not in decided and any(matches(name, pattern) for name in names):
+            warnings.warn(
+                f"bits: {pattern!r} decides for no layer: keep, or a pattern before it, matches "
+                "first",
+                stacklevel=6,
+            )
 
 
 def _check_weights(model: nn.Module, names: list[str]) -> None:

@@ -82,7 +82,7 @@ def quantize_weight(
         raise ValueError(f"group_size: expected one of {GROUP_SIZES}, got {group_size!r}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
-    if bits not in BITS:
+    if type(bits) is not int or bits not in BITS:
         raise ValueError(f"bits: expected one of {BITS}, got {bits!r}")
     if weight.is_meta:
         raise ValueError("weight: expected one with data, got one on the meta device")

@@ -76,6 +76,8 @@ def test_six_bits_of_a_weight():
     assert error[6, "search"] <= error[6, "rtn"]
     with pytest.raises(ValueError, match=r"bits: expected one of \(4, 6\), got 5"):
         quantize_weight(w, bits=5)
+    with pytest.raises(ValueError, match=r"bits: expected one of \(4, 6\), got 6\.0"):
+        quantize_weight(w, bits=6.0)
 
 
 def test_a_checkpoint_holds_them(tmp_path):
@@ -159,6 +161,7 @@ def test_stored_bits_are_those_of_a_layer():
         ({"budget": True}, "budget: expected a finite number"),
         ({"budget": float("nan")}, "budget: expected a finite number"),
         ({"budget": 5.0, "bits": {"a": 6}}, "bits: expected none with a budget"),
+        ({"budget": 5.0, "augment": 64}, "augment: expected 0 with a budget"),
     ],
 )
 def test_settings_that_are_not_understood(settings, message):
@@ -182,6 +185,46 @@ def test_a_budget_needs_data_and_room(data):
 def test_a_pattern_of_nothing_is_warned_of():
     with pytest.warns(UserWarning, match="bits: 'nowhere' matches none of the layers"):
         quantize_(Net(), LiquidConfig(bits={"nowhere": 6}), progress=False)
+    for settings in ({"bits": {"*": 6, "out": 8}}, {"bits": {"out": 6}, "keep": ("out",)}):
+        with pytest.warns(UserWarning, match="bits: 'out' decides for no layer"):
+            quantize_(Net(), LiquidConfig(**settings), progress=False)
+
+
+def test_a_layer_says_its_bits():
+    model = Net()
+    quantize_(model, LiquidConfig(bits={"a": 6, "out": 8}), progress=False)
+    told = [repr(getattr(model, name)) for name in ("a", "b", "out")]
+    assert [text.partition("bits=")[2] for text in told] == ["6)", "", "8)"]
+
+
+def test_losses_that_are_not_finite(data):
+    """CHECKLIST 7: a sensitivity that is a NaN is an error, and not 4 bits."""
+
+    class Delicate(Net):
+        """A NaN as soon as the weight of one layer is another."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("copy", self.a.weight.detach().T.clone())
+
+        def forward(self, x):
+            return super().forward(x) + (1 - 100 * (self.a(x) - x @ self.copy).abs().amax()).log()
+
+    with pytest.raises(ValueError, match="calibration: expected outputs that are finite"):
+        quantize_(Delicate(), LiquidConfig(budget=5.0), progress=False, calibration=data)
+
+
+def test_what_the_sample_does_not_reach_is_not_forgotten(data):
+    """A layer that is never called is judged as most others are."""
+
+    class Idle(Net):
+        def __init__(self):
+            super().__init__()
+            self.idle = nn.Linear(256, 256)
+
+    model = Idle()
+    quantize_(model, LiquidConfig(budget=7.9), progress=False, calibration=data)
+    assert bits_of(model)["idle"] > 4
 
 
 def test_configs_survive_json():
