@@ -71,6 +71,7 @@ struct Avx512Vnni {
   }
 
   static constexpr int kDecodedBand = kTileBytes;
+  static constexpr int kDepthOfMost = 8;  // sums are loaded and stored half as often
   static constexpr auto arrange = arrange_tile<Avx512Vnni>;
   static constexpr int kToken = kGroup;
 

@@ -9,6 +9,7 @@
 // Besides what simd.hpp lists, Simd has
 //
 //   kDecodedBand                              bytes of a decoded band of one group
+//   kDepthOfMost                              kDepth for kMostTokens tokens
 //   decode_band(chunks, params, to)           of one group: [k / 4][16 lanes][4 k] bytes first
 //   decode_band6(chunks, second, params, to)  the same of 6-bit codes
 //   arrange_band(chunks, to)                  the same of INT8 weights, with 128 added; AVX2: two
@@ -148,22 +149,27 @@ void multiply_parts(uint8_t const* weights,
                             ahead, parts - 1);
 }
 
-template <class Simd, class Format>
-void multiply_bytes(Place const& at, int64_t n, Activations const& x, Output const& out) {
+// kGroups are decoded at a time. Not inlined: the larger of two buffers would lie beneath the sums
+// of few tokens as well, which takes a tenth of the time again.
+template <class Simd, class Format, int kGroups>
+[[gnu::noinline]] void multiply_bytes(Place const& at,
+                                      int64_t n,
+                                      Activations const& x,
+                                      Output const& out) {
   constexpr int kDecodedGroup = kPanelBands * Simd::kDecodedBand;
-  alignas(64) uint8_t decoded[kDepth * kDecodedGroup];
+  alignas(64) uint8_t decoded[kGroups * kDecodedGroup];
   alignas(64) PanelSums sums;
   start_sums(at, x, sums);
-  const int steps = kDepth * Simd::steps_of(at.bands, at.tokens);
-  for (int64_t g = 0; g < x.groups; g += kDepth) {
-    const int depth = int(smaller(kDepth, x.groups - g));
+  const int steps = kGroups * Simd::steps_of(at.bands, at.tokens);
+  for (int64_t g = 0; g < x.groups; g += kGroups) {
+    const int depth = int(smaller(kGroups, x.groups - g));
     for (int d = 0; d < depth; ++d) {
       for (int b = 0; b < at.bands; ++b)
         decode_band_at<Simd, Format>(at, g + d, b,
                                      decoded + d * kDecodedGroup + b * Simd::kDecodedBand);
     }
-    Lines ahead{at.block<Format>(g + kDepth),
-                (kDepth * Format::kBlock / kChunk + steps - 1) / steps};
+    Lines ahead{at.block<Format>(g + kGroups),
+                (kGroups * Format::kBlock / kChunk + steps - 1) / steps};
     for (int t = 0; t < at.tokens; t += kTile)
       Simd::multiply(at.bands, decoded, tile_x<Simd>(x, at.token + t, g),
                      int(smaller(kTile, at.tokens - t)), depth, sums[t], ahead);
@@ -178,10 +184,14 @@ void multiply_by_bytes(
     const int64_t panel = band / kPanelBands;
     const int begin = int(band % kPanelBands);
     const int bands = int(smaller(kPanelBands - begin, last - band));
-    for (int64_t token = 0; token < out.tokens; token += kMostTokens)
-      multiply_bytes<Simd, Format>({weight + panel * x.groups * Format::kBlock, begin, bands, token,
-                                    int(smaller(kMostTokens, out.tokens - token))},
-                                   kBand * band, x, out);
+    for (int64_t token = 0; token < out.tokens; token += kMostTokens) {
+      const Place at{weight + panel * x.groups * Format::kBlock, begin, bands, token,
+                     int(smaller(kMostTokens, out.tokens - token))};
+      if (at.tokens == kMostTokens)
+        multiply_bytes<Simd, Format, Simd::kDepthOfMost>(at, kBand * band, x, out);
+      else
+        multiply_bytes<Simd, Format, kDepth>(at, kBand * band, x, out);
+    }
     band += bands;
   }
 }

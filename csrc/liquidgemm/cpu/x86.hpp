@@ -93,6 +93,7 @@ struct Codes6Of32Bytes {
 // What sets with registers of 32 bytes share: a chunk is two registers, low and high nibbles each.
 struct X86With32Bytes {
   static constexpr int kTokens = 8;
+  static constexpr int kDepthOfMost = 4;
   using Sums = __m256i;
   struct Codes {
     __m256i low[2], high[2];
