@@ -82,6 +82,7 @@ NVCC_FLAGS = [
     "-O3",
     "-gencode=arch=compute_90a,code=sm_90a",
     "--expt-relaxed-constexpr",
+    "-DCUTLASS_ENABLE_GDC_FOR_SM90",  # or CUTLASS's wrappers, if they are used, do nothing
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Xfatbin=-compress-all",  # also kernels with line numbers, which are three times as large
     "-Xptxas=-v",  # check_ptxas_report reads what this prints

@@ -73,6 +73,7 @@ def test_the_target_compiles_every_source(
         assert "-DNDEBUG" in compiled[source]
         if source.suffix == ".cu":
             assert "sm_90a" in compiled[source]
+            assert "-DCUTLASS_ENABLE_GDC_FOR_SM90" in compiled[source]
 
 
 @pytest.fixture(scope="module")

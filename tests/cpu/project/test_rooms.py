@@ -87,3 +87,10 @@ def test_no_file_takes_minutes_to_scroll_through():
     assert len(files) > 400
     lengths = {f.relative_to(ROOT).as_posix(): f.read_text().count("\n") for f in files}
     assert not {name: length for name, length in lengths.items() if length > 400}
+
+
+def test_griddepcontrol_has_one_home() -> None:
+    """CUTLASS's header of it reads more than most kernels take to compile."""
+    for file in SOURCES.rglob("*"):
+        if file.suffix in (".hpp", ".cu"):
+            assert "grid_dependency_control.h" not in file.read_text(), file
