@@ -53,8 +53,10 @@ def check_experts(
     require(whole, scale_name, "shape [E, N]", shape)
     experts, n = shape
     only = "4-bit weights, which experts alone are compiled for"
-    others = {int8.BLOCK_BYTES: "INT8", BLOCK_BYTES_6: "6-bit"}
-    other = others.get(weight.shape[-1]) if weight.dim() > 0 else None
+    # Compared, not looked up: a symbolic size has no hash.
+    others = ((int8.BLOCK_BYTES, "INT8"), (BLOCK_BYTES_6, "6-bit"))
+    block = weight.shape[-1] if weight.dim() > 0 else None
+    other = next((name for size, name in others if block == size), None)
     require(other is None, weight_name, only, f"{other} weights of shape {list(weight.shape)}")
     packed = [experts, ceil_div(n, PANEL), ceil_div(k, GROUP), BLOCK_BYTES]
     why = f" for E = {experts} and N = {n} of {scale_name} and K = {k}"

@@ -80,8 +80,6 @@ class LiquidConfig:
     group_size: int = GROUP
     skip: tuple[str, ...] = ("lm_head",)
     keep: tuple[str, ...] = ()
-    bits: Mapping[str, int] = field(default_factory=dict)
-    budget: float | None = None
     augment: int | Mapping[str, int] = 0
     smooth: bool | Mapping[str, tuple[str, ...]] = False
     rotate: bool = False
@@ -93,6 +91,8 @@ class LiquidConfig:
     gate: str = "raise"
     head: str = "float"
     share_columns: bool = False
+    bits: Mapping[str, int] = field(default_factory=dict)
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

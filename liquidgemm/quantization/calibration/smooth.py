@@ -2,9 +2,8 @@
 
 For a layer whose input x comes from a norm or linear, ``W x = (W m)(x / m)``: m goes into the
 columns of W, 1 / m into the gain of the norm or the rows of the linear. ``m = max|x|^alpha /
-max|W|^(1 - alpha)`` (SmoothQuant, arXiv 2211.10438, as used by QServe, arXiv 2405.04532), or m is
-fitted to a model of the error. Of these, with several alpha, each site takes that of least error at
-the output, through the quantizer.
+max|W|^(1 - alpha)`` (SmoothQuant, arXiv 2211.10438, as used by QServe, arXiv 2405.04532), where
+alpha is searched per site for the least error at the output, through the quantizer.
 """
 
 from __future__ import annotations
@@ -15,10 +14,8 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...formats.liquidquant import GROUP
 from ...nn._modules import linear_at, weight_of
 from ...weights.quantize import quantize_weight
 from ...weights.weight import dequantize_weight
@@ -27,9 +24,7 @@ from .gptq import int8_weight
 from .moments import round_activation
 from .simulate import SimulatedLinear
 
-_MIDDLE = 0.45
-_ALPHAS = (0.15, 0.3, _MIDDLE, 0.6, 0.75)
-_FIT_STEPS, _FIT_RATE = 100, 0.1
+_ALPHAS = (0.15, 0.3, 0.45, 0.6, 0.75)
 _SAMPLE_TOKENS = 384
 _SAMPLE_ROWS = 192
 _RANGE = 1e4  # factors stay within a range that no dtype minds
@@ -70,8 +65,6 @@ def choose_factors(
 ) -> tuple[Tensor | None, float | None]:
     """The factors of least output error: ``[K]``, or None if not to smooth is best, and alpha.
 
-    Fitted factors have that of where they started.
-
     Args:
         x: float32 ``[T, K]``, a sample of the inputs.
         amax, mean_square: of each input feature over all tokens, ``[K]``.
@@ -104,57 +97,7 @@ def choose_factors(
         m = _factors(amax, wmax, alpha, layout)
         if (e := error(m)) < least:
             best, best_alpha, least = m, alpha, e
-    alpha = _MIDDLE if best_alpha is None else best_alpha
-    m = _fitted(_factors(amax, wmax, alpha, layout), x, mean_square, rows, layout, bits)
-    return (m, alpha) if error(m) < least else (best, best_alpha)
-
-
-def _fitted(
-    start: Tensor,
-    x: Tensor,
-    mean_square: Tensor,
-    rows: list[Tensor],
-    layout: tuple[int, int, int],
-    bits: Sequence[int],
-) -> Tensor:
-    """Factors that minimize a model of the output error: ``[K]``.
-
-    Rounding errors are taken to be spread evenly over a step and independent. The step of a token
-    is ``max|x / m| / 127``, that of an INT8 row ``max|w m| / 127``, and that of a group of b bits
-    its range by ``2^b - 1``. The error is a sum of maxima of products of powers of m, and so convex
-    in their logarithm.
-    """
-    heads, repeats, size = layout
-    norm = torch.cat(rows).square().sum(0)
-    squares = x.square()
-    with torch.enable_grad():
-        own = start.view(heads, repeats, size)[:, :1].log().requires_grad_()
-        optimizer = torch.optim.Adam([own], lr=_FIT_RATE)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _FIT_STEPS)
-        for _ in range(_FIT_STEPS):
-            m = own.exp().expand(heads, repeats, size).reshape(-1)
-            square = m.square()
-            loss = (squares / square).amax(1).mean() * (square * norm).sum() / 127**2
-            inputs = mean_square / square
-            for i, w in enumerate(rows):
-                if bits[i] == 8:
-                    of_weights = (w * m).abs().amax(1).square().sum() / 127**2 * inputs.sum()
-                else:
-                    groups = _groups(w * m)
-                    step = (groups.amax(2) - groups.amin(2)) / (2 ** bits[i] - 1)
-                    of_weights = (step.square() @ _groups(inputs).sum(1)).sum()
-                loss = loss + of_weights
-            optimizer.zero_grad()
-            loss.log().backward()
-            optimizer.step()
-            schedule.step()
-    m = own.detach().sub_(own.detach().mean()).exp_().clamp_(1 / _RANGE, _RANGE)
-    return m.expand(heads, repeats, size).reshape(-1)
-
-
-def _groups(x: Tensor) -> Tensor:
-    """``[..., K]`` to ``[..., K / 64, 64]``, padded with zeros."""
-    return F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    return best, best_alpha
 
 
 def _factors(amax: Tensor, wmax: Tensor, alpha: float, layout: tuple[int, int, int]) -> Tensor:

@@ -186,7 +186,7 @@ def remove(name):
             r"pool.bias: expected dtype torch.float32 .*got torch.int32",
         ),
         (edit_manifest(layers={"pool": 3}), ValueError, "pool: expected 3 as in"),
-        (edit_manifest(config={"bits": 3}), ValueError, r"got \['bits'\]"),
+        (edit_manifest(config={"digits": 3}), ValueError, r"got \['digits'\]"),
         (
             edit_weights(lambda s: s.pop("pool.qscale")),
             ValueError,

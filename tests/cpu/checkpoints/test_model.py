@@ -28,7 +28,7 @@ def test_config_json_round_trip():
         ('{"group_size": 32}', "group_size: .*32"),
         ('{"skip": "lm_head"}', "skip: .*'lm_head'"),
         ('{"skip": [1]}', "skip: "),
-        ('{"bits": 3}', r"expected fields among .*got \['bits'\]"),
+        ('{"digits": 3}', r"expected fields among .*got \['digits'\]"),
         ("[]", "expected a JSON object, got list"),
         ("{", "Expecting"),
     ],

@@ -95,7 +95,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
         (nothing, [*QUANTIZE, "--config", "[]"], "--config: expected a JSON object, got list"),
         (nothing, [*QUANTIZE, "--config", "{"], "--config: expected a JSON object, got '{'"),
         (nothing, [*QUANTIZE, "--config", "[" * 9999], "--config: expected a JSON object"),
-        (nothing, [*QUANTIZE, "--config", '{"bits": 3}'], "got ['bits']"),
+        (nothing, [*QUANTIZE, "--config", '{"digits": 3}'], "got ['digits']"),
         (nothing, [*QUANTIZE, "--config", '{"tune": "x"}'], "tune: expected an integer"),
         (nothing, [*QUANTIZE, "--config", '{"group_size": {}}'], "group_size: expected one of"),
         (nothing, [*QUANTIZE, "--config", '{"smooth": {"a": 1}}'], "smooth['a']: expected"),

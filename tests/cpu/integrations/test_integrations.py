@@ -217,7 +217,7 @@ SCALE = "model.layers.0.mlp.up_proj.scale"
     [
         (lambda f: drop(f, SCALE), f"{SCALE}: missing in "),
         (lambda f: edit(f, lambda c: c.update(format_version=3)), "newer liquidgemm"),
-        (lambda f: edit(f, lambda c: c.update(config={"bits": 3})), r"got \['bits'\]"),
+        (lambda f: edit(f, lambda c: c.update(config={"digits": 3})), r"got \['digits'\]"),
         (lambda f: edit(f, lambda c: c.pop("layers")), "expected the quantized layers"),
         (
             lambda f: edit(f, lambda c: c["layers"].update({"model.norm": 0})),
@@ -236,7 +236,7 @@ def test_damaged_folders_are_refused(tmp_path, damage, message):
     ("fields", "message"),
     [
         ({"group_size": 32}, "group_size: "),
-        ({"bits": 3}, r"got \['bits'\]"),
+        ({"digits": 3}, r"got \['digits'\]"),
         ({"config": LiquidConfig(), "method": "rtn"}, "config: expected it or its fields"),
         ({"layers": ["a"]}, r"layers: .*got \['a'\]"),
         ({"layers": {"a": 32}}, "layers: expected a multiple of 64"),

@@ -1,13 +1,10 @@
 """Factors that smoothing chooses: by the error at the output, through the layer's quantizer."""
 
-import pytest
 import torch
 from tiny_models import batches, make
 
-from liquidgemm import LiquidConfig, dequantize_weight, quantize_
+from liquidgemm import LiquidConfig, quantize_
 from liquidgemm.quantization.calibration import smooth
-from liquidgemm.quantization.calibration.gptq import int8_weight
-from liquidgemm.quantization.calibration.moments import round_activation
 
 K = 128
 LAYOUT = (1, 1, K)
@@ -28,52 +25,6 @@ def chosen(x, weights, bits=(4, 4), layout=LAYOUT):
         x, x.abs().amax(0), x.square().mean(0), weights, layout, LiquidConfig(), bits
     )
     return factors
-
-
-def int8_error(x, weights, factors):
-    return sum(
-        (round_activation(x / factors) @ dequantize_weight(int8_weight(w * factors)).T - x @ w.T)
-        .square()
-        .sum()
-        for w in weights
-    ).item()
-
-
-def test_fitted_factors_are_better_on_other_inputs(monkeypatch):
-    x, weights = site()
-    fitted = chosen(x, weights, bits=(8, 8))
-    monkeypatch.setattr(smooth, "_fitted", lambda start, *_: start)
-    by_exponent = chosen(x, weights, bits=(8, 8))
-    other, _ = site(tokens=800)
-    errors = [int8_error(other[384:], weights, m) for m in (fitted, by_exponent)]
-    assert errors[0] < 0.9 * errors[1]
-
-
-@pytest.mark.parametrize("bits", [(8, 8), (8, 4), (4, 6)])
-def test_fitted_factors_are_a_minimum(bits):
-    """Of the sum over tokens, rows and groups of squared steps, times what they do."""
-    x, weights = site()
-    ones, squares = torch.ones(K), x.square().mean(0)
-    m = smooth._fitted(ones, x, squares, weights, LAYOUT, bits)
-
-    def error(m):
-        total = (x / m).abs().amax(1).div(127).square().mean() * sum(
-            (w * m).square().sum() for w in weights
-        )
-        for i, w in enumerate(weights):
-            for columns in [slice(None)] if bits[i] == 8 else [slice(0, 64), slice(64, 128)]:
-                part = (w * m)[:, columns]
-                step = part.abs().amax(1) / 127
-                if bits[i] != 8:
-                    step = (part.amax(1) - part.amin(1)) / (2 ** bits[i] - 1)
-                total += step.square().sum() * (squares / m.square())[columns].sum()
-        return total.item()
-
-    assert error(m) < 0.9 * error(ones)
-    for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        assert error(m * (0.1 * torch.randn(K, generator=generator)).exp()) > error(m)
-    assert error(m) == pytest.approx(error(7 * m))  # a common factor is of no account
 
 
 def test_factors_of_a_group_of_heads_are_one():
