@@ -51,10 +51,11 @@ def logical_of(w8: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat((pack_nibbles(u >> 4), pack_nibbles(u & 15)), 1), qscale, qoffset
 
 
-def is_int8(
+def stored_twice(
     qweight: Tensor, qscale: Tensor, qoffset: Tensor, columns: Tensor | None, in_features: int
 ) -> bool:
-    """Whether these tensors, K padded to whole groups, are an INT8 weight; unknown is no."""
+    """Whether these tensors hold all columns twice, K padded, as weights of more than 4 bits do;
+    unknown is no."""
     width = padded(in_features)
     if columns is None or len(columns) != width or qweight.shape[1] != width:
         return False
@@ -62,13 +63,22 @@ def is_int8(
         return False
     if not torch.equal(columns, columns_of(in_features, columns.device)):
         return False
+    # What is stored past K would be multiplied by the last feature.
+    last = qweight[:, (width + in_features) // 2 :]
+    return not unpack_nibbles(last)[:, in_features % 2 :].any()
+
+
+def is_int8(
+    qweight: Tensor, qscale: Tensor, qoffset: Tensor, columns: Tensor | None, in_features: int
+) -> bool:
+    """Whether these tensors, K padded to whole groups, are an INT8 weight; unknown is no."""
+    if not stored_twice(qweight, qscale, qoffset, columns, in_features):
+        return False
     for tensor, grid in ((qscale, _STEPS), (qoffset, _OFFSETS)):
         halves = tensor.chunk(2, 1)
         if any((half != value).any() for half, value in zip(halves, grid, strict=True)):
             return False
-    # What is stored past K would be multiplied by the last feature.
-    last = qweight[:, (width + in_features) // 2 :]
-    return not unpack_nibbles(last)[:, in_features % 2 :].any()
+    return True
 
 
 def bytes_of(qweight: Tensor) -> Tensor:

@@ -20,13 +20,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .int8 import columns_of
+from .int8 import stored_twice
 from .liquidquant import (
     BLOCK_BYTES_6,
     GROUP,
     pack_codes,
     pack_nibbles,
-    padded,
     unpack_codes,
     unpack_nibbles,
 )
@@ -78,22 +77,13 @@ def is_six_bits(
     qweight: Tensor, qscale: Tensor, qoffset: Tensor, columns: Tensor | None, in_features: int
 ) -> bool:
     """Whether these tensors, K padded to whole groups, are a 6-bit weight; unknown is no."""
-    width = padded(in_features)
-    if columns is None or len(columns) != width or qweight.shape[1] != width:
-        return False
-    if any(tensor.is_meta for tensor in (qweight, qscale, qoffset, columns)):
-        return False
-    if not torch.equal(columns, columns_of(in_features, columns.device)):
+    if not stored_twice(qweight, qscale, qoffset, columns, in_features):
         return False
     upper, lower = qscale.chunk(2, 1)
     if not torch.equal(upper.int(), 4 * lower.int()):
         return False
     codes = qweight.chunk(2, 1)[1]
     if (qoffset.chunk(2, 1)[1] != _NO_OFFSET).any() or (codes & 0xCC).any():
-        return False
-    # What is stored past K would be multiplied by the last feature.
-    last = qweight[:, (width + in_features) // 2 :]
-    if unpack_nibbles(last)[:, in_features % 2 :].any():
         return False
     # Sums that fit no byte are none of one code, but those of two columns may be so.
     q, s, a = to_codes(qweight, qscale, qoffset)

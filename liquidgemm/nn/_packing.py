@@ -30,8 +30,8 @@ def bits_of(packed: Tensor) -> int:
 
 
 def unpack(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    if int8.is_packed(packed):
+    bits = bits_of(packed)
+    if bits == 8:
         return int8.logical_of(ops.unpack_int8_weight(packed, n))
-    if liquidquant6.is_packed(packed):
-        return liquidquant6.from_kernel(*ops.unpack_weight(packed, n))
-    return ops.unpack_weight(packed, n)
+    logical = ops.unpack_weight(packed, n)
+    return logical if bits == 4 else liquidquant6.from_kernel(*logical)

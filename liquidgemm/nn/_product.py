@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..formats import int8, liquidquant6
 from ..formats.liquidquant import GROUP
 from ..ops import QuantizedTokens
+from ._packing import bits_of
 
 
 def product(
@@ -27,7 +27,7 @@ def product(
     Raises:
         RuntimeError: as `liquidgemm.linear` or `liquidgemm.gemm`, and for tokens of no float dtype.
     """
-    if int8.is_packed(packed) or liquidquant6.is_packed(packed):
+    if bits_of(packed) != 4:
         columns = None
     if isinstance(x, QuantizedTokens):
         if x.dtype not in ops.FLOATS:

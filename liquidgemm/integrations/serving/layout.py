@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...formats import int8, liquidquant6
 from ...formats.liquidquant import GROUP, padded
-from ...ops import pack_int8_weight, pack_weight
+from ...nn import _packing
+from ...ops import pack_weight
 
 _ZERO = 128  # the offset of a group whose codes of 0 are weights of 0
 
@@ -151,13 +151,14 @@ def pack(
         return Packed(pack_weight(*bare), scale, None, (part.lead, 0))
     if len(lists) > 1 or None in slots:
         codes = _side_by_side(codes, rows, slots, [len(own) for own in lists], width)
-    elif int8.is_int8(*codes, lists[0], end):
-        return Packed(pack_int8_weight(int8.bytes_of(codes[0])), scale, None, (part.lead, 0))
-    elif liquidquant6.is_six_bits(*codes, lists[0], end):
-        return Packed(pack_weight(*liquidquant6.to_kernel(*codes)), scale, None, (part.lead, 0))
+        weight = pack_weight(*codes)
+    else:
+        weight = _packing.pack(codes, lists[0], end)
+        if _packing.bits_of(weight) != 4:  # which hold all columns themselves
+            return Packed(weight, scale, None, (part.lead, 0))
     gather = torch.cat(lists)
     zeros = max(width - end, int(gather.max()) + 1 - end)
-    return Packed(pack_weight(*codes), scale, gather, (part.lead, zeros))
+    return Packed(weight, scale, gather, (part.lead, zeros))
 
 
 def _units(tensor: Tensor, codes: tuple[Tensor, ...], columns: int) -> int:
