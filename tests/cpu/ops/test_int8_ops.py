@@ -3,6 +3,7 @@
 import pytest
 import reference
 import torch
+from format_case import FormatCase, check_every_kernel, check_kernel, check_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,41 +22,17 @@ def restore():
     liquidgemm.set_cpu_kernel()
 
 
-class Case:
-    """Inputs of a gemm with their integer reference; `extreme`: values at the ends alone."""
-
-    def __init__(self, m, n, k, seed=0, extreme=False):
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(low, high, *shape):
-            values = torch.randint(low, high + 1, shape, generator=generator)
-            values = torch.where(values < 0, low, high) if extreme else values
-            return values.to(torch.int8)
-
-        self.w8 = draw(-128, 127, n, -(-k // 64) * 64)
-        self.x = draw(-127, 127, m, k)
-        self.weight = pack_int8_weight(self.w8)
-        self.weight_scale = torch.rand(n, generator=generator) * 1e-3
-        self.x_scale = torch.rand(m, generator=generator) * 1e-2
-        self.bias = torch.randn(n, generator=generator)
-        self.acc = reference.product(self.x, self.w8)
-
-    def gemm(self, bias=None, out_dtype=None):
-        return gemm(self.x, self.x_scale, self.weight, self.weight_scale, bias, out_dtype)
+class Case(FormatCase):
+    def draw_weight(self, n, groups):
+        w8 = self.draw(-128, 127, n, groups * 64).to(torch.int8)
+        return pack_int8_weight(w8), w8
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("extreme", [False, True])
 def test_every_kernel_is_exact(kernel, extreme):
     """CHECKLIST 29: one and few tokens, whole tiles of them, rows and k that fill no block."""
-    liquidgemm.set_cpu_kernel(kernel)
-    for m, n, k in ((1, 1, 1), (1, 200, 63), (4, 65, 700), (5, 16, 65), (33, 136, 1000)):
-        c = Case(m, n, k, m, extreme)
-        reference.assert_same(c.gemm(out_dtype=torch.int32), c.acc.int(), m=m, n=n, k=k)
-        for dtype in FLOATS:
-            for bias in (None, c.bias):
-                expected = reference.epilogue(c.acc, c.x_scale, c.weight_scale, bias, dtype)
-                reference.assert_same(c.gemm(bias, dtype), expected, m=m, n=n, k=k, dtype=dtype)
+    check_kernel(Case, kernel, extreme)
 
 
 @settings(max_examples=40, deadline=None)
@@ -68,11 +45,7 @@ def test_every_kernel_is_exact(kernel, extreme):
 )
 def test_fuzz(m, n, k, seed, extreme):
     """CHECKLIST 17, 29: all sets on each example."""
-    c = Case(m, n, k, seed, extreme)
-    for name in KERNELS:
-        liquidgemm.set_cpu_kernel(name)
-        got = c.gemm(out_dtype=torch.int32)
-        reference.assert_same(got, c.acc.int(), kernel=name, m=m, n=n, k=k, seed=seed)
+    check_every_kernel(Case, m, n, k, seed, extreme)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -92,14 +65,7 @@ def test_the_largest_sums(kernel, m):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_linear_quantizes_as_ever(kernel):
-    liquidgemm.set_cpu_kernel(kernel)
-    c = Case(1, 80, 200)
-    for dtype in FLOATS:
-        x = torch.randn(3, 200).to(dtype)
-        x8, scale = reference.quantize_activation(x)
-        acc = reference.product(x8, c.w8)
-        expected = reference.epilogue(acc, scale, c.weight_scale, c.bias, dtype)
-        reference.assert_same(linear(x, c.weight, c.weight_scale, c.bias), expected, dtype=dtype)
+    check_linear(Case, kernel)
 
 
 def test_packing_is_lossless():

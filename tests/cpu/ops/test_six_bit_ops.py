@@ -3,6 +3,7 @@
 import pytest
 import reference
 import torch
+from format_case import FormatCase, check_every_kernel, check_kernel, check_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,46 +31,23 @@ def bits_of(codes: torch.Tensor) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.uint8)
 
 
-class Case:
-    """Inputs of a gemm with their integer reference; `extreme`: values at the ends alone."""
-
-    def __init__(self, m, n, k, seed=0, extreme=False):
-        generator = torch.Generator().manual_seed(seed)
-        groups = -(-k // 64)
-
-        def draw(low, high, *shape):
-            values = torch.randint(low, high + 1, shape, generator=generator)
-            return torch.where(values < (low + high) / 2, low, high) if extreme else values
-
-        codes, step = draw(0, 63, n, groups * 64), draw(1, 4, n, groups)
+class Case(FormatCase):
+    def draw_weight(self, n, groups):
+        codes, step = self.draw(0, 63, n, groups * 64), self.draw(1, 4, n, groups)
         room = 255 - 63 * step
-        offset = (torch.rand(n, groups, generator=generator) * (room + 1)).long().clamp(max=room)
+        drawn = torch.rand(n, groups, generator=self.generator)
+        offset = (drawn * (room + 1)).long().clamp(max=room)
         self.codes = codes
         self.logical = tuple(t.to(torch.uint8) for t in (bits_of(codes), step, offset))
-        self.w8 = codes * step.repeat_interleave(64, 1) + offset.repeat_interleave(64, 1) - 128
-        self.x = draw(-127, 127, m, k).to(torch.int8)
-        self.weight = pack_weight(*self.logical)
-        self.weight_scale = torch.rand(n, generator=generator) * 1e-3
-        self.x_scale = torch.rand(m, generator=generator) * 1e-2
-        self.bias = torch.randn(n, generator=generator)
-        self.acc = reference.product(self.x, self.w8)
-
-    def gemm(self, bias=None, out_dtype=None):
-        return gemm(self.x, self.x_scale, self.weight, self.weight_scale, bias, out_dtype)
+        w8 = codes * step.repeat_interleave(64, 1) + offset.repeat_interleave(64, 1) - 128
+        return pack_weight(*self.logical), w8
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("extreme", [False, True])
 def test_every_kernel_is_exact(kernel, extreme):
     """CHECKLIST 29: one and few tokens, whole tiles of them, rows and k that fill no block."""
-    liquidgemm.set_cpu_kernel(kernel)
-    for m, n, k in ((1, 1, 1), (1, 200, 63), (4, 65, 700), (5, 16, 65), (33, 136, 1000)):
-        c = Case(m, n, k, m, extreme)
-        reference.assert_same(c.gemm(out_dtype=torch.int32), c.acc.int(), m=m, n=n, k=k)
-        for dtype in FLOATS:
-            for bias in (None, c.bias):
-                expected = reference.epilogue(c.acc, c.x_scale, c.weight_scale, bias, dtype)
-                reference.assert_same(c.gemm(bias, dtype), expected, m=m, n=n, k=k, dtype=dtype)
+    check_kernel(Case, kernel, extreme)
 
 
 @settings(max_examples=25, deadline=None)
@@ -82,11 +60,7 @@ def test_every_kernel_is_exact(kernel, extreme):
 )
 def test_fuzz(m, n, k, seed, extreme):
     """CHECKLIST 17, 29: all sets on each example."""
-    c = Case(m, n, k, seed, extreme)
-    for name in KERNELS:
-        liquidgemm.set_cpu_kernel(name)
-        got = c.gemm(out_dtype=torch.int32)
-        reference.assert_same(got, c.acc.int(), kernel=name, m=m, n=n, k=k, seed=seed)
+    check_every_kernel(Case, m, n, k, seed, extreme)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -108,14 +82,7 @@ def test_the_largest_step(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_linear_quantizes_as_ever(kernel):
-    liquidgemm.set_cpu_kernel(kernel)
-    c = Case(1, 80, 200)
-    for dtype in FLOATS:
-        x = torch.randn(3, 200).to(dtype)
-        x8, scale = reference.quantize_activation(x)
-        acc = reference.product(x8, c.w8)
-        expected = reference.epilogue(acc, scale, c.weight_scale, c.bias, dtype)
-        reference.assert_same(linear(x, c.weight, c.weight_scale, c.bias), expected, dtype=dtype)
+    check_linear(Case, kernel)
 
 
 def test_packing_is_lossless():
