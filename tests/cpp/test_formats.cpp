@@ -24,13 +24,15 @@ constexpr int kN = 70, kKBlocks = 3;  // the last panel is not full
 template <class Format>
 struct Sample;
 
-template <>
-struct Sample<LiquidQuant> {
-  std::vector<uint8_t> qweight = std::vector<uint8_t>(kN * kKBlocks * kBlockK / 2);
+// Codes of so many bits on grids of groups, all feasible.
+template <class Format, int kBits>
+struct GridSample {
+  static constexpr int kRowBytes = kKBlocks * kBlockK * kBits / 8;
+  std::vector<uint8_t> qweight = std::vector<uint8_t>(kN * kRowBytes);
   std::vector<uint8_t> qscale = std::vector<uint8_t>(kN * kKBlocks);
   std::vector<uint8_t> qoffset = std::vector<uint8_t>(kN * kKBlocks);
 
-  explicit Sample(bool fill) {
+  explicit GridSample(bool fill) {
     if (!fill)
       return;
     uint32_t state = 1;
@@ -38,57 +40,34 @@ struct Sample<LiquidQuant> {
     for (auto& v : qweight)
       v = next();
     for (size_t i = 0; i < qscale.size(); ++i) {
-      qscale[i] = next() % 18;
-      qoffset[i] = next() % (256 - LiquidQuant::kMaxCode * qscale[i]);
+      qscale[i] = next() % (255 / Format::kMaxCode + 1);
+      qoffset[i] = next() % (256 - Format::kMaxCode * qscale[i]);
     }
   }
-  LiquidQuant::Logical view() {
+  LiquidQuant::Logical logical() {
     return {qweight.data(), qscale.data(), qoffset.data(), kN, kKBlocks};
   }
+  // Bit by bit: the codes of a row are one number, its lowest byte first.
   int weight(int n, int k) const {
+    int code = 0;
+    for (int bit = 0; bit < kBits; ++bit)
+      code |= (qweight[n * kRowBytes + (kBits * k + bit) / 8] >> (kBits * k + bit) % 8 & 1) << bit;
     const int group = n * kKBlocks + k / kBlockK;
-    const int code =
-        qweight[(n * kKBlocks * kBlockK + k) / 2] >> 4 * (k % 2) & LiquidQuant::kMaxCode;
     return code * qscale[group] + qoffset[group] - LiquidQuant::kOffsetBias;
   }
-  bool operator==(Sample const&) const = default;
+  bool operator==(GridSample const&) const = default;
 };
 
-// The code of column k in a row of 6-bit codes, bit by bit.
-int code6(uint8_t const* row, int k) {
-  int code = 0;
-  for (int bit = 0; bit < 6; ++bit)
-    code |= (row[(6 * k + bit) / 8] >> (6 * k + bit) % 8 & 1) << bit;
-  return code;
-}
+template <>
+struct Sample<LiquidQuant> : GridSample<LiquidQuant, 4> {
+  using GridSample::GridSample;
+  LiquidQuant::Logical view() { return logical(); }
+};
 
 template <>
-struct Sample<LiquidQuant6> {
-  std::vector<uint8_t> qweight = std::vector<uint8_t>(kN * kKBlocks * kBlockK * 6 / 8);
-  std::vector<uint8_t> qscale = std::vector<uint8_t>(kN * kKBlocks);
-  std::vector<uint8_t> qoffset = std::vector<uint8_t>(kN * kKBlocks);
-
-  explicit Sample(bool fill) {
-    if (!fill)
-      return;
-    uint32_t state = 1;
-    auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 24; };
-    for (auto& v : qweight)
-      v = next();
-    for (size_t i = 0; i < qscale.size(); ++i) {
-      qscale[i] = next() % 5;
-      qoffset[i] = next() % (256 - LiquidQuant6::kMaxCode * qscale[i]);
-    }
-  }
-  LiquidQuant6::Logical view() {
-    return {{qweight.data(), qscale.data(), qoffset.data(), kN, kKBlocks}};
-  }
-  int weight(int n, int k) const {
-    const int group = n * kKBlocks + k / kBlockK;
-    const int code = code6(&qweight[n * kKBlocks * kBlockK * 6 / 8], k);
-    return code * qscale[group] + qoffset[group] - LiquidQuant::kOffsetBias;
-  }
-  bool operator==(Sample const&) const = default;
+struct Sample<LiquidQuant6> : GridSample<LiquidQuant6, 6> {
+  using GridSample::GridSample;
+  LiquidQuant6::Logical view() { return {logical()}; }
 };
 
 template <>
