@@ -7,7 +7,7 @@ INSTANTIATIONS = "instantiations/liquidquant"  # below csrc
 BUILD = "the build"
 ALL_TILES = ()
 
-EXACT = "tests/gpu/test_gemm.py -k every_configuration"
+EXACT = "tests/gpu/test_gemm.py -k every_plan"
 EPILOGUE = "tests/gpu/test_gemm.py -k epilogue"
 BACK_TO_BACK = "tests/gpu/test_gemm.py -k back_to_back"
 OVERTAKING = "tests/gpu/test_overtaking.py"
