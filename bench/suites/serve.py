@@ -1,60 +1,47 @@
 """Whole models in vLLM: bf16, FP8, humming's W4A8 and ours, through the same engine.
 
     python -m bench serve --models llama3-8b --json serve.json
-    python -m bench serve --formats fp8,w4a8 --batch 1,64 --budget 300 --json serve.json
+    python -m bench serve --formats fp8,humming,w4a8 --at-once --tokens 448 --json serve.json
 
 Weights are random, in the sizes of well-known models; ours are codes as a checkpoint of ours would
-bring them, served by the plug-in. Each format gets a process of its own, in which `LLM.generate`
-answers so many requests at once:
+bring them, served by the plug-in; w4a8-head has a head of 8 bits as well, which is bf16 in all
+others. Each format gets a process of its own, in which the engine answers so many requests at once:
 
-- prefill: one token each, the time of the fastest of three turns;
-- a decode step: (the time for n + 1 tokens - the time for one) / n, likewise.
+- prefill: the time until all have their first token;
+- a decode step: the time from then on until the first request ends, by the steps between;
+- one prompt of 4096 tokens: the time to its first token.
 
-With prefix caching off, and one KV cache dtype for all. The record says which class computes the
-layers and how many bytes they take, so that no format can run as another without being seen.
+Of several turns each time the fastest. With prefix caching off, and one KV cache dtype for all. The
+record says which class computes the layers and how many bytes they take, so that no format can run
+as another without being seen.
+
+One format runs after the other, so that start-up and room for keys and values are those of an
+engine alone. With --at-once all engines are on the GPU together, each with a KV cache for
+the largest batch alone, and measure in turn, batch by batch, while the others wait.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import multiprocessing
 import os
-import random
-import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from ..core import machine
+from ..core.engine import ENVIRONMENT, FORMATS, HUMMING, TURNS, answer
 from ..core.machine import require_gpu
 from ..core.shapes import argument
 from ..decoder.sizes import MODELS, Sizes, parse_models
 from .step import parse_batches
 
 SCHEMA = 1
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-}
-HUMMING = {
-    "HUMMING_COMPILER": "nvcc",
-    "VLLM_HUMMING_INPUT_QUANT_CONFIG": '{"dtype": "int8"}',
-    "VLLM_HUMMING_ONLINE_QUANT_CONFIG": '{"dtype": "int4", "group_size": 128}',
-}
-# How each is asked for, and the bytes that a weight takes at most, by which it is known.
-FORMATS: dict[str, tuple[str | None, float]] = {
-    "bf16": (None, 2.01),
-    "fp8": ("fp8", 1.01),
-    "humming": ("humming", 0.7),
-    "w4a8": ("liquidgemm", 0.6),
-}
-TURNS = 3
+STARTING = 0.7  # of the budget; who is not there then is left out
 
 
 def parse_formats(text: str) -> list[str]:
@@ -65,195 +52,129 @@ def parse_formats(text: str) -> list[str]:
     return names
 
 
-def config_of(sizes: Sizes, name: str) -> dict:
-    """The ``config.json`` of a Llama."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.intermediate,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_dim,
-        "vocab_size": sizes.vocabulary,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": "bfloat16",
-    }
-    if name == "w4a8":
-        parts = [f"self_attn.{part}_proj" for part in "qkvo"]
-        parts += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
-        layers = {f"model.layers.{i}.{part}": 0 for i in range(sizes.layers) for part in parts}
-        config["quantization_config"] = {
-            "quant_method": "liquidgemm",
-            "format_version": 1,
-            "config": None,
-            "layers": layers,
-        }
-    return config
+class Process:
+    """A process that measures a format, and the row of the record that comes of it."""
+
+    def __init__(self, sizes: Sizes, name: str, options: argparse.Namespace, target) -> None:
+        self.row = {"model": sizes.name, "layers": sizes.layers, "format": name, "kv": options.kv}
+        self.row |= {"tokens_in": options.tokens, "steps": [], "status": "ok"}
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=target, args=(theirs, sizes, name, options))
+        with _environment(ENVIRONMENT | (HUMMING if name == "humming" else {})):
+            self._process.start()
+        theirs.close()
+        self._unasked = "it started"
+
+    def ask(self, cell: int | str) -> None:
+        self._unasked = f"a batch of {cell}" if isinstance(cell, int) else f"a {cell}"
+        with contextlib.suppress(OSError):  # it has ended, which `answered` finds
+            self._connection.send(cell)
+
+    def answered(self, deadline: float) -> dict | None:
+        """None if it failed, or did not answer in time; it has ended then."""
+        if self.row["status"] != "ok" or "reason" in self.row:
+            return None
+        try:
+            if not self._connection.poll(max(0.0, deadline - time.monotonic())):
+                self.row["reason"] = f"the budget ended before {self._unasked}"
+                if self._unasked == "it started":
+                    self.row["status"] = "failed"
+                self._process.kill()
+                return None
+            found = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join(10)
+            found = f"it ended with {self._process.exitcode} before {self._unasked}"
+        if isinstance(found, str):
+            self.row |= {"status": "failed", "reason": found}
+            self.end()
+            return None
+        return found
+
+    def end(self) -> None:
+        """With what it holds of the GPU."""
+        with contextlib.suppress(OSError):
+            self._connection.send(None)
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
 
 
-class Engine:
-    """An engine with random weights of a format, in this process."""
-
-    def __init__(self, sizes: Sizes, name: str, options: argparse.Namespace) -> None:
-        from vllm import LLM
-
-        from liquidgemm.integrations.vllm import register
-
-        register()  # vLLM finds an installed package by itself
-        most = max(options.batch)
-        self._folder = tempfile.TemporaryDirectory()
-        folder = Path(self._folder.name)
-        (folder / "config.json").write_text(json.dumps(config_of(sizes, name)))
-        on_gpu = options.device == "cuda"
-        more = {"quantization": FORMATS[name][0]} if name != "w4a8" and FORMATS[name][0] else {}
-        if on_gpu:
-            more["gpu_memory_utilization"] = 0.88
-            more["compilation_config"] = {"cudagraph_capture_sizes": sorted(set(options.batch))}
-        start = time.perf_counter()
-        self.llm = LLM(
-            model=str(folder),
-            skip_tokenizer_init=True,
-            load_format="dummy",
-            max_model_len=options.tokens + max(options.steps, 8) + 8,
-            max_num_seqs=most,
-            max_num_batched_tokens=8192,
-            enable_prefix_caching=False,
-            kv_cache_dtype=options.kv,
-            enforce_eager=not on_gpu,
-            disable_log_stats=True,
-            **more,
-        )
-        self.started = time.perf_counter() - start
-        self.vocabulary = sizes.vocabulary
-
-    def layers(self) -> dict:
-        """What computes the linear layers, and the bytes per weight that they take."""
-        return self.llm.apply_model(_layers)[0]
-
-    def kv_tokens(self) -> int:
-        cache = self.llm.llm_engine.vllm_config.cache_config
-        return cache.num_gpu_blocks * cache.block_size
-
-    def seconds(self, batch: int, tokens_in: int, tokens_out: int) -> float:
-        """Of one turn; the fastest of several is asked for by `best`."""
-        from vllm import SamplingParams
-
-        numbers = random.Random(batch)
-        prompts = [
-            {"prompt_token_ids": [numbers.randrange(3, self.vocabulary) for _ in range(tokens_in)]}
-            for _ in range(batch)
-        ]
-        sampling = SamplingParams(
-            temperature=0.0,
-            max_tokens=tokens_out,
-            min_tokens=tokens_out,
-            ignore_eos=True,
-            detokenize=False,
-        )
-        _wait()
-        start = time.perf_counter()
-        results = self.llm.generate(prompts, sampling, use_tqdm=False)
-        _wait()
-        took = time.perf_counter() - start
-        if [len(result.outputs[0].token_ids) for result in results] != [tokens_out] * batch:
-            raise RuntimeError(f"expected {tokens_out} tokens of each of {batch}, got others")
-        return took
-
-    def best(self, batch: int, tokens_in: int, tokens_out: int, turns: int = TURNS) -> float:
-        return min(self.seconds(batch, tokens_in, tokens_out) for _ in range(turns))
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """For processes that start within."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def measure(
+    pairs: list[tuple[Sizes, str]],
+    options: argparse.Namespace,
+    save: Callable[[list[dict]], None],
+    target=answer,
+) -> list[dict]:
+    """Rows of these models and formats, whose engines are there together.
+
+    Args:
+        save: gets the rows after each cell.
+        target: what the processes run.
+    """
+    start = time.monotonic()
+    started, deadline = start + STARTING * options.budget, start + options.budget
+    processes = [Process(sizes, name, options, target) for sizes, name in pairs]
+    rows = [process.row for process in processes]
+    try:
+        for process in processes:
+            about = process.answered(started)
+            process.row |= about or {}
+            process.row["engines_at_once"] = len(pairs)
+            print(summary(process.row), flush=True)
+            save(rows)
+        for cell in ["prompt", *options.batch]:
+            for process in processes:
+                process.ask(cell)
+                found = process.answered(deadline)
+                if found is None:
+                    continue
+                if cell == "prompt":
+                    process.row["prompt"] = found
+                else:
+                    process.row["steps"].append(found)
+                print(line(process.row, found), flush=True)
+                save(rows)
+    finally:
+        for process in processes:
+            process.end()
+    return rows
 
 
-def _layers(model: torch.nn.Module) -> dict:
-    """Run by the engine where the model is."""
-    methods, held, weights = set(), 0, 0
-    for module in model.modules():
-        if hasattr(module, "quant_method") and hasattr(module, "input_size_per_partition"):
-            name = type(module.quant_method).__name__
-            if "Embedding" in name:
-                continue
-            methods.add(name)
-            held += sum(p.nbytes for p in module.parameters())
-            weights += module.input_size_per_partition * module.output_size_per_partition
-    return {"methods": sorted(methods), "bytes_per_weight": held / max(weights, 1)}
-
-
-def measure(sizes: Sizes, name: str, options: argparse.Namespace) -> dict:
-    """All of one format, in this process."""
-    deadline = time.monotonic() + options.budget
-    engine = Engine(sizes, name, options)
-    row = {"model": sizes.name, "layers": sizes.layers, "format": name, "kv": options.kv}
-    row |= {"started_s": engine.started, "kv_tokens": engine.kv_tokens(), **engine.layers()}
-    row |= {"tokens_in": options.tokens, "steps": [], "status": "ok"}
-    if row["bytes_per_weight"] > FORMATS[name][1]:
-        row |= {"status": "failed", "reason": f"it is not {name}: {engine.layers()}"}
-        return row
-    engine.seconds(1, min(64, options.tokens), 8)
-    for batch in options.batch:
-        if time.monotonic() > deadline:
-            row["reason"] = f"the budget ended before a batch of {batch}"
-            break
-        prefill = engine.best(batch, options.tokens, 1)
-        whole = engine.best(batch, options.tokens, 1 + options.steps, TURNS - 1)
-        row["steps"].append(
-            {
-                "batch": batch,
-                "prefill_s": prefill,
-                "step_ms": (whole - prefill) / options.steps * 1e3,
-                "tokens_per_s": batch * (options.steps + 1) / whole,
-            }
-        )
-        print(line(row, row["steps"][-1]), flush=True)
-    return row
-
-
-def line(row: dict, step: dict) -> str:
+def line(row: dict, found: dict) -> str:
+    about = f"  {row['model']:11} {row['format']:9} kv {row['kv']:5}"
+    if "batch" not in found:
+        return f"{about} prompt of {found['tokens']} tokens {found['first_token_s'] * 1e3:.1f} ms"
     return (
-        f"  {row['model']:11} {row['format']:8} kv {row['kv']:5} batch {step['batch']:4} "
-        f"step {step['step_ms']:8.3f} ms  prefill {step['prefill_s']:8.4f} s  "
-        f"{step['tokens_per_s']:8.0f} tokens/s"
+        f"{about} batch {found['batch']:4} step {found['step_ms']:8.3f} ms  "
+        f"prefill {found['prefill_s']:8.4f} s  {found['tokens_per_s']:8.0f} tokens/s"
     )
 
 
-def in_a_process(sizes: Sizes, name: str, options: argparse.Namespace, words: list[str]) -> dict:
-    """`measure` in a process of its own, which ends with what it holds of the GPU."""
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "bench", "serve", *words]
-        command += ["--models", sizes.name, "--formats", name, "--part", str(part)]
-        environment = os.environ | ENVIRONMENT | (HUMMING if name == "humming" else {})
-        try:
-            done = subprocess.run(
-                command,
-                cwd=machine.ROOT,
-                env=environment,
-                timeout=options.budget + 240,
-                check=False,
-            )
-            ended = f"it ended with {done.returncode}"
-        except subprocess.TimeoutExpired:
-            ended = "it did not end in time"
-        if part.exists():
-            return json.loads(part.read_text())
-    return {"model": sizes.name, "format": name, "status": "failed", "reason": ended, "steps": []}
+def summary(row: dict) -> str:
+    return (
+        f"{row['model']} {row['format']}: {row['status']} {row.get('reason', '')} started in "
+        f"{row.get('started_s', 0):.0f} s, {row.get('bytes_per_weight', 0):.2f} bytes per "
+        f"weight by {', '.join(row.get('methods', []))}, KV cache of "
+        f"{row.get('kv_tokens', 0)} tokens"
+    )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    words = sys.argv[1:] if arguments is None else arguments
+def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench serve",
         description=__doc__,
@@ -263,27 +184,39 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--formats", type=argument(parse_formats), default=",".join(FORMATS))
     parser.add_argument("--batch", type=argument(parse_batches), default="1,16,64,128,256")
     parser.add_argument("--tokens", type=int, default=512, help="of each prompt (default 512)")
-    parser.add_argument("--steps", type=int, default=128, help="decode steps (default 128)")
+    parser.add_argument("--steps", type=int, default=64, help="decode steps (default 64)")
+    parser.add_argument("--prompt", type=int, default=4096, help="one of so many tokens")
+    parser.add_argument("--batched-tokens", type=int, default=8192, help="of a step of prefill")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--kv", default="auto", help="dtype of the KV cache, as vLLM names it")
-    parser.add_argument("--budget", type=float, default=600, help="seconds for each format")
+    parser.add_argument("--at-once", action="store_true", help="all engines together, in turn")
+    parser.add_argument(
+        "--budget", type=float, default=600, help="seconds for each format; at once, for all"
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: for tests")
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the results")
     parser.add_argument("--commit", help="the commit to record, where there is no git checkout")
-    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if "max" in options.batch:
         parser.error("--batch: expected numbers, got max")
-    for name in ("tokens", "steps", "layers"):
+    for name in ("tokens", "steps", "layers", "prompt"):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name}: expected 1 or more, got {value}")
+    if options.batched_tokens <= max(options.batch):
+        parser.error(
+            f"--batched-tokens: expected more than the largest batch, {max(options.batch)}, "
+            f"got {options.batched_tokens}"
+        )
     if options.device == "cuda":
         require_gpu(parser)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parse(words)
     models = [MODELS[sizes.name].with_layers(options.layers) for sizes in options.models]
-    if options.part:
-        row = measure(models[0], options.formats[0], options)
-        machine.save_json(options.part, row)
-        return 0
+    pairs = [(sizes, name) for sizes in models for name in options.formats]
     device = torch.device(options.device)
     record = {
         "schema": SCHEMA,
@@ -291,24 +224,27 @@ def main(arguments: list[str] | None = None) -> int:
         "commit": options.commit or machine.commit(),
         "started": machine.now(),
         "machine": machine.describe(device) if options.device == "cuda" else {"gpu": None},
-        "protocol": {"tokens": options.tokens, "steps": options.steps, "turns": TURNS},
+        "protocol": {
+            "tokens": options.tokens,
+            "steps": options.steps,
+            "turns": TURNS,
+            "batched_tokens": options.batched_tokens,
+            "at_once": options.at_once,
+        },
         "rows": [],
     }
-    for sizes in models:
-        for name in options.formats:
-            row = in_a_process(sizes, name, options, words)
-            record["rows"].append(row)
-            print(
-                f"{row['model']} {name}: {row['status']} {row.get('reason', '')} started in "
-                f"{row.get('started_s', 0):.0f} s, {row.get('bytes_per_weight', 0):.2f} bytes per "
-                f"weight by {', '.join(row.get('methods', []))}, KV cache of "
-                f"{row.get('kv_tokens', 0)} tokens",
-                flush=True,
-            )
-            record["finished"] = machine.now()
-            if options.json:
-                machine.save_json(options.json, record)
-    return 1 if any(row["status"] != "ok" for row in record["rows"]) else 0
+    done: list[dict] = []
+
+    def save(rows: list[dict]) -> None:
+        record["rows"] = done + rows
+        record["finished"] = machine.now()
+        if options.json:
+            machine.save_json(options.json, record)
+
+    for group in [pairs] if options.at_once else [[pair] for pair in pairs]:
+        done += measure(group, options, save)
+        save([])
+    return 1 if any(row["status"] != "ok" for row in done) else 0
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ memory as vLLM does without flags, can run at the same time, by one command for 
 - served: a random Llama, quantized with residual columns and its head, saved, and served with
   compiled layers and CUDA graphs. Logits of prompts of several lengths are near those of
   transformers, by less than half of what quantization itself changes; a second run gives the same
-  tokens and bits. Then many requests of mixed lengths, some aborted: all others end, all KV blocks
-  are free again, memory is where it was, and no logit is further from that of a run alone than
-  quantization moves one. Then sleep of both levels, with a reload after the second: the same bits.
+  tokens and bits. Then many requests of mixed lengths, some aborted, some preempted, some in the
+  prefix cache, prompts in parts: all others end, all KV blocks are free again, memory is where it
+  was, and no logit is further from that of a run alone than quantization moves one. Then sleep of
+  both levels, with a reload after the second: the same bits.
 - invariant: the same requests with VLLM_BATCH_INVARIANT, so that vLLM's attention and norms do not
   depend on the batch: tokens and logits are those of a run alone, to the bit. Before that, rows
   of our layers and queries of vLLM's attention one by one, to know which of them it was if not.
@@ -19,8 +20,9 @@ memory as vLLM does without flags, can run at the same time, by one command for 
   stays below the float weights.
 - experts: Qwen3-MoE's structure, saved by us and quantized while it is loaded: each layer of
   experts gives the bits of `LiquidExperts`.
-- features: an adapter (LoRA) and none in turn; AWQ, GPTQ and compressed-tensors checkpoints, as
-  they are loaded; speculative decoding.
+- adapters: an adapter (LoRA) and none in turn.
+- imports: AWQ, GPTQ and compressed-tensors checkpoints, as they are loaded.
+- speculation: guessed tokens, by n-grams of the prompt.
 - endpoint: `vllm serve DIR` and requests by HTTP; with --model, of that model instead of a random
   one, with text as prompts.
 - tensor-parallel: two GPUs, against transformers.

@@ -13,13 +13,6 @@ BOUND = 0.05
 GUESSES = ("vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens")
 
 
-def features(check, folder: Path) -> None:
-    adapters(check, folder / "lora")
-    imports(check, folder / "imports")
-    # Last: numba, which it imports, keeps vLLM from further engines in this process.
-    speculation(check, folder / "lora" / "model")
-
-
 def adapters(check, folder: Path) -> None:
     """With and without one, one after the other, captured graphs in both."""
     import torch
@@ -83,10 +76,14 @@ def adapter(folder: Path, model) -> Path:
 
 
 def speculation(check, folder: Path) -> None:
-    """By n-grams of the prompt: logits are those of one token at a time."""
+    """By n-grams of the prompt: logits are those of one token at a time.
+
+    In a process of its own: numba, which it imports, keeps vLLM from further engines.
+    """
     import vllm
     from serve_requests import SAMPLING, Comparison
 
+    check.save(folder)
     prompts = [[i, i + 1, i + 2, i + 3] * 12 for i in range(3, 33)]
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     runs, guesses = [], {}

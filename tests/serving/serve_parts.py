@@ -13,12 +13,13 @@ from pathlib import Path
 import serve_rows
 from serve_endpoint import endpoint
 from serve_experts import experts
-from serve_features import features
+from serve_features import adapters, imports, speculation
 from serve_requests import requests
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (1, 5, 63, 64, 200, 511)
 KV_BYTES = 4 << 30  # given, as measuring what is free needs a GPU without other processes
+FEW_TOKENS = 12 << 10  # in a KV cache that has not room for 64 requests
 RECIPE = {
     "skip": [],
     "augment": {"q_proj": 64, "k_proj": 128, "down_proj": 128},
@@ -76,6 +77,11 @@ class Check:
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
         return model
+
+    def kv_bytes(self, tokens: int, layers: int = 8) -> int:
+        """For the keys and values of so many tokens of `float_model`."""
+        values = 2 * 2 * 2 * 32 if self.options.tiny else 2 * layers * 4 * 128
+        return tokens * values * 2
 
     def quantized(self, recipe: dict, layers: int = 8):
         import liquidgemm
@@ -152,7 +158,8 @@ class Check:
             "kv_cache_memory_bytes": KV_BYTES,
         } | options
         if self.options.device == "cpu":
-            options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28}
+            most = min(options["kv_cache_memory_bytes"], 1 << 28)
+            options |= {"enforce_eager": True, "kv_cache_memory_bytes": most}
         llm = vllm.LLM(model=str(folder), **options)
         self.note("started_s", round(time.perf_counter() - start, 1))
         return llm
@@ -203,14 +210,22 @@ class Check:
 
 
 def served(check: Check, folder: Path) -> None:
-    """What is saved, in one engine: its logits, many requests, sleep."""
+    """What is saved, in one engine: its logits, many requests, sleep.
+
+    With little room for keys and values, so that requests are preempted, and few tokens for a step,
+    so that prompts are prefilled in parts.
+    """
     import torch
 
     floats, wanted = check.save(folder)
-    options = {"enable_sleep_mode": True} if torch.cuda.is_available() else {}
+    options: dict = {"enable_sleep_mode": True} if torch.cuda.is_available() else {}
+    options["kv_cache_memory_bytes"] = check.kv_bytes(FEW_TOKENS)
+    options["max_num_batched_tokens"] = 1024
     llm = check.engine(folder, enable_prefix_caching=True, **options)
     check.near(check.twice(llm), wanted, floats, "saved")
     requests(check, llm, check.moved)
+    check.require(check.facts["preempted"] > 0, "some requests were preempted")
+    check.require(check.facts["from the prefix cache"] > 0, "some had a part in the prefix cache")
     if torch.cuda.is_available():
         sleep(check, llm)
 
@@ -288,7 +303,8 @@ def sleep(check: Check, llm) -> None:
         free = torch.cuda.mem_get_info()[0]
         llm.sleep(level=level)
         freed = torch.cuda.mem_get_info()[0] - free
-        check.require(freed > KV_BYTES // 2, f"sleep of level {level} frees memory: {freed} bytes")
+        least = check.kv_bytes(FEW_TOKENS) // 2
+        check.require(freed > least, f"sleep of level {level} frees memory: {freed} bytes")
         llm.wake_up()
         if level == 2:  # which drops the weights
             llm.collective_rpc("reload_weights")
@@ -350,7 +366,9 @@ PARTS = {
     "invariant": invariant,
     "online": online,
     "experts": experts,
-    "features": features,
+    "adapters": adapters,
+    "imports": imports,
+    "speculation": speculation,
     "endpoint": endpoint,
     "tensor-parallel": tensor_parallel,
     "exact": exact,

@@ -69,13 +69,15 @@ def requests(check, llm, bound: float | None, compare: bool = True) -> None:
     import vllm
 
     engine = llm.llm_engine
-    pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    scheduler = engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    asked = []
     numbers = random.Random(2)
     prompts, wishes, aborted, finished, pending = {}, {}, set(), {}, []
-    shared = [numbers.randrange(3, check.vocabulary) for _ in range(96)]  # for the prefix cache
+    shared = [numbers.randrange(3, check.vocabulary) for _ in range(160)]  # for the prefix cache
     for i in range(check.options.requests):
         own = [numbers.randrange(3, check.vocabulary) for _ in range(numbers.randint(1, 400))]
-        prompts[str(i)] = shared[: numbers.choice((0, 32, 96))] + own
+        prompts[str(i)] = shared[: numbers.choice((0, 64, 160))] + own
         wishes[str(i)] = numbers.randint(1, 48)
         pending.append(str(i))
     check.served(llm)  # so that what is allocated once is there
@@ -88,6 +90,7 @@ def requests(check, llm, bound: float | None, compare: bool = True) -> None:
             name = pending.pop()
             params = vllm.SamplingParams(max_tokens=wishes[name], **SAMPLING)
             engine.add_request(name, {"prompt_token_ids": prompts[name]}, params)
+            asked.append(next(reversed(scheduler.requests.values())))
             running.add(name)
         if running and numbers.random() < 0.05:
             victim = numbers.choice(sorted(running))
@@ -110,6 +113,8 @@ def requests(check, llm, bound: float | None, compare: bool = True) -> None:
     check.note("finished", len(finished))
     check.note("aborted", len(aborted))
     check.note("tokens_per_s", round(tokens / took))
+    check.note("preempted", sum(request.num_preemptions > 0 for request in asked))
+    check.note("from the prefix cache", sum(o.num_cached_tokens > 0 for o in finished.values()))
     wrong = [n for n, o in finished.items() if len(o.outputs[0].token_ids) != wishes[n]]
     check.require(not wrong, f"each has as many tokens as it asked for; others: {wrong[:5]}")
     engine.reset_prefix_cache()

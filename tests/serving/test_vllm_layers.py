@@ -23,8 +23,12 @@ from slices import (
 )
 
 from liquidgemm import quantize_activation
+from liquidgemm.formats import int8
 from liquidgemm.integrations.serving.foreign import foreign_layers
+from liquidgemm.integrations.serving.layout import Slice
+from liquidgemm.integrations.serving.tensors import CODES
 from liquidgemm.integrations.vllm import fusion
+from liquidgemm.integrations.vllm.parameters import dummy_codes
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -208,3 +212,13 @@ def test_the_mlp_of_vllm_is_fused_or_says_why_not():
     gate, up = x.chunk(2, -1)
     wanted = alone(w, torch.nn.functional.silu(gate.float()).to(x.dtype) * up)
     assert (output(layer, given) - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("start", [0, 64])
+def test_dummy_weights_of_8_bits_are_of_8_bits(start):
+    """What `--load-format dummy` makes of a layer all of whose columns are stored twice."""
+    part = Slice(start, K - start, K)
+    codes = [dummy_codes(72, name, part, (K,)) for name in CODES]
+    assert codes[0].unique().numel() > 200
+    assert int8.is_int8(*codes, int8.columns_of(K - start), K - start)
+    assert not int8.is_int8(*codes, int8.columns_of(K - start), K - start - 64)

@@ -15,6 +15,8 @@ from vllm.model_executor.parameter import (
     ModelWeightParameter,
 )
 
+from ...formats.int8 import logical_of
+from ...formats.liquidquant import GROUP, padded
 from ..serving import tensors
 from ..serving.layout import Slice
 
@@ -24,10 +26,14 @@ class CodesParameter(tensors.LoadsCodes, ModelWeightParameter):
 
 
 def dummy_codes(rows: int, name: str, part: Slice, augments: Sequence[int]) -> Tensor:
-    """Random, which vLLM's dummy loader makes of floats only."""
+    """Random, which vLLM's dummy loader makes of floats only; 8 bits where all columns are stored
+    twice."""
     shape = tensors.shape_of(rows, name, part, augments)
     if name == "qweight":
         return torch.randint(256, shape, dtype=torch.uint8)
+    if set(augments) == {padded(part.total)}:
+        _, *grid = logical_of(torch.zeros(1, shape[1] * GROUP // 2, dtype=torch.int8))
+        return grid[0 if name == "qscale" else 1].repeat(rows, 1)
     return torch.full(shape, 8 if name == "qscale" else 68, dtype=torch.uint8)
 
 
