@@ -31,7 +31,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from liquidgemm import LiquidConfig, LiquidLinear, quantize_
+from liquidgemm import LiquidConfig, LiquidLinear, dequantize_, quantize_
 from liquidgemm.checkpoints.sources import load_model
 from liquidgemm.quantization.calibration.data import token_windows
 from liquidgemm.quantization.evaluate import Evaluation, evaluate, sliding_windows
@@ -186,6 +186,9 @@ def language_model(name: str, arguments: argparse.Namespace) -> Iterator[dict]:
         results = judge(quantized)
         row |= {"model": name, "recipe": recipe, "calibration_tokens": mixed.numel()}
         row["domains"] = {domain: asdict(result) for domain, result in results.items()}
+        if arguments.weights_alone:
+            alone = judge(dequantize_(copy.deepcopy(quantized), torch.float32))
+            row["weights_alone"] = {domain: result.perplexity for domain, result in alone.items()}
         if recipe == arguments.perturb:
             row["perturbed"] = judge.perturbed(quantized)
         if recipe == arguments.cpu_too:
@@ -345,6 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--perturb", choices=RECIPES, metavar="RECIPE", help="to judge with rounding errors, too"
     )
+    parser.add_argument("--weights-alone", action="store_true", help="judge float activations, too")
     parser.add_argument("--commit", help="commit that is measured, where git is not at hand")
     parser.add_argument("--render", type=Path, help="write the tables of such a folder")
     arguments = parser.parse_args(arguments)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike) -> None:
     manifest = {
         "format": "liquidgemm",
         "format_version": version_of(layers, experts),
-        "config": asdict(config) if isinstance(config, LiquidConfig) else None,
+        "config": config.to_dict() if isinstance(config, LiquidConfig) else None,
         "transformers_class": type(model).__name__ if pretrained else None,
         "layers": layers,
         **({"experts": experts} if experts else {}),

@@ -15,7 +15,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import MethodType
 
@@ -116,7 +115,7 @@ class LiquidGemmConfig(QuantizationConfigMixin):
         return {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION if self.experts else 1,
-            "config": None if self.config is None else asdict(self.config),
+            "config": None if self.config is None else self.config.to_dict(),
             "layers": self.layers,
             **({"experts": self.experts} if self.experts else {}),
         }

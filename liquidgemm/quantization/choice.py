@@ -16,14 +16,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .._files import path_of
-from ..formats.liquidquant import BLOCK_BYTES, GROUP, PANEL, ceil_div, padded
+from ..formats.liquidquant import padded
 from ..nn._modules import conv1d_as_linear, linear_at
+from .budget import stored_bits
 from .calibration.data import as_batches, digest
 from .choice_report import Choice, NoRecipeError, Trial, in_words
 from .choice_trials import Finished, Judge, Quantized, Tries
 from .config import LiquidConfig
 from .experts import experts_as_linear
-from .layer import layer_method, residual_columns
+from .layer import layer_bits, residual_columns
 from .model import quantize_
 from .selection import select
 
@@ -34,6 +35,7 @@ _DATA: dict[str, Any] = {"method": "gptq", "smooth": True}
 _COLUMNS = (64, 128, 256)
 _SHARES = (1 / 8, 1 / 4, 1 / 2)
 _ROUNDING = 1e-9  # so that a share that fills the target is not beyond it
+_BUDGETS = (5.0, 5.5)  # between 4 and 6 bits for all layers
 _LEAST_SHARE = 0.02  # of the weights; to keep less is not worth a trial
 
 
@@ -65,13 +67,9 @@ class _Layer:
     def size(self) -> int:
         return self.rows * self.columns
 
-    def bits(self, method: str, extra: int) -> int:
-        """What is stored, as `LiquidLinear` has it."""
-        rows = ceil_div(self.rows, PANEL) * PANEL
-        if method == "int8":
-            return 8 * rows * padded(self.columns) + 32 * self.rows
-        codes = rows * (padded(self.columns) + extra)
-        return codes * BLOCK_BYTES * 8 // (PANEL * GROUP) + 32 * self.rows
+    def stored(self, bits: int, extra: int = 0) -> int:
+        """Bits that are stored, as `LiquidLinear` has it."""
+        return stored_bits(self.rows, padded(self.columns) + extra, bits)
 
 
 @torch.no_grad()
@@ -99,9 +97,10 @@ def choose_recipe(
 
     The recipes are the search without data; "gptq" with smoothing; with residual columns; with INT8
     precision for the layers that have the largest error at their output, up to a share of the
-    weights, or as many as the target leaves room for; and INT8 for all layers. Without calibration
-    data, they are the search, also with residual columns, and INT8. One that needs data and does
-    worse than one that needs none, at no fewer bits, is refused.
+    weights, or as many as the target leaves room for; with 4, 6 and 8 bits within a budget; with 6
+    bits for all layers; and INT8 for all layers. Without calibration data, they are the search,
+    also with residual columns or 6 bits, and INT8. One that needs data and does worse than one that
+    needs none, at no fewer bits, is refused.
 
     The loss is in percent: by how much the perplexity on the held-out data grows (the exponential
     of the mean loss, of the next token or on labels), or for models without a loss the relative
@@ -196,7 +195,7 @@ def choose_recipe(
         made.report,
         best.recipe,
         best.config,
-        tuple(trials),
+        tuple(sorted(trials, key=lambda trial: trial.bits)),
         judge.measure,
         target,
         max_loss,
@@ -246,15 +245,19 @@ def _bits_of(
     fields: Mapping[str, Any],
     share: float = 0.0,
 ) -> float:
-    """Bits per weight of a recipe; with a share about, as layers are kept as wholes."""
+    """Bits per weight of a recipe; with a share about, as layers are kept as wholes, and with a
+    budget at most.
+    """
     config = replace(config, **fields)
+    if config.budget is not None:
+        return config.budget
     config = replace(config, keep=(*config.keep, *heads))
     total = 0.0
     for name, layer in layers.items():
-        method = layer_method(config, name, has_data=True)
         extra = 0 if layer.experts else residual_columns(config, name, layer.columns)
         kept = 0.0 if layer.experts else share
-        total += (1 - kept) * layer.bits(method, extra) + kept * layer.bits("int8", 0)
+        stored = layer.stored(layer_bits(config, name), extra)
+        total += (1 - kept) * stored + kept * layer.stored(8)
     return total / sum(layer.size for layer in layers.values())
 
 
@@ -296,8 +299,21 @@ def _recipes(
             if share >= _LEAST_SHARE
         ]
     if plain:
-        keep = ("*",) if len(plain) == len(layers) else plain
-        recipes.append(_Recipe("int8", {"keep": keep}))
+        patterns = ("*",) if len(plain) == len(layers) else plain
+        six = {"bits": dict.fromkeys(patterns, 6)}
+        if not has_data:
+            recipes.append(_Recipe("search, 6 bits", six))
+        recipes.append(_Recipe("gptq, smooth, 6 bits", {**_DATA, **six}))
+        recipes.append(_Recipe("int8", {"keep": patterns}))
+        budgets = set(_BUDGETS) if max_loss is not None else set()
+        if target is not None:
+            budgets.add(target)
+        least, most = bits_of(_DATA), bits_of({"keep": patterns})
+        recipes += [
+            _Recipe(f"gptq, smooth, budget {budget:g}", {**_DATA, "budget": budget})
+            for budget in budgets
+            if _LEAST_SHARE * (most - least) <= budget - least and budget < most
+        ]
     return sorted(recipes, key=lambda recipe: bits_of(recipe.fields, recipe.share))
 
 

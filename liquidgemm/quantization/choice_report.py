@@ -84,11 +84,11 @@ class Choice:
         return json.dumps(
             {
                 "chosen": self.chosen,
-                "config": asdict(self.config),
+                "config": self.config.to_dict(),
                 "target": self.target,
                 "max_loss": self.max_loss,
                 "measure": self.measure,
-                "trials": [_finite(asdict(trial)) for trial in self.trials],
+                "trials": [_plain(trial) for trial in self.trials],
             },
             indent=1,
         )
@@ -111,11 +111,12 @@ def in_words(measure: str) -> str:
     return "output error" if measure == "relative output error" else "perplexity"
 
 
-def _finite(trial: dict) -> dict:
-    """JSON has no infinity, the loss of a broken model."""
-    if trial["loss"] is not None and not math.isfinite(trial["loss"]):
-        trial["loss"] = None
-    return trial
+def _plain(trial: Trial) -> dict:
+    """As JSON can hold it, which has no infinity, the loss of a broken model."""
+    values = {**asdict(trial), "config": trial.config and trial.config.to_dict()}
+    if trial.loss is not None and not math.isfinite(trial.loss):
+        values["loss"] = None
+    return values
 
 
 def trial_table(trials: Sequence[Trial], measure: str) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from .._files import parse_json
 from ..formats.liquidquant import GROUP
@@ -15,6 +16,7 @@ CALIBRATED = ("hessian", "gptq")
 GATES = ("raise", "warn", "off")
 HEADS = ("float", "int8")
 BITS = (4, 6, 8)
+_ORDERED = ("augment", "bits")  # may be mappings whose order counts
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,20 @@ class LiquidConfig:
         chosen = self.budget is not None
         return self.method in CALIBRATED or bool(self.smooth) or self.tune > 0 or chosen
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON can hold them.
+
+        Patterns of which the first that matches counts are a list of pairs: what writes JSON may
+        sort the keys of an object.
+        """
+        values = asdict(self)
+        for name in _ORDERED:
+            if isinstance(values[name], dict) and values[name]:
+                values[name] = [list(pair) for pair in values[name].items()]
+        return values
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> LiquidConfig:
@@ -186,7 +200,22 @@ class LiquidConfig:
         known = [field.name for field in fields(cls)]
         if unknown := sorted(values.keys() - set(known)):
             raise ValueError(f"LiquidConfig: expected fields among {known}, got {unknown}")
+        values = dict(values)
+        for name in _ORDERED:
+            if isinstance(values.get(name), list):
+                values[name] = _by_pattern(name, values[name])
         return cls(**values)
+
+
+def _by_pattern(name: str, pairs: list) -> dict[str, Any]:
+    """``[[pattern, value], ...]`` as a mapping."""
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise ValueError(f"{name}: expected pairs of a pattern and a value, got {pair!r}")
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError(f"{name}: expected each pattern once, got {pairs!r}")
+    return result
 
 
 def _patterns(name: str, patterns: object) -> tuple[str, ...]:

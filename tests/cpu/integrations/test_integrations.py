@@ -137,10 +137,18 @@ def test_shards(tmp_path):
 
 @pytest.mark.parametrize("writer", ["save_quantized", "save_pretrained"])
 @pytest.mark.parametrize("reader", ["load_quantized", "from_pretrained"])
-def test_either_reads_what_the_other_writes(tmp_path, writer, reader):
+@pytest.mark.parametrize(
+    "config",
+    [
+        LiquidConfig(augment={"up_proj": 64, "*": 0}),
+        # In the order of names the first of these patterns would be "*".
+        LiquidConfig(bits={"up_proj": 6, "0.mlp.*": 8, "*": 4}),
+    ],
+)
+def test_either_reads_what_the_other_writes(tmp_path, writer, reader, config):
     """Also for models that `quantize_` changed in place, and for residual columns."""
     model = load(float_model(tmp_path / "float"))
-    quantize_(model, LiquidConfig(keep=("0.mlp.*",)), progress=False)
+    quantize_(model, config, progress=False)
     assert model.model.layers[0].mlp.up_proj.columns is not None
     if writer == "save_quantized":
         save_quantized(model, tmp_path / "saved")
@@ -149,7 +157,11 @@ def test_either_reads_what_the_other_writes(tmp_path, writer, reader):
     other = (load_quantized if reader == "load_quantized" else load)(tmp_path / "saved")
     assert type(other) is type(model)
     assert not other.training
-    assert other.liquid_config == model.liquid_config
+    assert other.liquid_config == model.liquid_config == config
+    if config.bits:
+        assert list(other.liquid_config.bits) == list(config.bits)
+    else:
+        assert list(other.liquid_config.augment) == list(config.augment)
     assert_same(other, model)
     other.save_pretrained(tmp_path / "again")  # what was read knows what it is
     assert_same(load(tmp_path / "again"), model)

@@ -231,3 +231,24 @@ def test_configs_survive_json():
     for config in (LiquidConfig(bits={"a.*": 6, "b": 8}), LiquidConfig(budget=5.5)):
         assert LiquidConfig.from_json(config.to_json()) == config
     assert json.loads(LiquidConfig().to_json())["bits"] == {}
+
+
+@pytest.mark.parametrize("field", ["bits", "augment"])
+def test_the_order_of_patterns_survives_sorted_keys(field):
+    """The first that matches counts, and what writes a config.json sorts the keys of objects."""
+    values = {"z": 8, "a": 4} if field == "bits" else {"z": 128, "a": 64}
+    config = LiquidConfig(**{field: values})
+    text = json.dumps(json.loads(config.to_json()), sort_keys=True)
+    assert list(getattr(LiquidConfig.from_json(text), field).items()) == list(values.items())
+    # As checkpoints have it that were saved before.
+    older = LiquidConfig.from_json(json.dumps({field: values}))
+    assert list(getattr(older, field).items()) == list(values.items())
+    pairs = [list(pair) for pair in values.items()]
+    for wrong, message in (
+        ([*pairs, pairs[0]], "expected each pattern once"),
+        ([["z"]], "expected pairs of a pattern and a value"),
+        ([[1, 64]], "expected pairs of a pattern and a value"),
+        ([["z", "8"]], f"{field}: expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LiquidConfig.from_json(json.dumps({field: wrong}))
