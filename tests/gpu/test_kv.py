@@ -302,6 +302,26 @@ def test_batch_invariance(name: str) -> None:
         assert torch.equal(cache.attention(q, on_gpu), together)
 
 
+@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("group", [1, 4, 8, 16])
+@pytest.mark.parametrize("options", [{}, {"window": 100}, {"softcap": 20.0}], ids=str)
+def test_how_codes_are_copied_changes_no_bit(name: str, group: int, options: dict) -> None:
+    """Many sequences are copied in bulk, few by lines; pages of 16 tokens, lengths of all kinds."""
+    lengths = [1, 2, 15, 16, 17, 31, 32, 33, 127, 128, 129, 255, 256, 257, 300, 511, 512, 513, 640]
+    few, few_lengths = filled(name, lengths, heads=2, tokens=640)
+    few, table = paged_copy(few, 16, seed=9)
+    q = queries(name, len(lengths), 1, 2 * group, 128, seed=10)
+    repeats = 80  # 3040 pairs of a sequence and a head: more than 16 for each SM
+    many = few.attention(
+        q.repeat(repeats, 1, 1, 1),
+        few_lengths.repeat(repeats),
+        block_table=table.repeat(repeats, 1),
+        **options,
+    )
+    alone = few.attention(q, few_lengths, block_table=table, **options)
+    assert torch.equal(many, alone.repeat(repeats, 1, 1, 1))
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_graph_of_a_growing_sequence(name: str) -> None:
     """CHECKLIST 12: a step that writes and attends is replayed with other lengths and inputs."""

@@ -14,6 +14,7 @@ from problems import (
 )
 
 import liquidgemm
+from liquidgemm.kv import KVCache
 from liquidgemm.ops._dequantize import dequantize_packed
 from liquidgemm.ops._pack import decoded
 from liquidgemm.ops.plans import compiled_plans, plan_names
@@ -121,3 +122,26 @@ def test_producers_small() -> None:
             got = op(*(v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in values))
             for i, (actual, wanted) in enumerate(zip(got, expected, strict=True)):
                 assert_equal(actual.cpu(), wanted, f"{op} {k=} output {i}")
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_kv_attention_small(name: str) -> None:
+    """CHECKLIST 15: writing, attention with codes copied by lines and in bulk, adding up."""
+    device_lengths = torch.tensor([1, 33, 530, 64], dtype=torch.int32, device=DEVICE)
+    caches = [KVCache.allocate(name, 4, 2, 1088, 128, device) for device in ("cpu", DEVICE)]
+    k, v, q = (torch.randn(4, tokens, heads, 128) for tokens, heads in ((64, 2), (64, 2), (1, 8)))
+    for cache in caches:
+        cache.write_(k.to(cache.k.device), v.to(cache.k.device), device_lengths.to(cache.k.device))
+    on_cpu, cache = caches
+    for of, expected in zip(cache.tensors, on_cpu.tensors, strict=True):
+        assert (of is None) == (expected is None)
+        if of is not None:
+            assert_equal(of.cpu().view(torch.uint8), expected.view(torch.uint8), "written")
+    q = q.to(DEVICE)
+    few = cache.attention(q, device_lengths)
+    repeats = 36 if name == "int8" else 140  # of what is copied in bulk
+    table = torch.arange(4, dtype=torch.int32, device=DEVICE).repeat(repeats)[:, None]
+    many = cache.attention(
+        q.repeat(repeats, 1, 1, 1), device_lengths.repeat(repeats), block_table=table
+    )
+    assert_equal(many, few.repeat(repeats, 1, 1, 1), "attention")

@@ -20,9 +20,9 @@ struct KvCache {
   int head_dim;  // 64, 128 or 256
   int heads;
   int page_tokens;
-  void *k, *v;  // codes, aligned to 16 bytes
-  void *k_params, *v_params;
-  int const* block_table;  // [batch, table_stride], or null: sequence b has page b
+  void *k, *v;                // codes
+  void *k_params, *v_params;  // all four aligned to 16 bytes
+  int const* block_table;     // [batch, table_stride], or null: sequence b has page b
   int table_stride;
   int capacity;        // tokens that a sequence may have
   int const* lengths;  // [batch]

@@ -21,7 +21,8 @@
 // The partial result of a chunk is a function of that chunk alone; merge.hpp adds them in order.
 #pragma once
 
-#include "liquidgemm/attention/loader.hpp"
+#include "liquidgemm/attention/bulk_loader.hpp"
+#include "liquidgemm/attention/line_loader.hpp"
 #include "liquidgemm/attention/merge.hpp"
 #include "liquidgemm/attention/queries.hpp"
 #include "liquidgemm/attention/token_params.hpp"
@@ -29,6 +30,9 @@
 #include "liquidgemm/common/grid_dependency.hpp"
 
 namespace liquidgemm::attention {
+
+template <class Shape>
+using Loader = std::conditional_t<Shape::kBulk, BulkLoader<Shape>, LineLoader<Shape>>;
 
 template <class Shape>
 class Decoder {
@@ -84,7 +88,7 @@ class Decoder {
     }
 #pragma unroll 1
     for (int block = 0; block < loader_.count(); ++block) {
-      loader_.wait();
+      loader_.wait_for_keys(block);
       int dots[Shape::kTiles][2][4] = {};
       multiply_keys(loader_.slot(block), dots);
       const TokenParams<Shape> keys(loader_.params(block, false));
@@ -98,11 +102,12 @@ class Decoder {
       CUTE_UNROLL
       for (int i = 0; i < Shape::kTiles; ++i)
         weigh_tokens(i, token, whole, dots[i], keys, values, digits[i]);
-      loader_.wait();
+      loader_.wait_for_values(block);
       multiply_values(loader_.slot(block), digits);
       __syncwarp();
       loader_.copy_values(block + Shape::kSlots);
     }
+    loader_.finish();
   }
 
   // The sum of all warps, of `rows` rows.
@@ -363,7 +368,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
       decoder.store(shared.partial[0], shared.stats, own_rows);
     else
       decoder.store(a.partial + row * Shape::kHeadDim, a.stats + row, own_rows);
-    __syncthreads();  // before slots are copied to again
+    if constexpr (Shape::kBulk)
+      cutlass::arch::fence_view_async_shared();  // bulk copies come after what is written here
+    __syncthreads();                             // before slots are copied to again
   }
   if (!finishes)
     return;

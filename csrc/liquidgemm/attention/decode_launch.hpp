@@ -1,4 +1,5 @@
-// Chooses a decode kernel by head_dim and query rows, never by batch or length, and launches it.
+// Chooses a decode kernel by head_dim and query rows, and how it copies by the number of chunks,
+// which changes no bit; and launches it.
 #pragma once
 
 #include <algorithm>
@@ -32,20 +33,34 @@ cudaError_t launch_decode(KvAttentionArguments const& a, cudaStream_t stream) {
                       stream, a, chunks, row_groups);
 }
 
-template <KvFormat kFormat, int kHeadDim>
+template <KvFormat kFormat, int kHeadDim, Copies kCopies>
 cudaError_t launch_decode(KvAttentionArguments const& a, cudaStream_t stream) {
   const int rows = a.queries * a.group;
   if (rows <= 4)
-    return launch_decode<DecodeShape<kFormat, kHeadDim, 1>>(a, stream);
+    return launch_decode<DecodeShape<kFormat, kHeadDim, 1, kCopies>>(a, stream);
   constexpr int kMostTiles = kHeadDim == 256 ? 2 : 4;  // by registers
-  return rows <= 8 ? launch_decode<DecodeShape<kFormat, kHeadDim, 2>>(a, stream)
-                   : launch_decode<DecodeShape<kFormat, kHeadDim, kMostTiles>>(a, stream);
+  return rows <= 8 ? launch_decode<DecodeShape<kFormat, kHeadDim, 2, kCopies>>(a, stream)
+                   : launch_decode<DecodeShape<kFormat, kHeadDim, kMostTiles, kCopies>>(a, stream);
+}
+
+// Bulk copies start later than copies of lines and then keep up with memory: they gain where SMs
+// have many chunks. Both give the same bits. Measured for head_dim 128; see "Bulk copies" in
+// docs/experiments/kv.md.
+template <KvFormat kFormat>
+bool bulk_copies_pay(KvAttentionArguments const& a) {
+  constexpr int kLeastChunksPerSm = kFormat == KvFormat::kInt4 ? 16 : 2;
+  using Shape = DecodeShape<kFormat, 128, 1>;
+  const int64_t chunks =
+      static_cast<int64_t>(a.batch) * a.cache.heads * max_chunks<Shape>(a.cache.capacity);
+  return a.cache.head_dim == 128 && chunks >= int64_t{kLeastChunksPerSm} * a.num_sms;
 }
 
 template <KvFormat kFormat>
 cudaError_t launch_decode(KvAttentionArguments const& a, cudaStream_t stream) {
+  if (bulk_copies_pay<kFormat>(a))
+    return launch_decode<kFormat, 128, Copies::kBulk>(a, stream);
   return for_head_dim(a.cache.head_dim, [&](auto head_dim) {
-    return launch_decode<kFormat, decltype(head_dim)::value>(a, stream);
+    return launch_decode<kFormat, decltype(head_dim)::value, Copies::kLines>(a, stream);
   });
 }
 

@@ -49,11 +49,20 @@ CUTE_DEVICE float exp2_approximate(float x) {
 // in registers, the policy would cost the largest decode kernels a spill.
 constexpr uint64_t kEvictFirst = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
 
-// For what is read once: it leaves the L2 cache first.
+// Both for what is read once: it leaves the L2 cache first.
 CUTE_DEVICE void copy_16_async(uint32_t to, void const* from) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
                "l"(from), "l"(kEvictFirst)
                : "memory");
+}
+
+// Of so many bytes, which are counted at the barrier `arrived`.
+CUTE_DEVICE void copy_bulk(void* to, void const* from, int bytes, uint64_t* arrived) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(arrived)), "l"(kEvictFirst)
+      : "memory");
 }
 
 template <int kBytes>

@@ -3,7 +3,7 @@
 
 #include "liquidgemm/attention/ptx.hpp"
 #include "liquidgemm/attention/rows.hpp"
-#include "liquidgemm/attention/shape.hpp"
+#include "liquidgemm/attention/shared.hpp"
 
 namespace liquidgemm::attention {
 

@@ -5,12 +5,16 @@
 
 namespace liquidgemm::attention {
 
-template <KvFormat kFormat_, int kHeadDim_, int kTiles_>
+// How codes and parameters come to shared memory, see line_loader.hpp and bulk_loader.hpp.
+enum class Copies { kLines, kBulk };
+
+template <KvFormat kFormat_, int kHeadDim_, int kTiles_, Copies kCopies_ = Copies::kLines>
 struct DecodeShape {
   static constexpr KvFormat kFormat = kFormat_;
   static constexpr bool kInt4 = kFormat == KvFormat::kInt4;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTiles = kTiles_;  // of four query rows, in two digits each: 8 columns
+  static constexpr bool kBulk = kCopies_ == Copies::kBulk;
   static constexpr int kRows = 4 * kTiles;
   static constexpr int kWidth = kInt4 ? kHeadDim / 2 : kHeadDim;  // bytes of a row of codes
 
@@ -40,51 +44,6 @@ struct DecodeShape {
   static constexpr int kCtas = kTiles == 4 || kHeadDim == 256 ? 2 : 3;  // per SM
 
   static_assert(kKeyPieces >= 1 && kValuePieces >= 1 && kHalf == kKvPageMultiple);
-};
-
-// 32 tokens' codes and parameters, which one warp copies, waits for and reads.
-//
-// Lanes have places of their own, permuted so that those who copy one line of memory write to
-// different banks.
-template <class Shape>
-struct alignas(16) Slot {
-  // Of token 2g or, if `odd`, 2g + 1, for lane (g, t).
-  __device__ uint8_t* key(int half, int odd, int piece, int lane) {
-    const int flip = Shape::kKeyPiece < 16 ? 0 : Shape::kKeyPieces > 1 ? piece % 2 : odd;
-    return keys_[half][odd][piece][lane ^ 4 * flip];
-  }
-  __device__ uint8_t const* key(int half, int odd, int piece, int lane) const {
-    return const_cast<Slot*>(this)->key(half, odd, piece, lane);
-  }
-
-  __device__ uint8_t* value(int half, int piece, int lane) {
-    return values_[half][piece][lane ^ lane >> 3];
-  }
-  __device__ uint8_t const* value(int half, int piece, int lane) const {
-    return const_cast<Slot*>(this)->value(half, piece, lane);
-  }
-
- private:
-  uint8_t keys_[2][2][Shape::kKeyPieces][32][Shape::kKeyPiece];
-  uint8_t values_[2][Shape::kValuePieces][32][16];
-};
-
-template <class Shape>
-struct Shared {
-  union {
-    Slot<Shape> slots[Shape::kWarps][Shape::kSlots];
-    struct {  // once all slots are read
-      float sums[Shape::kWarps][Shape::kRows][Shape::kHeadDim];
-      float partial[Shape::kRows][Shape::kHeadDim];
-    };
-  };
-  float2 stats[Shape::kRows];
-  alignas(16) uint8_t params[Shape::kWarps][Shape::kSlots][2][Shape::kParamBytes];
-  alignas(16) uint8_t digits[Shape::kRows][2][Shape::kQueryPitch];  // of the queries: high, low
-  float query_scale[Shape::kRows];
-  int query_sum[Shape::kRows];
-  float most[Shape::kWarps][Shape::kRows];
-  float total[Shape::kWarps][Shape::kRows];
 };
 
 // Tokens per chunk: more than kChunk where kKvMaxChunks of those do not cover the sequence.

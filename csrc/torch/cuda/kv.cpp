@@ -22,7 +22,7 @@ KvCache cache_of(char const* op,
         " tokens for a sequence, got ", capacity);
   check(k.size(1) <= UINT16_MAX && lengths.size(0) <= UINT16_MAX, op,
         ": expected at most 65535 heads and sequences, got ", k.size(1), " and ", lengths.size(0));
-  for (auto const* cache : {&k, &v})
+  for (auto const* cache : {&k, &v, &k_params, &v_params})
     check(aligned_to_16(*cache), op, ": expected caches that are aligned to 16 bytes");
   return {
       .format = int4 ? KvFormat::kInt4 : KvFormat::kInt8,

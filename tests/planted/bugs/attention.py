@@ -7,9 +7,16 @@ OF_ATTENTION = (
     attention_bug(
         "values are read before they are copied",
         "decode_kernel.hpp",
-        "loader_.wait();\n      multiply_values",
+        "loader_.wait_for_values(block);\n      multiply_values",
         "multiply_values",
         f"{KV} -k 'attention or invariance'",
+    ),
+    attention_bug(
+        "bulk copies are not waited for",
+        "bulk_loader.hpp",
+        "Barrier::wait(barrier_of(block, of_values), block / Shape::kSlots % 2);",
+        "",
+        f"{KV} -k copied",
     ),
     attention_bug(
         "all blocks are seen whole",

@@ -1,26 +1,23 @@
-// Copies of codes and parameters to shared memory: each warp copies what it reads itself, whole
-// lines of memory at a time, so that warps share nothing and wait for none.
+// Copies to shared memory by all lanes of a warp, whole lines of memory at a time: each warp copies
+// what it reads itself, so that warps share nothing and wait for none.
 #pragma once
 
+#include "liquidgemm/attention/blocks.hpp"
 #include "liquidgemm/attention/ptx.hpp"
-#include "liquidgemm/attention/rows.hpp"
-#include "liquidgemm/attention/shape.hpp"
 
 namespace liquidgemm::attention {
 
-// The blocks of one warp in a chunk: every kWarps-th one, each in the slot of its index.
 template <class Shape>
-class Loader {
+class LineLoader : public Blocks<Shape> {
+  using Base = Blocks<Shape>;
+  using Base::cache_, Base::row_of, Base::lane;
+
  public:
-  CUTE_DEVICE Loader(KvCache const& cache, int b, int h, Shared<Shape>& shared)
-      : cache_(cache), b_(b), h_(h), shared_(shared) {}
+  CUTE_DEVICE LineLoader(KvCache const& cache, int b, int h, Shared<Shape>& shared)
+      : Base(cache, b, h, shared) {}
 
   CUTE_DEVICE void start(int begin, int end) {
-    begin_ = begin + threadIdx.x / 32 * Shape::kBlock;
-    end_ = end;
-    count_ = begin_ < end ? (end - begin_ + Shape::kWarps * Shape::kBlock - 1) /
-                                (Shape::kWarps * Shape::kBlock)
-                          : 0;
+    this->begin(begin, end);
 #pragma unroll 1
     for (int i = 0; i < Shape::kSlots; ++i) {
       copy_keys(i);
@@ -28,14 +25,11 @@ class Loader {
     }
   }
 
-  CUTE_DEVICE int count() const { return count_; }
-  CUTE_DEVICE int token(int block) const { return begin_ + block * Shape::kWarps * Shape::kBlock; }
-
   // Both commit a group, of nothing where there is no such block. Call copy_keys first, and both
   // once all lanes have read what is copied over.
   CUTE_DEVICE void copy_keys(int block) {
-    if (block < count_) {
-      find_rows(block);
+    if (block < this->count()) {
+      this->find_rows(block);
       auto& slot = this->slot(block);
       CUTE_UNROLL
       for (int half = 0; half < 2; ++half) {
@@ -57,7 +51,7 @@ class Loader {
   }
 
   CUTE_DEVICE void copy_values(int block) {
-    if (block < count_) {
+    if (block < this->count()) {
       auto& slot = this->slot(block);
       CUTE_UNROLL
       for (int half = 0; half < 2; ++half) {
@@ -73,34 +67,17 @@ class Loader {
     commit_copies();
   }
 
-  // For the copies of all lanes of the warp.
-  CUTE_DEVICE static void wait() {
-    wait_copies<2 * Shape::kSlots - 1>();
-    __syncwarp();
-  }
-
-  CUTE_DEVICE Slot<Shape>& slot(int block) const {
-    return shared_.slots[threadIdx.x / 32][block % Shape::kSlots];
-  }
-  CUTE_DEVICE uint8_t const* params(int block, bool of_values) const {
-    return shared_.params[threadIdx.x / 32][block % Shape::kSlots][of_values];
-  }
+  // For the copies of all lanes of the warp: groups arrive in order.
+  CUTE_DEVICE static void wait_for_keys(int) { wait(); }
+  CUTE_DEVICE static void wait_for_values(int) { wait(); }
+  CUTE_DEVICE static void finish() {}
 
  private:
   static constexpr int kLine = 128;  // bytes of a line of memory, which eight lanes copy
-  static constexpr int kKnown = 16;  // blocks whose rows the lanes of a warp know
 
-  CUTE_DEVICE static int lane() { return threadIdx.x % 32; }
-  // Lane 2 * i + half looks up that half of the i-th block from here on. Past the end it is the
-  // last half again: what is copied there is not used, but may be read.
-  CUTE_DEVICE void find_rows(int block) {
-    if (block % kKnown != 0)
-      return;
-    const int token = this->token(block + lane() / 2) + lane() % 2 * Shape::kHalf;
-    row_ = cache_row(cache_, b_, h_, min(token, (end_ - 1) / Shape::kHalf * Shape::kHalf));
-  }
-  CUTE_DEVICE int64_t row_of(int block, int half) const {
-    return __shfl_sync(kAllLanes, row_, block % kKnown * 2 + half);
+  CUTE_DEVICE static void wait() {
+    wait_copies<2 * Shape::kSlots - 1>();
+    __syncwarp();
   }
 
   // Parameters of keys by the first 16 lanes, of values by the others: of two tokens each.
@@ -109,17 +86,10 @@ class Loader {
     const int64_t row = row_of(block, half);
     auto const params =
         static_cast<uint8_t const*>(lane() < 16 ? cache_.k_params : cache_.v_params);
-    uint8_t* const to = shared_.params[threadIdx.x / 32][block % Shape::kSlots][lane() / 16] +
-                        lane() % 16 * Shape::kPairBytes;
+    uint8_t* const to = this->params(block, lane() / 16) + lane() % 16 * Shape::kPairBytes;
     copy_async<Shape::kPairBytes>(shared_address(to), params + row * (Shape::kPairBytes / 2) +
                                                           lane() % 8 * Shape::kPairBytes);
   }
-
-  KvCache const& cache_;
-  int b_, h_;
-  Shared<Shape>& shared_;
-  int begin_ = 0, end_ = 0, count_ = 0;
-  int64_t row_ = 0;
 };
 
 }  // namespace liquidgemm::attention
