@@ -57,7 +57,7 @@ def _follow_environment() -> None:
     try:
         set_cpu_kernel(name)
     except ValueError as error:
-        raise ImportError(f"liquidgemm: {VARIABLE}: {error}") from error
+        raise ImportError(f"liquidgemm: {VARIABLE}: {error}") from None
 
 
 _library.load_libraries()

@@ -12,6 +12,7 @@
 #endif
 
 #include <cstring>
+#include <type_traits>
 
 #include "liquidgemm/cpu/simd.hpp"
 
@@ -95,6 +96,12 @@ void to_floats(T const* from, int64_t count, float* to) {
 #if defined(__F16C__)
 inline void to_floats(Float16 const* from, int64_t count, float* to) {
   int64_t i = 0;
+#if defined(__AVX512F__)  // two halves could not be loaded as one right after they are stored
+  for (; i + 16 <= count; i += 16) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<__m256i const*>(from + i));
+    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(halves));
+  }
+#endif
   for (; i + 8 <= count; i += 8) {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<__m128i const*>(from + i));
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
@@ -151,10 +158,13 @@ float quantize_row(T const* x, int64_t k, int8_t* out) {
   constexpr float kRound = 0x1.8p23f;
   constexpr int32_t kRoundBits = 0x4b400000;
   constexpr int64_t kPart = 64;
-  float values[kPart];
-  for (int64_t begin = 0; begin < k; begin += kPart) {
-    const int64_t count = smaller(kPart, k - begin);
-    to_floats(x + begin, count, values);
+  const auto part = [&](int64_t begin, int64_t count) {
+    float buffer[kPart];
+    float const* values = buffer;
+    if constexpr (std::is_same_v<T, float>)
+      values = x + begin;
+    else
+      to_floats(x + begin, count, buffer);
     for (int64_t i = 0; i < count; ++i) {
       const float shifted = values[i] / scale + kRound;
       int32_t q;
@@ -164,7 +174,12 @@ float quantize_row(T const* x, int64_t k, int8_t* out) {
       q = q < -127 ? -127 : q;
       out[begin + i] = int8_t(q);
     }
-  }
+  };
+  int64_t begin = 0;
+  for (; begin + kPart <= k; begin += kPart)
+    part(begin, kPart);
+  if (begin < k)
+    part(begin, k - begin);
   return scale;
 }
 

@@ -110,12 +110,8 @@ struct Avx512Vnni {
         for (int b = 0; b < B; ++b)
           w[b] = _mm512_load_si512(weights + b * kTileBytes + kBand * k);
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-          const __m512i word = _mm512_set1_epi32(load_word(x + kGroup * t + k));
-#pragma GCC unroll 8
-          for (int b = 0; b < B; ++b)
-            add_products(part[t][b], w[b], word);
-        }
+        for (int t = 0; t < T; ++t)
+          add_products(part[t], w, x + kGroup * t + k);
       }
       weights += kPanelBands * kDecodedBand;
       x += kTileBytes;

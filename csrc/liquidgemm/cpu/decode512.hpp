@@ -7,10 +7,28 @@
 namespace liquidgemm::cpu {
 namespace {
 
-// sums + products of unsigned and signed bytes. The intrinsic would do, but GCC 12 copies its sums
-// from one register to another.
-inline void add_products(__m512i& sums, __m512i weights, __m512i x) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(x));
+// Adds to the sums of a token, one register for each band, the products of unsigned bytes with a
+// word of its x. The intrinsics would do, but GCC 12 copies their sums from one register to
+// another; so it does with one statement per instruction where there are 20 sums, of four bands.
+template <int B>
+void add_products(__m512i (&sums)[B], __m512i const (&weights)[B], int8_t const* x) {
+  using Word [[gnu::aligned(1), gnu::may_alias]] = int32_t;
+  Word const& word = *reinterpret_cast<Word const*>(x);
+  if constexpr (B == 4) {
+    __m512i words;
+    __asm__(
+        "vpbroadcastd %5, %4\n\t"
+        "vpdpbusd %4, %6, %0\n\t"
+        "vpdpbusd %4, %7, %1\n\t"
+        "vpdpbusd %4, %8, %2\n\t"
+        "vpdpbusd %4, %9, %3"
+        : "+v"(sums[0]), "+v"(sums[1]), "+v"(sums[2]), "+v"(sums[3]), "=&v"(words)
+        : "m"(word), "v"(weights[0]), "v"(weights[1]), "v"(weights[2]), "v"(weights[3]));
+  } else {
+    const __m512i words = _mm512_set1_epi32(word);
+    for (int b = 0; b < B; ++b)
+      __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[b]) : "v"(weights[b]), "v"(words));
+  }
 }
 
 // Eight chunks of eight pairs of words (rows g and g + 8) become eight registers of eight pairs:

@@ -206,6 +206,39 @@ def test_threads_share_a_weight(kernel):
         reference.assert_same(c.gemm(out_dtype=torch.int32), expected, threads=threads)
 
 
+FORKED = """
+import multiprocessing, sys
+sys.path[:0] = sys.argv[1:]
+import torch
+import liquidgemm
+from test_cpu import Case
+
+c = Case(37, 600, 300)
+torch.set_num_threads(2)
+c.gemm(out_dtype=torch.int32)
+
+def child(kernels):
+    torch.set_num_threads(1)
+    for name in kernels:
+        liquidgemm.set_cpu_kernel(name)
+        assert torch.equal(c.gemm(out_dtype=torch.int32), c.acc.int()), name
+
+fork = multiprocessing.get_context("fork")
+process = fork.Process(target=child, args=(liquidgemm.cpu_kernels(),))
+process.start()
+process.join(60)
+print(process.exitcode)
+process.kill()
+"""
+
+
+def test_a_forked_process():
+    """With one thread it computes: the parent's threads are not in it, the permission to use AMX
+    is."""
+    result = run_python(FORKED, os.path.dirname(__file__), TESTS / "support")
+    assert result.stdout.strip() == "0", result.stdout + result.stderr
+
+
 def test_names():
     assert KERNELS[-2:] == ("portable", "reference")
     assert liquidgemm.cpu_kernel() == KERNELS[0]
