@@ -38,6 +38,7 @@ FORMATS: dict[str, tuple[str | None, float]] = {
     "humming": ("humming", 0.7),
     "w4a8": (None, 0.6),
     "w4a8-head": (None, 0.6),
+    "w4a8-apart": (None, 0.6),
 }
 TURNS = 3
 BLOCK = 16  # tokens of a block of vLLM's KV cache
@@ -132,6 +133,8 @@ class Engine:
         more: dict = {}
         if FORMATS[name][0]:
             more["quantization"] = FORMATS[name][0]
+        if name == "w4a8-apart":
+            more["additional_config"] = {"liquidgemm": {"fused_producers": False}}
         if on_gpu:
             more["gpu_memory_utilization"] = 0.88
             more["compilation_config"] = {"cudagraph_capture_sizes": sorted(set(options.batch))}

@@ -4,8 +4,9 @@
     python -m bench serve --formats fp8,humming,w4a8 --at-once --tokens 448 --json serve.json
 
 Weights are random, in the sizes of well-known models; ours are codes as a checkpoint of ours would
-bring them, served by the plug-in; w4a8-head has a head of 8 bits as well, which is bf16 in all
-others. Each format gets a process of its own, in which the engine answers so many requests at once:
+bring them, served by the plug-in. w4a8-head has a head of 8 bits as well, which is bf16 in all
+others; in w4a8-apart no norm or activation quantizes for the layer after it. Each format gets a
+process of its own, in which the engine answers so many requests at once:
 
 - prefill: the time until all have their first token;
 - a decode step: the time from then on until the first request ends, by the steps between;
@@ -181,7 +182,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--models", type=argument(parse_models), default="llama3-8b")
-    parser.add_argument("--formats", type=argument(parse_formats), default=",".join(FORMATS))
+    parser.add_argument("--formats", type=argument(parse_formats), default="bf16,fp8,humming,w4a8")
     parser.add_argument("--batch", type=argument(parse_batches), default="1,16,64,128,256")
     parser.add_argument("--tokens", type=int, default=512, help="of each prompt (default 512)")
     parser.add_argument("--steps", type=int, default=64, help="decode steps (default 64)")

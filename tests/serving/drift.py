@@ -22,6 +22,7 @@ from pathlib import Path
 PLUGIN = Path(__file__).resolve().parents[2] / "liquidgemm" / "integrations" / "vllm"
 
 _LAYERS = "vllm.model_executor.layers"
+_LLAMA = "vllm.model_executor.models.llama"
 _MOE = f"{_LAYERS}.fused_moe.config"
 # Attributes, fields and methods by module and class.
 USED = {
@@ -53,7 +54,17 @@ USED = {
         "load_column_parallel_weight load_merged_column_weight load_qkv_weight"
     ),
     ("vllm.model_executor.parameter", "RowvLLMParameter"): "load_row_parallel_weight",
-    ("vllm.config.vllm", "VllmConfig"): "additional_config lora_config load_config",
+    ("vllm.config.vllm", "VllmConfig"): (
+        "additional_config lora_config load_config compilation_config parallel_config"
+    ),
+    ("vllm.config.compilation", "CompilationConfig"): "mode",
+    (f"{_LAYERS}.layernorm", "RMSNorm"): (
+        "weight has_weight variance_epsilon variance_size_override"
+    ),
+    # Where norms and activations are found that quantize for layers of ours.
+    (_LLAMA, "LlamaDecoderLayer"): "input_layernorm post_attention_layernorm self_attn mlp",
+    (_LLAMA, "LlamaAttention"): "qkv_proj",
+    (_LLAMA, "LlamaMLP"): "gate_up_proj act_fn down_proj",
     ("vllm.distributed.parallel_state", "GroupCoordinator"): "device_group device_communicator",
     ("vllm.distributed.device_communicators.pynccl", "PyNcclCommunicator"): "all_reduce disabled",
     ("vllm.distributed.device_communicators.cuda_communicator", "CudaCommunicator"): "pynccl_comm",

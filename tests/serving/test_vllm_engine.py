@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import liquidgemm
 from liquidgemm import LiquidConfig, import_checkpoint, load_quantized, quantize_, save_quantized
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: make test-serve")
+
+from liquidgemm.integrations.vllm import fusion  # noqa: E402
 
 
 def quantized(folder: Path, tied: bool = False, **fields) -> Path:
@@ -138,7 +141,8 @@ def test_other_projects_checkpoints_are_converted_as_they_are_loaded(name, tmp_p
 
 def test_weights_are_loaded_again_in_place(tmp_path):
     """What sleeping and reinforcement learning need: a graph that was captured stays valid."""
-    folder = quantized(tmp_path / "one", augment=64)
+    recipe = {"augment": 64, "keep": ("o_proj",), "bits": {"down_proj": 6}}
+    folder = quantized(tmp_path / "one", **recipe)
     llm = engine(folder)
     before = logits(llm)
     addresses = llm.apply_model(_addresses)[0]
@@ -146,7 +150,7 @@ def test_weights_are_loaded_again_in_place(tmp_path):
     other = float_model()
     for p in other.parameters():
         p.data.mul_(1.5)
-    quantize_(other, LiquidConfig(augment=64), progress=False, verify=False)
+    quantize_(other, LiquidConfig(**recipe), progress=False, verify=False)
     save_quantized(other, folder)
     llm.collective_rpc("reload_weights")
     assert llm.apply_model(_addresses)[0] == addresses
@@ -161,11 +165,28 @@ def _addresses(model) -> dict[str, int]:
     return {name: p.data_ptr() for name, p in model.named_parameters() if "_proj" in name}
 
 
-def test_compiled(tmp_path):
-    """Also: no mark of the layer prevents torch.compile of the whole model."""
+@pytest.mark.parametrize("fused", [False, True])  # SiluAndMul stays replaced in this process
+def test_compiled(fused, tmp_path, monkeypatch):
+    """Norms and activations quantize for the layers after them, unless they are told not to.
+
+    Also: no mark of a layer prevents torch.compile of the whole model.
+    """
+    if fused:  # as where vLLM has no table of activations that quantize
+        monkeypatch.setattr(fusion, "state", lambda: "no: not in this test")
     folder = quantized(tmp_path, augment={"down_proj": 64})
-    llm = engine(folder, enforce_eager=False, max_num_batched_tokens=128)
+    more = {"additional_config": {"liquidgemm": {"fused_producers": fused}}}
+    llm = engine(folder, enforce_eager=False, max_num_batched_tokens=128, **more)
     assert_near(logits(llm), expected(load_quantized(folder)))
+    if fused:
+        monkeypatch.undo()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        logits(llm)
+    ran = Counter(event.name.removeprefix("liquidgemm::") for event in profile.events())
+    blocks = load_quantized(folder).config.num_hidden_layers
+    norms = 2 * blocks if fused else 0
+    activations = blocks if fused or fusion.state() == "yes" else 0
+    assert (ran["rms_norm_quantize"], ran["glu_quantize"]) == (norms, activations)
+    assert (ran["gemm"], ran["linear"]) == (norms + activations, 4 * blocks - norms - activations)
 
 
 def test_prefix_cache_and_chunks_change_little(tmp_path):

@@ -79,7 +79,10 @@ def test_one_gpu_has_nothing_to_ask():
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"exact": True}, "expected liquidgemm to be {exact_tensor_parallel}, got"),
+        (
+            {"exact": True},
+            "{exact_tensor_parallel, fused_producers} or some of them, got",
+        ),
         ({"exact_tensor_parallel": 1}, "exact_tensor_parallel: expected true or false, got 1"),
         ("yes", "got yes"),
     ],

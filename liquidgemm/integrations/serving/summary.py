@@ -39,8 +39,12 @@ class Summary:
     def done(self, names: tuple[str, ...], device: torch.device) -> None:
         self._done += 1
         if self._done == self._expected:
-            for line in self.lines(device):
-                self.say(line)
+            self.complete(device)
+
+    def complete(self, device: torch.device) -> None:
+        """Once the last layer is packed, and again after each load."""
+        for line in self.lines(device):
+            self.say(line)
 
     def lines(self, device: torch.device) -> list[str]:
         left = ", ".join(f"{count} x {what}" for what, count in sorted(self._float.items()))

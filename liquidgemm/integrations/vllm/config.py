@@ -134,6 +134,7 @@ class LiquidGemmConfig(QuantizationConfig):
         return WeightsMapper(orig_to_new_substr=self.renamed)
 
     def get_quant_method(self, layer: EngineLayer, prefix: str) -> QuantizeMethodBase | None:
+        self.summary.producers.find()
         method: QuantizeMethodBase | str
         if isinstance(layer, RoutedExperts):
             method = self._experts(layer, prefix)

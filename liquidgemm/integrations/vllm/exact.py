@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +16,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from ...formats.liquidquant import MAX_IN_FEATURES
 from ..serving import exact
 from ..serving.tensors import EngineLayer
+from .settings import setting
 
 _KEY = "exact_tensor_parallel"
 
@@ -29,13 +28,7 @@ def asked() -> bool:
         ValueError: a setting of ours that is not known, or something that it cannot go with.
     """
     config = get_current_vllm_config_or_none()
-    given = None if config is None else config.additional_config
-    settings = given.get("liquidgemm", {}) if isinstance(given, Mapping) else {}
-    if not isinstance(settings, Mapping) or settings.keys() - {_KEY}:
-        raise ValueError(f"additional_config: expected liquidgemm to be {{{_KEY}}}, got {settings}")
-    value = settings.get(_KEY, False)
-    if not isinstance(value, bool):
-        raise ValueError(f"{_KEY}: expected true or false, got {value!r}")
+    value = setting(_KEY)
     if value and config is not None:
         _check(config)
     return value

@@ -19,6 +19,8 @@ try:
 except ImportError:
     QuantizedActivation = kInt8DynamicTokenSym = None
 
+_ATTACHED = "liquid_quantized"
+
 
 @functools.cache
 def state() -> str:
@@ -47,6 +49,11 @@ def _silu_mul_quantized(x: Tensor, linear: nn.Module):
     return QuantizedActivation(data, scale, x.dtype, data.shape, kInt8DynamicTokenSym)
 
 
+def attach(x: Tensor, data: Tensor, scale: Tensor) -> None:
+    """What `as_quantized` gives of x, a tensor that may be used as it is, too."""
+    setattr(x, _ATTACHED, (data, scale))
+
+
 def advertise(layer: nn.Module) -> None:
     """Tell vLLM that a layer takes quantized activations, if something makes them."""
     if state() == "yes":
@@ -54,11 +61,15 @@ def advertise(layer: nn.Module) -> None:
 
 
 def as_quantized(x: object) -> tuple[Tensor, Tensor, torch.dtype] | None:
-    """The INT8 values, the scales of the tokens and the dtype of the output; None for a tensor.
+    """The INT8 values, the scales of the tokens and the dtype of the output; None for a tensor
+    that has none.
 
     Raises:
         RuntimeError: it is quantized in another way.
     """
+    if isinstance(x, Tensor):
+        found = getattr(x, _ATTACHED, None)
+        return None if found is None else (*found, x.dtype)
     if QuantizedActivation is None or not isinstance(x, QuantizedActivation):
         return None
     if x.quant_key != kInt8DynamicTokenSym:

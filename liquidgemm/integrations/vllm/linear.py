@@ -63,8 +63,8 @@ class PackedLinearMethod(LinearMethodBase):
             exact.take_over(layer, self.names[0])
             self.summary.exact += 1
         layer.liquid_exact = self.exact
-        if packed.gather is None:
-            layer.columns = None
+        if packed.gather is None:  # no plain attribute: a reload registers that of the checkpoint
+            layer.register_parameter("columns", None)
         _say_dtype(layer)
         self.summary.done(self.names, layer.qweight.device)
 

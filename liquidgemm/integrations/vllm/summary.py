@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from ..serving import summary
 from . import fusion
+from .producers import Producers
 
 logger = init_logger("vllm.liquidgemm")
 
@@ -14,12 +16,24 @@ logger = init_logger("vllm.liquidgemm")
 class Summary(summary.Summary):
     exact = 0  # layers with the bits of one GPU on several
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.producers = Producers()
+
+    def complete(self, device: torch.device) -> None:
+        self.producers.switch_on()
+        super().complete(device)
+
     def say(self, line: str) -> None:
         logger.info("%s", line)
 
     def more(self) -> str:
         exact = f"; {self.exact} with the bits of one GPU on several" if self.exact else ""
-        return f"{exact}; SiLU fused with the quantization after it: {fusion.state()}"
+        silu = fusion.state()
+        if silu != "yes":
+            silu = self.producers.state("act_fn")
+        norm = self.producers.state("input_layernorm")
+        return f"{exact}; fused with the quantization after it: SiLU {silu}, RMSNorm {norm}"
 
 
 def check_device() -> None:
