@@ -23,6 +23,7 @@ COMMANDS = {
     "step-report": ("report.step", "its tables and plots, from the JSON alone"),
     "generate": ("suites.generate", "ms per token of transformers' generate, fused and not"),
     "serve": ("suites.serve", "decode steps and prefill in vLLM: bf16, FP8, humming and ours"),
+    "serve-report": ("report.serve", "its tables and plots, from the JSON alone"),
     "exact": ("suites.exact", "several GPUs with the bits of one: what that costs, by layer"),
     "sizing": ("report.sizing", "tokens per second and dollar and KV room, from serve's JSON"),
     "ablation": ("suites.ablation", "what each part of the design is worth"),

@@ -18,7 +18,6 @@ holds for experts in W4A8.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -28,8 +27,8 @@ from pathlib import Path
 from ..core.results import BadResults
 from ..core.shapes import argument
 from ..decoder.sizes import MODELS, Sizes
-from ..suites.serve import SCHEMA
 from ..suites.step import parse_batches
+from . import serve
 
 BYTES = {"bf16": 2.0, "fp8": 1.0, "humming": 0.5 + 2 / 128, "w4a8": 34 / 64}  # of a weight
 KV_BYTES = {"auto": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1}
@@ -214,18 +213,8 @@ def read(paths: Sequence[Path]) -> list[dict]:
     Raises:
         BadResults: a file is not readable, or of another kind.
     """
-    rows = []
-    for path in paths:
-        try:
-            record = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise BadResults(f"{path}: {error}") from None
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-            raise BadResults(f"{path}: expected results of `bench serve`, schema {SCHEMA}")
-        if not all({"model", "format", "steps"} <= set(row) for row in record.get("rows", [{}])):
-            raise BadResults(f"{path}: expected rows of `bench serve`")
-        rows += [row for row in record["rows"] if row.get("status") == "ok"]
-    return rows
+    rows = (row for record in serve.read(paths) for row in record["rows"])
+    return [row for row in rows if row.get("status") == "ok"]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -63,7 +63,7 @@ def rows_of(records: list[dict]) -> list[Row]:
     return list(found.values())
 
 
-def _table(head: list[str], lines: Iterable[list[str]]) -> str:
+def table(head: list[str], lines: Iterable[list[str]]) -> str:
     """Markdown; the first column is a name."""
     rows = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     return "\n".join([*rows, *("| " + " | ".join(cells) + " |" for cells in lines)])
@@ -110,7 +110,7 @@ def step_table(rows: list[Row]) -> str:
             both = [row for row in (ours, cells[name]) if row and row["status"] == "ok"]
             speedups.append(f"{both[1]['ms'] / both[0]['ms']:.2f}x" if len(both) == 2 else "")
         lines.append([str(batch), *(_ms(cells[name]) for name in formats), *speedups])
-    return _table(["sequences", *formats, *(f"over {name}" for name in fp8)], lines)
+    return table(["sequences", *formats, *(f"over {name}" for name in fp8)], lines)
 
 
 def parts_table(rows: list[Row]) -> str:
@@ -127,7 +127,7 @@ def parts_table(rows: list[Row]) -> str:
         if row.get("parts")
     ]
     head = ["format, sequences", "step", *names, "GB/s of weights and KV"]
-    return _table(head, lines) if lines else ""
+    return table(head, lines) if lines else ""
 
 
 def most_table(rows: list[Row]) -> str:
@@ -157,7 +157,7 @@ def most_table(rows: list[Row]) -> str:
         if any(figures):
             cells = [_figure(figure) for figure in figures]
             lines.append([f"*the paper: {system}, H800*", *cells])
-    return _table(["decode, tokens/s (sequences)", *models], lines)
+    return table(["decode, tokens/s (sequences)", *models], lines)
 
 
 def _figure(figure: tuple[int, int | None] | None) -> str:
@@ -179,7 +179,7 @@ def prefill_table(rows: list[Row]) -> str:
             same = (r for r in found if (r["model"], r["head"], r["format"], r["prefill"]) == key)
             cells.append(_ms(next(same, None)))
         lines.append([f"{model}, head {head}, {batch} x {length}", *cells])
-    return _table(["sequences x tokens, ms", *formats], lines) if lines else ""
+    return table(["sequences x tokens, ms", *formats], lines) if lines else ""
 
 
 def _proof(rows: list[Row]) -> str:

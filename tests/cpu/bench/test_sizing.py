@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench.decoder.sizes import MODELS
-from bench.report import sizing
+from bench.report import serve, sizing
 from bench.report.sizing import SIZED, Gpu, Model, Step, kv_room, nearest, step_of, traffic
 
 BASE = SIZED["llama3-8b"]
@@ -90,7 +90,7 @@ def test_the_nearest_row_is_of_the_format():
 
 def test_table_says_what_is_measured(tmp_path, capsys):
     file = tmp_path / "serve.json"
-    file.write_text(json.dumps({"schema": sizing.SCHEMA, "rows": [row_of()]}))
+    file.write_text(json.dumps({"schema": serve.SCHEMA, "rows": [row_of()]}))
     assert sizing.main([str(file), "--price", "3.6", "--batch", "16", "--gpus", "1,2"]) == 0
     table = capsys.readouterr().out.splitlines()[2:]
     kinds = [line.split("|")[-2].strip() for line in table]
