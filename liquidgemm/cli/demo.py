@@ -201,19 +201,45 @@ def measure(model: nn.Module, windows: Tensor, label: str, console: Console) -> 
     return Measurement(math.exp(loss / predicted), torch.cat(best), time.perf_counter() - start)
 
 
+class Counter:
+    """What `generate` hands its tokens to: the prompt first, then one after the other."""
+
+    def __init__(self, seen: Callable[[int], None]) -> None:
+        self._seen, self._count = seen, -1
+
+    def put(self, tokens: Tensor) -> None:
+        self._count += 1
+        self._seen(self._count)
+
+    def end(self) -> None:
+        pass
+
+
 @torch.inference_mode()
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The model's greedy answer to one question, through its chat template."""
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    what: str,
+    console: Console,
+) -> str:
+    """The model's greedy answer to one question, through its chat template.
+
+    Args:
+        what: what the console shows meanwhile, with the number of tokens so far.
+    """
     chat = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(model.device)
-    output = model.generate(
-        **inputs,
-        max_new_tokens=ANSWER_TOKENS,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    with console.status(what) as status:
+        output = model.generate(
+            **inputs,
+            max_new_tokens=ANSWER_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=Counter(lambda n: status.update(f"{what}: {n} of {ANSWER_TOKENS} tokens")),
+        )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -246,8 +272,7 @@ def run(console: Console, device: torch.device, tokens: int, prompt: str) -> Non
         model, tokenizer = load_model(file, device, dtype)
         windows = evaluation_windows(tokenizer, tokens)
     before = measure(model, windows, "perplexity before", console)
-    with console.status("generating an answer before"):
-        answer_before = answer(model, tokenizer, prompt)
+    answer_before = answer(model, tokenizer, prompt, "generating an answer before", console)
 
     start = time.perf_counter()
     report = liquidgemm.quantize_(model, liquidgemm.LiquidConfig())
@@ -255,8 +280,7 @@ def run(console: Console, device: torch.device, tokens: int, prompt: str) -> Non
     console.print(str(report), markup=False, highlight=False, style="dim")
 
     after = measure(model, windows, "perplexity after", console)
-    with console.status("generating an answer after"):
-        answer_after = answer(model, tokenizer, prompt)
+    answer_after = answer(model, tokenizer, prompt, "generating an answer after", console)
 
     same = (before.best == after.best).float().mean().item()
 

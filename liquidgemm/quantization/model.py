@@ -145,7 +145,8 @@ def quantize_(
         if held_out is not None:
             unseen = as_batches(held_out, tokenizer, "held_out", model)
         with conv1d_as_linear(model):
-            probe = Probe(model, names, batches[0] if batches else None) if verify else None
+            batch = batches[0] if batches else None
+            probe = Probe(model, names, batch, progress) if verify else None
             for name, reader in probe.readers.items() if probe else ():
                 selection.leave(name, f"its weight is read by {reader}")
             if not names:

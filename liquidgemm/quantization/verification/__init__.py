@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ...nn._modules import linear_at
 from ...nn.experts import LiquidExperts
@@ -87,14 +88,21 @@ class Verification:
         return f"{text} (rounding explains up to {100 * bound:.0f} %){more}"
 
 
+Seen = Callable[[str, nn.Module, Tensor | None, Any], None]  # called after each module has run
+
+
 class Probe:
     """The float model's side of the check, taken before its weights are replaced."""
 
     def __init__(
-        self, model: nn.Module, names: list[str], batch: Tensor | Mapping[str, Any] | None
+        self,
+        model: nn.Module,
+        names: list[str],
+        batch: Tensor | Mapping[str, Any] | None,
+        progress: bool = False,
     ) -> None:
         self.result = Verification()
-        self._model = model
+        self._model, self._names, self._progress = model, set(names), progress
         layers = {name: linear_at(model, name) for name in names}
         width = sum(layer.in_features * layer.weight.itemsize for layer in layers.values())
         self._rows = max(1, min(_ROWS, _BUDGET // max(1, width)))
@@ -119,9 +127,10 @@ class Probe:
                 self._given.update(values_of(x, name, first=True))
 
         for what, arguments in small_inputs(model, batch):
-            observer = Observer(model, layers, seen)
             try:
-                output = observer.run(*arguments)
+                with self._counted("running the float model", seen) as counted:
+                    observer = Observer(model, layers, counted)
+                    output = observer.run(*arguments)
             except RunError as error:
                 reason = f"the float model does not run on {what}: {error}"
                 self.result.reason = self.result.reason or reason
@@ -282,8 +291,28 @@ class Probe:
                         self._before[key] = distance_of(value, self._given[key])
 
         args, kwargs = cast(tuple[tuple, dict], self._arguments)
-        output = Observer(self._model, seen=seen).run(args, kwargs)
+        with self._counted("running the quantized model", seen) as counted:
+            output = Observer(self._model, seen=counted).run(args, kwargs)
         return blocks, dict(values_of(output, finite=False))
+
+    @contextmanager
+    def _counted(self, what: str, seen: Seen) -> Iterator[Seen]:
+        """Shows how many of the layers have run; the bar goes when the run is over."""
+        with tqdm(
+            total=len(self._names),
+            desc=what,
+            unit="layer",
+            leave=False,
+            delay=1,
+            disable=not self._progress,
+        ) as bar:
+
+            def counted(name: str, module: nn.Module, x: Tensor | None, output: Any) -> None:
+                seen(name, module, x, output)
+                if name in self._names and bar.n < len(self._names):
+                    bar.update()
+
+            yield counted
 
     def warn(self) -> None:
         """Loudly, of all faults."""

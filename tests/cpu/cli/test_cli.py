@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from rich.status import Status
 from typer.testing import CliRunner
 
 import liquidgemm
@@ -197,9 +198,18 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tiny_model")
-def test_demonstration_on_a_tiny_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_demonstration_on_a_tiny_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(Status, "update", lambda status, text: shown.append(text))
     console = Console(width=120, file=None)
     demo.run(console, torch.device("cpu"), 2 * demo.WINDOW, "Why?")
+    assert shown == [
+        f"generating an answer {when}: {count} of 4 tokens"
+        for when in ("before", "after")
+        for count in range(5)
+    ]
     printed = capsys.readouterr().out
     assert "the CPU, by its" in printed
     assert "perplexity" in printed

@@ -13,6 +13,7 @@ from torch import nn
 
 import liquidgemm
 from liquidgemm import LiquidConfig, LiquidLinear, quantize_
+from liquidgemm.quantization import verification
 from liquidgemm.quantization.calibration import driver
 from liquidgemm.quantization.layer import quantize_layer
 from liquidgemm.quantization.verification import Probe
@@ -65,6 +66,26 @@ def test_without_it():
     report = quantize_(Net(), progress=False, verify=False)
     assert report.verification is None
     assert "not verified: verify=False" in str(report)
+
+
+def test_both_runs_count_layers(monkeypatch):
+    """A model of gigabytes takes its time to run, before the first layer is quantized and after."""
+    bars = []
+
+    class Bar(verification.tqdm):
+        def __init__(self, *args, **kwargs):
+            bars.append(self)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(verification, "tqdm", Bar)
+    quantize_(Net(), calibration=data())
+    assert [(bar.desc, bar.n, bar.total) for bar in bars] == [
+        ("running the float model", 3, 3),
+        ("running the quantized model", 3, 3),
+    ]
+    bars.clear()
+    quantized(Net())
+    assert [bar.disable for bar in bars] == [True, True]
 
 
 def test_no_input_and_no_run_are_no_silence():
