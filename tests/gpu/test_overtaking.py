@@ -7,9 +7,11 @@ once, then dawdles, then writes what our kernels read. What is read too early is
 
 import pytest
 import torch
+from kv_problems import poison_, rows, same_bits
 from problems import DEVICE, assert_equal, random_problem, testing
 
 import liquidgemm
+from liquidgemm.kv import KVCache
 from liquidgemm.ops.plans import plan_names
 
 SOURCE = r"""
@@ -150,6 +152,68 @@ def test_producers_wait_for_their_inputs(slow_copy, m: int, k: int, dtype: torch
             slow_copy(source, target)
             for part, whole in zip(call(), expected, strict=True):
                 assert_equal(part, whole, f"late {what} {m=} {k=} {dtype} run {i}")
+
+
+def paged_kv(name: str) -> dict[str, torch.Tensor]:
+    """A cache of three sequences, of which the first has several chunks, and a query for each."""
+    heads, pages, tokens, head_dim = 2, 6, 1024, 128
+    cache = KVCache.allocate(name, pages, heads, tokens, head_dim, DEVICE)
+    lengths = torch.tensor([1500, 64, 33], dtype=torch.int32, device=DEVICE)
+    table = torch.tensor([[3, 1], [5, 2], [4, 0]], dtype=torch.int32, device=DEVICE)
+    k, v = (rows(3, 1500, heads, head_dim, seed=seed, device=DEVICE) for seed in (1, 2))
+    cache.write_(k, v, lengths, table)
+    q = rows(3, 1, 4 * heads, head_dim, seed=3, device=DEVICE)
+    stored = dict(zip(("k", "v", "k_params", "v_params"), cache.tensors, strict=True))
+    return stored | {"lengths": lengths, "table": table, "q": q}
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("late", ["q", "k", "v", "k_params", "v_params", "lengths", "table"])
+def test_kv_attention_waits_for_its_inputs(slow_copy, late: str, name: str) -> None:
+    """CHECKLIST 13: and the second kernel, which adds up, for the first."""
+    operands = paged_kv(name)
+
+    def attention(q: torch.Tensor) -> torch.Tensor:
+        stored = (operands[part] for part in ("k", "v", "k_params", "v_params"))
+        return KVCache(*stored).attention(q, operands["lengths"], block_table=operands["table"])
+
+    expected, other = attention(operands["q"]), operands["q"].flip(0)
+    fresh = operands[late]
+    stale = operands[late] = fresh.clone()
+    for i in range(5):
+        attention(other)  # leaves partial results of its own where those of the next call will be
+        stale.zero_()
+        torch.cuda.synchronize()
+        slow_copy(fresh, stale)
+        assert_equal(attention(operands["q"]), expected, f"{name} late {late} run {i}")
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("late", ["new_k", "new_v", "lengths", "table"])
+def test_kv_write_waits_for_its_inputs(slow_copy, late: str, name: str) -> None:
+    """CHECKLIST 13"""
+    operands = paged_kv(name)
+    for seed, what in enumerate(("new_k", "new_v"), 4):
+        operands[what] = rows(3, 5, 2, 128, seed=seed, device=DEVICE)
+
+    def written(before) -> KVCache:
+        cache = poison_(KVCache.allocate(name, 6, 2, 1024, 128, DEVICE))
+        before()
+        names = ("new_k", "new_v", "lengths", "table")
+        cache.write_(*(operands[what] for what in names))
+        return cache
+
+    expected = written(torch.cuda.synchronize)
+    fresh = operands[late]
+    stale = operands[late] = fresh.clone()
+
+    def before() -> None:
+        stale.zero_()
+        torch.cuda.synchronize()
+        slow_copy(fresh, stale)
+
+    for i in range(5):
+        assert same_bits(written(before), expected), f"{name} late {late} run {i}"
 
 
 def test_the_producer_can_be_overtaken(slow_copy) -> None:

@@ -15,6 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
 SMALL = "tests/gpu/test_small_suite.py"
+# racecheck's: the kernels that hand on data in shared memory by barriers of their own, and of the
+# small suite what takes no minutes.
+RACING = ("gemm_kernel", "decode_kernel")
+SMALLEST = (SMALL, "-k", "epilogues or kv")
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 PLACE = re.compile(r"^=========\s+at (.+)$", re.MULTILINE)
 DID_NOT_RUN = (
@@ -58,10 +62,16 @@ def tests_passed(output: str) -> int:
     return int(ended[-1][1])
 
 
+def watched_by(tool: str) -> list[str]:
+    """What the tool watches if nothing else is said, as arguments of pytest."""
+    return list(SMALLEST) if tool == "racecheck" else [SMALL]
+
+
 def command_of(tool: str, executable: str, package: Path | None, tests: list[str]) -> list[str]:
     options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "1000"]
     if tool == "racecheck":  # the only one for which instrumenting torch's kernels takes minutes
-        options += ["--kernel-name", "kns=gemm_kernel"]
+        for kernel in RACING:
+            options += ["--kernel-name", f"kns={kernel}"]
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", *tests]
     if package is not None:
         # First and last: versions of pytest differ in which end of the list counts first.
@@ -107,7 +117,9 @@ def main() -> int:
     arguments = parser.parse_args()
     package = arguments.package and arguments.package.resolve()
     try:
-        found, output = sanitize(arguments.tool, package, arguments.tests or [SMALL])
+        found, output = sanitize(
+            arguments.tool, package, arguments.tests or watched_by(arguments.tool)
+        )
     except ValueError as error:
         print(f"{arguments.tool}: {error}")
         return 1

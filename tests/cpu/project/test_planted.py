@@ -26,7 +26,7 @@ def test_every_patch_applies(bug: Bug, reduced: dict[str, str]) -> None:
     assert {file for file, text in patched.items() if text != reduced[file]} == bug.files
 
 
-def tests_of(selection: str) -> list[str]:
+def chosen_by(selection: str) -> list[str]:
     """Names of the tests that pytest would choose; that alone, as to collect them takes a GPU."""
     file, *option = shlex.split(selection)
     names = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), re.MULTILINE)
@@ -43,7 +43,7 @@ def test_the_list_of_bugs() -> None:
     for bug in BUGS:
         assert bug.caught_by, bug.name
         for selection in set(bug.caught_by) - {BUILD}:
-            assert tests_of(selection), f"{bug.name}: no test is chosen by {selection}"
+            assert chosen_by(selection), f"{bug.name}: no test is chosen by {selection}"
     assert {"memcheck", "racecheck"} <= {bug.tool for bug in BUGS}
     assert not DELAY.caught_by
 

@@ -1,5 +1,8 @@
 """tests/support/sanitize.py tells a clean run from one that did not happen."""
 
+import re
+from itertools import pairwise
+
 import pytest
 import sanitize
 
@@ -83,3 +86,18 @@ def test_without_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="compute-sanitizer is not on PATH"):
         sanitize.sanitize("memcheck", None, [])
+
+
+def test_what_is_watched() -> None:
+    """CHECKLIST 15: the whole small suite; by racecheck two kernels, in tests that are there."""
+    assert sanitize.watched_by("memcheck") == [sanitize.SMALL]
+    command = sanitize.command_of("racecheck", "tool", None, sanitize.watched_by("racecheck"))
+    filters = [after for word, after in pairwise(command) if word == "--kernel-name"]
+    assert filters == ["kns=gemm_kernel", "kns=decode_kernel"]
+    sources = "".join(path.read_text() for path in (sanitize.ROOT / "csrc").rglob("*.hpp"))
+    assert all(f" {kernel}(" in sources for kernel in sanitize.RACING)
+    words = sanitize.SMALLEST[2].split(" or ")
+    names = re.findall(
+        r"^def (test_\w+)", (sanitize.ROOT / sanitize.SMALL).read_text(), re.MULTILINE
+    )
+    assert all(any(word in name for name in names) for word in words)

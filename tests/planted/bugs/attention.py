@@ -1,6 +1,6 @@
 """Of decode attention over the KV cache."""
 
-from .bug import ATTENTION, KV, attention_bug, producer_bug
+from .bug import ATTENTION, KV, OVERTAKING, attention_bug, producer_bug
 
 OF_ATTENTION = (
     # Decode attention over the KV cache.
@@ -17,6 +17,35 @@ OF_ATTENTION = (
         "Barrier::wait(barrier_of(block, of_values), block / Shape::kSlots % 2);",
         "",
         f"{KV} -k copied",
+    ),
+    attention_bug(
+        "warps' sums are added before all of them are there",
+        "decode_kernel.hpp",
+        "    __syncthreads();\n    for (int at = threadIdx.x;",
+        "    for (int at = threadIdx.x;",
+        f"{KV} -k 'attention or invariance'",
+        tool="racecheck",
+    ),
+    attention_bug(
+        "attention does not wait for its queries and keys",
+        "decode_kernel.hpp",
+        "  wait_on_dependent_grids();\n  launch_dependent_grids();",
+        "  launch_dependent_grids();",
+        f"{OVERTAKING} -k kv_attention",
+    ),
+    producer_bug(
+        "partial results are added before all of them are there",
+        f"{ATTENTION}/combine.cu",
+        "  wait_on_dependent_grids();\n",
+        "",
+        f"{OVERTAKING} -k kv_attention",
+    ),
+    producer_bug(
+        "keys and values are written before they are there",
+        f"{ATTENTION}/write.cu",
+        "  wait_on_dependent_grids();\n",
+        "",
+        f"{OVERTAKING} -k kv_write",
     ),
     attention_bug(
         "all blocks are seen whole",

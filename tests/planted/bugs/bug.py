@@ -67,7 +67,7 @@ def producer_bug(name: str, unit: str, old: str, new: str, *caught_by: str, **mo
     return Bug(name, (Patch(f"csrc/{unit}", old, new),), caught_by, units=(unit,), **more)
 
 
-def attention_bug(name: str, file: str, old: str, new: str, *caught_by: str) -> Bug:
+def attention_bug(name: str, file: str, old: str, new: str, *caught_by: str, **more) -> Bug:
     """Of decode attention over int8."""
-    units = (f"{ATTENTION}/decode_int8.cu",)
-    return Bug(name, (Patch(f"csrc/{ATTENTION}/{file}", old, new),), caught_by, units=units)
+    patches = (Patch(f"csrc/{ATTENTION}/{file}", old, new),)
+    return Bug(name, patches, caught_by, units=(f"{ATTENTION}/decode_int8.cu",), **more)
