@@ -42,7 +42,7 @@ from ..decoder.sizes import MODELS, Sizes, parse_models
 from .step import parse_batches
 
 SCHEMA = 1
-STARTING = 0.7  # of the budget; who is not there then is left out
+STARTING = 0.8  # of the budget; who is not there then is left out
 
 
 def parse_formats(text: str) -> list[str]:

@@ -222,3 +222,30 @@ def test_dummy_weights_of_8_bits_are_of_8_bits(start):
     assert codes[0].unique().numel() > 200
     assert int8.is_int8(*codes, int8.columns_of(K - start), K - start)
     assert not int8.is_int8(*codes, int8.columns_of(K - start), K - start - 64)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_tensors_of_other_rows_or_dtypes_are_refused(size):
+    """vLLM would take the rows that it needs of more, and round scales."""
+    q, k, both, own = weight(128, K, seed=1), weight(32, K), weight(96, K), weight(72, K, 64)
+    with as_rank(size - 1, size):
+        fused = qkv(config_of({"a.q_proj": 0, "a.k_proj": 0, "a.v_proj": 0}), K, 16, 8, 2)
+        merged = gate_up(config_of({"a.gate_proj": 0, "a.up_proj": 0}), K, [96, 96])
+        single = down(config_of({"a.down_proj": 64}), K, 72)
+    # More ranks than heads of keys share them.
+    for layer, w, shard in (
+        (fused, q, "q"),
+        (fused, k, "k"),
+        (merged, both, 1),
+        (single, own, None),
+    ):
+        load(layer, tensors(w), shard)
+        for name in LOGICAL:
+            tensor = tensors(w)[name]
+            twice, half = torch.cat((tensor, tensor)), tensor[: len(tensor) // 2]
+            for wrong in (twice, half, tensor.to(torch.float16)):
+                expected = (
+                    rf"{name}: expected {tensor.dtype}? ?.*{len(tensor)} rows, got {wrong.dtype}"
+                )
+                with pytest.raises(ValueError, match=expected):
+                    load(layer, {name: wrong}, shard)

@@ -53,12 +53,12 @@ EngineLayer: TypeAlias = Any
 """A layer of an engine's: which attributes it has depends on its class and on the version."""
 
 if TYPE_CHECKING:
-    _Mixin: TypeAlias = Any  # what its methods call is that of the class beside it
+    Mixin: TypeAlias = Any  # what its methods call is that of the class beside it
 else:
-    _Mixin = object
+    Mixin = object
 
 
-class LoadsCodes(_Mixin):
+class LoadsCodes(Mixin):
     """Put before an engine's parameter of a weight: a tensor of codes, as its loaders call it.
 
     Rows are those of a weight, columns have residual ones behind them.

@@ -21,8 +21,43 @@ from ..serving import tensors
 from ..serving.layout import Slice
 
 
-class CodesParameter(tensors.LoadsCodes, ModelWeightParameter):
+class _ChecksRows(tensors.Mixin):
+    """Refuses tensors of another dtype, or of other rows than those that vLLM slices: it would take
+    what it needs of more, and round what has another dtype."""
+
+    def _check(self, loaded: Tensor, rows: int) -> None:
+        if loaded.dtype != self.data.dtype or not loaded.dim() or len(loaded) != rows:
+            raise ValueError(
+                f"{self._name}: expected {self.data.dtype} of {rows} rows, got {loaded.dtype} of "
+                f"shape {list(loaded.shape)}"
+            )
+
+    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
+        self._check(loaded_weight, len(self.data) * self.tp_size)
+        super().load_column_parallel_weight(loaded_weight)
+
+    def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs) -> None:
+        self._check(loaded_weight, kwargs["shard_size"] * self.tp_size)
+        super().load_merged_column_weight(loaded_weight, **kwargs)
+
+    def load_qkv_weight(self, loaded_weight: Tensor, **kwargs) -> None:
+        replicas = 1 if kwargs["shard_id"] == "q" else kwargs["num_heads"]
+        self._check(loaded_weight, kwargs["shard_size"] * (self.tp_size // replicas))
+        super().load_qkv_weight(loaded_weight, **kwargs)
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        self._check(loaded_weight, len(self.data))
+        super().load_row_parallel_weight(loaded_weight)
+
+
+class CodesParameter(_ChecksRows, tensors.LoadsCodes, ModelWeightParameter):
     """qweight, qscale or qoffset."""
+
+
+class ScaleParameter(_ChecksRows, ChannelQuantScaleParameter):
+    """scale."""
+
+    _name = "scale"
 
 
 def dummy_codes(rows: int, name: str, part: Slice, augments: Sequence[int]) -> Tensor:
@@ -47,6 +82,4 @@ class ColumnsParameter(BasevLLMParameter):
     load_qkv_weight = load_merged_column_weight
 
 
-PARAMETERS = tensors.Parameters(
-    CodesParameter, ChannelQuantScaleParameter, BasevLLMParameter, ColumnsParameter
-)
+PARAMETERS = tensors.Parameters(CodesParameter, ScaleParameter, BasevLLMParameter, ColumnsParameter)
