@@ -172,7 +172,7 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/pip.stamp
 	  { echo "make: no C++ compiler (Debian: apt-get install g++)" >&2; exit 1; }
 	@$(call fetch,torch and the build tools,--group dev)
 	@$(call fetch,the CUTLASS headers,--no-deps --group cutlass)
-	@$(BIN)/python -c 'import setup, sys; sys.exit(setup.find_nvcc() is None)' || \
+	@$(BIN)/python -c 'import setup_toolchain, sys; sys.exit(setup_toolchain.find_nvcc() is None)' || \
 	  { $(call fetch,the CUDA compiler,--group nvcc); }
 	@rm -f $(VENV)/install.stamp
 	@touch $@

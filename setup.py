@@ -13,7 +13,6 @@ ninja does the compiling, in a folder below build/ that is kept: the second buil
 
 import fcntl
 import hashlib
-import importlib.util
 import itertools
 import os
 import platform
@@ -22,7 +21,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -30,7 +28,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-MIN_CUDA = (12, 4)
+sys.path.insert(0, str(ROOT))  # pip runs this file without its folder on the path
+
+from setup_toolchain import BuildError, Toolchain, run_quietly  # noqa: E402
 
 # The CPU kernels of each instruction set, chosen at run time (csrc/liquidgemm/cpu/kernels.hpp).
 X86_FLAGS = ("-mavx2", "-mfma", "-mf16c")
@@ -90,126 +90,6 @@ NVCC_FLAGS = [
 # torch opens its libraries RTLD_LOCAL, so ours must name libtorch.so itself or the symbols of its
 # CUDA side are not found at load; none of ours needs it at link time, hence --no-as-needed.
 LINK_FLAGS = ["-shared", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
-
-
-class BuildError(SystemExit):
-    """Ends the build with one readable message instead of a traceback."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(f"liquidgemm: {message}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Where the compilers and headers are
-
-
-def run_quietly(*command: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
-
-
-def package_dir(name: str, requirement: str) -> Path:
-    """The folder of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise BuildError(f"the build needs `pip install {requirement}`")
-    return Path(spec.submodule_search_locations[0])
-
-
-def torch_dir() -> Path:
-    return package_dir("torch", "'torch>=2.10'")
-
-
-def cutlass_include() -> Path:
-    return package_dir("cutlass_library", "--no-deps nvidia-cutlass==4.2.0.0") / "source/include"
-
-
-def nvcc_candidates() -> list[Path]:
-    """Every nvcc there is: CUDA_HOME's, then PATH's, then the one of the PyPI wheels."""
-    found = []
-    if home := os.environ.get("CUDA_HOME"):
-        found.append(Path(home) / "bin/nvcc")
-    if on_path := shutil.which("nvcc"):
-        found.append(Path(on_path))
-    if (wheels := importlib.util.find_spec("nvidia")) and wheels.submodule_search_locations:
-        for place in wheels.submodule_search_locations:
-            found += sorted(Path(place).glob("cu*/bin/nvcc"), reverse=True)
-    return [nvcc for nvcc in found if os.access(nvcc, os.X_OK)]
-
-
-def nvcc_version(nvcc: Path) -> tuple[int, ...]:
-    """(major, minor), or () from a file that is not a working nvcc."""
-    try:
-        report = run_quietly(nvcc, "--version").stdout
-    except OSError:
-        return ()
-    release = re.search(r"release (\d+)\.(\d+)", report)
-    return tuple(map(int, release.groups())) if release else ()
-
-
-def find_nvcc() -> Path | None:
-    """The first nvcc in the search order that is new enough for the kernels."""
-    return next((nvcc for nvcc in nvcc_candidates() if nvcc_version(nvcc) >= MIN_CUDA), None)
-
-
-@dataclass(frozen=True)
-class Toolchain:
-    cxx: str
-    nvcc: Path
-    cuda: Path
-    torch: Path
-    cutlass: Path
-
-    @classmethod
-    def find(cls) -> "Toolchain":
-        cxx = os.environ.get("CXX", "g++")
-        if shutil.which(cxx) is None:
-            raise BuildError(f"no C++ compiler: {cxx} is not on PATH (Debian: apt-get install g++)")
-        nvcc = find_nvcc()
-        if nvcc is None:
-            too_old = "".join(f"; {nvcc} is too old" for nvcc in nvcc_candidates())
-            raise BuildError(
-                f"no nvcc {'.'.join(map(str, MIN_CUDA))} or newer in $CUDA_HOME/bin, on PATH or in "
-                f"the PyPI wheels (pip install --group nvcc){too_old}"
-            )
-        # nvcc knows best where its toolkit lies: the command may be a link or a wrapper script.
-        dry_run = run_quietly(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull).stderr
-        top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
-        cuda = Path(top[1].strip()).resolve() if top else nvcc.resolve().parent.parent
-        return cls(cxx, nvcc, cuda, torch_dir(), cutlass_include())
-
-    def cuda_file(self, *names: str) -> Path:
-        """The first of several places below the toolkit that exists: layouts differ."""
-        for pattern in names:
-            if match := sorted(self.cuda.glob(pattern)):
-                return match[0]
-        raise BuildError(f"{names[0]} is missing below {self.cuda}: is the CUDA toolkit complete?")
-
-    def includes(self) -> list[str]:
-        """-I for our own headers, -isystem for others', whose warnings are not ours to mend."""
-        cuda_include = self.cuda_file(
-            "include/cuda_runtime.h", "targets/*/include/cuda_runtime.h"
-        ).parent
-        system = [
-            self.torch / "include",
-            self.torch / "include/torch/csrc/api/include",
-            self.cutlass,
-            cuda_include,
-            cuda_include / "cccl",
-        ]
-        flags = [f"-I{ROOT / 'csrc'}"]
-        for folder in system:
-            flags += ["-isystem", str(folder)]
-        return flags
-
-    def cudart(self) -> list[str]:
-        library = "libcudart_static.a"
-        path = self.cuda_file(f"lib64/{library}", f"lib/{library}", f"targets/*/lib/{library}")
-        return [str(path), f"-Wl,--exclude-libs,{library}", "-ldl", "-lpthread", "-lrt"]
-
-    def build_dir(self) -> Path:
-        """One folder per toolchain: two environments must not rebuild each other's objects."""
-        key = hashlib.sha256(repr(self).encode()).hexdigest()[:12]
-        return ROOT / "build" / f"ninja-{key}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -306,7 +186,7 @@ def write_build_file(tools: Toolchain, folder: Path, extensions: list[str]) -> l
     def command(*words: object) -> str:
         return shlex.join(str(word) for word in words).replace("$", "$$")
 
-    common = [*DEFINES, *tools.includes()]
+    common = [*DEFINES, *tools.includes(ROOT)]
     nvcc = command(tools.nvcc, f"-ccbin={tools.cxx}", *NVCC_FLAGS, "-DUSE_CUDA", *common)
     depfile = "-MD -MF $out.d -c $in -o $out"
     reports, every_object = [], []
@@ -369,10 +249,16 @@ def run_ninja(folder: Path, target: str, *options: str) -> None:
         raise BuildError("the build failed: the compiler's messages are above")
 
 
+def build_dir(tools: Toolchain) -> Path:
+    """One folder per toolchain: two environments must not rebuild each other's objects."""
+    key = hashlib.sha256(repr(tools).encode()).hexdigest()[:12]
+    return ROOT / "build" / f"ninja-{key}"
+
+
 def build_libraries(extensions: list[str]) -> dict[str, Path]:
     """Compiles what has changed; returns the path of each library below build/."""
     tools = Toolchain.find()
-    folder = tools.build_dir()
+    folder = build_dir(tools)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # ninja itself does not keep two builds apart

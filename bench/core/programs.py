@@ -75,10 +75,10 @@ def build(programs: Sequence[str], folder: Path = FOLDER) -> None:
     Raises:
         ProgramError: cmake, a compiler or the CUTLASS headers are missing, or a step failed.
     """
-    import setup  # the project's own, at the root of the checkout
+    import setup_toolchain  # the project's own, at the root of the checkout
 
     try:
-        tools = setup.Toolchain.find()
+        tools = setup_toolchain.Toolchain.find()
     except SystemExit as error:
         raise ProgramError(str(error)) from error
     configure = [

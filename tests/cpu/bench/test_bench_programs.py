@@ -66,7 +66,7 @@ class TestSources:
         command = [
             *(str(tools.nvcc), f"-ccbin={tools.cxx}", "-std=c++20", "-O1", "-DNDEBUG", "-c"),
             *("-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr"),
-            *(*tools.includes(), "-o", str(tmp_path / "x.o"), str(CPP / f"{name}.cu")),
+            *(*tools.includes(build.ROOT), "-o", str(tmp_path / "x.o"), str(CPP / f"{name}.cu")),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -17,7 +17,8 @@ def test_host_program(source: Path, tmp_path: Path) -> None:
     kernel's own function for every step, offset and code."""
     tools = build.Toolchain.find()
     program = tmp_path / source.stem
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", *tools.includes()]
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra"]
+    flags += tools.includes(build.ROOT)
     compiled = subprocess.run(
         [tools.cxx, *flags, str(source), "-o", str(program)],
         capture_output=True,

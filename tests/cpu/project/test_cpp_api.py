@@ -80,7 +80,7 @@ def test_the_target_compiles_every_source(
 def objects(tools: build.Toolchain) -> list[Path]:
     """What the build of this checkout has compiled of the target."""
     names = build.units("liquidgemm._C_cuda")
-    files = [tools.build_dir() / f"{name}.o" for name in names if "csrc/torch/" not in name]
+    files = [build.build_dir(tools) / f"{name}.o" for name in names if "csrc/torch/" not in name]
     if missing := [file for file in files if not file.exists()]:
         pytest.skip(
             f"{len(missing)} objects such as {missing[0].name} are not compiled: "
@@ -108,7 +108,7 @@ def test_another_project_links_the_library(
     run(
         *(cmake, "-S", ROOT / "examples/cpp", "-B", tmp_path, *generator),
         *(f"-DCMAKE_CXX_COMPILER={tools.cxx}", f"-DCUDAToolkit_ROOT={tools.cuda}"),
-        f"-DLIQUIDGEMM_OBJECTS={tools.build_dir() / 'csrc'}",
+        f"-DLIQUIDGEMM_OBJECTS={build.build_dir(tools) / 'csrc'}",
     )
     run(cmake, "--build", tmp_path)
     program = subprocess.run(

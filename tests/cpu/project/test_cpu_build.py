@@ -26,7 +26,7 @@ def compile_one(source: Path, target: Path, cxx: str, machine: str, *flags: str)
     own = (*build.CPU_CXX_FLAGS, *build.CPU_FLAGS_OF[machine].get(source.stem, ()))
     (standard,) = (flag for flag in build.CXX_FLAGS if flag.startswith("-std="))
     command = [cxx, standard, "-O1", "-g1", "-Wall", "-Wextra", *own, *flags]
-    includes = build.Toolchain.find().includes()
+    includes = build.Toolchain.find().includes(ROOT)
     run = build.run_quietly(*command, *includes, "-c", source, "-o", target)
     assert run.returncode == 0, run.stderr
     return target
@@ -134,7 +134,7 @@ def test_objects_of_an_instruction_set_share_nothing(tmp_path: Path) -> None:
     tools = build.Toolchain.find()
     for name, flags in build.CPU_FLAGS.items():
         target = tmp_path / f"{name}.o"
-        command = [tools.cxx, *build.CXX_FLAGS, *build.CPU_CXX_FLAGS, *flags, *tools.includes()]
+        command = [tools.cxx, *build.CXX_FLAGS, *build.CPU_CXX_FLAGS, *flags, *tools.includes(ROOT)]
         run = build.run_quietly(*command, "-c", KERNELS / f"{name}.cpp", "-o", target)
         assert run.returncode == 0, run.stderr
         symbols = build.run_quietly("nm", "--demangle", "--defined-only", "--extern-only", target)

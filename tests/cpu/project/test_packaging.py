@@ -3,13 +3,16 @@
 import importlib.util
 import os
 import re
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import setup as build
+import setup_toolchain as toolchain
 
 ROOT = Path(build.__file__).parent
 
@@ -46,21 +49,21 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_nvcc_search_order(machine: SimpleNamespace) -> None:
     """CUDA_HOME comes before PATH, PATH before the wheels."""
-    assert build.find_nvcc() is None
+    assert toolchain.find_nvcc() is None
     wheel = fake_nvcc(machine.wheels)
-    assert build.find_nvcc() == wheel
+    assert toolchain.find_nvcc() == wheel
     on_path = fake_nvcc(machine.path)
-    assert build.find_nvcc() == on_path
+    assert toolchain.find_nvcc() == on_path
     at_home = fake_nvcc(machine.home)
-    assert build.find_nvcc() == at_home
+    assert toolchain.find_nvcc() == at_home
 
 
 def test_old_nvcc_is_passed_over(machine: SimpleNamespace) -> None:
     """An nvcc that knows no sm_90a does not hide the newer one of the wheels."""
     fake_nvcc(machine.path, release="11.8")
-    assert build.find_nvcc() is None
+    assert toolchain.find_nvcc() is None
     wheel = fake_nvcc(machine.wheels)
-    assert build.find_nvcc() == wheel
+    assert toolchain.find_nvcc() == wheel
 
 
 def test_broken_nvcc_is_passed_over(machine: SimpleNamespace) -> None:
@@ -69,7 +72,7 @@ def test_broken_nvcc_is_passed_over(machine: SimpleNamespace) -> None:
     broken.write_bytes(b"no program")
     broken.chmod(0o755)
     on_path = fake_nvcc(machine.path)
-    assert build.find_nvcc() == on_path
+    assert toolchain.find_nvcc() == on_path
 
 
 def test_missing_tools_are_named(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +83,9 @@ def test_missing_tools_are_named(machine: SimpleNamespace, monkeypatch: pytest.M
     with pytest.raises(build.BuildError, match=r"no nvcc 12\.4 or newer"):
         build.Toolchain.find()
     with pytest.raises(build.BuildError, match=r"pip install 'torch>=2\.10'"):
-        build.torch_dir()
+        toolchain.torch_dir()
     with pytest.raises(build.BuildError, match="nvidia-cutlass"):
-        build.cutlass_include()
+        toolchain.cutlass_include()
 
 
 def test_missing_sources_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +192,34 @@ def test_spills_are_seen_in_what_nvcc_really_prints(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# The wheel
+# The source distribution and the wheel
+
+AS_PIP_RUNS_IT = """
+import sys
+from setuptools import build_meta
+build_meta.prepare_metadata_for_build_wheel(sys.argv[1])
+assert "setup_toolchain" in sys.modules
+"""
+
+
+def test_the_source_distribution_has_what_builds_it(tmp_path: Path) -> None:
+    """Also the module beside setup.py, whose folder pip does not put on the path."""
+
+    def python(folder: Path, *words: str | Path) -> None:
+        command = [sys.executable, *words]
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+
+    words = ("--quiet", "egg_info", "--egg-base", tmp_path, "sdist", "--formats", "tar")
+    python(ROOT, "setup.py", *words, "--dist-dir", tmp_path)
+    (archive,) = tmp_path.glob("*.tar")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    unpacked = archive.with_suffix("")
+    for extension in build.SOURCES:
+        for source in build.source_files(extension):
+            assert (unpacked / source.relative_to(ROOT)).exists()
+    python(unpacked, "-I", "-c", AS_PIP_RUNS_IT, tmp_path)
 
 
 def test_names_fit_every_python() -> None:

@@ -77,7 +77,7 @@ def test_the_reduced_sources_compile(reduced: dict[str, str], tmp_path: Path) ->
     shutil.copy(ROOT / "tests/cpp/test_plan.cpp", tmp_path)
     tools = build.Toolchain.find()
     includes = [
-        flag.replace(str(ROOT / "csrc"), str(tmp_path / "csrc")) for flag in tools.includes()
+        flag.replace(str(ROOT / "csrc"), str(tmp_path / "csrc")) for flag in tools.includes(ROOT)
     ]
     compiled = build.run_quietly(
         tools.cxx, "-std=c++20", "-fsyntax-only", *includes, tmp_path / "test_plan.cpp"
