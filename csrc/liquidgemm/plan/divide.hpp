@@ -21,11 +21,20 @@ inline int most_workers(int num_sms, Plan const& plan) {
   return std::max(1, static_cast<int>(num_sms * fit) / plan.cluster());
 }
 
+// Rows of the swizzle pattern in which TMA stores tokens: a load begins at a whole pattern.
+inline constexpr int kSwizzleRows = 8;
+
+// Whether the CTAs of a pair share the tiles of the last round along K: if these would leave half
+// of the SMs idle. Experiment: prefill.md, "Sharing loads and rounds".
+inline bool shares_last_round(Plan const& plan, int last_tiles, int most_workers, int stages) {
+  return plan.pairs && 2 * last_tiles <= most_workers && stages > 1;
+}
+
 inline Division divide(Problem const& p, Plan const& plan) {
   TileShape const& tile = plan.tile;
   const int most = most_workers(p.num_sms, plan);
-  // Each CTA of a pair loads half of the tokens, whole rows of the 8-row swizzle pattern.
-  const int64_t unit = plan.pairs ? 16 : 1;
+  // Each CTA of a pair loads half of the tokens.
+  const int64_t unit = plan.pairs ? 2 * kSwizzleRows : 1;
   const int64_t height = ceil_div(p.m, ceil_div(p.m, tile.tokens));
   Division d{};
   d.tile_tokens = static_cast<int>(ceil_div(height, unit) * unit);
@@ -35,7 +44,7 @@ inline Division divide(Problem const& p, Plan const& plan) {
   d.stages = static_cast<int>(ceil_div(ceil_div(p.k, kBlockK), tile.stage_blocks));
   const int units = d.m_tiles * d.n_tiles;
   const int rest = units % most;
-  if (plan.pairs && 2 * rest <= most && d.stages > 1) {
+  if (shares_last_round(plan, rest, most, d.stages)) {
     d.whole_rounds = units / most;
     d.split_tiles = 2 * rest;
     d.workers = d.whole_rounds ? most : d.split_tiles;

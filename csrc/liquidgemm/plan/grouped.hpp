@@ -43,14 +43,25 @@ struct ExpectedRows {
   double m_tiles;  // of all experts
 };
 
+// Above either mean per expert the distribution is left out. 16 tiles: their number is then known
+// to 0.4 %. 500 rows: exp(-mean) stays a double; that costs tiles of 256 up to 10 % at 550 rows,
+// and less from there on.
+inline constexpr double kMostMeanTiles = 16, kMostMeanRows = 500;
+
+// Where the distribution is cut off, above its mean: standard deviations, and rows for means near
+// 0, of which a deviation says little.
+inline constexpr double kDeviations = 12, kRowsBeyond = 24;
+
 // Rows per expert are taken as Poisson distributed.
 inline ExpectedRows expected_rows(int64_t rows, int64_t experts, int tile_tokens) {
   const double mean = double(rows) / double(experts);
-  if (mean > 16.0 * tile_tokens || mean > 500)  // the distribution no longer matters
+  if (mean > kMostMeanTiles * tile_tokens || mean > kMostMeanRows) {
+    // The last tile of an expert is half full, on average.
     return {double(experts), double(experts) * (mean / tile_tokens + 0.5)};
+  }
   ExpectedRows expected{0, 0};
   double probability = std::exp(-mean);
-  const int most = static_cast<int>(mean + 12 * std::sqrt(mean) + 24);
+  const int most = static_cast<int>(mean + kDeviations * std::sqrt(mean) + kRowsBeyond);
   for (int count = 0; count <= most; ++count) {
     expected.active += count > 0 ? probability : 0;
     expected.m_tiles += probability * static_cast<double>(ceil_div(count, tile_tokens));
@@ -76,6 +87,10 @@ inline std::vector<Plan> const& all_grouped_plans() {
   return plans;
 }
 
+// In eighths: what is filled with weights before x is there. Dense products have rules that fill
+// less (rules.hpp), grouped ones have none.
+inline constexpr int kWholeRing = 8;
+
 // Everything that follows from a plan, whoever chose it.
 inline GroupedPlan complete(GroupedProblem const& p, Plan const& plan) {
   TileShape const& tile = plan.tile;
@@ -90,7 +105,7 @@ inline GroupedPlan complete(GroupedProblem const& p, Plan const& plan) {
           .tile_tokens = static_cast<int>(tokens),
           .n_tiles = static_cast<int>(n_tiles),
           .workers = static_cast<int>(std::min(most_tiles, most_workers)),
-          .eighths_ahead = 8,
+          .eighths_ahead = kWholeRing,
           .weights_are_read_once = p.rows <= p.experts * tokens};
 }
 
@@ -116,11 +131,16 @@ inline double estimated_us(GroupedProblem const& p, Plan const& plan, GroupedCos
 // lane.
 inline constexpr int64_t kMostExperts = 32 * 32;
 
-// What the scheduler counts in 32 bits, whatever the offsets are.
+// Of tiles, and of channels of all experts, which are counted in 32 bits: the scheduler adds a
+// round of workers to a tile before it finds that there is none.
+inline constexpr int64_t kMostCounted = 1 << 30;
+
+// Whether the scheduler can count the plan's tiles, whatever the offsets are.
 inline bool is_countable(GroupedPlan const& plan) {
   GroupedProblem const& p = plan.problem;
   const int64_t m_tiles = p.experts * ceil_div(p.rows, plan.tile_tokens);
-  return p.experts <= kMostExperts && m_tiles * plan.n_tiles < 1 << 30 && p.experts * p.n < 1 << 30;
+  return p.experts <= kMostExperts && m_tiles * plan.n_tiles < kMostCounted &&
+         p.experts * p.n < kMostCounted;
 }
 
 inline GroupedPlan select_grouped(GroupedProblem const& p) {
