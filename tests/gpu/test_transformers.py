@@ -126,3 +126,10 @@ def test_lora_trains(folder):
     for name, layer in layers.items():
         for key, tensor in layer.state_dict().items():
             assert_equal(tensor, before[f"{name}.{key}"], f"{name}.{key}")
+
+
+def test_an_8_bit_optimizer_trains_adapters():
+    """bitsandbytes' kernels on the gradients of ours: as tests/cpu has it on the CPU."""
+    from adapters import check_8_bit_optimizer
+
+    check_8_bit_optimizer(DEVICE)
