@@ -82,6 +82,10 @@ RECIPES = {
     "gptq, smooth, augment 128, keep down, k, v_proj": {**_SMOOTH, **_DOWN_KV, "augment": 128},
     "gptq, smooth, augment 256, keep down, k, v_proj": {**_SMOOTH, **_DOWN_KV, "augment": 256},
     "gptq, smooth, tune": {**_SMOOTH, "tune": 60},
+    "gptq, smooth, tune 200": {**_SMOOTH, "tune": 200},
+    "gptq, smooth, distill": {**_SMOOTH, "distill": 100},
+    "gptq, smooth, tune, distill": {**_SMOOTH, "tune": 60, "distill": 100},
+    "gptq, smooth, tune 200, distill": {**_SMOOTH, "tune": 200, "distill": 100},
     "gptq, smooth, augment 128, keep down, k, v_proj, tune": {
         **_SMOOTH,
         **_DOWN_KV,

@@ -15,7 +15,7 @@ from rich.console import Console
 from .._files import check_new_folder, new_folder, parse_json, path_of
 from ..checkpoints.checkpoint import save_quantized
 from ..checkpoints.sources import check_vocabulary, folders_of, load_model, read_texts
-from ..quantization.calibration.data import token_windows
+from ..quantization.calibration.data import text_window, token_windows
 from ..quantization.choice import CHOSEN_FIELDS, choose_recipe
 from ..quantization.choice_report import Choice, NoRecipeError, trial_table
 from ..quantization.config import LiquidConfig
@@ -193,8 +193,9 @@ def quantize_command(
         if texts or unseen:
             _check_takes_texts(network)
         with doing("reading the texts"):
-            batches = token_windows(texts, tokenizer, limit=tokens)
-            held_out_batches = token_windows(unseen, tokenizer, limit=8192)
+            window = text_window(tokenizer, network)
+            batches = token_windows(texts, tokenizer, window, tokens)
+            held_out_batches = token_windows(unseen, tokenizer, window, 8192)
         check_vocabulary([*batches, *held_out_batches], network)
         choice = None
         if chooses:

@@ -66,13 +66,17 @@ class LiquidConfig:
         tune: steps in which codes, row scales and norm gains of each block are fitted to what the
             float model gives (learned rounding, arXiv 2309.05516); 0 for none. Codes of more
             than 4 bits and of experts stay as they are, and so do all steps and offsets.
-        seed: of the random rotation and of the order of batches in tuning.
+        distill: steps in which row scales and norm gains of the whole model, after all else, are
+            fitted to what comes out of the float model; 0 for none. That takes a copy of the model
+            in float32 on the device, and its activations. A resumed run repeats it.
+        seed: of the random rotation and of the order of batches in tuning and distillation.
         head: what becomes of the output embeddings (the lm_head) of a language model. "float"
             leaves them to skip and keep. "int8" gives them the precision of an INT8 weight, whether
             or not "lm_head" is skipped; where they are tied to the input embeddings, those keep
             their table of floats, and the head gets a weight of its own.
         gate: what to do if on held-out text the calibrated model is worse than one quantized
-            without data, or a tuned one worse than before tuning: "raise", "warn" or "off".
+            without data, or a tuned or distilled one worse than before that: "raise", "warn" or
+            "off".
 
     Raises:
         ValueError: at construction, for any other value.
@@ -95,6 +99,7 @@ class LiquidConfig:
     share_columns: bool = False
     bits: Mapping[str, int] = field(default_factory=dict)
     budget: float | None = None
+    distill: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -129,8 +134,9 @@ class LiquidConfig:
             raise ValueError(f"damping: expected a finite number >= 0, got {self.damping!r}")
         if not (type(self.shrinkage) in (int, float) and 0 <= self.shrinkage <= 1):
             raise ValueError(f"shrinkage: expected a number from 0 to 1, got {self.shrinkage!r}")
-        if type(self.tune) is not int or self.tune < 0:
-            raise ValueError(f"tune: expected an integer >= 0, got {self.tune!r}")
+        for name in ("tune", "distill"):
+            if type(got := getattr(self, name)) is not int or got < 0:
+                raise ValueError(f"{name}: expected an integer >= 0, got {got!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed: expected an integer, got {self.seed!r}")
         if self.gate not in GATES:
@@ -165,8 +171,9 @@ class LiquidConfig:
 
     @property
     def needs_calibration(self) -> bool:
+        learned = self.tune > 0 or self.distill > 0
         chosen = self.budget is not None
-        return self.method in CALIBRATED or bool(self.smooth) or self.tune > 0 or chosen
+        return self.method in CALIBRATED or bool(self.smooth) or learned or chosen
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON can hold them.

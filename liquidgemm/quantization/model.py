@@ -131,7 +131,8 @@ def quantize_(
             return QuantizationReport((), selection.skipped, parameters=selection.parameters)
         _check_weights(model, names)
         if calibration is None and config.needs_calibration and not dry_run:
-            wanted = "smooth" if config.smooth else "tune" if config.tune else "budget"
+            asked = (name for name in ("smooth", "tune", "distill") if getattr(config, name))
+            wanted = next(asked, "budget")
             if config.method in CALIBRATED:
                 wanted = f"method {config.method!r}"
             raise ValueError(f"calibration: expected token batches or texts for {wanted}, got None")
@@ -248,7 +249,8 @@ def _install(
         parameters[key].copy_(value)
     coarse_rows: dict[str, int] = {}
     sizes = []
-    changed = bool(config.smooth or config.rotate or config.rotate_heads or config.tune)
+    ways = ("smooth", "rotate", "rotate_heads", "tune", "distill")
+    changed = any(getattr(config, way) for way in ways)
     for name in names:
         linear = linear_at(model, name)
         bias = found.biases.get(name)

@@ -138,8 +138,8 @@ class QuantizationReport:
         layers: errors of each quantized layer; of experts, for their first matrices and for their
             second ones, means over all experts.
         held_out: mean loss on held-out data of the model "reference", quantized "data-free" and
-            "calibrated", and "untuned" with each block as it was before its tuning; empty if there
-            was none.
+            "calibrated", "untuned" with each block as it was before its tuning, and "undistilled"
+            as it was before distillation; empty if there was none.
         measure: what kind of loss that is: "loss" of the next token, "loss on labels", or "relative
             output error", ``‖y - r‖ / ‖r‖`` with r what the float model gives.
         unsmoothed: with ``smooth=True``, by name of a layer why nothing can be folded into it.

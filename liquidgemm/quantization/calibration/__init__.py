@@ -7,7 +7,7 @@
 - `layer`: one weight, by `moments` (second moments of inputs) and `gptq` (codes, residual columns).
 - `sites`: where `smooth` can fold something into a model; it and `rotate` do, without changing its
   function; `tune`: a block fitted to the float one, its
-  `codes` among it.
+  `codes` among it; `distill`: the whole model.
 - `data`: what a model is given; `masks`: what of it is padding; `trees`: tensors in what modules
   take and give.
 - `plan`: what would become of each layer; `report`: what came of it.

@@ -41,6 +41,15 @@ def token_windows(
     return [windows[i] for i in chosen]
 
 
+def text_window(tokenizer: Any, model: nn.Module | None) -> int:
+    """Tokens in a window of text: `TEXT_WINDOW`, or what the model and its tokenizer take."""
+    limits = (
+        getattr(getattr(model, "config", None), "max_position_embeddings", None),
+        getattr(tokenizer, "model_max_length", None),
+    )
+    return min([TEXT_WINDOW, *(n for n in limits if isinstance(n, int) and n > 0)])
+
+
 def as_batches(
     data: Iterable[Any],
     tokenizer: Any = None,
@@ -86,7 +95,7 @@ def as_batches(
     if texts and tokenizer is None:
         raise ValueError(f"tokenizer: expected one, as {argument} holds texts, got None")
     if texts:
-        batches += token_windows(texts, tokenizer)
+        batches += token_windows(texts, tokenizer, text_window(tokenizer, model))
     if not batches:
         raise ValueError(f"{argument}: expected at least one batch or text, got none")
     if model is not None:

@@ -28,9 +28,10 @@ from ..layer import layer_bits, quantize_layers
 from ..report import LayerReport
 from .blocks import Call, find_stages, main_tensor, stage_inputs
 from .data import running
+from .distill import Student
 from .experts import quantize_experts
 from .flow import Lane, Recordings
-from .gate import HeldOut
+from .gate import CALIBRATED, UNDISTILLED, HeldOut
 from .moments import Moments, round_activation
 from .record import order_units
 from .resume import BEFORE_TUNING, Resume
@@ -96,10 +97,33 @@ def calibrate(
         if run.unseen is not None:
             run.result.held_out = run.unseen.losses()
             run.result.measure = run.unseen.measure
+        if config.distill:
+            _distill(model, run.result, config, batches, held_out, device, progress)
     finally:
         for module in training:
             module.training = True
     return run.result
+
+
+def _distill(
+    model: nn.Module,
+    result: Calibrated,
+    config: LiquidConfig,
+    batches: list[Tensor | Mapping[str, Any]],
+    held_out: list[Tensor | Mapping[str, Any]] | None,
+    device: torch.device | str | None,
+    progress: bool,
+) -> None:
+    """Fit what has been found as a whole."""
+    student = Student(model, result.weights, result.tensors, result.biases, device)
+    if held_out is not None:
+        result.held_out[UNDISTILLED] = student.loss(result.measure, held_out)
+    student.fit(batches, config.distill, config.seed, progress)
+    for name, layer in student.layers.items():
+        result.weights[name] = layer.quantized.to(result.weights[name].scale.device)
+    result.tensors |= student.changed()
+    if held_out is not None:
+        result.held_out[CALIBRATED] = student.loss(result.measure, held_out)
 
 
 class _Run:

@@ -21,15 +21,20 @@ from .units import Unit
 
 REFERENCE, DATA_FREE, CALIBRATED = "reference", "data-free", "calibrated"
 UNTUNED = "untuned"  # the calibrated model before tuning, if there is any
-_KINDS = {DATA_FREE: "one quantized without data", UNTUNED: "the same before tuning"}
+UNDISTILLED = "undistilled"  # and before distillation, if there is any
+_KINDS = {
+    DATA_FREE: "one quantized without data",
+    UNTUNED: "the same before tuning",
+    UNDISTILLED: "the same before distillation",
+}
 
 
 def check_gate(losses: Mapping[str, float], gate: str, measure: str = NEXT_TOKEN) -> None:
     """Compare losses on held-out data; without any, or with the gate "off", do nothing.
 
     Raises:
-        RuntimeError: the calibrated model is worse than the data-free one, or than before tuning,
-            and the gate is "raise".
+        RuntimeError: the calibrated model is worse than the data-free one, or than before tuning or
+            distillation, and the gate is "raise".
     """
     if not losses or gate == "off":
         return
@@ -38,7 +43,8 @@ def check_gate(losses: Mapping[str, float], gate: str, measure: str = NEXT_TOKEN
         return
     kind = "text" if measure == NEXT_TOKEN else "data"
     others = ", ".join(f"{what} {losses[k]:.4f}" for k, what in better.items())
-    help_by = "fewer steps of tuning" if UNTUNED in better else "a larger shrinkage or damping"
+    learned = "distillation" if UNDISTILLED in better else "tuning" if UNTUNED in better else ""
+    help_by = f"fewer steps of {learned}" if learned else "a larger shrinkage or damping"
     message = (
         f"gate: on held-out {kind} the calibrated model has {measure} {losses[CALIBRATED]:.4f}, "
         f"{others} (float: {losses[REFERENCE]:.4f}): "

@@ -70,14 +70,46 @@ def loss(
     padding = Padding(batch, is_encoder_decoder(model, batch))
     errors = []
     for ours, theirs in zip(_outputs(output), _outputs(reference), strict=True):
-        rows = padding.rows(theirs, None, [], "", False)
-        counted = theirs.isfinite()
-        if rows is not None:
-            counted = counted & rows.to(theirs.device).view(*rows.shape, *[1] * (theirs.dim() - 2))
+        counted = _rows_that_count(padding, theirs)
         expected = theirs[counted].double()
         difference = ours[counted].double() - expected
         errors.append((difference.norm() / expected.norm().clamp_min(1e-30)).item())
     return sum(errors) / len(errors), 1
+
+
+def divergence(
+    model: nn.Module, batch: Tensor | Mapping[str, Any], output: Any, reference: Any
+) -> Tensor:
+    """How far an output is from the reference, differentiable.
+
+    For language models that is the mean KL divergence of the distributions of the next token, in
+    nats; else the squared error relative to the reference, averaged over the outputs.
+    """
+    logits, ids = _field(output, "logits"), _ids(batch)
+    of_tokens = isinstance(logits, Tensor) and logits.dim() == 3 and ids is not None
+    if of_tokens and logits.shape[:2] == _known_ids(batch).shape and _predicts_next(model, batch):
+        counted = _counted(model, batch).to(logits.device)
+        ours, theirs = (
+            out[:, :-1][counted].float().log_softmax(-1)
+            for out in (logits, _field(reference, "logits"))
+        )
+        return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    padding = Padding(batch, is_encoder_decoder(model, batch))
+    errors = []
+    for ours, theirs in zip(_outputs(output), _outputs(reference), strict=True):
+        counted = _rows_that_count(padding, theirs)
+        expected = theirs[counted].float()
+        error = (ours[counted].float() - expected).square().sum()
+        errors.append(error / expected.square().sum().clamp_min(1e-30))
+    return torch.stack(errors).mean()
+
+
+def _rows_that_count(padding: Padding, output: Tensor) -> Tensor:
+    """bool, of the shape of an output: what is finite and no padding."""
+    rows, counted = padding.rows(output, None, [], "", False), output.isfinite()
+    if rows is None:
+        return counted
+    return counted & rows.to(output.device).view(*rows.shape, *[1] * (output.dim() - 2))
 
 
 def _measure(model: nn.Module, batch: Tensor | Mapping[str, Any], output: Any) -> str:

@@ -55,11 +55,10 @@ def tune_block(
         error on the text set aside after over before, 1 if nothing was better than to leave it.
     """
     block.requires_grad_(False)
-    aside = list(range(_ASIDE - 1, len(calls), _ASIDE)) or [len(calls) - 1]
-    used = [i for i in range(len(calls)) if i not in aside] or aside
+    used, aside = set_aside(len(calls))
     gains = [p for name, p in block.named_parameters() if p.dim() == 1 and name not in shared]
     with torch.enable_grad():
-        layers = [_Layer(m) for m in block.modules() if isinstance(m, SimulatedLinear)]
+        layers = [Layer(m) for m in block.modules() if isinstance(m, SimulatedLinear)]
     factors = [layer.factor for layer in layers]
     positions = [layer.codes.position for layer in layers if layer.codes is not None]
     groups: list[dict[str, Any]] = [{"params": factors, "lr": _RATE}]
@@ -114,7 +113,13 @@ def tune_block(
     return least / first if first > 0 else 1.0
 
 
-class _Layer:
+def set_aside(count: int) -> tuple[list[int], list[int]]:
+    """Which of so many batches are for learning, and which for choosing the step."""
+    aside = list(range(_ASIDE - 1, count, _ASIDE)) or [count - 1]
+    return [i for i in range(count) if i not in aside] or aside, aside
+
+
+class Layer:
     """What is learned of a layer, in the place of its weight until `finish`."""
 
     def __init__(self, module: SimulatedLinear) -> None:

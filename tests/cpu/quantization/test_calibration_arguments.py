@@ -1,6 +1,7 @@
 """What quantize_ asks of its arguments, its plan and its report."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,24 @@ def test_texts_and_windows():
     assert len(few) == 3
     assert [w.shape for w in token_windows(["ab"], fake_tokenizer, length=10)] == [(1, 2)]
     assert len(as_batches(["abc", batches(1)[0]], fake_tokenizer)) == 2
+
+
+def test_windows_of_text_are_no_longer_than_a_model_takes():
+    """BERT has 512 positions; of RoBERTa's 514 its tokenizer knows that it may use 512."""
+    short = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=32))
+    (first, *_) = as_batches(["a" * 100], fake_tokenizer, "calibration", short)
+    assert first.shape == (1, 32)
+
+    class Shorter:
+        model_max_length = 30
+
+        def __call__(self, text):
+            return fake_tokenizer(text)
+
+    (first, *_) = as_batches(["a" * 100], Shorter(), "calibration", short)
+    assert first.shape == (1, 30)
+    (first, *_) = as_batches(["a" * 3000], fake_tokenizer, "calibration")
+    assert first.shape == (1, 1024)
 
 
 @pytest.mark.parametrize(
