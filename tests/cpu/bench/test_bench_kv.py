@@ -1,5 +1,6 @@
 """bench kv and kv-quality, as far as they need no GPU and no model."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -80,3 +81,34 @@ def test_facts_found_are_counted(missed: int) -> None:
     ids, answers = kv_quality.planted(words, ["lorem ipsum dolor " * 200], 300, seed=2)
     model = Oracle(ids, answers[missed - 1].start if missed else 0)
     assert kv_quality.facts_found(model, [(ids, answers)]) == len(answers) - missed
+
+
+def test_the_document_has_a_place_for_the_table(tmp_path, monkeypatch) -> None:
+    """docs/quality.md takes it, a second time as well, and keeps what is around."""
+    text = kv_quality.DOCUMENT.read_text()
+    document = tmp_path / "quality.md"
+    document.write_text(text)
+    monkeypatch.setattr(kv_quality, "DOCUMENT", document)
+    measured = {"perplexity": 2.02, "reference_perplexity": 2.0, "agreement": 0.5, "mean_kl": 0.1}
+    rows = [
+        {"model": "tiny", "format": name, "facts": {"300": 7}, "facts_asked": 8}
+        | {"commit": "abc", "machine": "none"}
+        | (
+            dict(domains=dict.fromkeys((*kv_quality.HOME, kv_quality.UNSEEN), measured))
+            if i
+            else {}
+        )
+        for i, name in enumerate(("float32", "int8"))
+    ]
+    for _ in range(2):
+        (tmp_path / "kv.json").write_text(json.dumps({"rows": rows}))
+        kv_quality.render(tmp_path)
+        written = document.read_text()
+        assert "| int8 | +1.00% | +1.00% | +1.00% | 50.0% | 0.1000 | 7 |" in written
+        assert written.count(kv_quality.BEGIN) == written.count(kv_quality.END) == 1
+        before, _, after = text.partition(kv_quality.BEGIN)
+        assert written.startswith(before)
+        assert written.endswith(after.partition(kv_quality.END)[2])
+    document.write_text(text.replace(kv_quality.END, ""))
+    with pytest.raises(SystemExit, match="expected the lines"):
+        kv_quality.render(tmp_path)
