@@ -3,6 +3,7 @@
 #include "liquidgemm/plan/select.hpp"
 #include "ops.hpp"
 #include "products.hpp"
+#include "workspace.hpp"
 
 namespace liquidgemm::binding {
 
@@ -33,9 +34,7 @@ Tensor linear_with(char const* op,
   }
   const LaunchPlan plan = forced ? complete(problem, forced->plan, Activations::kQuantizeInKernel)
                                  : plan_linear(problem, is_readable);
-  OptionalTensor workspace;
-  if (const int64_t bytes = linear_workspace_bytes(plan))
-    workspace = allocate(x, {bytes}, ScalarType::Byte);
+  const Workspace workspace(x, linear_workspace_bytes(plan));
   const cudaError_t error =
       linear({.x = rows.const_data_ptr(),
               .x_type = type,
@@ -46,7 +45,7 @@ Tensor linear_with(char const* op,
               .y = y.mutable_data_ptr(),
               .y_type = type,
               .y_stride = n},
-             plan, workspace ? workspace->mutable_data_ptr() : nullptr, stream);
+             plan, workspace.data(), stream);
   if (error != cudaSuccess)
     fail(op, ": ", explain(error), ", for ", to_string(plan));
   return y;
