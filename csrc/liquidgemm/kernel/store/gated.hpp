@@ -13,19 +13,18 @@
 
 namespace liquidgemm {
 
-// `gated` of common/activation.hpp, to the bit, with an activation that is known at run time: they
-// differ in what they make of their operands, and the long part is there once.
-template <class Round>
-CUTE_DEVICE float gated_at_run_time(GatedActivation activation, float gate, float up, Round round) {
+// `gated` of common/activation.hpp in fp32, to the bit, with an activation that is known at run
+// time: they differ in what they make of their operands, and the long part is there once.
+CUTE_DEVICE float gated_at_run_time(GatedActivation activation, float gate, float up) {
   float exponent = -gate;
   if (activation == GatedActivation::kSwigluClamped) {
     gate = gate > kSwigluLimit ? kSwigluLimit : gate;
     exponent = rounded::multiply(-kSwigluAlpha, gate);
-    up = round(swiglu_up(up));
+    up = swiglu_up(up);
   } else if (activation == GatedActivation::kGeluTanhMul) {
     exponent = gelu_exponent(gate);
   }
-  return round(rounded::multiply(round(rounded::divide(gate, one_plus_exp(exponent))), up));
+  return rounded::multiply(rounded::divide(gate, one_plus_exp(exponent)), up);
 }
 
 template <class Tile>
@@ -35,9 +34,6 @@ class GatedEpilogue : public Epilogue<Tile> {
   using Sums = ClusterSums<Tile>;
   static constexpr int kRowBytes = kBlockRows;  // of a panel: 32 channels of 16 bits
   static constexpr int kVectors = kRowBytes / 16;
-  // Where a thread has the most values, they take the short way of gated_pair.hpp. On other tiles
-  // that has not been measured.
-  static constexpr bool kByPairs = Tile::kTokens == 256;
 
  public:
   using Base::Base;
@@ -75,38 +71,16 @@ class GatedEpilogue : public Epilogue<Tile> {
   CUTE_DEVICE int first_output() const { return this->out_.first_channel / 2; }
   CUTE_DEVICE int outputs() const { return this->out_.sizes.n / 2; }
 
-  CUTE_DEVICE static float2 to_floats(uint32_t word, __nv_bfloat162) {
-    return __bfloat1622float2(reinterpret_cast<__nv_bfloat162 const&>(word));
-  }
-  CUTE_DEVICE static float2 to_floats(uint32_t word, __half2) {
-    return __half22float2(reinterpret_cast<__half2 const&>(word));
-  }
-
-  // Two tokens of a channel of h.
-  template <class Pair>
-  CUTE_DEVICE uint32_t
-  activate(GatedActivation gate, int octet, int4 const& sum, ChannelValues const& channels) const {
-    const auto words = this->out_.template round_octet<Pair>(octet, sum, channels);
-    const float2 gates = to_floats(words[0], Pair{}), ups = to_floats(words[1], Pair{});
-    const auto round = [](float value) {
-      return to_floats(round_pair(value, value, Pair{}), Pair{}).x;
-    };
-    return round_pair(gated_at_run_time(gate, gates.x, ups.x, round),
-                      gated_at_run_time(gate, gates.y, ups.y, round), Pair{});
-  }
-
-  // The same of all octets of a chunk, by pairs.
-  template <class Pair, int kOctets, class Accumulator>
-  CUTE_DEVICE cute::array<uint32_t, kOctets> activate_chunk(GatedActivation gate,
-                                                            int chunk,
-                                                            Accumulator const& acc,
-                                                            ChannelValues const& channels) const {
+  // Of each octet two tokens of a channel of h; sum(i) is that of the octet first + i.
+  template <class Pair, int kOctets, class Sum>
+  CUTE_DEVICE cute::array<uint32_t, kOctets> activate(GatedActivation gate,
+                                                      int first,
+                                                      Sum const& sum,
+                                                      ChannelValues const& channels) const {
     cute::array<uint32_t, kOctets> gates, ups;
     CUTE_UNROLL
     for (int i = 0; i < kOctets; ++i) {
-      const int octet = chunk * kOctets + i;
-      const auto words =
-          this->out_.template round_octet<Pair>(octet, octet_of(acc, octet), channels);
+      const auto words = this->out_.template round_octet<Pair>(first + i, sum(i), channels);
       gates[i] = words[0], ups[i] = words[1];
     }
     gate_pairs<Pair>(gate, gates, ups);
@@ -130,16 +104,9 @@ class GatedEpilogue : public Epilogue<Tile> {
         break;
       uint8_t* const buffer = this->out_.shared.staging[this->out_.panel] +
                               chunk % Tile::kChunkBuffers * Tile::kChunkBytes;
-      cute::array<uint32_t, kOctets> words;
-      if constexpr (kByPairs) {
-        words = activate_chunk<Pair, kOctets>(gate, chunk, acc, channels);
-      } else {
-        CUTE_UNROLL
-        for (int i = 0; i < kOctets; ++i) {
-          const int octet = chunk * kOctets + i;
-          words[i] = activate<Pair>(gate, octet, octet_of(acc, octet), channels);
-        }
-      }
+      const int first = chunk * kOctets;
+      const auto words = activate<Pair, kOctets>(
+          gate, first, [&](int i) { return octet_of(acc, first + i); }, channels);
       auto& to = *reinterpret_cast<cute::uint128_t*>(&buffer[stage_at]);
       if constexpr (kOctets == 4) {
         cute::SM90_U16x8_STSM_T::copy(words[0], words[1], words[2], words[3], to);
@@ -211,9 +178,10 @@ class GatedEpilogue : public Epilogue<Tile> {
       if (!this->sums().owns(turn, k_group))
         continue;
       const int octet = Sums::octet_of_turn(turn, k_group);
+      const auto words =
+          activate<Pair, 1>(gate, octet, [&](int) { return sums_of_group[turn]; }, channels);
       uint32_t transposed;
-      cute::SM75_U32x1_MOVM_T::copy(activate<Pair>(gate, octet, sums_of_group[turn], channels),
-                                    transposed);
+      cute::SM75_U32x1_MOVM_T::copy(words[0], transposed);
       const int token = 8 * octet + lane / 4;
       if (token < this->out_.tokens && channel < outputs()) {
         uint16_t* const row = static_cast<uint16_t*>(this->out_.params.y) +
@@ -262,10 +230,9 @@ class GatedEpilogue : public Epilogue<Tile> {
     const auto value = [&](int32_t part, float token_scale, int half) {
       return scaled(part, token_scale, channels.scale[half], channels.bias[half]);
     };
-    const auto exact = [](float h) { return h; };
     const float h[2] = {
-        gated_at_run_time(gate, value(sum.x, scales.x, 0), value(sum.z, scales.x, 1), exact),
-        gated_at_run_time(gate, value(sum.y, scales.y, 0), value(sum.w, scales.y, 1), exact)};
+        gated_at_run_time(gate, value(sum.x, scales.x, 0), value(sum.z, scales.x, 1)),
+        gated_at_run_time(gate, value(sum.y, scales.y, 0), value(sum.w, scales.y, 1))};
     const int channel = first_output() + warp() * 8 + threadIdx.x % 32 / 4;
     const int token = this->out_.token_of(octet);
     float* const y = static_cast<float*>(this->out_.params.y) +
