@@ -212,10 +212,9 @@ class Suite:
             tokens = len(routing.ids)
             x = torch.randn(tokens, layer.hidden, dtype=torch.bfloat16, device="cuda")
             weights = torch.rand(tokens, layer.top_k, device="cuda")
-            operands = (x, routing.ids, weights, w1, first.scale, w2, second.scale)
-            calls.append(
-                lambda o=operands: torch.ops.liquidgemm.moe(*o, None, None, layer.activation)
-            )
+            operands = (x, routing.ids, weights, w1, first.scale, w2, second.scale, None, None)
+            operands += (layer.activation, layer.experts)
+            calls.append(lambda o=operands: torch.ops.liquidgemm.moe(*o))
         return calls
 
     def sweep_case(self, layer: Layer, candidates: list[Candidate], tokens: int, kind: str) -> None:

@@ -6,7 +6,10 @@
 
 #include <cstdint>
 
+#include "liquidgemm/common/expert_ids.hpp"
 #include "liquidgemm/grouped_gemm.hpp"
+#include "liquidgemm/plan/moe_plan.hpp"
+#include "liquidgemm/slot_gemm.hpp"
 
 namespace liquidgemm {
 
@@ -29,7 +32,9 @@ cudaError_t moe_schedule(MoeScheduleArguments const& arguments, cudaStream_t str
 // Which row of x becomes which of the output, by quantize_activation's formula.
 enum class RowOrder {
   kGather,   // row r is x[index[r] / top_k]; [rows]
-  kInPlace,  // row r is x[r] where index[r] >= 0; [rows]
+  kInPlace,  // row r is x[r] where index[r] >= 0; [rows]. The index was complete before the
+             // previous kernel on the stream could let this one start, and is read while that one
+             // runs.
   kScatter,  // x[t] becomes the rows index[t * top_k] to index[t * top_k + top_k - 1]; [tokens,
              // top_k]
 };
@@ -50,15 +55,21 @@ struct QuantizeRowsArguments {
 cudaError_t quantize_rows(QuantizeRowsArguments const& arguments, cudaStream_t stream);
 
 struct MoeCombineArguments {
-  void const* y;               // [rows, n] without gaps
-  Element type;                // of y, residual and out: kBFloat16, kFloat16 or kFloat32
-  int32_t const* row_of_slot;  // [tokens * top_k]; slots whose row is none of y's are left out
-  void const* weights;         // [tokens, top_k]
-  Element weights_type;        // as type
-  void const* residual;        // [tokens, n] without gaps, or null
-  void* out;                   // [tokens, n] without gaps
+  void const* y;  // [rows, n] without gaps
+  Element type;   // of y, residual and out: kBFloat16, kFloat16 or kFloat32
+  // [tokens * top_k]; slots whose row is none of y's are left out. Null where each slot has the row
+  // of its own number, and those without an expert are left out.
+  int32_t const* row_of_slot;
+  ExpertIds ids;         // if row_of_slot is null
+  void const* weights;   // [tokens, top_k]
+  Element weights_type;  // as type
+  void const* residual;  // [tokens, n] without gaps, or null
+  void* out;             // [tokens, n] without gaps
   int64_t tokens, rows, n;
   int top_k;
+  // Whether row_of_slot was complete before the previous kernel on the stream could let this one
+  // start: then it is read while that one runs.
+  bool rows_are_visible;
 };
 
 // Enqueues out = residual + sum of weights * y[row_of_slot] over a token's slots in their order, in
@@ -81,10 +92,8 @@ struct MoeArguments {
   int top_k;
 };
 
-// Of the grouped products. They have top_k * tokens rows.
-struct MoePlan {
-  GroupedPlan first, second;
-};
+// The plan that the library selects, as if the router had chosen experts at random.
+MoePlan plan_moe(MoeProblem const& problem);
 
 int64_t moe_workspace_bytes(Element type, MoePlan const& plan);
 

@@ -170,6 +170,7 @@ inline void check_combine(Tensor const& y,
 struct Moe {
   Experts first, second;
   GatedActivation gate;
+  int64_t total_experts;  // of all GPUs; 0: as many as are here
 };
 
 inline Moe checked_moe(Tensor const& x,
@@ -181,7 +182,8 @@ inline Moe checked_moe(Tensor const& x,
                        Tensor const& w2_scale,
                        OptionalTensor const& b1,
                        OptionalTensor const& b2,
-                       std::string const& activation) {
+                       std::string const& activation,
+                       int64_t total_experts) {
   check_matrix("x", x, kFloats);
   const int64_t tokens = x.size(0), hidden = x.size(1);
   check_ids(topk_ids);
@@ -197,7 +199,10 @@ inline Moe checked_moe(Tensor const& x,
   check_shape("w2_scale", w2_scale, {first.count(), hidden}, " for E = ", first.count(),
               " of w1_scale and H = ", hidden, " of x");
   Experts second = checked_experts(x, first.n() / 2, {"w2", "w2_scale", "b2"}, w2, w2_scale, b2);
-  return {std::move(first), std::move(second), gate};
+  check(total_experts == 0 || total_experts >= first.count(),
+        "total_experts: expected 0 or at least the ", first.count(), " experts of w1, got ",
+        total_experts);
+  return {std::move(first), std::move(second), gate, total_experts};
 }
 
 }  // namespace liquidgemm::binding

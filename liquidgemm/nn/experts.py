@@ -39,6 +39,7 @@ class LiquidExperts(nn.Module):
 
     Attributes:
         first_expert: id of the first expert that is here; `narrow_experts` sets it.
+        total_experts: of the whole layer; as many as here but for parts of `narrow_experts`.
 
     Shapes: hidden_states ``[..., H]`` of T tokens in all, top_k_index ``[T, k]``, top_k_weights
     ``[T, k]`` to ``[..., H]`` of the dtype of hidden_states. Ids of experts that are not here add
@@ -76,6 +77,7 @@ class LiquidExperts(nn.Module):
         self.num_experts = gate_up.num_experts
         self.hidden_size, self.intermediate_size = gate_up.in_features, down.in_features
         self.activation, self.first_expert = activation, 0
+        self.total_experts = self.num_experts
         self.gate_up, self.down = gate_up, down
 
     @classmethod
@@ -271,6 +273,7 @@ class LiquidExperts(nn.Module):
             first.row_bias,
             second.row_bias,
             self.activation,
+            self.total_experts,
         )
         return y.view(hidden_states.shape)
 
@@ -316,6 +319,7 @@ class LiquidExperts(nn.Module):
             self.activation,
         )
         part.first_expert = self.first_expert + start
+        part.total_experts = self.total_experts
         return part.train(self.training)
 
     def narrow(self, start: int, length: int) -> LiquidExperts:
@@ -347,7 +351,7 @@ class LiquidExperts(nn.Module):
             self.down.mapped(second, length, hidden, has_bias),
             self.activation,
         )
-        part.first_expert = self.first_expert
+        part.first_expert, part.total_experts = self.first_expert, self.total_experts
         return part.train(self.training)
 
     def extra_repr(self) -> str:

@@ -159,7 +159,17 @@ def moe_combine(
 
 
 def _moe_fake(
-    x, topk_ids, topk_weights, w1, w1_scale, w2, w2_scale, b1=None, b2=None, activation="silu_mul"
+    x,
+    topk_ids,
+    topk_weights,
+    w1,
+    w1_scale,
+    w2,
+    w2_scale,
+    b1=None,
+    b2=None,
+    activation="silu_mul",
+    total_experts=0,
 ) -> Tensor:
     check_matrix("x", x, *FLOATS)
     tokens, hidden = x.shape
@@ -174,6 +184,12 @@ def _moe_fake(
     why = f" for E = {experts} of w1_scale and H = {hidden} of x"
     require_shape("w2_scale", w2_scale, [experts, hidden], why)
     check_experts(n // 2, x, ("w2", "w2_scale", "b2"), w2, w2_scale, b2)
+    require(
+        total_experts == 0 or total_experts >= experts,
+        "total_experts",
+        f"0 or at least the {experts} experts of w1",
+        total_experts,
+    )
     return x.new_empty((tokens, hidden))
 
 
@@ -195,7 +211,7 @@ def float_gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
 class _MoeRules(_autograd.Rules):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        *tensors, ctx.activation = inputs[1:]
+        *tensors, ctx.activation, _ = inputs[1:]
         ctx.there = [tensor is not None for tensor in tensors]
         ctx.save_for_backward(*(tensor for tensor in tensors if tensor is not None))
 
@@ -206,7 +222,7 @@ class _MoeRules(_autograd.Rules):
         saved = iter(ctx.saved_tensors)
         tensors: list = [next(saved) if there else None for there in ctx.there]
         grad_x, grad_weights = _moe_backward(ctx.activation, grad, *tensors)
-        return None, grad_x, None, grad_weights, *(None,) * 7
+        return None, grad_x, None, grad_weights, *(None,) * 8
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -240,7 +256,8 @@ def _moe_backward(
 
 _moe = _registry.define(
     "moe(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor w1, Tensor w1_scale, Tensor w2, "
-    'Tensor w2_scale, Tensor? b1=None, Tensor? b2=None, str activation="silu_mul") -> Tensor',
+    'Tensor w2_scale, Tensor? b1=None, Tensor? b2=None, str activation="silu_mul", '
+    "int total_experts=0) -> Tensor",
     _moe_fake,
     _MoeRules,
 )
@@ -257,6 +274,7 @@ def moe(
     b1: Tensor | None = None,
     b2: Tensor | None = None,
     activation: str = "silu_mul",
+    total_experts: int = 0,
 ) -> Tensor:
     """A layer of gated experts, from tokens and their routing to the sum over their experts.
 
@@ -280,6 +298,8 @@ def moe(
         b1: float32, bfloat16 or float16 ``[E, 2 I]``, interleaved as well.
         b2: float32, bfloat16 or float16 ``[E, H]``.
         activation: "silu_mul", "gelu_tanh_mul" or "swiglu_clamped".
+        total_experts: of the whole layer, where these are one GPU's share of them: then kernels for
+            as many rows as that share expects are chosen. 0: these are all. It changes no bit.
 
     Returns:
         ``[tokens, H]`` of x.dtype, contiguous.
@@ -288,4 +308,6 @@ def moe(
         RuntimeError: a wrong dtype, shape or device, an unknown activation, or on a CUDA tensor no
             usable kernel; and where another derivative is asked for.
     """
-    return _moe(x, topk_ids, topk_weights, w1, w1_scale, w2, w2_scale, b1, b2, activation)
+    return _moe(
+        x, topk_ids, topk_weights, w1, w1_scale, w2, w2_scale, b1, b2, activation, total_experts
+    )

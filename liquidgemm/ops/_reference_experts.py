@@ -92,6 +92,7 @@ def moe(
     b1: Tensor | None,
     b2: Tensor | None,
     activation: str,
+    total_experts: int,
 ) -> Tensor:
     offsets, row_of_slot, slot_of_row = moe_schedule(topk_ids, len(w1_scale))
     x8, x_scale = quantize_activation_rows(x, slot_of_row, topk_ids.shape[1])
@@ -117,5 +118,5 @@ _reference.define(
 _reference.define(
     moe,
     "(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor w1, Tensor w1_scale, Tensor w2, "
-    "Tensor w2_scale, Tensor? b1, Tensor? b2, str activation) -> Tensor",
+    "Tensor w2_scale, Tensor? b1, Tensor? b2, str activation, int total_experts) -> Tensor",
 )

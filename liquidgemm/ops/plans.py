@@ -174,6 +174,48 @@ def grouped_plan(
     return torch.ops.liquidgemm_plan.grouped(rows, experts, n, k, num_sms, memory_tbps)
 
 
+def slot_plan_names() -> list[str]:
+    """The names of all compiled plans of products by slots, which `moe` of very few tokens has."""
+    return list(torch.ops.liquidgemm_plan.slot_names())
+
+
+def moe_plan(
+    tokens: int,
+    top_k: int,
+    experts: int,
+    hidden: int,
+    inner: int,
+    *,
+    total_experts: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    num_sms: int = H100_SMS,
+    memory_tbps: float = H100_MEMORY_TBPS,
+) -> str:
+    """Say in one line how many launches `moe` has on a GPU, and which plans run its products.
+
+    Needs no GPU. For very few tokens of 16 bits there are three launches instead of six.
+
+    Args:
+        tokens: of x, which is aligned to 16 bytes.
+        top_k: experts of a token.
+        experts: E.
+        hidden: H.
+        inner: I; an expert's matrices are ``[2 I, H]`` and ``[H, I]``.
+        total_experts: of the layer, where E of them are on this GPU; None: E.
+        dtype: of x.
+        num_sms: of the GPU.
+        memory_tbps: peak of its memory, in 1e12 bytes per second.
+
+    Raises:
+        RuntimeError: a size below 1 or from 2^31 on, or no positive bandwidth.
+    """
+    total = experts if total_experts is None else total_experts
+    of_16_bits = dtype.itemsize == 2
+    return torch.ops.liquidgemm_plan.moe(
+        tokens, top_k, experts, total, hidden, inner, of_16_bits, num_sms, memory_tbps
+    )
+
+
 def explain_plan(
     m: int,
     n: int,

@@ -42,6 +42,8 @@ LIQUIDQUANT6_TILES = ("t256_p2_k1_s2",)
 # Of grouped products: decode with several k groups, and prefill.
 GROUPED_TILES = ("t8_p1_k2_s4_half", "t16_p1_k4_s4", "t128_p3_k1_s2")
 
+SLOT_TILES = ("t8_p1_k2_s4_half", "t8_p1_k4_s4")
+
 # Per folder of instantiations: where its tiles are listed, in which array, and which are kept.
 LISTS = {
     "liquidquant": ("csrc/liquidgemm/plan/tiles.hpp", "kTileShapes", TILES),
@@ -52,6 +54,7 @@ LISTS = {
         LIQUIDQUANT6_TILES,
     ),
     "grouped": ("csrc/liquidgemm/plan/grouped.hpp", "kGroupedTileShapes", GROUPED_TILES),
+    "slots": ("csrc/liquidgemm/plan/slots.hpp", "kSlotTileShapes", SLOT_TILES),
 }
 
 

@@ -37,6 +37,13 @@ CUTE_DEVICE uint32_t peer_address(void const* pointer, int cta_rank) {
   return address;
 }
 
+// From another CTA's shared memory, or this one's: see peer_address.
+CUTE_DEVICE int load_at_cluster(uint32_t address) {
+  int value;
+  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
 // At the same barrier of another CTA.
 CUTE_DEVICE void arrive_at_peer_if(bool condition, uint64_t* barrier, int cta_rank) {
   asm volatile(

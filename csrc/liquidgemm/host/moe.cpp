@@ -4,9 +4,15 @@
 //   ------------------  -----------  ------------------------  ---------------------------
 //   schedule            all before   at once                   nothing
 //   quantize, scatter   schedule     when that is complete     offsets, weights
-//   first product       quantize     when that is complete     nothing
+//   first product       quantize     when that is complete     slot_of_row
 //   quantize, in place  product      at once                   offsets, weights
-//   second product      quantize     when that is complete     nothing
+//   second product      quantize     when that is complete     row_of_slot
+//   combine             product      at once
+//
+// For very few tokens:
+//
+//   first product       all before   when they are complete    topk_ids, weights
+//   second product      product      when that is complete     topk_ids
 //   combine             product      at once
 #include "liquidgemm/moe.hpp"
 
@@ -54,6 +60,50 @@ struct Workspace {
   }
 };
 
+cudaError_t moe_by_slots(MoeArguments const& a,
+                         MoePlan::BySlots const& plan,
+                         uint8_t* h,
+                         uint8_t* y,
+                         cudaStream_t stream) {
+  const ExpertIds ids{a.topk_ids, a.ids_are_64_bits, static_cast<int>(plan.first.problem.experts)};
+  cudaError_t error = slot_gemm({.x = a.x,
+                                 .type = a.type,
+                                 .ids = ids,
+                                 .slots_per_row = a.top_k,
+                                 .weights = a.first,
+                                 .gate = a.gate,
+                                 .y = h,
+                                 .ids_are_visible = false},
+                                plan.first, stream);
+  if (error != cudaSuccess)
+    return error;
+  error = slot_gemm({.x = h,
+                     .type = a.type,
+                     .ids = ids,
+                     .slots_per_row = 1,
+                     .weights = a.second,
+                     .gate = std::nullopt,
+                     .y = y,
+                     .ids_are_visible = true},
+                    plan.second, stream);
+  if (error != cudaSuccess)
+    return error;
+  return moe_combine({.y = y,
+                      .type = a.type,
+                      .row_of_slot = nullptr,
+                      .ids = ids,
+                      .weights = a.topk_weights,
+                      .weights_type = a.weights_type,
+                      .residual = nullptr,
+                      .out = a.out,
+                      .tokens = a.tokens,
+                      .rows = plan.first.problem.slots,
+                      .n = plan.first.problem.k,
+                      .top_k = a.top_k,
+                      .rows_are_visible = true},
+                     stream);
+}
+
 }  // namespace
 
 int64_t moe_workspace_bytes(Element type, MoePlan const& plan) {
@@ -70,6 +120,8 @@ cudaError_t moe(MoeArguments const& a, MoePlan const& plan, void* workspace, cud
   const int64_t hidden = plan.first.problem.k, inner = plan.second.problem.k;
   if (rows == 0)
     return cudaSuccess;
+  if (plan.by_slots)
+    return moe_by_slots(a, *plan.by_slots, at(place.h), at(place.y), stream);
 
   cudaError_t error = moe_schedule({.topk_ids = a.topk_ids,
                                     .ids_are_64_bits = a.ids_are_64_bits,
@@ -138,6 +190,7 @@ cudaError_t moe(MoeArguments const& a, MoePlan const& plan, void* workspace, cud
   return moe_combine({.y = at(place.y),
                       .type = a.type,
                       .row_of_slot = ints(place.row_of_slot),
+                      .ids = {},
                       .weights = a.topk_weights,
                       .weights_type = a.weights_type,
                       .residual = nullptr,
@@ -145,7 +198,8 @@ cudaError_t moe(MoeArguments const& a, MoePlan const& plan, void* workspace, cud
                       .tokens = a.tokens,
                       .rows = rows,
                       .n = hidden,
-                      .top_k = a.top_k},
+                      .top_k = a.top_k,
+                      .rows_are_visible = true},
                      stream);
 }
 

@@ -1,9 +1,11 @@
 #include "liquidgemm/plan.hpp"
 
 #include "liquidgemm/grouped_gemm.hpp"
+#include "liquidgemm/moe.hpp"
 #include "liquidgemm/plan/cache.hpp"
 #include "liquidgemm/plan/explain.hpp"
 #include "liquidgemm/plan/grouped.hpp"
+#include "liquidgemm/plan/moe.hpp"
 
 namespace liquidgemm {
 namespace {
@@ -33,6 +35,11 @@ LaunchPlan plan_linear(Problem const& problem, bool x_is_readable) {
 GroupedPlan plan_grouped_gemm(GroupedProblem const& problem) {
   static thread_local GroupedPlanCache cache;
   return cache.get(problem, kGemm, select_grouped);
+}
+
+MoePlan plan_moe(MoeProblem const& problem) {
+  return {plan_grouped_gemm(first_product(problem)), plan_grouped_gemm(second_product(problem)),
+          select_by_slots(problem)};
 }
 
 bool kernel_can_read(Element x_type, void const* x) {

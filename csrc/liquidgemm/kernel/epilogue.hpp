@@ -126,6 +126,7 @@ class Epilogue {
   CUTE_DEVICE void locate(WorkItem const& work, Place const& place) {
     out_.first_token = place.first_token;
     out_.tokens = place.tokens;
+    out_.skipped = place.skipped;
     out_.first_channel = (place.first_panel + out_.panel) * kBlockRows;
     out_.ownership = work.split ? alternate_chunks() : Ownership::kAllChunks;
   }

@@ -55,6 +55,9 @@ struct Tile {
       (kLaunchRegisters * (kConsumerGroups + 1) - kProducerRegisters) / kConsumerGroups / 8 * 8;
 
   static constexpr bool kPairs = kShape.can_pair();
+  // Tiles of products by slots, which alone quantize and hold nothing ahead, store one row of many:
+  // see schedule/slots.hpp.
+  static constexpr bool kSkipsRows = kQuantizes && kShape.stages_ahead == 0;
 
   // Epilogue. Accumulators are handled in octets of tokens: four values per thread, 16 bytes. Parts
   // of sums meet in shared memory, those of a panel's k groups and those of a cluster's CTAs.

@@ -106,7 +106,7 @@ inline GroupedPlan complete(GroupedProblem const& p, Plan const& plan) {
           .n_tiles = static_cast<int>(n_tiles),
           .workers = static_cast<int>(std::min(most_tiles, most_workers)),
           .eighths_ahead = kWholeRing,
-          .weights_are_read_once = p.rows <= p.experts * tokens};
+          .weights_are_read_once = p.likely_rows() <= p.experts * tokens};
 }
 
 // Its twin is `predictor` in bench/plan/fit_grouped.py; a test holds the two equal.
@@ -114,7 +114,7 @@ inline double estimated_us(GroupedProblem const& p, Plan const& plan, GroupedCos
   TileShape const& tile = plan.tile;
   const GroupedPlan complete_plan = complete(p, plan);
   const TileCost cost = cost_of(costs.tiles, tile);
-  const ExpectedRows rows = expected_rows(p.rows, p.experts, complete_plan.tile_tokens);
+  const ExpectedRows rows = expected_rows(p.likely_rows(), p.experts, complete_plan.tile_tokens);
   const int64_t stages = ceil_div(ceil_div(p.k, kBlockK), tile.stage_blocks);
   const double rounds = std::ceil(rows.m_tiles * complete_plan.n_tiles / complete_plan.workers);
   const double tile_us = cost.tile_us + (plan.split_k > 1 ? cost.split_us[plan.split_k == 4] : 0);

@@ -1,5 +1,6 @@
 // A token's rows, weighted and added in the order of its slots: no atomics, so that the sum is the
 // same whatever the batch. A thread has a vector of one token.
+#include "liquidgemm/common/expert.hpp"
 #include "liquidgemm/common/formula.hpp"
 #include "liquidgemm/common/grid_dependency.hpp"
 #include "liquidgemm/moe.hpp"
@@ -20,15 +21,29 @@ __device__ void round_to(__nv_bfloat16& to, float value) {
   to = __float2bfloat16_rn(value);
 }
 
+constexpr int kMostHeld = 8;  // rows of a token that are known before they are there
+
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const MoeCombineArguments a, const bool aligned) {
   launch_dependent_grids();
-  wait_on_dependent_grids();
+  if (!a.rows_are_visible)
+    wait_on_dependent_grids();
   const int64_t token = blockIdx.x;
   const int64_t at = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * kVector;
   if (at >= a.n)
     return;
+  const int64_t first = token * a.top_k;
+  const auto row_of = [&](int j) {
+    if (!a.row_of_slot)
+      return expert_of(a.ids, first + j) < 0 ? -1 : static_cast<int32_t>(first + j);
+    return __ldcg(a.row_of_slot + first + j);  // not from L1, which may hold what was there before
+  };
+  int32_t held[kMostHeld];
+#pragma unroll
+  for (int j = 0; j < kMostHeld; ++j)
+    held[j] = j < a.top_k ? row_of(j) : -1;
+  wait_on_dependent_grids();
   T const* const y = static_cast<T const*>(a.y);
   float sum[kVector] = {};
   if (a.residual) {
@@ -38,18 +53,39 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kVector; ++i)
       sum[i] = to_float(residual.values[i]);
   }
-#pragma unroll 4
-  for (int j = 0; j < a.top_k; ++j) {
-    const int64_t slot = token * a.top_k + j;
-    const int64_t row = a.row_of_slot[slot];
-    if (row < 0 || row >= a.rows)
-      continue;
-    Vector<T> vector;
-    vector.load(y + row * a.n + at, a.n - at, aligned);
-    const float weight = load_as_float(a.weights, a.weights_type, slot);
+  const auto exists = [&](int64_t row) { return row >= 0 && row < a.rows; };
+  const auto weight_of = [&](int j) { return load_as_float(a.weights, a.weights_type, first + j); };
+  const auto add = [&](float weight, Vector<T> const& vector) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i)
       sum[i] = __fadd_rn(sum[i], __fmul_rn(weight, to_float(vector.values[i])));
+  };
+  int added = 0;
+  if (aligned) {
+    // All of these rows are requested before the first is added.
+    Vector<T> vectors[kMostHeld];
+    float weights[kMostHeld];
+#pragma unroll
+    for (int j = 0; j < kMostHeld; ++j) {
+      if (exists(held[j])) {
+        vectors[j].load(y + held[j] * a.n + at, kVector, true);
+        weights[j] = weight_of(j);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kMostHeld; ++j) {
+      if (exists(held[j]))
+        add(weights[j], vectors[j]);
+    }
+    added = kMostHeld;
+  }
+#pragma unroll 1
+  for (int j = added; j < a.top_k; ++j) {
+    if (const int64_t row = row_of(j); exists(row)) {
+      Vector<T> vector;
+      vector.load(y + row * a.n + at, a.n - at, aligned);
+      add(weight_of(j), vector);
+    }
   }
   Vector<T> out;
 #pragma unroll

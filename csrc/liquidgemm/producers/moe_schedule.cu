@@ -1,16 +1,19 @@
-// Which rows each expert gets: a stable counting sort of the slots, by one CTA.
+// Which rows each expert gets: a stable counting sort of the slots, by one CTA, or for many slots
+// by a cluster of them.
 //
-// Each warp has a contiguous part of the slots. It counts them by expert; a scan over experts, and
-// in each over warps, says where the warp's first slot of every expert goes; then the warp walks
-// its part again, 32 slots at a time in order. So equal ids keep their order, and no atomics
-// decide.
+// Each warp of the cluster has a contiguous part of the slots. It counts them by expert; a scan
+// over experts, and in each over warps, says where the warp's first slot of every expert goes; then
+// the warp walks its part again, 32 slots at a time in order. So equal ids keep their order, and no
+// atomics decide.
 //
 //   count       counts[warp][expert], by match.any among 32 slots
+//   share       totals[expert] of a CTA, which the others of the cluster read
 //   place       counts[warp][expert] = first row; offsets
 //   distribute  row = counts[warp][expert] + rank among the 32
 
 #include <algorithm>
 
+#include "liquidgemm/common/cluster_ptx.hpp"
 #include "liquidgemm/common/grid_dependency.hpp"
 #include "liquidgemm/common/launch.hpp"
 #include "liquidgemm/common/math.hpp"
@@ -20,7 +23,9 @@ namespace liquidgemm {
 namespace {
 
 constexpr int kMostWarps = 32;
-constexpr int kSharedInts = 48 << 10;  // some 192 of 227 KiB
+constexpr int kSharedInts = 48 << 10;   // some 192 of 227 KiB
+constexpr int kMostCtas = 8;            // of a cluster
+constexpr int64_t kSlotsOfACta = 1024;  // one for each thread
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 static_assert(kMostScheduledExperts <= kSharedInts);
@@ -74,19 +79,22 @@ __global__ void __launch_bounds__(kMostWarps * 32) schedule_kernel(Id const* ids
                                                                    int32_t* offsets,
                                                                    int32_t* row_of_slot,
                                                                    int32_t* slot_of_row) {
-  extern __shared__ int counts[];  // [warps][experts]
+  extern __shared__ int counts[];  // [warps][experts], and in a cluster totals, [experts]
   __shared__ int of_warp[kMostWarps];
   __shared__ int rows;
   launch_dependent_grids();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const int cta = cta_rank(), ctas = gridDim.x;
+  int* const totals = counts + warps * experts;
   int* const mine = counts + warp * experts;
   for (int e = lane; e < experts; e += 32)
     mine[e] = 0;
   __syncwarp();
   wait_on_dependent_grids();
 
-  const int64_t part = (slots + warps * 32 - 1) / (warps * 32) * 32;
-  const int64_t begin = warp * part, end = min(begin + part, slots);
+  const int64_t lanes = int64_t(ctas) * blockDim.x;
+  const int64_t part = (slots + lanes - 1) / lanes * 32;
+  const int64_t begin = (int64_t(cta) * warps + warp) * part, end = min(begin + part, slots);
   for_each_slot(ids, begin, end, experts, [&](int64_t, int expert) {
     const uint32_t same = __match_any_sync(kAllLanes, expert);
     if (expert >= 0 && lane == __ffs(same) - 1)
@@ -99,14 +107,44 @@ __global__ void __launch_bounds__(kMostWarps * 32) schedule_kernel(Id const* ids
   const int run = (experts + blockDim.x - 1) / blockDim.x;
   const int first_expert = min(static_cast<int>(threadIdx.x) * run, experts);
   const int last_expert = min(first_expert + run, experts);
-  int of_thread = 0;
-  for (int e = first_expert; e < last_expert; ++e) {
+  const auto total_of_cta = [&](int e) {
+    int total = 0;
     for (int w = 0; w < warps; ++w)
-      of_thread += counts[w * experts + e];
+      total += counts[w * experts + e];
+    return total;
+  };
+  if (ctas > 1) {
+    for (int e = first_expert; e < last_expert; ++e)
+      totals[e] = total_of_cta(e);
+    __syncwarp();
+    cute::cluster_arrive();
+    cute::cluster_wait();
   }
-  int row = exclusive_sum_of_cta(of_thread, of_warp);
+  // Of an expert: the slots of the CTAs before this one, and of all.
+  struct Slots {
+    int before, all;
+  };
+  const auto slots_of = [&](int e) {
+    if (ctas == 1)
+      return Slots{0, total_of_cta(e)};
+    Slots result{0, 0};
+    for (int i = 0; i < ctas; ++i) {
+      if (i == cta)
+        result.before = result.all;
+      result.all += load_at_cluster(peer_address(&totals[e], i));
+    }
+    return result;
+  };
+  int of_thread = 0;
+  for (int e = first_expert; e < last_expert; ++e)
+    of_thread += slots_of(e).all;
+  int first_row = exclusive_sum_of_cta(of_thread, of_warp);
   for (int e = first_expert; e < last_expert; ++e) {
-    offsets[e] = row;
+    const Slots of_expert = slots_of(e);
+    if (cta == 0)
+      offsets[e] = first_row;
+    int row = first_row + of_expert.before;
+    first_row += of_expert.all;
     for (int w = 0; w < warps; ++w) {
       const int count = counts[w * experts + e];
       counts[w * experts + e] = row;
@@ -114,10 +152,13 @@ __global__ void __launch_bounds__(kMostWarps * 32) schedule_kernel(Id const* ids
     }
   }
   if (first_expert < experts && last_expert == experts) {
-    offsets[experts] = row;
-    rows = row;
+    if (cta == 0)
+      offsets[experts] = first_row;
+    rows = first_row;
   }
   __syncthreads();
+  if (ctas > 1)
+    cute::cluster_arrive();  // the others' totals have been read
 
   for_each_slot(ids, begin, end, experts, [&](int64_t slot, int expert) {
     const uint32_t same = __match_any_sync(kAllLanes, expert);
@@ -132,23 +173,32 @@ __global__ void __launch_bounds__(kMostWarps * 32) schedule_kernel(Id const* ids
     if (to >= 0)
       slot_of_row[to] = static_cast<int32_t>(slot);
   });
-  for (int64_t r = rows + threadIdx.x; r < slots; r += blockDim.x)
+  for (int64_t r = rows + int64_t(cta) * blockDim.x + threadIdx.x; r < slots; r += lanes)
     slot_of_row[r] = -1;
+  __syncwarp();
+  if (ctas > 1)
+    cute::cluster_wait();  // a CTA that is gone has no totals
 }
 
 template <class Id>
 cudaError_t launch(MoeScheduleArguments const& a, cudaStream_t stream) {
-  const int64_t warps =
-      std::clamp<int64_t>(ceil_div(a.slots, 32), 1, std::min(kMostWarps, kSharedInts / a.experts));
-  const int shared_bytes = static_cast<int>(warps * a.experts * sizeof(int));
+  int ctas = 1;
+  while (ctas < kMostCtas && ctas * kSlotsOfACta < a.slots && 2 * a.experts <= kSharedInts)
+    ctas *= 2;
+  const int arrays = kSharedInts / a.experts - (ctas > 1);
+  const int64_t warps = std::clamp<int64_t>(ceil_div(a.slots, 32), 1, std::min(kMostWarps, arrays));
+  const int shared_bytes = static_cast<int>((warps + (ctas > 1)) * a.experts * sizeof(int));
   auto* const kernel = schedule_kernel<Id>;
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedInts * sizeof(int));
   if (error != cudaSuccess)
     return error;
-  return launch_early(kernel, {dim3(1), static_cast<int>(warps * 32), shared_bytes}, stream,
-                      static_cast<Id const*>(a.topk_ids), a.slots, a.experts, a.offsets,
-                      a.row_of_slot, a.slot_of_row);
+  const LaunchShape shape{.grid = dim3(static_cast<unsigned>(ctas)),
+                          .threads = static_cast<int>(warps * 32),
+                          .shared_bytes = shared_bytes,
+                          .cluster = ctas};
+  return launch_early(kernel, shape, stream, static_cast<Id const*>(a.topk_ids), a.slots, a.experts,
+                      a.offsets, a.row_of_slot, a.slot_of_row);
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ struct Arguments {
 // The token of a row in the order of the output, or -1.
 template <RowOrder kOrder, class T>
 __device__ int64_t token_of_row(Arguments<T> const& a, int64_t row) {
-  const int32_t entry = a.index[row];
+  const int32_t entry = __ldcg(a.index + row);  // not from L1, which may hold what was there
   const int64_t token = entry < 0 ? -1 : kOrder == RowOrder::kInPlace ? row : entry / a.top_k;
   return token < a.tokens ? token : -1;
 }
@@ -48,20 +48,28 @@ __device__ void write(Arguments<T> const& a,
   }
 }
 
+// CTAs of the most threads to an SM, at least.
 template <RowOrder kOrder, class T>
-__global__ void __launch_bounds__(kMostThreads) quantize_rows_kernel(const Arguments<T> a) {
+constexpr int kCtasPerSm = kOrder == RowOrder::kInPlace && sizeof(T) == 2 ? 3 : 2;
+
+template <RowOrder kOrder, class T>
+__global__ void __launch_bounds__(kMostThreads, (kCtasPerSm<kOrder, T>))
+    quantize_rows_kernel(const Arguments<T> a) {
   // In a layer of experts the first quantizer follows the schedule, and before it the first product
   // reads offsets: it must not start before they are complete. The second quantizer starts itself
   // only after all CTAs of the first product have seen that they are.
-  if constexpr (kOrder == RowOrder::kInPlace)
+  if constexpr (kOrder == RowOrder::kInPlace) {
     launch_dependent_grids();
-  wait_on_dependent_grids();
-  if constexpr (kOrder != RowOrder::kInPlace)
+  } else {
+    wait_on_dependent_grids();
     launch_dependent_grids();
+  }
 
   __shared__ uint32_t of_warp[kMostThreads / 32];
   const int64_t source = blockIdx.x;  // a token if rows are scattered, else a row
   const int64_t token = kOrder == RowOrder::kScatter ? source : token_of_row<kOrder>(a, source);
+  if constexpr (kOrder == RowOrder::kInPlace)
+    wait_on_dependent_grids();
   if (token < 0)
     return;
   T const* const x = a.x + token * a.k;

@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm_testing, CUDA, m) {
   using namespace liquidgemm::binding;
   m.impl("gemm_with_plan", TORCH_BOX(&gemm_with_plan_op));
   m.impl("grouped_gemm_with_plan", TORCH_BOX(&grouped_gemm_with_plan_op));
+  m.impl("moe_by_slots", TORCH_BOX(&moe_by_slots_op));
   m.impl("linear_with_plan", TORCH_BOX(&linear_with_plan_op));
 }
 

@@ -1,6 +1,7 @@
 #include "liquidgemm/moe.hpp"
 
-#include "liquidgemm/plan/grouped.hpp"
+#include "liquidgemm/plan.hpp"
+#include "liquidgemm/plan/moe.hpp"
 #include "ops.hpp"
 #include "products.hpp"
 
@@ -84,6 +85,7 @@ Tensor moe_combine_op(Tensor const& y,
   check_cuda(moe_combine({.y = rows.const_data_ptr(),
                           .type = element_of(y.scalar_type()),
                           .row_of_slot = static_cast<int32_t const*>(index.const_data_ptr()),
+                          .ids = {},
                           .weights = weights.const_data_ptr(),
                           .weights_type = element_of(weights.scalar_type()),
                           .residual = added ? added->const_data_ptr() : nullptr,
@@ -91,24 +93,21 @@ Tensor moe_combine_op(Tensor const& y,
                           .tokens = tokens,
                           .rows = y.size(0),
                           .n = n,
-                          .top_k = static_cast<int>(topk_weights.size(1))},
+                          .top_k = static_cast<int>(topk_weights.size(1)),
+                          .rows_are_visible = false},
                          current_stream(y)),
              "moe_combine");
   return out;
 }
 
-Tensor moe_op(Tensor const& x,
+namespace {
+
+// `forced`: indices of the plans by slots, or the first one -1: not by slots.
+Tensor moe_of(Moe layer,
+              Tensor const& x,
               Tensor const& topk_ids,
               Tensor const& topk_weights,
-              Tensor const& w1,
-              Tensor const& w1_scale,
-              Tensor const& w2,
-              Tensor const& w2_scale,
-              OptionalTensor const& b1,
-              OptionalTensor const& b2,
-              std::string const& activation) {
-  Moe layer =
-      checked_moe(x, topk_ids, topk_weights, w1, w1_scale, w2, w2_scale, b1, b2, activation);
+              std::optional<std::pair<int64_t, int64_t>> const& forced) {
   layer.first = aligned(std::move(layer.first));
   layer.second = aligned(std::move(layer.second));
   const DeviceGuard guard(x.get_device_index());
@@ -118,17 +117,33 @@ Tensor moe_op(Tensor const& x,
   Tensor out = allocate(x, {tokens, hidden}, x.scalar_type());
   if (tokens == 0)
     return out;
-  const auto plan_of = [&](Experts const& weight, int64_t k) {
-    const int64_t n = weight.n();
-    const Problem p = checked_problem("moe", rows, n, k, weight.format, device);
-    return plan_grouped_gemm({rows, experts, n, k, p.num_sms, p.memory_bytes_per_us, p.format});
-  };
-  const MoePlan plan{plan_of(layer.first, hidden), plan_of(layer.second, inner)};
+  // Both products, for what is said of sizes that are too large.
+  const Problem p =
+      checked_problem("moe", rows, layer.first.n(), hidden, layer.first.format, device);
+  checked_problem("moe", rows, hidden, inner, layer.second.format, device);
+  const Element type = element_of(x.scalar_type());
+  const Tensor source = dense(x), ids = dense(topk_ids), weights = dense(topk_weights);
+  MoePlan plan = plan_moe({.tokens = tokens,
+                           .top_k = topk_ids.size(1),
+                           .experts = experts,
+                           .hidden = hidden,
+                           .inner = inner,
+                           .num_sms = p.num_sms,
+                           .memory_bytes_per_us = p.memory_bytes_per_us,
+                           .format = p.format,
+                           .total_experts = layer.total_experts,
+                           .x_is_readable = kernel_can_read(type, source.const_data_ptr())});
   check_countable("moe", plan.first);
   check_countable("moe", plan.second);
-  const Element type = element_of(x.scalar_type());
+  if (forced && forced->first < 0) {
+    plan.by_slots = std::nullopt;
+  } else if (forced) {
+    check(plan.by_slots.has_value(), "x: expected few enough tokens for products by slots, got ",
+          tokens, ", of ", topk_ids.size(1), " slots each");
+    plan.by_slots = {complete(plan.by_slots->first.problem, all_slot_plans()[forced->first]),
+                     complete(plan.by_slots->second.problem, all_slot_plans()[forced->second])};
+  }
   Tensor workspace = allocate(x, {moe_workspace_bytes(type, plan)}, ScalarType::Byte);
-  const Tensor source = dense(x), ids = dense(topk_ids), weights = dense(topk_weights);
   const cudaError_t error = moe({.x = source.const_data_ptr(),
                                  .type = type,
                                  .topk_ids = ids.const_data_ptr(),
@@ -143,8 +158,46 @@ Tensor moe_op(Tensor const& x,
                                  .top_k = static_cast<int>(topk_ids.size(1))},
                                 plan, workspace.mutable_data_ptr(), current_stream(x));
   if (error != cudaSuccess)
-    fail("moe: ", explain(error), ", for ", describe(plan.first), " and ", describe(plan.second));
+    fail("moe: ", explain(error), ", for ", describe(plan));
   return out;
+}
+
+}  // namespace
+
+Tensor moe_op(Tensor const& x,
+              Tensor const& topk_ids,
+              Tensor const& topk_weights,
+              Tensor const& w1,
+              Tensor const& w1_scale,
+              Tensor const& w2,
+              Tensor const& w2_scale,
+              OptionalTensor const& b1,
+              OptionalTensor const& b2,
+              std::string const& activation,
+              int64_t total_experts) {
+  return moe_of(checked_moe(x, topk_ids, topk_weights, w1, w1_scale, w2, w2_scale, b1, b2,
+                            activation, total_experts),
+                x, topk_ids, topk_weights, std::nullopt);
+}
+
+Tensor moe_by_slots_op(Tensor const& x,
+                       Tensor const& topk_ids,
+                       Tensor const& topk_weights,
+                       Tensor const& w1,
+                       Tensor const& w1_scale,
+                       Tensor const& w2,
+                       Tensor const& w2_scale,
+                       OptionalTensor const& b1,
+                       OptionalTensor const& b2,
+                       std::string const& activation,
+                       int64_t first,
+                       int64_t second) {
+  const int64_t plans = all_slot_plans().size();
+  for (auto const& [name, plan] : {std::pair{"first", first}, {"second", second}})
+    check(plan >= -1 && plan < plans, name, ": expected -1 to ", plans - 1, ", got ", plan);
+  return moe_of(
+      checked_moe(x, topk_ids, topk_weights, w1, w1_scale, w2, w2_scale, b1, b2, activation, 0), x,
+      topk_ids, topk_weights, std::pair{first, second});
 }
 
 }  // namespace liquidgemm::binding

@@ -61,7 +61,8 @@ Tensor moe_op(Tensor const& x,
               Tensor const& w2_scale,
               OptionalTensor const& b1,
               OptionalTensor const& b2,
-              std::string const& activation);
+              std::string const& activation,
+              int64_t total_experts);
 
 Tensor pack_weight_op(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset);
 std::tuple<Tensor, Tensor, Tensor> unpack_weight_op(Tensor const& packed, int64_t n);
@@ -113,6 +114,20 @@ Tensor grouped_gemm_with_plan_op(Tensor const& x,
                                  std::string const& activation,
                                  int64_t plan,
                                  int64_t num_sms);
+// By products of slots, with the plans of these indices of all_slot_plans(); with `first` -1 not by
+// slots.
+Tensor moe_by_slots_op(Tensor const& x,
+                       Tensor const& topk_ids,
+                       Tensor const& topk_weights,
+                       Tensor const& w1,
+                       Tensor const& w1_scale,
+                       Tensor const& w2,
+                       Tensor const& w2_scale,
+                       OptionalTensor const& b1,
+                       OptionalTensor const& b2,
+                       std::string const& activation,
+                       int64_t first,
+                       int64_t second);
 // In one launch, whether that pays or not.
 Tensor linear_with_plan_op(Tensor const& x,
                            Tensor const& weight,

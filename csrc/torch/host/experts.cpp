@@ -181,13 +181,15 @@ Tensor moe_cpu(Tensor const& x,
                Tensor const& w2_scale,
                OptionalTensor const& b1,
                OptionalTensor const& b2,
-               std::string const& activation) {
-  const Moe moe =
-      checked_moe(x, topk_ids, topk_weights, w1, w1_scale, w2, w2_scale, b1, b2, activation);
+               std::string const& activation,
+               int64_t total_experts) {
+  const Moe moe = checked_moe(x, topk_ids, topk_weights, w1, w1_scale, w2, w2_scale, b1, b2,
+                              activation, total_experts);
   cpu::Kernels const* const kernels = cpu::current_kernels();
   if (kernels == nullptr) {
-    std::array stack{from(x),  from(topk_ids), from(topk_weights), from(w1), from(w1_scale),
-                     from(w2), from(w2_scale), from(b1),           from(b2), from(activation)};
+    std::array stack{from(x),        from(topk_ids),   from(topk_weights), from(w1),
+                     from(w1_scale), from(w2),         from(w2_scale),     from(b1),
+                     from(b2),       from(activation), from(total_experts)};
     call_reference("liquidgemm_reference::moe", stack);
     return to<Tensor>(stack[0]);
   }

@@ -43,6 +43,10 @@ STABLE_TORCH_LIBRARY(liquidgemm_plan, m) {
   m.def("plausible(int m, str format) -> int[]");
   m.def("grouped_names() -> str[]");
   m.def("grouped(int rows, int experts, int n, int k, int num_sms, float memory_tbps) -> str");
+  m.def("slot_names() -> str[]");
+  m.def(
+      "moe(int tokens, int top_k, int experts, int total_experts, int hidden, int inner, "
+      "bool of_16_bits, int num_sms, float memory_tbps) -> str");
   m.def("explain(int m, int n, int k, str op, str format, int num_sms, float memory_tbps) -> str");
 }
 
@@ -51,6 +55,8 @@ STABLE_TORCH_LIBRARY_IMPL(liquidgemm_plan, CompositeExplicitAutograd, m) {
   m.impl("names", TORCH_BOX(&plan_names));
   m.impl("grouped_names", TORCH_BOX(&grouped_plan_names));
   m.impl("grouped", TORCH_BOX(&grouped_plan));
+  m.impl("slot_names", TORCH_BOX(&slot_plan_names));
+  m.impl("moe", TORCH_BOX(&moe_plan));
   m.impl("plausible", TORCH_BOX(&plausible_plans));
   m.impl("explain", TORCH_BOX(&explain_plan));
 }
@@ -62,6 +68,10 @@ STABLE_TORCH_LIBRARY(liquidgemm_testing, m) {
   m.def(
       "grouped_gemm_with_plan(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, "
       "Tensor offsets, Tensor? bias, ScalarType? out_dtype, str activation, int plan, int num_sms) "
+      "-> Tensor");
+  m.def(
+      "moe_by_slots(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor w1, Tensor w1_scale, "
+      "Tensor w2, Tensor w2_scale, Tensor? b1, Tensor? b2, str activation, int first, int second) "
       "-> Tensor");
   m.def(
       "linear_with_plan(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, int plan, "

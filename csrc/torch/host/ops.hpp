@@ -63,7 +63,8 @@ Tensor moe_cpu(Tensor const& x,
                Tensor const& w2_scale,
                OptionalTensor const& b1,
                OptionalTensor const& b2,
-               std::string const& activation);
+               std::string const& activation,
+               int64_t total_experts);
 
 Tensor pack_weight_cpu(Tensor const& qweight, Tensor const& qscale, Tensor const& qoffset);
 std::tuple<Tensor, Tensor, Tensor> unpack_weight_cpu(Tensor const& packed, int64_t n);
@@ -88,6 +89,17 @@ std::vector<std::string> grouped_plan_names();
 // One line in words: the plan of a grouped GEMM.
 std::string grouped_plan(
     int64_t rows, int64_t experts, int64_t n, int64_t k, int64_t num_sms, double memory_tbps);
+std::vector<std::string> slot_plan_names();
+// One line in words: the launches of a layer of experts, and the plans of its products.
+std::string moe_plan(int64_t tokens,
+                     int64_t top_k,
+                     int64_t experts,
+                     int64_t total_experts,
+                     int64_t hidden,
+                     int64_t inner,
+                     bool of_16_bits,
+                     int64_t num_sms,
+                     double memory_tbps);
 // JSON, see plan/explain.hpp. `op`: "gemm", "gemm_behind_producer", or "linear" with 16-bit
 // activations.
 std::string explain_plan(int64_t m,

@@ -3,7 +3,7 @@
 
 #include "../check.hpp"
 #include "liquidgemm/plan/explain.hpp"
-#include "liquidgemm/plan/grouped.hpp"
+#include "liquidgemm/plan/moe.hpp"
 #include "ops.hpp"
 
 namespace liquidgemm::binding {
@@ -56,6 +56,44 @@ std::string grouped_plan(
   char us[32];
   std::snprintf(us, sizeof us, "%.4g", estimated_us(problem, plan.plan, kGroupedCostsOfH100));
   return describe(plan) + ", estimated " + us + " us";
+}
+
+std::vector<std::string> slot_plan_names() {
+  std::vector<std::string> names;
+  for (Plan const& plan : all_slot_plans())
+    names.push_back(name(plan));
+  return names;
+}
+
+std::string moe_plan(int64_t tokens,
+                     int64_t top_k,
+                     int64_t experts,
+                     int64_t total_experts,
+                     int64_t hidden,
+                     int64_t inner,
+                     bool of_16_bits,
+                     int64_t num_sms,
+                     double memory_tbps) {
+  for (auto const& [name, value] : {std::pair{"tokens", tokens},
+                                    {"top_k", top_k},
+                                    {"experts", experts},
+                                    {"total_experts", total_experts},
+                                    {"hidden", hidden},
+                                    {"inner", inner},
+                                    {"num_sms", num_sms}})
+    check(value >= 1 && value <= INT32_MAX, name, ": expected 1 to 2^31 - 1, got ", value);
+  check(total_experts >= experts, "total_experts: expected at least the ", experts,
+        " experts here, got ", total_experts);
+  check(memory_tbps > 0, "memory_tbps: expected a positive number, got ", memory_tbps);
+  return describe(select_moe({.tokens = tokens,
+                              .top_k = top_k,
+                              .experts = experts,
+                              .hidden = hidden,
+                              .inner = inner,
+                              .num_sms = static_cast<int>(num_sms),
+                              .memory_bytes_per_us = memory_tbps * 1e6,
+                              .total_experts = total_experts,
+                              .x_is_readable = of_16_bits}));
 }
 
 std::string explain_plan(int64_t m,

@@ -1,8 +1,8 @@
 """Layers of experts of engines: what is asked of a checkpoint's, and what is computed with.
 
 Once loaded, an engine's layer has the parameters ``gate_up_packed``, ``gate_up_row_scale`` and, if
-there is one, ``gate_up_row_bias``, and those of ``down`` (see `ExpertStack`), and its activation as
-``liquid_activation``.
+there is one, ``gate_up_row_bias``, and those of ``down`` (see `ExpertStack`), its activation as
+``liquid_activation``, and how many experts all GPUs have as ``liquid_total_experts``.
 """
 
 from __future__ import annotations
@@ -70,4 +70,5 @@ def compute(layer: EngineLayer, x: Tensor, topk_ids: Tensor, topk_weights: Tenso
         layer.gate_up_row_bias,
         layer.down_row_bias,
         layer.liquid_activation,
+        layer.liquid_total_experts,
     )

@@ -77,6 +77,7 @@ class ExpertsMethod(FusedMoEMethodBase):
             own = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(name, own)
         layer.liquid_activation = experts.activation
+        layer.liquid_total_experts = layer.num_experts
         self.summary.done((self.name,), layer.gate_up_packed.device)
 
     def apply(self, layer: EngineLayer, dispatch_output: Any) -> Any:

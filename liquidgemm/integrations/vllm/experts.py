@@ -93,6 +93,7 @@ class ExpertsMethod(FusedMoEMethodBase):
             else:
                 replace_parameter(layer, name, tensor)
         layer.liquid_activation = experts.activation
+        layer.liquid_total_experts = self.moe.num_experts
         self.summary.done((self.name,), layer.gate_up_packed.device)
 
     def apply(

@@ -183,10 +183,12 @@ def test_slices_add_up(kind, routing):
     y = layer(*routing)
     parts = [layer.narrow_experts(0, 1), layer.narrow_experts(1, 3)]
     assert parts[1].first_expert == 1
+    assert parts[1].total_experts == layer.total_experts == 4
     assert distance(sum(part(*routing) for part in parts), y) < 1e-6
     local = torch.where(ids == 0, 99, ids)
     assert torch.equal(parts[1](*routing), layer(x, local, weights))
     nested = layer.narrow_experts(1, 3).narrow_experts(1, 1)
+    assert nested.total_experts == nested.narrow(0, 64).total_experts == 4
     assert torch.equal(nested(*routing), layer(x, torch.where(ids == 2, 2, -1), weights))
     parts = [layer.narrow(0, 64), layer.narrow(64, 128)]
     # Each part has its own scale per token for the inner activations.

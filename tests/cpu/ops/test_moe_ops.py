@@ -277,6 +277,16 @@ def test_a_token_does_not_depend_on_the_others(kernel):
     reference.assert_same(got[3:], y[3:])
 
 
+def test_experts_of_other_gpus_change_no_bit(kernel):
+    layer = Layer()
+    arguments = (layer.x, layer.ids, layer.weights, *layer.experts)
+    reference.assert_same(moe(*arguments, total_experts=40), layer())
+    for device in ("cpu", "meta"):
+        on_device = [tensor.to(device) for tensor in arguments]
+        with pytest.raises(RuntimeError, match="total_experts: expected 0 or at least the 5 exp"):
+            moe(*on_device, total_experts=4)
+
+
 def test_layouts_of_moe():
     layer = Layer()
     expected = layer()
@@ -298,6 +308,7 @@ def test_opcheck():
         (OPS.grouped_gemm, (x8, x_scale, w1, s1, offsets)),
         (OPS.moe_combine, (y, row_of_slot, layer.weights)),
         (OPS.moe, (layer.x, layer.ids, layer.weights, *layer.experts, "gelu_tanh_mul")),
+        (OPS.moe, (layer.x, layer.ids, layer.weights, *layer.experts, "silu_mul", 40)),
     ):
         torch.library.opcheck(op.default, arguments)
 

@@ -99,13 +99,19 @@ def test_plans_are_those_that_the_library_dispatches_from() -> None:
     import variants
 
     from bench.plan.fit import tile_of
-    from liquidgemm.ops.plans import compiled_plans, grouped_plan_names, plan_names
+    from liquidgemm.ops.plans import (
+        compiled_plans,
+        grouped_plan_names,
+        plan_names,
+        slot_plan_names,
+    )
 
     names = {
         "liquidquant": plan_names(),
         "int8": [name for _, name in compiled_plans(8)],
         "liquidquant6": [name for _, name in compiled_plans(6)],
         "grouped": grouped_plan_names(),
+        "slots": slot_plan_names(),
     }
     assert {file.name for file in (ROOT / "csrc/instantiations").iterdir()} == set(names)
     for folder, (file, array, _) in variants.LISTS.items():
@@ -119,6 +125,7 @@ def test_plans_are_those_that_the_library_dispatches_from() -> None:
     text = (TESTS / "gpu/test_weight_formats.py").read_text()
     assert "BITS = (6, 8)" in text
     assert "compiled_plans(bits)" in text
+    assert "slot_plan_names()" in (TESTS / "gpu/test_moe_by_slots.py").read_text()
     for file in ("test_grouped_gemm.py", "test_moe_chain.py"):
         assert "GROUPED_PLANS" in (TESTS / "gpu" / file).read_text()
 

@@ -1,6 +1,17 @@
 """Of the layer of experts: tiles that the device resolves, and the kernels around them."""
 
-from .bug import GROUPED, KERNEL, MOE, OF_GROUPED, PRODUCERS, Bug, Patch, bug
+from .bug import (
+    BY_SLOTS,
+    GATES,
+    GROUPED,
+    MOE,
+    OF_GROUPED,
+    OF_SLOTS,
+    PRODUCERS,
+    Bug,
+    Patch,
+    bug,
+)
 
 OF_EXPERTS = (
     # Tiles that the device resolves, and the layer of experts around them.
@@ -60,21 +71,20 @@ OF_EXPERTS = (
         f"{GROUPED} -k garbage",
         units=OF_GROUPED,
     ),
-    Bug(
-        "gate and up are not rounded before the activation",
-        (
-            Patch(
-                f"{KERNEL}/store/gated.hpp",
-                "const float2 gates = to_floats(words[0], Pair{}), "
-                "ups = to_floats(words[1], Pair{});",
-                "const float2 token_scale = this->out_.token_scales(octet);\n"
-                "    const float2 ups = to_floats(words[1], Pair{});\n"
-                "    const float2 gates = {\n"
-                "        scaled(sum.x, token_scale.x, channels.scale[0], channels.bias[0]),\n"
-                "        scaled(sum.y, token_scale.y, channels.scale[0], channels.bias[0])};",
-            ),
-        ),
-        (f"{MOE} -k activation_in_the_product",),
+    bug(
+        "up is activated instead of the gate",
+        "store/gated.hpp",
+        "gates[i] = words[0], ups[i] = words[1];",
+        "gates[i] = words[1], ups[i] = words[0];",
+        f"{MOE} -k activation_in_the_product",
+        units=OF_GROUPED,
+    ),
+    bug(
+        "the exponent of silu is off by seven units in the last place",
+        "store/gated_pair.hpp",
+        "kSilu = -0x1.715472p0f",
+        "kSilu = -0x1.715480p0f",
+        GATES,
         units=OF_GROUPED,
     ),
     Bug(
@@ -87,6 +97,30 @@ OF_EXPERTS = (
             ),
         ),
         (f"{MOE} -k waits",),
+        units=(f"{PRODUCERS}/moe_schedule.cu",),
+    ),
+    Bug(
+        "the schedule forgets the slots of the CTAs before",
+        (
+            Patch(
+                f"csrc/{PRODUCERS}/moe_schedule.cu",
+                "int row = first_row + of_expert.before;",
+                "int row = first_row;",
+            ),
+        ),
+        (f"{MOE} -k schedule",),
+        units=(f"{PRODUCERS}/moe_schedule.cu",),
+    ),
+    Bug(
+        "the schedule reads totals that others have not written yet",
+        (
+            Patch(
+                f"csrc/{PRODUCERS}/moe_schedule.cu",
+                "cute::cluster_arrive();\n    cute::cluster_wait();",
+                "",
+            ),
+        ),
+        (f"{MOE} -k schedule",),
         units=(f"{PRODUCERS}/moe_schedule.cu",),
     ),
     Bug(
@@ -106,11 +140,36 @@ OF_EXPERTS = (
         (
             Patch(
                 f"csrc/{PRODUCERS}/moe_combine.cu",
-                "wait_on_dependent_grids();",
-                "",
+                "wait_on_dependent_grids();\n  T const* const y",
+                "T const* const y",
             ),
         ),
         (f"{MOE} -k back_to_back", f"{MOE} -k equals_its_parts"),
         units=(f"{PRODUCERS}/moe_combine.cu",),
+    ),
+    # Products by slots.
+    bug(
+        "rows of other slots are stored, too",
+        "schedule/slots.hpp",
+        "place.skipped = row;",
+        "place.skipped = 0;",
+        f"{BY_SLOTS} -k every_plan",
+        units=OF_SLOTS,
+    ),
+    bug(
+        "a slot has the weights of the first expert",
+        "schedule/slots.hpp",
+        "place.packed_panel = max(expert_, 0) * sizes_.panels + n_tile;",
+        "place.packed_panel = n_tile;",
+        f"{BY_SLOTS} -k every_plan",
+        units=OF_SLOTS,
+    ),
+    bug(
+        "ids are read before the router has finished",
+        "schedule/slots.hpp",
+        "if (!params.ids_are_visible)",
+        "if (params.gated && params.ids_are_visible)",
+        f"{BY_SLOTS} -k waits",
+        units=OF_SLOTS,
     ),
 )

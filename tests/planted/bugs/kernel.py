@@ -141,7 +141,7 @@ OF_KERNEL = (
     bug(
         "a row past the last is stored",
         "store/elements.hpp",
-        "token + i % 2 < out.tokens",
+        "out.stores(token + i % 2)",
         "token + i % 2 <= out.tokens",
         CANARIES,
         tool="memcheck",
@@ -157,7 +157,7 @@ OF_KERNEL = (
     bug(
         "a word of two channels is stored in the row past the last",
         "store/columns.hpp",
-        "first + turn * 8 * Tile::kKGroups < out.tokens",
+        "out.stores(first + turn * 8 * Tile::kKGroups)",
         "first + turn * 8 * Tile::kKGroups <= out.tokens",
         CANARIES,
     ),

@@ -31,6 +31,7 @@ struct WorkItem {
 // Where a tile lies.
 struct Place {
   int first_token, tokens;  // rows of x and of y
+  int skipped = 0;          // of those, the first ones, which are not stored
   int first_panel;          // of y, 64 channels each
   int panels;               // that the weight has from there on, at most Tile::kPanels
   int packed_panel;         // the place of first_panel in the packed weight

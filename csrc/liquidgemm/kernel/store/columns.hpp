@@ -35,7 +35,7 @@ CUTE_DEVICE void store_columns(OutputTile<Tile> const& out,
       uint32_t transposed;
       cute::SM75_U32x1_MOVM_T::copy(words[i], transposed);
       // Rows are whole vectors of eight channels.
-      if (first + turn * 8 * Tile::kKGroups < out.tokens && channel + 8 * i < out.sizes.n)
+      if (out.stores(first + turn * 8 * Tile::kKGroups) && channel + 8 * i < out.sizes.n)
         *reinterpret_cast<uint32_t*>(row + 8 * i) = transposed;
     }
   }

@@ -21,7 +21,7 @@ CUTE_DEVICE void store_elements(OutputTile<Tile> const& out,
                out.first_channel + out.first_row();
   CUTE_UNROLL
   for (int i = 0; i < 4; ++i) {
-    if (token + i % 2 < out.tokens && i / 2 * 8 < channels)
+    if (out.stores(token + i % 2) && i / 2 * 8 < channels)
       y[i % 2 * out.params.y_stride + i / 2 * 8] = elements[i];
   }
 }

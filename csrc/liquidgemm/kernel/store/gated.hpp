@@ -183,7 +183,7 @@ class GatedEpilogue : public Epilogue<Tile> {
       uint32_t transposed;
       cute::SM75_U32x1_MOVM_T::copy(words[0], transposed);
       const int token = 8 * octet + lane / 4;
-      if (token < this->out_.tokens && channel < outputs()) {
+      if (this->out_.stores(token) && channel < outputs()) {
         uint16_t* const row = static_cast<uint16_t*>(this->out_.params.y) +
                               (this->out_.first_token + token) * this->out_.params.y_stride +
                               channel;
@@ -239,7 +239,7 @@ class GatedEpilogue : public Epilogue<Tile> {
                      (this->out_.first_token + token) * this->out_.params.y_stride + channel;
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
-      if (token + i < this->out_.tokens && channel < outputs())
+      if (this->out_.stores(token + i) && channel < outputs())
         y[i * this->out_.params.y_stride] = h[i];
     }
   }

@@ -20,7 +20,7 @@ struct OutputTile {
   OutputParams const& params;
   SharedStorage<Tile>& shared;
   int panel;  // of the tile
-  int first_token, tokens, first_channel;
+  int first_token, tokens, skipped, first_channel;
   Ownership ownership;
 
   struct ChannelValues {
@@ -34,6 +34,10 @@ struct OutputTile {
   }
   CUTE_DEVICE static int token_of(int octet) {  // the first of two neighbours
     return 8 * octet + threadIdx.x % 4 * 2;
+  }
+
+  CUTE_DEVICE bool stores(int token) const {
+    return token < tokens && (!Tile::kSkipsRows || token >= skipped);
   }
 
   // Of a tile that a pair shares along K each CTA stores every other chunk.
