@@ -12,6 +12,7 @@
 #include "liquidgemm/kernel/params.hpp"
 #include "liquidgemm/kernel/schedule/slots.hpp"
 #include "liquidgemm/kernel/tile.hpp"
+#include "liquidgemm/plan/grouped.hpp"
 #include "liquidgemm/plan/slots.hpp"
 
 namespace liquidgemm {
@@ -77,7 +78,7 @@ cudaError_t slot_gemm(SlotGemmArguments const& a, SlotPlan const& plan, cudaStre
                .ids_are_visible = a.ids_are_visible,
                .gated = a.gate.has_value(),
                .gate = a.gate.value_or(GatedActivation{})},
-      .prefetch = {.eighths_ahead = 8, .stages_ahead = 0},
+      .prefetch = {.eighths_ahead = kWholeRing, .stages_ahead = 0},
       .tokens = {.source = a.x, .k = static_cast<int>(p.k)},
   };
   return launch(params, plan.workers, stream);
