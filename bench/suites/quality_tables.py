@@ -55,17 +55,25 @@ def language_table(rows: list[dict]) -> str:
     reference = ", ".join(
         f"{domain} {rows[0]['domains'][domain]['reference_perplexity']:.2f}" for domain in domains
     )
+    has_shares = any("weights_alone" in row for row in rows)
     lines = [
         f"**{rows[0]['model']}** on {processor_of(rows[0])}, perplexity relative to the GGUF "
         f"file's weights in float32 ({reference}); "
         f"agreement of the most likely token and KL divergence on {UNSEEN}, which is unseen; "
         f"{rows[0]['domains'][UNSEEN]['tokens']} tokens judged of each domain; text: tokens for "
-        "calibration",
+        "calibration"
+        + (
+            "; of activations: what is lost less with the same weights and float activations, on "
+            "each domain"
+            if has_shares
+            else ""
+        ),
         "",
         "| recipe | text | bits | "
         + " | ".join(f"{d} (unseen)" if d == UNSEEN else d for d in domains)
+        + (" | of activations" if has_shares else "")
         + " | same token | KL mean | KL p99 | time, s | peak, GB |",
-        "|---|" + "---:|" * (7 + len(domains)),
+        "|---|" + "---:|" * (7 + has_shares + len(domains)),
     ]
     for row in rows:
         change = [
@@ -78,6 +86,7 @@ def language_table(rows: list[dict]) -> str:
             f"{row['calibration_tokens'] // 1024}k",
             f"{row['bits']:.2f}",
             *change,
+            *([of_activations(row, domains)] if has_shares else []),
             f"{unseen['agreement']:.1%}",
             f"{unseen['mean_kl']:.4f}",
             f"{unseen['p99_kl']:.3f}",
@@ -107,6 +116,17 @@ def language_table(rows: list[dict]) -> str:
                 f"{len(others)} times: {', '.join(f'{value:.2f}' for value in others)}.",
             ]
     return "\n".join(lines)
+
+
+def of_activations(row: dict, domains: tuple[str, ...]) -> str:
+    """The points of the loss that rounding the activations adds, where that was measured."""
+    if "weights_alone" not in row:
+        return ""
+    points = [
+        (found["perplexity"] - row["weights_alone"][domain]) / found["reference_perplexity"]
+        for domain, found in ((domain, row["domains"][domain]) for domain in domains)
+    ]
+    return ", ".join(f"{100 * point:.1f}" for point in points)
 
 
 def unseen_perplexity(row: dict) -> float:
