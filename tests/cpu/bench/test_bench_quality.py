@@ -58,7 +58,8 @@ def run(monkeypatch, *arguments):
 def test_results_and_tables(data, monkeypatch, capsys):
     out = data / "out"
     options = ["--tokens", 512, "--eval-tokens", 256, "--device", "cpu", "--commit", "c0ffee"]
-    options += ["--out", out, "--cpu-too", RECIPES[2], "--perturb", RECIPES[2], "--recipes"]
+    options += ["--out", out, "--cpu-too", RECIPES[2], "--perturb", RECIPES[2]]
+    options += ["--weights-alone", "--recipes"]
     run(monkeypatch, data, *options, *RECIPES)
     results = json.loads((out / "quality.json").read_text())
     assert [(row["model"], row["recipe"]) for row in results["rows"]] == [
@@ -70,6 +71,10 @@ def test_results_and_tables(data, monkeypatch, capsys):
         assert row["domains"].keys() == {"anarchism", "pydoc", "debian"}
         for result in row["domains"].values():
             assert result["perplexity"] == pytest.approx(result["reference_perplexity"], rel=0.1)
+        # With the same weights, but float activations.
+        for domain, alone in row["weights_alone"].items():
+            assert alone == pytest.approx(row["domains"][domain]["perplexity"], rel=0.02)
+            assert alone != row["domains"][domain]["perplexity"]
     unseen = best["domains"]["debian"]["perplexity"]
     assert best["cpu"] == best["cpu_layers"] == unseen  # here all are the CPU
     unchanged, *perturbed = best["perturbed"]["perplexities"]
@@ -94,6 +99,9 @@ def test_results_and_tables(data, monkeypatch, capsys):
     assert "commit c0ffee" in text
     assert 'Perplexity of "gptq, smooth, augment 64, keep down_proj" on debian' in text
     assert "one part in a million, 4 times:" in text
+    points = quality_tables.of_activations(w8a8, ("anarchism", "pydoc", "debian"))
+    assert len(points.split(", ")) == 3
+    assert f" | {points} | " in text
 
 
 @torch.no_grad()
