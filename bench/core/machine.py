@@ -127,7 +127,9 @@ def memory_bytes_per_us(properties) -> float:
     return properties.memory_clock_rate * properties.memory_bus_width / 4e3  # kHz, bits
 
 
-def chosen_plan(m: int, n: int, k: int, device: torch.device, bits: int = 4) -> str:
+def chosen_plan(
+    m: int, n: int, k: int, device: torch.device, bits: int = 4, group_size: int = 64
+) -> str:
     """How the library describes the plan that it runs on this GPU."""
     properties = torch.cuda.get_device_properties(device)
     return explain_plan(
@@ -135,6 +137,7 @@ def chosen_plan(m: int, n: int, k: int, device: torch.device, bits: int = 4) -> 
         n,
         k,
         bits=bits,
+        group_size=group_size,
         num_sms=properties.multi_processor_count,
         memory_tbps=1e-6 * memory_bytes_per_us(properties),
     ).summary()

@@ -6,7 +6,7 @@ import torch
 
 import liquidgemm
 
-FORMATS = {"liquidquant": 4, "liquidquant6": 6, "int8": 8}
+FORMATS = {"liquidquant": 4, "liquidquant_g32": 4, "liquidquant6": 6, "int8": 8}
 """Bits of a weight, by what the library calls its format."""
 
 COLD_BYTES = 160e6  # more than three times the L2 cache
@@ -21,7 +21,8 @@ def random_weights(n: int, k: int, format: str = "liquidquant") -> list[torch.Te
     bits = FORMATS[format]
     qweight = torch.randint(0, 256, (n, blocks * 8 * bits), dtype=torch.uint8, device="cuda")
     most = 255 // (2**bits - 1)
-    qscale = torch.randint(1, most + 1, (n, blocks), dtype=torch.uint8, device="cuda")
+    groups = 2 * blocks if format == "liquidquant_g32" else blocks
+    qscale = torch.randint(1, most + 1, (n, groups), dtype=torch.uint8, device="cuda")
     packed = liquidgemm.pack_weight(qweight, qscale, torch.zeros_like(qscale))
     return copies_of(packed)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .base import Peer, Unsupported
 from .gemlite import GemLite
 from .humming import Humming, HummingChannel, HummingGroup128
-from .liquid import Liquid, Liquid6, LiquidInt8
+from .liquid import Liquid, Liquid6, Liquid32, LiquidInt8
 from .native import Bf16, Fp8, Int8
 from .vllm import Vllm
 
@@ -25,6 +25,7 @@ PEERS: dict[str, type[Peer]] = {
         Vllm,
         LiquidInt8,
         Liquid6,
+        Liquid32,
     )
 }
 

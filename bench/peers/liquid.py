@@ -25,6 +25,7 @@ class Liquid(Peer):
     ways = (Way("gemm"), Way("linear"))
     tolerance = 0.0
     bits = 4
+    group_size = 64
 
     @classmethod
     def why_absent(cls) -> str | None:
@@ -36,7 +37,7 @@ class Liquid(Peer):
         return liquidgemm.__version__
 
     def __init__(self, weight: Tensor) -> None:
-        quantized = liquidgemm.quantize_weight(weight, method="rtn")
+        quantized = liquidgemm.quantize_weight(weight, self.group_size, method="rtn")
         logical = (quantized.qweight, quantized.qscale, quantized.qoffset)
         self.scale = quantized.scale
         self.w8 = decode(*logical)[:, : weight.shape[1]]
@@ -69,8 +70,16 @@ class Liquid(Peer):
 
     def describe(self, way: Way, m: int) -> str:
         with suppress(AttributeError, RuntimeError):  # a build without the testing ops
-            return machine.chosen_plan(m, *self.w8.shape, self.w8.device, self.bits)
+            of = self.w8.device, self.bits, self.group_size
+            return machine.chosen_plan(m, *self.w8.shape, *of)
         return ""
+
+
+class Liquid32(Liquid):
+    """W4A8 in groups of 32, rounded as those of 64. Every bit of the result counts."""
+
+    name = "liquidgemm-g32"
+    group_size = 32
 
 
 class Liquid6(Liquid):

@@ -28,6 +28,7 @@ FORMATS = {
     "liquidquant": (liquidquant.BLOCK_BYTES, "k"),
     "int8": (int8.BLOCK_BYTES, "kInt8"),
     "liquidquant6": (liquidquant.BLOCK_BYTES_6, "kLiquidQuant6"),
+    "liquidquant_g32": (liquidquant.BLOCK_BYTES_G32, "kLiquidQuantG32"),
 }
 PLAN = ROOT / "csrc/liquidgemm/plan"
 # Constants of the library, under the same names there.

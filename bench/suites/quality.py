@@ -64,6 +64,8 @@ RECIPES = {
     "gptq": _GPTQ,
     "gptq, smooth": _SMOOTH,
     "gptq, smooth, rotate": {**_SMOOTH, "rotate": True},
+    "search, groups of 32": {"group_size": 32},
+    "gptq, smooth, groups of 32": {**_SMOOTH, "group_size": 32},
     "search, 6 bits": {"bits": {"*": 6}},
     "gptq, smooth, 6 bits": {**_SMOOTH, "bits": {"*": 6}},
     "gptq, smooth, budget 5": {**_SMOOTH, "budget": 5.0},

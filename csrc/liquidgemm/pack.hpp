@@ -32,6 +32,15 @@ cudaError_t unpack_weight(uint8_t const* packed,
                           LogicalWeight6 const& logical,
                           cudaStream_t stream);
 
+// And of groups of 32.
+cudaError_t pack_weight(LogicalWeightG32 const& logical,
+                        uint8_t* packed,
+                        int* infeasible,
+                        cudaStream_t stream);
+cudaError_t unpack_weight(uint8_t const* packed,
+                          LogicalWeightG32 const& logical,
+                          cudaStream_t stream);
+
 // The same of INT8 weights, all of which are representable: a problem's format says which ones.
 cudaError_t pack_weight(LogicalInt8Weight const& logical, uint8_t* packed, cudaStream_t stream);
 cudaError_t unpack_weight(uint8_t const* packed,

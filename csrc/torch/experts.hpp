@@ -60,8 +60,11 @@ inline Experts checked_experts(Tensor const& x,
   const int64_t experts = scale.size(0), n = scale.size(1);
   const FormatId format = format_of(weight);
   check(format == FormatId::kLiquidQuant, names.weight,
-        ": expected 4-bit weights, which experts alone are compiled for, got ",
-        format == FormatId::kInt8 ? "INT8" : "6-bit", " weights of shape ", shape_of(weight));
+        ": expected 4-bit weights in groups of 64, which experts alone are compiled for, got ",
+        format == FormatId::kInt8           ? "INT8"
+        : format == FormatId::kLiquidQuant6 ? "6-bit"
+                                            : "group-of-32",
+        " weights of shape ", shape_of(weight));
   check_shape(names.weight, weight,
               {experts, ceil_div(n, kBlockRows), ceil_div(k, kBlockK), block_bytes(format)},
               " for E = ", experts, " and N = ", n, " of ", names.scale, " and K = ", k);

@@ -29,25 +29,35 @@ inline FormatId format_of(Tensor const& packed) {
 }
 
 // Contiguous inputs together with the plain view of them, so that the memory outlives the view. Of
-// codes of 4 or of 6 bits.
+// all formats that have codes.
 struct LogicalTensors {
   Tensor qweight, qscale, qoffset;
-  bool six_bits;
+  int64_t k_blocks;
+  FormatId format;
 
   // visitor(std::type_identity<Format>{}, its logical weight).
   template <class Visitor>
   auto visit(Visitor const& visitor) const {
-    const LogicalWeight view{
-        static_cast<uint8_t*>(qweight.data_ptr()), static_cast<uint8_t*>(qscale.data_ptr()),
-        static_cast<uint8_t*>(qoffset.data_ptr()), qscale.size(0), qscale.size(1)};
-    return six_bits ? visitor(std::type_identity<LiquidQuant6>{}, LogicalWeight6{view})
-                    : visitor(std::type_identity<LiquidQuant>{}, view);
+    const LogicalWeight view{static_cast<uint8_t*>(qweight.data_ptr()),
+                             static_cast<uint8_t*>(qscale.data_ptr()),
+                             static_cast<uint8_t*>(qoffset.data_ptr()), qscale.size(0), k_blocks};
+    switch (format) {
+      case FormatId::kLiquidQuant6:
+        return visitor(std::type_identity<LiquidQuant6>{}, LogicalWeight6{view});
+      case FormatId::kLiquidQuantG32:
+        return visitor(std::type_identity<LiquidQuantG32>{}, LogicalWeightG32{view});
+      default:
+        return visitor(std::type_identity<LiquidQuant>{}, view);
+    }
   }
 };
 
-// Bytes of a row of codes.
-inline int64_t code_bytes(int64_t k_blocks, bool six_bits) {
-  return k_blocks * (six_bits ? LiquidQuant6::kLogicalGroupBytes : kBlockK / 2);
+// Of a block's row, in logical tensors: bytes of codes, and groups.
+inline int64_t code_bytes(FormatId format) {
+  return format == FormatId::kLiquidQuant6 ? LiquidQuant6::kLogicalGroupBytes : kBlockK / 2;
+}
+inline int64_t groups_of(FormatId format) {
+  return format == FormatId::kLiquidQuantG32 ? LiquidQuantG32::kGroups : 1;
 }
 
 inline LogicalTensors checked_logical(Tensor const& qweight,
@@ -60,17 +70,22 @@ inline LogicalTensors checked_logical(Tensor const& qweight,
   check_same_device("qoffset", qoffset, "qweight", qweight);
   check(qweight.dim() == 2 && qweight.size(0) > 0, "qweight: expected shape [N, K / 2], got ",
         shape_of(qweight));
-  // The groups tell which one it is. What is of neither is checked as 4 bits, and refused.
-  const bool six_bits = qscale.dim() == 2 && qscale.size(1) > 0 &&
-                        qweight.size(1) == code_bytes(qscale.size(1), true);
+  // The groups tell which one it is. What is of none is checked as LiquidQuant, and refused.
+  FormatId format = FormatId::kLiquidQuant;
+  for (FormatId id : {FormatId::kLiquidQuant6, FormatId::kLiquidQuantG32}) {
+    if (qscale.dim() == 2 && qscale.size(1) > 0 &&
+        qweight.size(1) * groups_of(id) == qscale.size(1) * code_bytes(id))
+      format = id;
+  }
   const int64_t n = qweight.size(0);
-  const int64_t k = six_bits ? qscale.size(1) * kBlockK : qweight.size(1) * 2;
+  const int64_t k = qweight.size(1) * kBlockK / code_bytes(format);
   check(k > 0 && k % kBlockK == 0, "qweight: expected [N, K / 2] with K a positive multiple of ",
         kBlockK, ", got shape ", shape_of(qweight));
   check_k("qweight", k, kMaxPackedK);
-  check_shape("qscale", qscale, {n, k / kBlockK});
-  check_shape("qoffset", qoffset, {n, k / kBlockK});
-  return {dense(qweight), dense(qscale), dense(qoffset), six_bits};
+  const int64_t k_blocks = k / kBlockK, groups = k_blocks * groups_of(format);
+  check_shape("qscale", qscale, {n, groups});
+  check_shape("qoffset", qoffset, {n, groups});
+  return {dense(qweight), dense(qscale), dense(qoffset), k_blocks, format};
 }
 
 // The same of INT8 weights.
@@ -113,13 +128,15 @@ void check_packed(Tensor const& packed, int64_t n, char const* packer) {
 }
 
 inline LogicalTensors empty_logical(Tensor const& packed, int64_t n) {
-  const bool six_bits = format_of(packed) == FormatId::kLiquidQuant6;
-  six_bits ? check_packed<LiquidQuant6>(packed, n, "pack_weight")
-           : check_packed<LiquidQuant>(packed, n, "pack_weight");
-  const int64_t k_blocks = packed.size(1);
-  return {allocate(packed, {n, code_bytes(k_blocks, six_bits)}, ScalarType::Byte),
-          allocate(packed, {n, k_blocks}, ScalarType::Byte),
-          allocate(packed, {n, k_blocks}, ScalarType::Byte), six_bits};
+  const FormatId told = format_of(packed);
+  const FormatId format = told == FormatId::kInt8 ? FormatId::kLiquidQuant : told;
+  visit_format(format, [&](auto of) {
+    check_packed<typename decltype(of)::type>(packed, n, "pack_weight");
+  });
+  const int64_t k_blocks = packed.size(1), groups = k_blocks * groups_of(format);
+  return {allocate(packed, {n, k_blocks * code_bytes(format)}, ScalarType::Byte),
+          allocate(packed, {n, groups}, ScalarType::Byte),
+          allocate(packed, {n, groups}, ScalarType::Byte), k_blocks, format};
 }
 
 inline LogicalInt8Tensors empty_logical_int8(Tensor const& packed, int64_t n) {

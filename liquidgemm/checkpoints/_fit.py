@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..formats.liquidquant import GROUP
 from ..nn._modules import as_linear
 from ..nn.experts import LiquidExperts
 from ..nn.float_experts import Layout, layout_of
@@ -18,6 +19,7 @@ from ..ops import FLOATS
 from ..weights.weight import QuantizedWeight
 
 _LOGICAL = ("qweight", "qscale", "qoffset", "scale")
+_FREE = ("augment", "group_size")  # what a layer's weight says, not its float one
 
 
 def experts_of(model: nn.Module) -> dict[str, dict]:
@@ -48,6 +50,8 @@ def sizes_of(layer: nn.Module) -> dict[str, Any]:
     }
     if isinstance(linear, LiquidLinear) and linear.columns is not None:
         sizes["augment"] = len(linear.columns)
+    if isinstance(linear, LiquidLinear) and linear.group_size != GROUP:
+        sizes["group_size"] = linear.group_size
     return sizes
 
 
@@ -79,16 +83,17 @@ def check_fit(
         if layer is None or not (isinstance(layer, LiquidLinear) or as_linear(layer)):
             kind = type(layer).__name__ if layer is not None else "nothing"
             raise ValueError(f"{name}: expected a linear layer in the model, got {kind}")
-        got, wanted, augment = sizes_of(layer), sizes, 0
+        got, wanted, augment, group_size = sizes_of(layer), sizes, 0, GROUP
         if not isinstance(layer, LiquidLinear) and (dtype := dtype_of(layer)) not in FLOATS:
             raise ValueError(
                 f"{name}: expected a layer of float32, bfloat16 or float16 in the model, got one "
                 f"of {dtype}"
             )
-        if isinstance(sizes, dict):  # of residual columns a layer can get any number
-            wanted = {key: value for key, value in sizes.items() if key != "augment"}
-            augment = sizes.get("augment", 0)
-            got.pop("augment", None)
+        if isinstance(sizes, dict):  # of residual columns a layer can get any number, and groups
+            wanted = {key: value for key, value in sizes.items() if key not in _FREE}
+            augment, group_size = sizes.get("augment", 0), sizes.get("group_size", GROUP)
+            for key in _FREE:
+                got.pop(key, None)
         if got != wanted:
             raise ValueError(f"{name}: expected {wanted} as in {directory}, got {got}")
         for key in ("weight", "columns"):
@@ -107,6 +112,10 @@ def check_fit(
             )
         if weight.augment != augment:
             raise ValueError(f"{name}.columns: expected {augment} columns, got {weight.augment}")
+        if weight.group_size != group_size:
+            raise ValueError(
+                f"{name}.qscale: expected groups of {group_size!r}, got {weight.group_size}"
+            )
         expected.update((f"{name}.{key}", tuple(t.shape)) for key, t in tensors.items())
     for key in sorted(expected.keys() | state.keys()):
         if key not in state:

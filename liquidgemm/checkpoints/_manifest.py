@@ -12,12 +12,14 @@ from torch import Tensor
 from .._files import parse_json
 from ._pretrained import MANIFEST_FILE, TRANSFORMERS_WEIGHTS_FILE
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 WEIGHTS_FILE = "liquidgemm.safetensors"
 
 
 def version_of(layers: dict[str, dict], experts: dict[str, dict]) -> int:
     """The first that knows all that is there."""
+    if any("group_size" in sizes for sizes in layers.values()):
+        return 4
     if experts:
         return 3
     return 2 if any("augment" in sizes for sizes in layers.values()) else 1

@@ -5,8 +5,8 @@ A checkpoint is a folder with
 - ``liquidgemm.safetensors``, for ``transformers`` models ``model.safetensors``: the state_dict,
   quantized layers in the logical layout;
 - ``liquidgemm.json``: format version, layer sizes and the hash of the file above;
-  version 2 if any layer has residual columns, which version 1 does not know, and 3 if there are
-  experts;
+  version 2 if any layer has residual columns, which version 1 does not know, 3 if there are
+  experts, and 4 if any layer has groups of 32;
 - for ``transformers`` models also ``config.json`` and ``generation_config.json``, with which
   ``from_pretrained`` can load the folder as well. `load_quantized` reads what ``save_pretrained``
   writes, too, which has no ``liquidgemm.json``, or one of a checkpoint before it.

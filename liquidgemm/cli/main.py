@@ -90,9 +90,12 @@ def import_command(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")],
     fine_bits: Annotated[
-        int,
-        typer.Option(help="Of layers whose groups are finer than 64 columns: 8, or 4."),
-    ] = 8,
+        int | None,
+        typer.Option(
+            help="Of layers whose groups are finer than 64 columns: 8, or 4; by default 4 where "
+            "they can stay groups of 32, else 8."
+        ),
+    ] = None,
 ) -> None:
     """Convert a checkpoint of compressed-tensors, AWQ, GPTQ, QoQ, QQQ, bitsandbytes or GGUF.
 

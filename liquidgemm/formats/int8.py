@@ -59,6 +59,8 @@ def stored_twice(
     width = padded(in_features)
     if columns is None or len(columns) != width or qweight.shape[1] != width:
         return False
+    if qscale.shape[1] * GROUP != 2 * width:
+        return False
     if any(tensor.is_meta for tensor in (qweight, qscale, qoffset, columns)):
         return False
     if not torch.equal(columns, columns_of(in_features, columns.device)):

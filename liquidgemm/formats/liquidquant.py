@@ -1,8 +1,8 @@
 """The LiquidQuant number format in its logical layout (arXiv 2509.01229).
 
 A weight ``W`` of shape ``[N, K]`` (``[out_features, in_features]``) is kept as four tensors, in
-groups of 64 columns. K is a multiple of 64 here: a shorter last group is padded, and the columns
-past ``in_features`` only ever meet zero activations.
+groups of G = 64 columns, or of 32 with codes of 4 bits. K is a multiple of 64 here: a shorter last
+group is padded, and the columns past ``in_features`` only ever meet zero activations.
 
 ========  =======  ============  ==============================================================
 tensor    dtype    shape         meaning
@@ -11,8 +11,8 @@ qweight   uint8    [N, K / 2]    q in 0..15; byte j of a row holds column 2j in 
                                  and column 2j + 1 in its high nibble
    or     uint8    [N, 3 K / 4]  q in 0..63; the codes of a row one after the other in its bits,
                                  from the lowest ones of byte 0 on: four codes to three bytes
-qscale    uint8    [N, K / 64]   integer step s of a group
-qoffset   uint8    [N, K / 64]   a = lo + 128, the offset of a group
+qscale    uint8    [N, K / G]    integer step s of a group
+qoffset   uint8    [N, K / G]    a = lo + 128, the offset of a group
 scale     float32  [N]           sigma, the size of one INT8 step of a row
 ========  =======  ============  ==============================================================
 
@@ -27,13 +27,20 @@ import torch
 from torch import Tensor
 
 GROUP = 64
-"""Columns that share one (s, a) pair."""
+"""Columns of one block of the packed layout, and of what can be sliced; as a rule they share one
+(s, a) pair."""
+
+FINE_GROUP = 32
+"""Columns that share one in a weight of groups of 32."""
 
 PANEL = 64
 """Rows of one block of the packed layout."""
 
 BLOCK_BYTES = PANEL * GROUP // 2 + 2 * PANEL
 """Bytes of one packed block: 64 x 64 nibbles and one (s, a) pair for each row."""
+
+BLOCK_BYTES_G32 = PANEL * GROUP // 2 + 2 * PANEL * (GROUP // FINE_GROUP)
+"""The same of groups of 32."""
 
 BLOCK_BYTES_6 = PANEL * GROUP * 6 // 8 + 2 * PANEL
 """The same of 6-bit codes."""
@@ -87,9 +94,17 @@ def code_bits(qweight: Tensor, qscale: Tensor) -> int:
     return 6 if both and qweight.shape[1] == qscale.shape[1] * GROUP * 6 // 8 > 0 else 4
 
 
+def group_of(qweight: Tensor, qscale: Tensor) -> int:
+    """Columns that share an (s, a) pair, 64 or 32. What is of neither is taken for 64."""
+    both = qweight.dim() == 2 and qscale.dim() == 2
+    fine = both and qweight.shape[1] * 2 == qscale.shape[1] * FINE_GROUP > 0
+    return FINE_GROUP if fine else GROUP
+
+
 def decode(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tensor:
     """INT8 weights ``[N, K]`` of the logical tensors (feasible, or the bytes wrap)."""
-    q = unpack_codes(qweight, code_bits(qweight, qscale)).unflatten(-1, (-1, GROUP))
+    group = group_of(qweight, qscale)
+    q = unpack_codes(qweight, code_bits(qweight, qscale)).unflatten(-1, (-1, group))
     byte = q * qscale.unsqueeze(-1) + qoffset.unsqueeze(-1)
     return (byte ^ 0x80).view(torch.int8).flatten(-2)
 
@@ -102,7 +117,8 @@ def first_infeasible(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> tuple[
         return None
     suspects = overflow.nonzero()
     row, group = suspects.unbind(1)
-    codes = qweight.unflatten(1, (-1, GROUP * bits // 8))[row, group]
+    columns = group_of(qweight, qscale)
+    codes = qweight.unflatten(1, (-1, columns * bits // 8))[row, group]
     largest = unpack_codes(codes, bits).amax(1)
     overflow = largest.int() * qscale[row, group].int() + qoffset[row, group].int() > 255
     if not overflow.any():

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._files import check_new_folder, new_folder, path_of
+from ..formats.liquidquant import FINE_GROUP, GROUP
 from ..ops import FLOATS
 from ..weights.weight import QuantizedWeight
 from .architecture import Architecture
@@ -24,7 +25,7 @@ from .checkpoint import FORMATS, FolderCheckpoint, layers_of
 from .experts import Place, prefix_of, stacks
 from .folder import ShardWriter
 from .gguf import GgufFile
-from .source import AnyWeight, fit, is_fine
+from .source import AnyWeight, fit, is_finer
 
 __all__ = ["FORMATS", "ImportReport", "ImportedLayer", "import_checkpoint", "layers_of"]
 
@@ -86,7 +87,7 @@ def import_checkpoint(
     source: str | os.PathLike,
     output: str | os.PathLike,
     progress: bool = True,
-    fine_bits: int = 8,
+    fine_bits: int | None = None,
 ) -> ImportReport:
     """Convert a checkpoint of another project to one of ours.
 
@@ -98,13 +99,14 @@ def import_checkpoint(
 
     Weights whose grid is one of ours (QoQ, QQQ with integer group scales, all that is scaled per
     channel) keep every value. Scales of groups that are floats have to become integer multiples of
-    one scale per row. Groups of 32 or 16 columns, as all of GGUF has, are finer than ours: such
-    layers, and those of bitsandbytes, get 8 bits with one scale per row, or 4 bits that are
-    searched anew. In 8 bits, rows of MXFP4 whose exponents span 3 or less keep every value. The
-    report has what each layer loses. Experts, of 4 bits, one by one or stacked along a first axis,
-    become the `LiquidExperts` of their layer where the model keeps experts in stacked parameters;
-    all of a layer or none. Those in finer groups get 4 bits that are searched anew, since experts
-    have no form of 8 bits. The report names experts that stay in float.
+    one scale per row. Groups of 32 columns stay so, with 4.5 bits in place of 4.25. Groups of 16,
+    and all that is no integer code times a step (GGUF, bitsandbytes, MXFP4, NVFP4) get 8 bits with
+    one scale per row, or 4 bits that are searched anew. In 8 bits, rows of MXFP4 whose exponents
+    span 3 or less keep every value. The report has what each layer loses. Experts, of 4 bits, one
+    by one or stacked along a first axis, become the `LiquidExperts` of their layer where the model
+    keeps experts in stacked parameters; all of a layer or none. Those in groups finer than 64 get
+    4 bits that are searched anew, since experts have no form of 8 bits and no finer groups. The
+    report names experts that stay in float.
 
     The output can be loaded by `load_quantized` and by ``from_pretrained`` of transformers: it is
     loaded once as the model that config.json names, where transformers has it; the report says so.
@@ -116,7 +118,8 @@ def import_checkpoint(
         output: the folder to create.
         progress: show a progress bar.
         fine_bits: of layers whose groups are finer than 64 columns: 8, or 4, which loses about as
-            much again as the source's own 4 bits.
+            much again as the source's own 4 bits. None: 4 where they are of 32 columns and can stay
+            so, else 8.
 
     Raises:
         FileNotFoundError: the source or a file of it is missing.
@@ -125,22 +128,24 @@ def import_checkpoint(
         ValueError: the checkpoint is damaged, in no format above, has a setting whose meaning is
             not known, something that our format cannot hold (columns out of order, transforms of
             activations), or does not load as the model that it is for. The message names the layer
-            and the tensor, or the setting. Or fine_bits is neither 8 nor 4.
+            and the tensor, or the setting. Or fine_bits is none of those.
         ImportError: a GGUF file needs the package gguf, and transformers.
     """
-    if fine_bits not in (8, 4) or isinstance(fine_bits, bool):
-        raise ValueError(f"fine_bits: expected 8 or 4, got {fine_bits!r}")
+    if fine_bits not in (None, 8, 4) or isinstance(fine_bits, bool):
+        raise ValueError(f"fine_bits: expected 8, 4 or None, got {fine_bits!r}")
     source, output = path_of(source), path_of(output)
     check_new_folder(output, source)
     with tqdm(desc="reading", unit="layer", disable=not progress) as bar:
         return _import(source, output, fine_bits, bar)
 
 
-def _import(source: Path, output: Path, fine_bits: int, bar: tqdm) -> ImportReport:
+def _import(source: Path, output: Path, fine_bits: int | None, bar: tqdm) -> ImportReport:
     checkpoint = GgufFile(source) if source.is_file() else FolderCheckpoint(source)
     architecture = Architecture(source, checkpoint.config)
     layers = checkpoint.layers(architecture)
     imported, names, notes = [], {}, list(checkpoint.notes)
+    fine_groups: dict[str, int] = {}
+    finest = GROUP if fine_bits == 8 else FINE_GROUP
     bar.reset(len(layers))
     with new_folder(output, source) as staging:
         writer = ShardWriter(staging)
@@ -164,26 +169,28 @@ def _import(source: Path, output: Path, fine_bits: int, bar: tqdm) -> ImportRepo
                         writer.add(f"{layer.name}.bias", bias)
                     notes.append(f"{layer.name}: in float, since {reader} reads its weight")
                     continue
-                quantized, error = fit(weight, fine_bits)
+                quantized, error = fit(weight, fine_bits or 8, finest)
             except ValueError as problem:
                 raise ValueError(f"{layer.name}: {problem}") from None
             for key, tensor in _tensors(quantized, bias):
                 writer.add(f"{layer.name}.{key}", tensor)
             imported.append(ImportedLayer(layer.name, n, k, _group(weight), error))
             names[layer.module] = quantized.augment
+            if quantized.group_size != GROUP:
+                fine_groups[layer.module] = quantized.group_size
         by_name = {layer.name: layer for layer in layers}
 
         def read(name: str) -> tuple[QuantizedWeight, Tensor | None]:
             bar.update()
             try:
                 weight = checkpoint.read(by_name[name])
-                quantized, error = fit(weight, 4)
+                quantized, error = fit(weight, 4, GROUP)
             except ValueError as problem:
                 raise ValueError(f"{name}: {problem}") from None
-            if fine_bits == 8 and is_fine(weight):
+            if fine_bits != 4 and is_finer(weight, GROUP):
                 notes.append(
                     f"{prefix_of(name)}: 4 bits searched anew, since its groups are finer than 64 "
-                    "columns and experts have no form of 8 bits"
+                    "columns and experts have no form of 8 bits, and no finer groups"
                 )
             n, k = weight.shape
             imported.append(ImportedLayer(name, n, k, _group(weight), error))
@@ -209,10 +216,11 @@ def _import(source: Path, output: Path, fine_bits: int, bar: tqdm) -> ImportRepo
         config = dict(checkpoint.config)
         config["quantization_config"] = {
             "quant_method": "liquidgemm",
-            "format_version": 2 if experts else 1,
+            "format_version": 3 if fine_groups else 2 if experts else 1,
             "config": None,
             "layers": names,
             **({"experts": experts} if experts else {}),
+            **({"group_sizes": fine_groups} if fine_groups else {}),
         }
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         bar.set_description("loading the result once")

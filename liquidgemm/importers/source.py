@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..formats.liquidquant import GROUP, Q_MAX, ceil_div, pack_nibbles, padded
+from ..formats.liquidquant import FINE_GROUP, GROUP, Q_MAX, ceil_div, pack_nibbles, padded
 from ..ops import FLOATS
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
@@ -73,10 +73,9 @@ class SourceWeight:
         n, k = self.codes.shape
         return n, k
 
-    @property
-    def is_fine(self) -> bool:
-        """Whether groups begin within the 64 columns that share a step and an offset here."""
-        return self.span < self.codes.shape[1] and self.span % GROUP != 0
+    def is_finer(self, than: int) -> bool:
+        """Whether groups begin within so many columns."""
+        return self.span < self.codes.shape[1] and self.span % than != 0
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as the source's own arithmetic has it, ``[N, K]``."""
@@ -118,15 +117,20 @@ class SourceWeight:
 AnyWeight = SourceWeight | ByteWeight | FineWeight
 
 
-def is_fine(source: AnyWeight) -> bool:
-    """Whether groups of columns are finer than 64."""
-    return isinstance(source, FineWeight) or (isinstance(source, SourceWeight) and source.is_fine)
+def is_finer(source: AnyWeight, than: int) -> bool:
+    """Whether groups of columns are finer than so many, or not known."""
+    if isinstance(source, SourceWeight):
+        return source.is_finer(than)
+    return isinstance(source, FineWeight)
 
 
-def fit(source: AnyWeight, fine_bits: int = 8) -> tuple[QuantizedWeight, float]:
+def fit(
+    source: AnyWeight, fine_bits: int = 8, finest: int = FINE_GROUP
+) -> tuple[QuantizedWeight, float]:
     """The weight on our grid, and the relative error of that: ``|W' - W| / |W|``.
 
-    Groups finer than 64 columns get ``fine_bits``, 8 or 4 (`FineWeight.fit`).
+    Groups of 64 columns or more stay groups of 64, those of 32 stay so if that is the finest. Finer
+    ones get ``fine_bits``, 8 or 4 (`FineWeight.fit`).
 
     Rows whose grid is one of ours (integer steps and offsets within INT8) are converted code by
     code, without any error. For the others sigma, steps and offsets are searched that come nearest
@@ -135,10 +139,10 @@ def fit(source: AnyWeight, fine_bits: int = 8) -> tuple[QuantizedWeight, float]:
     """
     if isinstance(source, ByteWeight):
         return source.fit(), 0.0
-    if isinstance(source, SourceWeight) and source.is_fine:
+    if isinstance(source, SourceWeight) and source.is_finer(finest):
         source = FineWeight(source.dequantize(), source.span, source.bias)
     if isinstance(source, FineWeight):
-        return source.fit(fine_bits)
+        return source.fit(fine_bits, finest)
     parts, error, norm = [], 0.0, 0.0
     for chunk in source.row_chunks():
         positive = chunk.positive()
@@ -174,22 +178,29 @@ def _select(rows: Tensor, one: QuantizedWeight, other: QuantizedWeight) -> Quant
     return QuantizedWeight(**{name: pick(name) for name in names}, in_features=one.in_features)
 
 
-# Below, codes lie as float64 [R, G, 64] with each group's smallest at 0, so that an offset is the
-# least value of its group; step and offset are [R, G].
+# Below, codes lie as float64 [R, G, 64], or 32, with each group's smallest at 0, so that an offset
+# is the least value of its group; step and offset are [R, G].
+
+
+def _group_of(source: SourceWeight) -> int:
+    """Columns of our groups."""
+    return FINE_GROUP if source.is_finer(GROUP) else GROUP
 
 
 def _by_group(source: SourceWeight) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, steps and offsets; columns past K repeat the last one."""
-    k = source.codes.shape[1]
+    k, group = source.codes.shape[1], _group_of(source)
     missing = padded(k) - k
     codes = torch.cat((source.codes, source.codes[:, -1:].expand(-1, missing)), dim=1)
-    codes = codes.double().unflatten(1, (-1, GROUP))
+    codes = codes.double().unflatten(1, (-1, group))
     groups = codes.shape[1]
-    repeats = ceil_div(min(source.span, k), GROUP)
-    step, offset = (
-        parameter.double().repeat_interleave(repeats, dim=1)[:, :groups]
-        for parameter in (source.step, source.offset)
-    )
+    repeats = ceil_div(min(source.span, k), group)
+
+    def per_group(parameter: Tensor) -> Tensor:
+        wide = parameter.double().repeat_interleave(repeats, dim=1)[:, :groups]
+        return torch.cat((wide, wide[:, -1:].expand(-1, groups - wide.shape[1])), dim=1)
+
+    step, offset = per_group(source.step), per_group(source.offset)
     least = codes.amin(2)
     return codes - least.unsqueeze(2), step, offset + step * least
 
@@ -244,7 +255,7 @@ def _nearest(source: SourceWeight) -> QuantizedWeight:
     kept = _logical(q, s.squeeze(2), z.squeeze(2), sigma * unit, k)
 
     values = source.dequantize(torch.float64)
-    searched = quantize_weight(values.float())
+    searched = quantize_weight(values.float(), _group_of(source))
 
     def error(weight: QuantizedWeight) -> Tensor:
         return (_values(weight) - values).square().sum(1)

@@ -120,13 +120,17 @@ class FineWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.values.to(dtype)
 
-    def fit(self, bits: int) -> tuple[QuantizedWeight, float]:
+    def fit(self, bits: int, group_size: int) -> tuple[QuantizedWeight, float]:
         """The weight in 8 bits with one scale per row, or in 4 bits searched anew; its error.
+
+        Args:
+            bits: 8 or 4.
+            group_size: of 4 bits.
 
         In 8 bits, rows whose values are all integers up to 127 times a power of two, as those of
         MXFP4 mostly are, keep them.
         """
-        weight = self._in_bytes() if bits == 8 else quantize_weight(self.values)
+        weight = self._in_bytes() if bits == 8 else quantize_weight(self.values, group_size)
         error = norm = 0.0
         rows = max(1, CHUNK // self.values.shape[1])
         values = dequantize_weight(weight)

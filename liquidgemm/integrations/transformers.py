@@ -7,7 +7,8 @@ and in ``config.json`` a ``quantization_config``::
 
 with the fields of the `LiquidConfig` (null where another tool chose the codes) and the quantized
 layers with their numbers of residual columns. Where there are experts, format_version is 2, and
-"experts" has by the name of each layer of them the arguments of its `LiquidExperts`.
+"experts" has by the name of each layer of them the arguments of its `LiquidExperts`. Where layers
+have groups of 32, it is 3, and "group_sizes" has 32 by the name of each of them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints._pretrained import check_one_checkpoint, finishing_save_pretrained
-from ..formats.liquidquant import GROUP
+from ..formats.liquidquant import FINE_GROUP, GROUP
 from ..nn._modules import as_linear, paths_of_modules, replace_module
 from ..nn.experts import LiquidExperts
 from ..nn.float_experts import Layout, layout_of
@@ -35,6 +36,7 @@ from ..nn.linear import LiquidLinear
 from ..quantization.config import LiquidConfig
 from ..quantization.dequantize import dequantize_
 from ..quantization.model import quantize_
+from ..weights.weight import Form
 from .transformers_loading import (
     UnpackedExperts,
     UnpackedLayer,
@@ -44,7 +46,7 @@ from .transformers_loading import (
 )
 
 METHOD = "liquidgemm"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @register_quantization_config(METHOD)
@@ -57,6 +59,7 @@ class LiquidGemmConfig(QuantizationConfigMixin):
         config: how to quantize; or its fields as keywords: ``LiquidGemmConfig(group_size=128)``.
         layers: of a checkpoint: its quantized layers, and how many residual columns each has.
         experts: of a checkpoint: its layers of experts, and the arguments of each.
+        group_sizes: of a checkpoint: which of its layers have groups of 32, as 32 by name.
         verify: as in `liquidgemm.quantize_`; a checkpoint does not record it.
 
     Raises:
@@ -71,6 +74,7 @@ class LiquidGemmConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         verify: bool = True,
         experts: Mapping[str, Mapping] | None = None,
+        group_sizes: Mapping[str, int] | None = None,
         **fields,
     ) -> None:
         if quant_method != METHOD:
@@ -97,6 +101,14 @@ class LiquidGemmConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"layers: expected a multiple of {GROUP} for the name of each layer, got {layers!r}"
             )
+        fine = {} if group_sizes is None else group_sizes
+        if not isinstance(fine, Mapping) or any(
+            type(size) is not int or size != FINE_GROUP or name not in (layers or {})
+            for name, size in fine.items()
+        ):
+            raise ValueError(
+                f"group_sizes: expected {FINE_GROUP} by the name of a layer, got {group_sizes!r}"
+            )
         if experts is not None and not (
             isinstance(experts, Mapping) and all(isinstance(v, Mapping) for v in experts.values())
         ):
@@ -110,14 +122,23 @@ class LiquidGemmConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.config, self.verify = config, verify
         self.layers = None if layers is None else dict(layers)
+        self.group_sizes = dict(fine)
+
+    def forms(self) -> dict[str, Form]:
+        """How each layer of a checkpoint is stored."""
+        return {
+            name: Form(augment, self.group_sizes.get(name, GROUP))
+            for name, augment in (self.layers or {}).items()
+        }
 
     def to_dict(self) -> dict:
         return {
             "quant_method": METHOD,
-            "format_version": FORMAT_VERSION if self.experts else 1,
+            "format_version": 3 if self.group_sizes else 2 if self.experts else 1,
             "config": None if self.config is None else self.config.to_dict(),
             "layers": self.layers,
             **({"experts": self.experts} if self.experts else {}),
+            **({"group_sizes": self.group_sizes} if self.group_sizes else {}),
         }
 
 
@@ -167,9 +188,9 @@ class LiquidGemmQuantizer(HfQuantizer):
         # Without any data: to see whether every tensor finds its place.
         self._on_meta = {str(device) for device in (device_map or {}).values()} == {"meta"}
         paths = paths_of_modules(model)
-        for name, augment in self._layers_of(model).items():
+        for name, form in self._layers_of(model).items():
             linear = model.get_submodule(name)
-            layer = UnpackedLayer(linear, augment)
+            layer = UnpackedLayer(linear, form)
             for path in paths[linear]:
                 replace_module(model, path, layer)
         for name, sizes in self._experts_of(model).items():
@@ -205,13 +226,13 @@ class LiquidGemmQuantizer(HfQuantizer):
             model.liquid_config = config
         model.save_pretrained = MethodType(save_pretrained, model)
 
-    def _layers_of(self, model: transformers.PreTrainedModel) -> dict[str, int]:
+    def _layers_of(self, model: transformers.PreTrainedModel) -> dict[str, Form]:
         """The layers by their names in this model, which may be a part or the whole of the one
         that was saved: a base model for one with a head, or the other way round."""
         modules = dict(model.named_modules(remove_duplicate=False))
         prefix = f"{model.base_model_prefix}."
-        found: dict[str, int] = {}
-        for saved, augment in self._layers.items():
+        found: dict[str, Form] = {}
+        for saved, form in self._forms.items():
             names = (saved, saved.removeprefix(prefix), prefix + saved)
             name = next((name for name in names if name in modules), None)
             if name is None and model.base_model is model and not saved.startswith(prefix):
@@ -219,7 +240,7 @@ class LiquidGemmQuantizer(HfQuantizer):
             if name is None or as_linear(modules[name]) is None:
                 kind = "nothing" if name is None else type(modules[name]).__name__
                 raise ValueError(f"{saved}: expected a linear layer in the model, got {kind}")
-            found[name] = augment
+            found[name] = form
         return found
 
     def _experts_of(self, model: transformers.PreTrainedModel) -> dict[str, dict]:
@@ -240,8 +261,8 @@ class LiquidGemmQuantizer(HfQuantizer):
         return found
 
     @property
-    def _layers(self) -> dict[str, int]:
-        return self.quantization_config.layers or {}
+    def _forms(self) -> dict[str, Form]:
+        return self.quantization_config.forms()
 
     def _check_files(self, files: list[str]) -> None:
         """Raises a ValueError if a layer is not complete: transformers would make it up."""
@@ -254,8 +275,8 @@ class LiquidGemmQuantizer(HfQuantizer):
                 keys.update(handle.keys())
         expected = [
             f"{name}.{tensor}"
-            for name, augment in self._layers.items()
-            for tensor in tensors_of(augment)
+            for name, form in self._forms.items()
+            for tensor in tensors_of(form.augment)
         ]
         for name, sizes in self.quantization_config.experts.items():
             expected += [f"{name}.{tensor}" for tensor in state_of_experts(sizes)]
@@ -278,6 +299,7 @@ class LiquidGemmQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module, *args) -> tuple[None, dict]:
         """Asked by save_pretrained before it writes the config, which names the layers of now."""
         self.quantization_config.layers = _quantized_layers(model)
+        self.quantization_config.group_sizes = _fine_groups(model)
         self.quantization_config.experts = _quantized_experts(model)
         if not (self.quantization_config.layers or self.quantization_config.experts):
             detach(model)
@@ -306,7 +328,8 @@ def attach(model: transformers.PreTrainedModel, config: LiquidConfig | None) -> 
     if layers or experts:
         model.liquid_config = config
         model.hf_quantizer = LiquidGemmQuantizer(
-            LiquidGemmConfig(config, layers, experts=experts), pre_quantized=True
+            LiquidGemmConfig(config, layers, experts=experts, group_sizes=_fine_groups(model)),
+            pre_quantized=True,
         )
         model.config.quantization_config = model.hf_quantizer.quantization_config
         model.save_pretrained = MethodType(save_pretrained, model)
@@ -317,6 +340,14 @@ def _quantized_layers(model: nn.Module) -> dict[str, int]:
         name: 0 if layer.columns is None else len(layer.columns)
         for name, layer in model.named_modules()
         if isinstance(layer, LiquidLinear)
+    }
+
+
+def _fine_groups(model: nn.Module) -> dict[str, int]:
+    return {
+        name: layer.group_size
+        for name, layer in model.named_modules()
+        if isinstance(layer, LiquidLinear) and layer.group_size != GROUP
     }
 
 

@@ -12,13 +12,13 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..formats.liquidquant import GROUP, ceil_div
+from ..formats.liquidquant import padded
 from ..nn._modules import as_linear, weight_of
 from ..nn.experts import LiquidExperts
 from ..nn.float_experts import Layout, layout_of
 from ..nn.linear import LiquidLinear
 from ..nn.stack import ExpertStack
-from ..weights.weight import QuantizedWeight
+from ..weights.weight import Form, QuantizedWeight
 
 
 def tensors_of(augment: int) -> tuple[str, ...]:
@@ -36,15 +36,20 @@ class UnpackedLayer(nn.Module):
     columns: torch.Tensor | None
     bias: torch.Tensor | None
 
-    def __init__(self, layer: nn.Module, augment: int) -> None:
+    def __init__(self, layer: nn.Module, form: Form) -> None:
         super().__init__()
         self.replaces = type(layer)
         self._shape = weight_of(layer).shape
         linear = cast(nn.Linear, as_linear(layer))
         n, self.in_features = linear.out_features, linear.in_features
-        groups = ceil_div(self.in_features, GROUP) + augment // GROUP
-        for name, columns in (("qweight", GROUP // 2), ("qscale", 1), ("qoffset", 1)):
-            data = torch.empty(n, groups * columns, dtype=torch.uint8, device="meta")
+        self.group_size, augment = form.group_size, form.augment
+        columns = padded(self.in_features) + augment
+        for name, each in (
+            ("qweight", 2),
+            ("qscale", self.group_size),
+            ("qoffset", self.group_size),
+        ):
+            data = torch.empty(n, columns // each, dtype=torch.uint8, device="meta")
             self.register_buffer(name, data)
         self.register_buffer("scale", torch.empty(n, dtype=torch.float32, device="meta"))
         repeated = torch.empty(augment, dtype=torch.int32, device="meta") if augment else None
@@ -60,6 +65,7 @@ class UnpackedLayer(nn.Module):
             len(self.scale),
             bias=self.bias is not None,
             augment=0 if self.columns is None else len(self.columns),
+            group_size=self.group_size,
             device="meta",
             dtype=self.dtype if self.bias is None else self.bias.dtype,
         ).train(self.training)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..formats.liquidquant import BLOCK_BYTES, GROUP, ceil_div
+from ..formats.liquidquant import BLOCK_BYTES, BLOCK_BYTES_G32, FINE_GROUP, GROUP, group_of, padded
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
 from ._modules import as_linear, is_linear
@@ -54,6 +54,8 @@ class LiquidLinear(nn.Module):
         dtype: dtype of the bias, and the one that ``weight`` tells: float32, bfloat16 or float16.
         augment: number of residual columns (see `QuantizedWeight`), a multiple of 64. Their
             activations are repeated at run time; the buffer ``columns`` says which.
+        group_size: columns that share a step and an offset: 64 or 32. A weight that is loaded may
+            have other groups.
 
     Shapes: x float32, bfloat16 or float16 ``[..., K]`` to y ``[..., N]`` of the dtype of x. Or x is
     `QuantizedTokens` of that shape, and y of the dtype that they had: the same bits, no derivative.
@@ -87,6 +89,7 @@ class LiquidLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         augment: int = 0,
+        group_size: int = GROUP,
     ) -> None:
         super().__init__()
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -99,11 +102,12 @@ class LiquidLinear(nn.Module):
             raise ValueError(f"out_features: expected at least 1, got {out_features}")
         if augment < 0 or augment % GROUP:
             raise ValueError(f"augment: expected a multiple of {GROUP}, got {augment}")
-        groups = ceil_div(in_features, GROUP) + augment // GROUP
+        if group_size not in (FINE_GROUP, GROUP):
+            raise ValueError(f"group_size: expected {FINE_GROUP} or {GROUP}, got {group_size!r}")
+        columns = padded(in_features) + augment
+        groups = columns // group_size
         zero = QuantizedWeight(
-            qweight=torch.zeros(
-                out_features, groups * GROUP // 2, dtype=torch.uint8, device=device
-            ),
+            qweight=torch.zeros(out_features, columns // 2, dtype=torch.uint8, device=device),
             qscale=torch.ones(out_features, groups, dtype=torch.uint8, device=device),
             qoffset=torch.full((out_features, groups), 128, dtype=torch.uint8, device=device),
             scale=torch.zeros(out_features, dtype=torch.float32, device=device),
@@ -283,18 +287,26 @@ class LiquidLinear(nn.Module):
         super().register_buffer(name, tensor, persistent)
 
     @property
+    def group_size(self) -> int:
+        """Columns that share a step and an offset in ``state_dict``: 64 or 32."""
+        packed = self._buffers["packed"]
+        if packed is not None and self._is_packed():
+            return FINE_GROUP if packed.shape[-1] == BLOCK_BYTES_G32 else GROUP
+        return group_of(*self._logical()[:2])
+
+    @property
     def qweight(self) -> Tensor:
         """The codes as in ``state_dict``, uint8 ``[N, K / 2]``: a copy."""
         return self._logical()[0]
 
     @property
     def qscale(self) -> Tensor:
-        """The steps as in ``state_dict``, uint8 ``[N, K / 64]``: a copy."""
+        """The steps as in ``state_dict``, uint8 ``[N, K / 64]`` or ``[N, K / 32]``: a copy."""
         return self._logical()[1]
 
     @property
     def qoffset(self) -> Tensor:
-        """The offsets as in ``state_dict``, uint8 ``[N, K / 64]``: a copy."""
+        """The offsets as in ``state_dict``, of the shape of the steps: a copy."""
         return self._logical()[2]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -305,6 +317,8 @@ class LiquidLinear(nn.Module):
         more = "" if self.columns is None else f", augment={len(self.columns)}"
         if self.packed is not None and (bits := bits_of(self.packed)) != 4:
             more = f", bits={bits}"  # its columns are those of the checkpoint alone
+        if self.group_size != GROUP:
+            more += f", group_size={self.group_size}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}{more}"

@@ -45,7 +45,7 @@ def _why_apart(parts: Sequence[LiquidLinear]) -> str | None:
             return "their residual columns differ"
         formats = {one.packed.shape[-1] for one in (first, part) if one.packed is not None}
         if len(formats) > 1:
-            return "their weights have other numbers of bits"
+            return "their weights have other numbers of bits, or other groups"
         biases = {None if one.bias is None else one.bias.dtype for one in (first, part)}
         if len(biases) > 1:
             return f"their biases are {' and '.join(sorted(map(str, biases)))}"

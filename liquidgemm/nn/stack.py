@@ -112,8 +112,8 @@ class ExpertStack(nn.Module):
         """Give an expert its weight; the tensors are copied to the stack's device.
 
         Raises:
-            ValueError: another size, residual columns, or a bias where there is none or the other
-                way round.
+            ValueError: another size, residual columns, groups of 32, or a bias where there is none
+                or the other way round.
         """
         size = (weight.out_features, weight.in_features)
         if size != (self.out_features, self.in_features):
@@ -124,6 +124,10 @@ class ExpertStack(nn.Module):
         if weight.augment:
             raise ValueError(
                 f"weight: expected no residual columns in an expert, got {weight.augment}"
+            )
+        if weight.group_size != GROUP:
+            raise ValueError(
+                f"weight: expected groups of {GROUP} in an expert, got {weight.group_size}"
             )
         if (bias is None) != (self.row_bias is None):
             raise ValueError(
@@ -237,6 +241,9 @@ class ExpertStack(nn.Module):
             try:
                 qweight, qscale, qoffset, scale = (found[name][expert] for name in STATE)
                 weight = QuantizedWeight(qweight, qscale, qoffset, scale, self.in_features)
+                if weight.group_size != GROUP:
+                    got = weight.group_size
+                    raise ValueError(f"qscale: expected groups of {GROUP}, got {got}")
             except ValueError as error:
                 raise ValueError(f"expert {expert}: {error}") from None
             packed[expert] = self._pack(*(getattr(weight, name).to(device) for name in _LOGICAL))

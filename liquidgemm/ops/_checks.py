@@ -9,6 +9,7 @@ from ..formats import int8
 from ..formats.liquidquant import (
     BLOCK_BYTES,
     BLOCK_BYTES_6,
+    BLOCK_BYTES_G32,
     GROUP,
     MAX_IN_FEATURES,
     PANEL,
@@ -57,7 +58,7 @@ def check_rows(x: Tensor, *dtypes: torch.dtype) -> None:
 
 def check_blocks(weight: Tensor, n: int, k: int, why: str) -> None:
     """Checks the shape of a packed weight. What is of no format is taken for LiquidQuant."""
-    of_format = (int8.BLOCK_BYTES, BLOCK_BYTES_6)
+    of_format = (int8.BLOCK_BYTES, BLOCK_BYTES_6, BLOCK_BYTES_G32)
     known = weight.dim() > 0 and weight.shape[-1] in of_format
     block = weight.shape[-1] if known else BLOCK_BYTES
     require_shape("weight", weight, [ceil_div(n, PANEL), ceil_div(k, GROUP), block], why)

@@ -9,6 +9,7 @@ from ..formats import int8
 from ..formats.liquidquant import (
     BLOCK_BYTES,
     BLOCK_BYTES_6,
+    BLOCK_BYTES_G32,
     GROUP,
     MAX_IN_FEATURES,
     PANEL,
@@ -52,9 +53,13 @@ def check_experts(
     whole = len(shape) == 2 and shape[0] >= 1 and shape[1] >= 1
     require(whole, scale_name, "shape [E, N]", shape)
     experts, n = shape
-    only = "4-bit weights, which experts alone are compiled for"
+    only = "4-bit weights in groups of 64, which experts alone are compiled for"
     # Compared, not looked up: a symbolic size has no hash.
-    others = ((int8.BLOCK_BYTES, "INT8"), (BLOCK_BYTES_6, "6-bit"))
+    others = (
+        (int8.BLOCK_BYTES, "INT8"),
+        (BLOCK_BYTES_6, "6-bit"),
+        (BLOCK_BYTES_G32, "group-of-32"),
+    )
     block = weight.shape[-1] if weight.dim() > 0 else None
     other = next((name for size, name in others if block == size), None)
     require(other is None, weight_name, only, f"{other} weights of shape {list(weight.shape)}")

@@ -9,12 +9,15 @@ from ..formats import int8, liquidquant6
 from ..formats.liquidquant import (
     BLOCK_BYTES,
     BLOCK_BYTES_6,
+    BLOCK_BYTES_G32,
+    FINE_GROUP,
     GROUP,
     MAX_IN_FEATURES,
     PANEL,
     ceil_div,
     code_bits,
     decode,
+    group_of,
     padded,
 )
 from . import _registry
@@ -32,9 +35,10 @@ def _pack_weight_fake(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tenso
     multiple = f"[N, K / 2] with K a positive multiple of {GROUP}"
     require(k > 0 and k % GROUP == 0, "qweight", multiple, f"shape {shape}")
     require_k("qweight", k, padded(MAX_IN_FEATURES))
-    require_shape("qscale", qscale, [n, k // GROUP])
-    require_shape("qoffset", qoffset, [n, k // GROUP])
-    block = BLOCK_BYTES if bits == 4 else BLOCK_BYTES_6
+    group = group_of(qweight, qscale)
+    require_shape("qscale", qscale, [n, k // group])
+    require_shape("qoffset", qoffset, [n, k // group])
+    block = BLOCK_BYTES_G32 if group == FINE_GROUP else BLOCK_BYTES if bits == 4 else BLOCK_BYTES_6
     return qweight.new_empty(ceil_div(n, PANEL), k // GROUP, block)
 
 
@@ -53,14 +57,16 @@ def _check_packed(packed: Tensor, n: int, block_bytes: int, packer: str) -> int:
 
 
 def _unpack_weight_fake(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    block, bits = BLOCK_BYTES, 4
+    block, bits, group = BLOCK_BYTES, 4, GROUP
     if packed.dim() > 0 and liquidquant6.is_packed(packed):
         block, bits = BLOCK_BYTES_6, 6
-    groups = _check_packed(packed, n, block, "pack_weight")
+    elif packed.dim() > 0 and packed.shape[-1] == BLOCK_BYTES_G32:
+        block, group = BLOCK_BYTES_G32, FINE_GROUP
+    k = _check_packed(packed, n, block, "pack_weight") * GROUP
     return (
-        packed.new_empty(n, groups * GROUP * bits // 8),
-        packed.new_empty(n, groups),
-        packed.new_empty(n, groups),
+        packed.new_empty(n, k * bits // 8),
+        packed.new_empty(n, k // group),
+        packed.new_empty(n, k // group),
     )
 
 
@@ -96,12 +102,13 @@ def pack_weight(qweight: Tensor, qscale: Tensor, qoffset: Tensor) -> Tensor:
     Args:
         qweight: uint8 ``[N, K / 2]``, two 4-bit codes per byte, or ``[N, 3 K / 4]``, four 6-bit
             codes in three bytes. K is a multiple of 64.
-        qscale: uint8 ``[N, K / 64]``, the integer step s of each group.
-        qoffset: uint8 ``[N, K / 64]``, the offset a of each group.
+        qscale: uint8 ``[N, K / 64]``, the integer step s of each group; or ``[N, K / 32]``, with
+            4-bit codes.
+        qoffset: uint8 of that shape, the offset a of each group.
 
     Returns:
-        uint8 ``[ceil(N / 64), K / 64, 2176]``, of 6-bit codes 3200, contiguous. `gemm` and `linear`
-        take both, experts those of 4 bits.
+        uint8 ``[ceil(N / 64), K / 64, 2176]``, of groups of 32 2304, of 6-bit codes 3200,
+        contiguous. `gemm` and `linear` take all, experts those of 4 bits in groups of 64.
 
     Raises:
         RuntimeError: a wrong dtype, device or shape, K = 0 or too large for an exact INT32 sum,
@@ -114,12 +121,12 @@ def unpack_weight(packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Exact inverse of `pack_weight`.
 
     Args:
-        packed: uint8 ``[ceil(n / 64), K / 64, 2176]``, or 3200.
+        packed: uint8 ``[ceil(n / 64), K / 64, 2176]``, or 2304 or 3200.
         n: number of rows N of the weight.
 
     Returns:
         ``qweight`` uint8 ``[n, K / 2]``, or ``[n, 3 K / 4]``; ``qscale`` and ``qoffset`` uint8
-        ``[n, K / 64]``.
+        ``[n, K / 64]``, or ``[n, K / 32]``.
 
     Raises:
         RuntimeError: a wrong dtype or shape, or an n that does not have this many panels.

@@ -20,7 +20,13 @@ H100_SMS = 132
 H100_MEMORY_TBPS = 3.35
 
 _OPS = ("gemm", "gemm_behind_producer", "linear")
-_FORMATS = {4: "liquidquant", 6: "liquidquant6", 8: "int8"}
+# By bits of a code, and columns of a group.
+_FORMATS = {
+    (4, 64): "liquidquant",
+    (4, 32): "liquidquant_g32",
+    (6, 64): "liquidquant6",
+    (8, 64): "int8",
+}
 
 
 @dataclass(frozen=True)
@@ -134,10 +140,10 @@ def plan_names() -> list[str]:
     return list(torch.ops.liquidgemm_plan.names())
 
 
-def compiled_plans(bits: int = 4) -> list[tuple[int, str]]:
-    """Index and name, in `plan_names`, of the plans for weights of so many bits."""
+def compiled_plans(bits: int = 4, group_size: int = 64) -> list[tuple[int, str]]:
+    """Index and name, in `plan_names`, of the plans for weights of so many bits in such groups."""
     names = plan_names()
-    plans = torch.ops.liquidgemm_plan.plausible(0, _FORMATS[bits])
+    plans = torch.ops.liquidgemm_plan.plausible(0, _FORMATS[bits, group_size])
     return [(plan, names[plan]) for plan in plans]
 
 
@@ -223,6 +229,7 @@ def explain_plan(
     *,
     op: str = "gemm",
     bits: int = 4,
+    group_size: int = 64,
     num_sms: int = H100_SMS,
     memory_tbps: float = H100_MEMORY_TBPS,
 ) -> PlanExplanation:
@@ -237,25 +244,31 @@ def explain_plan(
         op: "gemm" for int8 activations, "gemm_behind_producer" for those that the kernel right
             before writes, "linear" for 16-bit ones that are quantized first.
         bits: of a weight: 4, 6, or 8 (INT8).
+        group_size: columns of a weight that share a step: 64, or 32 with 4 bits.
         num_sms: of the GPU; 132 on an H100 or H200 SXM.
         memory_tbps: peak of its memory, in 1e12 bytes per second: 3.35 on an H100 SXM, 4.8 on an
             H200.
 
     Raises:
-        ValueError: an unknown op, other bits, a size below 1 or from 2^31 on, or no positive
-            bandwidth.
+        ValueError: an unknown op, other bits or groups, a size below 1 or from 2^31 on, or no
+            positive bandwidth.
     """
     if op not in _OPS:
         raise ValueError(f"op: expected one of {', '.join(_OPS)}, got {op!r}")
-    if bits not in _FORMATS:
+    if bits not in {known for known, _ in _FORMATS}:
         raise ValueError(f"bits: expected 4, 6 or 8, got {bits!r}")
+    if (bits, group_size) not in _FORMATS:
+        groups = " or ".join(str(group) for known, group in _FORMATS if known == bits)
+        raise ValueError(f"group_size: expected {groups} with {bits} bits, got {group_size!r}")
     for name, value in (("m", m), ("n", n), ("k", k), ("num_sms", num_sms)):
         if not 1 <= value < 2**31:
             raise ValueError(f"{name}: expected 1 to 2^31 - 1, got {value}")
     if not memory_tbps > 0:
         raise ValueError(f"memory_tbps: expected a positive number, got {memory_tbps}")
     found = json.loads(
-        torch.ops.liquidgemm_plan.explain(m, n, k, op, _FORMATS[bits], num_sms, memory_tbps)
+        torch.ops.liquidgemm_plan.explain(
+            m, n, k, op, _FORMATS[bits, group_size], num_sms, memory_tbps
+        )
     )
     unknown = dict.fromkeys(Candidate.__annotations__)
     candidates = tuple(Candidate(**{**unknown, **c}) for c in found.pop("candidates"))

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..formats.liquidquant import BLOCK_BYTES, BLOCK_BYTES_6, GROUP, PANEL, ceil_div
+from ..formats.liquidquant import (
+    BLOCK_BYTES,
+    BLOCK_BYTES_6,
+    BLOCK_BYTES_G32,
+    FINE_GROUP,
+    GROUP,
+    PANEL,
+    ceil_div,
+)
 from ..nn._modules import linear_at
 from ..weights.quantize import quantize_weight
 from ..weights.weight import QuantizedWeight, dequantize_weight
@@ -37,10 +45,11 @@ _BATCHES, _TOKENS = 2, 512
 _BLOCK_BYTES = {4: BLOCK_BYTES, 6: BLOCK_BYTES_6, 8: PANEL * GROUP}
 
 
-def stored_bits(rows: int, columns: int, bits: int) -> int:
+def stored_bits(rows: int, columns: int, bits: int, group_size: int = GROUP) -> int:
     """Of a weight ``[rows, columns]`` as `LiquidLinear` holds it, scales and all."""
     blocks = ceil_div(rows, PANEL) * ceil_div(columns, GROUP)
-    return 8 * blocks * _BLOCK_BYTES[bits] + 32 * rows
+    fine = bits == 4 and group_size == FINE_GROUP
+    return 8 * blocks * (BLOCK_BYTES_G32 if fine else _BLOCK_BYTES[bits]) + 32 * rows
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ def bits_within(
             given[name] = 4 if experts.of(name) is not None else 8
             fixed += stored_bits(rows, columns, given[name])
     room = config.budget * weights - fixed
-    least = sum(_stored(model, name, 4) for name in free)
+    least = sum(_stored(model, name, 4, config.group_size) for name in free)
     if least > room:
         raise ValueError(
             f"budget: expected at least {(least + fixed) / weights:.2f} bits per weight, which "
@@ -126,16 +135,16 @@ def _part_of(batch: Tensor | Mapping[str, Any]) -> Tensor | Mapping[str, Any]:
     return batch
 
 
-def _stored(model: nn.Module, name: str, bits: int) -> int:
+def _stored(model: nn.Module, name: str, bits: int, group_size: int) -> int:
     linear = linear_at(model, name)
-    return stored_bits(linear.out_features, linear.in_features, bits)
+    return stored_bits(linear.out_features, linear.in_features, bits, group_size)
 
 
 def _quantized(weight: Tensor, config: LiquidConfig, bits: int) -> QuantizedWeight:
     if bits == 8:
         return int8_weight(weight)
     method = "rtn" if config.method == "rtn" else "search"
-    return quantize_weight(weight, config.group_size, method, bits=bits)
+    return quantize_weight(weight, config.group_of(bits), method, bits=bits)
 
 
 @torch.no_grad()
@@ -184,7 +193,10 @@ def _measured(
         choices = []
         for group, unit, errors in found:
             losses = {bits: (unit or usual) * error for bits, error in errors.items()}
-            stored = {bits: sum(_stored(model, name, bits) for name in group) for bits in BITS}
+            size = config.group_size
+            stored = {
+                bits: sum(_stored(model, name, bits, size) for name in group) for bits in BITS
+            }
             choices.append(Choice(tuple(group), losses, stored))
         return choices
     finally:

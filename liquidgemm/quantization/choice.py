@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .._files import path_of
-from ..formats.liquidquant import padded
+from ..formats.liquidquant import GROUP, padded
 from ..nn._modules import conv1d_as_linear, linear_at
 from .budget import stored_bits
 from .calibration.data import as_batches, digest
@@ -67,9 +67,10 @@ class _Layer:
     def size(self) -> int:
         return self.rows * self.columns
 
-    def stored(self, bits: int, extra: int = 0) -> int:
+    def stored(self, bits: int, extra: int = 0, group_size: int = GROUP) -> int:
         """Bits that are stored, as `LiquidLinear` has it."""
-        return stored_bits(self.rows, padded(self.columns) + extra, bits)
+        groups = group_size if self.experts is None else GROUP
+        return stored_bits(self.rows, padded(self.columns) + extra, bits, groups)
 
 
 @torch.no_grad()
@@ -256,7 +257,7 @@ def _bits_of(
     for name, layer in layers.items():
         extra = 0 if layer.experts else residual_columns(config, name, layer.columns)
         kept = 0.0 if layer.experts else share
-        stored = layer.stored(layer_bits(config, name), extra)
+        stored = layer.stored(layer_bits(config, name), extra, config.group_size)
         total += (1 - kept) * stored + kept * layer.stored(8)
     return total / sum(layer.size for layer in layers.values())
 

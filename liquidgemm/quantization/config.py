@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .._files import parse_json
-from ..formats.liquidquant import GROUP
+from ..formats.liquidquant import FINE_GROUP, GROUP
 from ..weights.quantize import GROUP_SIZES
 
 METHODS = ("search", "rtn", "hessian", "gptq")
@@ -35,7 +35,8 @@ class LiquidConfig:
             - "hessian": the search, each column weighted by the mean square of its input.
             - "gptq": on the grids of "hessian", the error of each column is made up for by the
               columns after it (arXiv 2210.17323), then the row scales are fitted anew.
-        group_size: 64, 128 or -1, as in `quantize_weight`.
+        group_size: 32, 64, 128 or -1, as in `quantize_weight`. 32 are 4.5 bits per weight; layers
+            of 6 bits and experts have groups of 64 then, as no kernel has finer ones for them.
         skip: patterns of layers to leave alone, in their float dtype.
         keep: patterns of layers that get the precision of an INT8 weight: 8 bits, without groups.
         bits: 4, 6 or 8 per pattern (the first that matches counts; 4 if none): codes of 4 or 6
@@ -186,6 +187,15 @@ class LiquidConfig:
             if isinstance(values[name], dict) and values[name]:
                 values[name] = [list(pair) for pair in values[name].items()]
         return values
+
+    def group_of(self, bits: int) -> int:
+        """The group size of a layer of so many bits."""
+        return GROUP if bits != 4 and self.group_size == FINE_GROUP else self.group_size
+
+    def for_experts(self) -> LiquidConfig:
+        """The same without what experts have no form of: residual columns, groups of 32."""
+        group_size = GROUP if self.group_size == FINE_GROUP else self.group_size
+        return replace(self, augment=0, group_size=group_size)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())

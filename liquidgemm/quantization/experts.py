@@ -146,8 +146,8 @@ class Experts:
         return name if name in self.paths else None
 
     def config_of(self, layer: str, config: LiquidConfig) -> LiquidConfig:
-        """The config that holds for a layer: experts have no residual columns."""
-        return config if self.of(layer) is None else replace(config, augment=0)
+        """The config that holds for a layer."""
+        return config if self.of(layer) is None else config.for_experts()
 
     def parameters(self, name: str) -> dict[str, ParameterReport]:
         """Reports of their stacked parameters."""

@@ -123,7 +123,7 @@ def _draft(weight: Tensor, config: LiquidConfig, name: str, moments: Moments | N
             importance = None
     rounding = "rtn" if method == "rtn" else "search"
     bits = layer_bits(config, name)
-    base = quantize_weight(weight, config.group_size, rounding, importance, bits)
+    base = quantize_weight(weight, config.group_of(bits), rounding, importance, bits)
     draft = _Draft(name, method, weight, base)
     if count := residual_columns(config, name, weight.shape[1]):
         draft.error = column_error(weight, dequantize_weight(base), importance)

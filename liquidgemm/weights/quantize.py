@@ -20,12 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import int8, liquidquant6
-from ..formats.liquidquant import GROUP, MAX_IN_FEATURES, Q_MAX, ceil_div, pack_nibbles, padded
+from ..formats.liquidquant import (
+    FINE_GROUP,
+    GROUP,
+    MAX_IN_FEATURES,
+    Q_MAX,
+    pack_nibbles,
+    padded,
+)
 from ..ops import _cpu
 from .weight import QuantizedWeight
 
 METHODS = ("search", "rtn")
-GROUP_SIZES = (64, 128, -1)
+GROUP_SIZES = (32, 64, 128, -1)
 BITS = (4, 6)
 
 # The largest |w8| at which every (min, max) pair survives the rounding of s to the nearest integer.
@@ -62,8 +69,8 @@ def quantize_weight(
 
     Args:
         weight: float32, bfloat16 or float16 ``[N, K]``.
-        group_size: columns that share (s, a): 64, 128, or -1 for the whole row. The larger ones
-            are stored as groups of 64 with equal parameters.
+        group_size: columns that share (s, a): 32, with 4 bits, 64, 128, or -1 for the whole row.
+            The larger ones are stored as groups of 64 with equal parameters.
         method: "search" (least squared error) or "rtn" (the paper's rounding).
         importance: weight of each column in the squared error of the search, ``[K]``, for example
             the mean square of each input feature; equal weights if None.
@@ -87,6 +94,8 @@ def quantize_weight(
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     if type(bits) is not int or bits not in BITS:
         raise ValueError(f"bits: expected one of {BITS}, got {bits!r}")
+    if group_size == FINE_GROUP and bits != 4:
+        raise ValueError(f"group_size: expected 64, 128 or -1 with {bits} bits, got {group_size}")
     if weight.is_meta:
         raise ValueError("weight: expected one with data, got one on the meta device")
     check_finite(weight)
@@ -106,10 +115,10 @@ def quantize_weight(
     weight = weight.detach()
     q_max = 2**bits - 1
 
-    n, groups = len(weight), ceil_div(k, GROUP)
+    n, groups = len(weight), padded(k) // _stored(span)
     with torch.inference_mode(False):  # the threads below do not inherit that mode
         outputs = (
-            weight.new_empty(n, groups * GROUP, dtype=torch.uint8),
+            weight.new_empty(n, padded(k), dtype=torch.uint8),
             weight.new_empty(n, groups, dtype=torch.uint8),
             weight.new_empty(n, groups, dtype=torch.uint8),
             weight.new_empty(n, dtype=torch.float32),
@@ -182,11 +191,22 @@ def _check_importance(importance: Tensor, k: int) -> None:
 # the other. Parameters are vectors [R * G], so that every operation runs over contiguous memory.
 
 
+def _stored(span: int) -> int:
+    """Columns of a group in the logical tensors."""
+    return min(span, GROUP)
+
+
+def _missing(k: int, span: int) -> int:
+    """Columns past K that fill whole groups, and whole blocks."""
+    return -k % max(span, GROUP)
+
+
 def _by_group(rows: Tensor, span: int) -> Tensor:
-    """``[R, K]`` to ``[span, R * G]``; the last group is filled up with its own first column."""
-    missing = -rows.shape[1] % span
+    """``[R, K]`` to ``[span, R * G]``; what is missing of the last block is filled up with the
+    first column of the last group."""
+    missing = _missing(rows.shape[1], span)
     if missing:
-        filler = rows[:, rows.shape[1] + missing - span].unsqueeze(1)
+        filler = rows[:, (rows.shape[1] - 1) // span * span].unsqueeze(1)
         rows = torch.cat((rows, filler.expand(-1, missing)), dim=1)
     return rows.reshape(-1, span).t().contiguous()
 
@@ -196,12 +216,12 @@ def _column_weight(
 ) -> Tensor | None:
     """Weights of the squared errors as ``[span, G]``, zero at padding; None if all are equal."""
     if importance is None:
-        if k % span == 0:
+        if not _missing(k, span):
             return None
         importance = torch.ones(k, device=device)
     weight = importance.to(device, torch.float32)
     weight = weight / weight.max().clamp_min(torch.finfo(torch.float32).tiny)
-    return F.pad(weight, (0, -k % span)).view(-1, span).t()
+    return F.pad(weight, (0, _missing(k, span))).view(-1, span).t()
 
 
 def _round_to_nearest(
@@ -320,6 +340,7 @@ def _to_logical(
 
     def per_group(parameter: Tensor) -> Tensor:
         parameter = parameter.to(torch.uint8).view(rows, -1)
-        return parameter.repeat_interleave(span // GROUP, dim=1)[:, : width // GROUP].contiguous()
+        stored = _stored(span)
+        return parameter.repeat_interleave(span // stored, dim=1)[:, : width // stored].contiguous()
 
     return codes, per_group(s), per_group(z - _INT8_MIN)

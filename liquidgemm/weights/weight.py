@@ -9,7 +9,24 @@ import torch
 from torch import Tensor
 
 from ..formats import int8, liquidquant6
-from ..formats.liquidquant import GROUP, MAX_IN_FEATURES, ceil_div, decode, first_infeasible, padded
+from ..formats.liquidquant import (
+    FINE_GROUP,
+    GROUP,
+    MAX_IN_FEATURES,
+    decode,
+    first_infeasible,
+    group_of,
+    padded,
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What shapes the tensors of a `QuantizedWeight` beside its rows and columns: the number of
+    residual columns, and the columns of a group."""
+
+    augment: int = 0
+    group_size: int = GROUP
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +41,8 @@ class QuantizedWeight:
 
     Attributes:
         qweight: uint8 ``[N, K / 2]``, column 2j in the low nibble of byte j.
-        qscale: uint8 ``[N, K / 64]``, step s of each group.
-        qoffset: uint8 ``[N, K / 64]``, offset a of each group.
+        qscale: uint8 ``[N, K / 64]``, step s of each group; or ``[N, K / 32]``.
+        qoffset: uint8 of that shape, offset a of each group.
         scale: float32 ``[N]``, sigma of each row.
         in_features: number of columns that are neither padding nor residual.
         columns: int32 ``[R]``, the input feature that each residual column repeats, R a multiple
@@ -53,9 +70,10 @@ class QuantizedWeight:
             raise ValueError(f"scale: expected shape [N] with N >= 1, got {list(self.scale.shape)}")
         if self.columns is not None:
             self._check_columns(self.columns)
-        n, groups = self.out_features, ceil_div(self.in_features, GROUP) + self.augment // GROUP
+        n, k = self.out_features, padded(self.in_features) + self.augment
+        groups = k // (FINE_GROUP if self.qscale.shape[-1:] == (k // FINE_GROUP,) else GROUP)
         for name, dtype, shape in (
-            ("qweight", torch.uint8, [n, groups * GROUP // 2]),
+            ("qweight", torch.uint8, [n, k // 2]),
             ("qscale", torch.uint8, [n, groups]),
             ("qoffset", torch.uint8, [n, groups]),
             ("scale", torch.float32, [n]),
@@ -118,6 +136,11 @@ class QuantizedWeight:
         return 0 if self.columns is None else len(self.columns)
 
     @property
+    def group_size(self) -> int:
+        """Columns that share a step and an offset: 64 or 32."""
+        return group_of(self.qweight, self.qscale)
+
+    @property
     def is_int8(self) -> bool:
         """Whether it is an INT8 weight, as the kernels then hold it: see `formats.int8`."""
         return int8.is_int8(self.qweight, self.qscale, self.qoffset, self.columns, self.in_features)
@@ -171,12 +194,12 @@ class QuantizedWeight:
             raise ValueError(
                 f"columns: expected a slice of whole groups of {GROUP}, got {start} to {stop}"
             )
-        group, groups = start // GROUP, ceil_div(length, GROUP)
+        held, per_group = padded(length), self.group_size
         return replace(
             self,
-            qweight=self.qweight.narrow(1, start // 2, groups * GROUP // 2),
-            qscale=self.qscale.narrow(1, group, groups),
-            qoffset=self.qoffset.narrow(1, group, groups),
+            qweight=self.qweight.narrow(1, start // 2, held // 2),
+            qscale=self.qscale.narrow(1, start // per_group, held // per_group),
+            qoffset=self.qoffset.narrow(1, start // per_group, held // per_group),
             in_features=length,
         )
 

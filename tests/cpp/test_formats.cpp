@@ -24,13 +24,14 @@ constexpr int kN = 70, kKBlocks = 3;  // the last panel is not full
 template <class Format>
 struct Sample;
 
-// Codes of so many bits on grids of groups, all feasible.
-template <class Format, int kBits>
+// Codes of so many bits on grids of groups of so many columns, all feasible.
+template <class Format, int kBits, int kGroup = kBlockK>
 struct GridSample {
   static constexpr int kRowBytes = kKBlocks * kBlockK * kBits / 8;
+  static constexpr int kRowGroups = kKBlocks * kBlockK / kGroup;
   std::vector<uint8_t> qweight = std::vector<uint8_t>(kN * kRowBytes);
-  std::vector<uint8_t> qscale = std::vector<uint8_t>(kN * kKBlocks);
-  std::vector<uint8_t> qoffset = std::vector<uint8_t>(kN * kKBlocks);
+  std::vector<uint8_t> qscale = std::vector<uint8_t>(kN * kRowGroups);
+  std::vector<uint8_t> qoffset = std::vector<uint8_t>(kN * kRowGroups);
 
   explicit GridSample(bool fill) {
     if (!fill)
@@ -52,7 +53,7 @@ struct GridSample {
     int code = 0;
     for (int bit = 0; bit < kBits; ++bit)
       code |= (qweight[n * kRowBytes + (kBits * k + bit) / 8] >> (kBits * k + bit) % 8 & 1) << bit;
-    const int group = n * kKBlocks + k / kBlockK;
+    const int group = n * kRowGroups + k / kGroup;
     return code * qscale[group] + qoffset[group] - LiquidQuant::kOffsetBias;
   }
   bool operator==(GridSample const&) const = default;
@@ -68,6 +69,12 @@ template <>
 struct Sample<LiquidQuant6> : GridSample<LiquidQuant6, 6> {
   using GridSample::GridSample;
   LiquidQuant6::Logical view() { return {logical()}; }
+};
+
+template <>
+struct Sample<LiquidQuantG32> : GridSample<LiquidQuantG32, 4, 32> {
+  using GridSample::GridSample;
+  LiquidQuantG32::Logical view() { return {logical()}; }
 };
 
 template <>

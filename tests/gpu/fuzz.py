@@ -24,9 +24,11 @@ SMS = (0, 0, 1, 2, 3, 7, 8, 16, 66, 131, 132)
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `plan` None is the public op; `num_sms` 0 all of them; `bits` of a weight."""
+    """One call. `plan` None is the public op; `num_sms` 0 all of them; `bits` of a weight, whose
+    groups have so many columns."""
 
     bits: int
+    group: int
     m: int
     n: int
     k: int
@@ -67,11 +69,13 @@ def cases(draw) -> Case:
             st.sampled_from([2880, 4096, 5472, 9000]),
         )
     )
-    bits = draw(st.sampled_from([4, 4, 6, 8]))
-    plan = draw(st.one_of(st.none(), st.sampled_from([plan for plan, _ in compiled_plans(bits)])))
+    bits, group = draw(st.sampled_from([(4, 64), (4, 64), (4, 32), (6, 64), (8, 64)]))
+    plans = [plan for plan, _ in compiled_plans(bits, group)]
+    plan = draw(st.one_of(st.none(), st.sampled_from(plans)))
     out_dtype = draw(st.sampled_from(OUT_DTYPES))
     return Case(
         bits=bits,
+        group=group,
         m=m,
         n=n,
         k=k,
@@ -118,10 +122,10 @@ class Maker:
 
     def groups(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes, steps and offsets as int64: feasible for the codes that occur."""
-        n, blocks = self.case.n, -(-self.case.k // 64)
-        largest = 2**self.case.bits - 1
-        codes = self.integers(0, largest + 1, n, blocks * 64)
-        step = self.integers(1, 255 // largest + 1, n, blocks)
+        n, k = self.case.n, -(-self.case.k // 64) * 64
+        largest, groups = 2**self.case.bits - 1, k // self.case.group
+        codes = self.integers(0, largest + 1, n, k)
+        step = self.integers(1, 255 // largest + 1, n, groups)
         kind = self.case.groups
         if kind == "ends":
             codes = (codes % 2) * largest
@@ -131,13 +135,13 @@ class Maker:
         elif kind == "whole row":
             step = step[:, :1].expand_as(step)
         elif kind == "pairs":
-            step = step[:, ::2].repeat_interleave(2, 1)[:, :blocks]
+            step = step[:, ::2].repeat_interleave(2, 1)[:, :groups]
         elif kind == "symmetric":
             middle = (largest + 1) // 2
             step = step.clamp(max=128 // middle)
             return codes, step, 128 - middle * step
         span = 255 - largest * step
-        offset = (self.rand(n, blocks) * (span + 1)).long()
+        offset = (self.rand(n, groups) * (span + 1)).long()
         if kind == "whole row":
             offset = offset[:, :1].expand_as(offset)
         return codes, step, offset
@@ -150,7 +154,8 @@ class Maker:
             w8 = self.integers(0, 2, n, k) * 255 - 128 if ends else self.integers(-128, 128, n, k)
             return w8, liquidgemm.pack_int8_weight(w8.to(torch.int8))
         codes, step, offset = self.groups()
-        w8 = codes * step.repeat_interleave(64, 1) + offset.repeat_interleave(64, 1) - 128
+        step_of, offset_of = (t.repeat_interleave(self.case.group, 1) for t in (step, offset))
+        w8 = codes * step_of + offset_of - 128
         qweight = pack_codes(codes, self.case.bits) & 255
         logical = (t.to(torch.uint8) for t in (qweight, step, offset))
         return w8, liquidgemm.pack_weight(*logical)

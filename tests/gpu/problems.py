@@ -38,7 +38,7 @@ class Problem:
 
 
 def random_weight(
-    n: int, k: int, generator: torch.Generator, bits: int = 4
+    n: int, k: int, generator: torch.Generator, bits: int = 4, group: int = 64
 ) -> tuple[torch.Tensor, ...]:
     """Feasible logical tensors that reach both ends of the int8 range, and their int8 weights."""
     blocks = -(-k // 64)
@@ -48,16 +48,19 @@ def random_weight(
     def draw(low: int, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(low, high, shape, generator=generator, device=device)
 
-    qscale = draw(1, 255 // largest + 1, n, blocks)
+    groups = blocks * 64 // group
+    qscale = draw(1, 255 // largest + 1, n, groups)
     span = 255 - largest * qscale
-    qoffset = (torch.rand(n, blocks, generator=generator, device=device) * (span + 1)).long()
+    qoffset = (torch.rand(n, groups, generator=generator, device=device) * (span + 1)).long()
     codes = draw(0, largest + 1, n, blocks * 64)
-    w8 = codes * qscale.repeat_interleave(64, 1) + qoffset.repeat_interleave(64, 1) - 128
+    w8 = codes * qscale.repeat_interleave(group, 1) + qoffset.repeat_interleave(group, 1) - 128
     logical = [t.to(torch.uint8) for t in (pack_codes(codes, bits) & 255, qscale, qoffset)]
     return *logical, w8[:, :k].to(torch.int8)
 
 
-def random_problem(m: int, n: int, k: int, seed: int = 0, bits: int = 4) -> Problem:
+def random_problem(
+    m: int, n: int, k: int, seed: int = 0, bits: int = 4, group: int = 64
+) -> Problem:
     generator = torch.Generator(DEVICE).manual_seed(seed)
     if bits == 8:
         whole = -(-k // 64) * 64
@@ -65,7 +68,7 @@ def random_problem(m: int, n: int, k: int, seed: int = 0, bits: int = 4) -> Prob
         w8 = w8.to(torch.int8)
         weight, w8 = liquidgemm.pack_int8_weight(w8), w8[:, :k]
     else:
-        *logical, w8 = random_weight(n, k, generator, bits)
+        *logical, w8 = random_weight(n, k, generator, bits, group)
         weight = liquidgemm.pack_weight(*logical)
     x = torch.randint(-127, 128, (m, k), generator=generator, device=DEVICE).to(torch.int8)
     return Problem(

@@ -29,12 +29,12 @@ def test_gemm_small() -> None:
         assert_equal(actual, expected, name)
 
 
-@pytest.mark.parametrize("bits", [6, 8])
-def test_weights_of_more_bits_small(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (6, 64), (8, 64)])
+def test_weights_of_other_formats_small(bits: int, group: int) -> None:
     """CHECKLIST 15: the kernels of other formats, and what packs and expands them."""
-    problem = random_problem(33, 200, 1088, bits=bits)
+    problem = random_problem(33, 200, 1088, bits=bits, group=group)
     expected = problem.accumulator()
-    for plan, name in compiled_plans(bits):
+    for plan, name in compiled_plans(bits, group):
         assert_equal(run(problem, plan=plan, num_sms=4), expected, name)
     w8 = decoded(problem.weight, 200)
     assert_equal(w8, problem.w8, "unpacked")

@@ -36,8 +36,9 @@ TILES = (
 # Of INT8 weights: with k groups, and without, both among those above.
 INT8_TILES = ("t32_p1_k3_s2", "t256_p2_k1_s2")
 
-# Of 6-bit codes: the one that is among them.
+# Of 6-bit codes and of groups of 32: one of those that are among them.
 LIQUIDQUANT6_TILES = ("t256_p2_k1_s2",)
+LIQUIDQUANT_G32_TILES = ("t32_p1_k3_s2",)
 
 # Of grouped products: decode with several k groups, and prefill.
 GROUPED_TILES = ("t8_p1_k2_s4_half", "t16_p1_k4_s4", "t128_p3_k1_s2")
@@ -52,6 +53,11 @@ LISTS = {
         "csrc/liquidgemm/plan/tiles.hpp",
         "kLiquidQuant6TileShapes",
         LIQUIDQUANT6_TILES,
+    ),
+    "liquidquant_g32": (
+        "csrc/liquidgemm/plan/tiles.hpp",
+        "kLiquidQuantG32TileShapes",
+        LIQUIDQUANT_G32_TILES,
     ),
     "grouped": ("csrc/liquidgemm/plan/grouped.hpp", "kGroupedTileShapes", GROUPED_TILES),
     "slots": ("csrc/liquidgemm/plan/slots.hpp", "kSlotTileShapes", SLOT_TILES),

@@ -3,6 +3,7 @@
 An engine is a module that makes its layers: `engine` for vLLM, `sglang_layers` for SGLang.
 """
 
+from collections.abc import Iterable
 from types import ModuleType
 
 import foreign
@@ -20,9 +21,11 @@ SIZES = (1, 2, 4, 8)
 BITS = {"six": 6, "keep": 8}
 
 
-def weight(n: int, k: int, augment: int = 0, seed: int = 0, bits: int = 4) -> QuantizedWeight:
+def weight(
+    n: int, k: int, augment: int = 0, seed: int = 0, bits: int = 4, group: int = 64
+) -> QuantizedWeight:
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
-    config = LiquidConfig(augment=augment, bits={"layer": bits})
+    config = LiquidConfig(augment=augment, bits={"layer": bits}, group_size=group)
     return quantize_layer(w, config)[0]
 
 
@@ -56,22 +59,29 @@ def output(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return layer.quant_method.apply(layer, x, bias)
 
 
-def check_fused_qkv(engine: ModuleType, size: int, augments: tuple[int, ...]) -> None:
+def groups_of(names: Iterable[str], group: int) -> dict:
+    """What `config_of` takes beside the layers."""
+    return {} if group == 64 else {"format_version": 3, "group_sizes": dict.fromkeys(names, group)}
+
+
+def check_fused_qkv(
+    engine: ModuleType, size: int, augments: tuple[int, ...], group: int = 64
+) -> None:
     """Four heads of queries and two of keys and values, which more ranks than two share."""
     heads, kv_heads, width = 8, 2, 16
     x = tokens(K)
     rows = {"q": heads * width, "k": kv_heads * width, "v": kv_heads * width}
     weights = {
-        shard: weight(n, K, augment, i)
+        shard: weight(n, K, augment, i, group=group)
         for i, ((shard, n), augment) in enumerate(zip(rows.items(), augments, strict=True))
     }
     whole = {shard: alone(w, x) for shard, w in weights.items()}
     for rank in range(size):
         with engine.as_rank(rank, size):
             named = zip(("q", "k", "v"), augments, strict=True)
-            layer = engine.qkv(
-                engine.config_of({f"a.{s}_proj": a for s, a in named}), K, width, heads, kv_heads
-            )
+            layers = {f"a.{s}_proj": a for s, a in named}
+            config = engine.config_of(layers, **groups_of(layers, group))
+            layer = engine.qkv(config, K, width, heads, kv_heads)
             for shard, w in weights.items():
                 load(layer, tensors(w), shard)
             y = output(finish(layer), x)
@@ -87,12 +97,14 @@ def check_fused_qkv(engine: ModuleType, size: int, augments: tuple[int, ...]) ->
 
 def check_row_parallel(engine: ModuleType, kind: str, k: int, size: int) -> None:
     """CHECKLIST 34: each rank's product is that of its own columns, also within groups."""
-    w = weight(72, k, 64 if kind == "augment" else 0, 3, BITS.get(kind, 4))
+    group = 32 if kind == "fine" else 64
+    w = weight(72, k, 64 if kind == "augment" else 0, 3, BITS.get(kind, 4), group)
     x = tokens(k)
     bias = torch.randn(72).bfloat16()
     for rank in range(size):
         with engine.as_rank(rank, size):
-            layer = engine.down(engine.config_of({"a.down_proj": w.augment}), k, 72)
+            layers = {"a.down_proj": w.augment}
+            layer = engine.down(engine.config_of(layers, **groups_of(layers, group)), k, 72)
             load(layer, tensors(w))
             part = Slice(rank * k // size, k // size, k)
             own = x[:, part.start : part.start + part.length]
@@ -105,7 +117,7 @@ def check_row_parallel(engine: ModuleType, kind: str, k: int, size: int) -> None
         packed = pack(codes, w.scale, [72], [part.of_columns(columns)], part)
         own_packed = as_packed(own, packed.gather, packed.pad)
         assert torch.equal(y, linear(own_packed, packed.weight, w.scale, bias))
-        if kind == "plain" and not part.lead and not part.length % 64:
+        if kind in ("plain", "fine") and not part.lead and not part.length % 64:
             assert torch.equal(y, alone(w.narrow_columns(part.start, part.length), own, bias))
 
 
@@ -121,16 +133,19 @@ def check_head(engine: ModuleType, size: int) -> None:
     assert torch.equal(torch.cat(got, 1)[:, :200], alone(w, x))
 
 
-def foreign_layer(name: str) -> tuple[dict[str, torch.Tensor], dict, QuantizedWeight]:
+def foreign_layer(
+    name: str, group: int = 64
+) -> tuple[dict[str, torch.Tensor], dict, QuantizedWeight]:
     """A layer [64, 256] of another project's format, its settings, and what it becomes."""
-    tensors_of, settings, _ = foreign.packed(name, 64)
+    tensors_of, settings, _ = foreign.packed(name, group)
     found = foreign_layers({"config.json": settings}, [f"a.{key}" for key in tensors_of])
     return tensors_of, settings, convert(found["a"].read(tensors_of))[0]
 
 
-def check_foreign(engine: ModuleType, name: str, size: int) -> None:
+def check_foreign(engine: ModuleType, name: str, size: int, group: int = 64) -> None:
     """Each rank has its slice of the conversion of the whole layer, in whatever order it comes."""
-    held, settings, w = foreign_layer(name)
+    held, settings, w = foreign_layer(name, group)
+    assert w.group_size == group
     keys = [f"a.{part}.{key}" for part in ("gate_proj", "up_proj", "down_proj") for key in held]
     x = tokens(K)
     whole = alone(w, x)

@@ -39,6 +39,20 @@ def test_fused_qkv_is_the_slices(size, augments):
 
 
 @pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("augments", [(0, 0, 0), (64, 0, 128)])
+def test_fused_qkv_in_groups_of_32(size, augments):
+    slices.check_fused_qkv(engine, size, augments, 32)
+
+
+def test_other_groups_of_a_fused_layer_are_refused():
+    layers = {f"a.{name}_proj": 0 for name in ("q", "k", "v")}
+    config = config_of(layers, format_version=3, group_sizes={"a.k_proj": 32})
+    message = "expected the same groups in layers that are fused"
+    with as_rank(0, 1), pytest.raises(ValueError, match=message):
+        qkv(config, K, 16, 8, 2)
+
+
+@pytest.mark.parametrize("size", [1, 2])
 def test_layers_that_are_fused_on_disk(size):
     """As in Phi-3: one weight, one list of residual columns, for q, k and v or gate and up."""
     heads, kv_heads, width = 4, 2, 16
@@ -64,7 +78,7 @@ def test_layers_that_are_fused_on_disk(size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("k", [512, 344])
-@pytest.mark.parametrize("kind", ["plain", "augment", "keep", "six"])
+@pytest.mark.parametrize("kind", ["plain", "augment", "keep", "six", "fine"])
 def test_row_parallel_is_the_slice(kind, k, size):
     """CHECKLIST 34: each rank's product is that of its own columns, also within groups."""
     slices.check_row_parallel(engine, kind, k, size)
@@ -147,6 +161,12 @@ FORMATS = ("ct-sym", "ct-asym", "awq", "gptq")
 @pytest.mark.parametrize("name", FORMATS)
 def test_foreign_layers_are_slices_of_the_whole_conversion(name, size):
     slices.check_foreign(engine, name, size)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_foreign_layers_in_groups_of_32_stay_so(size):
+    for name in ("ct-sym", "awq", "gptq"):
+        slices.check_foreign(engine, name, size, 32)
 
 
 def test_foreign_settings_that_the_grid_cannot_hold_are_refused():

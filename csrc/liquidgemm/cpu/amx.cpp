@@ -222,6 +222,7 @@ Kernels const* amx_kernels() {
                                    products_by_tiles<Nibbles>(kFewestTokens),
                                    products_by_tiles<Bytes>(kFewestTokens),
                                    products_by_tiles<SixBits>(kFewestTokens),
+                                   products_by_tiles<Groups32>(kFewestTokens),
                                    quantize,
                                    rms_norm,
                                    glu,

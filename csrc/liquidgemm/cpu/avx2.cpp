@@ -35,14 +35,21 @@ struct Avx2 : X86With32Bytes, BandByBand<Avx2> {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_add_epi16(low, high), steps));
   }
 
+  // Of codes of 4 or 6 bits.
   static_assert(4 * kLargestCode6 * kLargestX <= kInt16Max);
-  static Sums multiply_add(Sums sums, Codes6 const& codes, int8_t const* x, Steps steps) {
+  template <class AnyCodes>
+  static Sums multiply_add(
+      Sums sums, AnyCodes const& codes, int8_t const* x, Steps steps, Steps high_steps) {
     const __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(codes.low[0], load256(x)),
                                          _mm256_maddubs_epi16(codes.low[1], load256(x + 32)));
     const __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(codes.high[0], load256(x + 64)),
                                           _mm256_maddubs_epi16(codes.high[1], load256(x + 96)));
     sums = _mm256_add_epi32(sums, _mm256_madd_epi16(low, steps));
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(high, steps));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(high, high_steps));
+  }
+
+  static Sums multiply_add(Sums sums, Codes6 const& codes, int8_t const* x, Steps steps) {
+    return multiply_add(sums, codes, x, steps, steps);
   }
 
   // INT8 weights do not fit vpmaddubsw's 16-bit sums: 16-bit halves of the bytes at even and at odd
@@ -72,13 +79,19 @@ struct Avx2 : X86With32Bytes, BandByBand<Avx2> {
   static constexpr int kSteps = kTileBytes, kOffsets = kSteps + 4 * kBand;
   static constexpr int kDecodedBand = kOffsets + 4 * kBand;
 
+  static void codes_of_lanes(uint8_t const* chunks, uint8_t* to) {
+    decode_lanes(chunks, to, [](__m256i codes, int /*half*/, int /*nibble*/) { return codes; });
+  }
+  static __m256i steps_of_lanes(__m256i words) {
+    const __m128i order = _mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1);
+    return _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(order));
+  }
+
   static void decode_band(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
-    const __m256i order = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1));
-    decode_lanes(chunks, to, [](__m256i codes, int /*half*/) { return codes; });
+    codes_of_lanes(chunks, to);
     for (int half = 0; half < 2; ++half) {
       const __m256i words = words_of_lanes(params + 16 * half);
-      store256(to + kSteps + 32 * half, _mm256_shuffle_epi8(words, order));
+      store256(to + kSteps + 32 * half, steps_of_lanes(words));
       store256(to + kOffsets + 32 * half, _mm256_srli_epi32(words, 8));
     }
   }
@@ -146,23 +159,35 @@ struct Avx2 : X86With32Bytes, BandByBand<Avx2> {
     __asm__("" ::: "memory");  // or sums of two halves are held in registers, and spilled
   }
 
-  // a * (sum of x) of a group and, if there is one, the next.
+  // a * (sum of x) of two groups; a[half] has both for half of the lanes.
+  struct OffsetPairs {
+    __m256i a[2];
+  };
   template <int T>
-  static void add_offsets_of_two(uint8_t const* band, bool both, int8_t const* x, int32_t* sums) {
+  static void add_offset_pairs(OffsetPairs const& pairs, int8_t const* x, int32_t* sums) {
 #pragma GCC unroll 8
     for (int half = 0; half < 2; ++half) {
-      __m256i a = load256(band + kOffsets + 32 * half);
-      if (both) {
-        const __m256i next = load256(band + kPanelBands * kDecodedBand + kOffsets + 32 * half);
-        a = _mm256_or_si256(a, _mm256_slli_epi32(next, 16));
-      }
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         const __m256i x_sums = _mm256_set1_epi32(load_word(x + kToken * t + kGroup));
         int32_t* const to = sums + kPanel * t + 8 * half;
-        store256(to, add_at(to, _mm256_madd_epi16(a, x_sums)));
+        store256(to, add_at(to, _mm256_madd_epi16(pairs.a[half], x_sums)));
       }
     }
+  }
+
+  // Of a group and, if there is one, the next.
+  template <int T>
+  static void add_offsets_of_two(uint8_t const* band, bool both, int8_t const* x, int32_t* sums) {
+    OffsetPairs pairs;
+    for (int half = 0; half < 2; ++half) {
+      pairs.a[half] = load256(band + kOffsets + 32 * half);
+      if (both) {
+        const __m256i next = load256(band + kPanelBands * kDecodedBand + kOffsets + 32 * half);
+        pairs.a[half] = _mm256_or_si256(pairs.a[half], _mm256_slli_epi32(next, 16));
+      }
+    }
+    add_offset_pairs<T>(pairs, x, sums);
   }
 
   // T tokens times a band: 2 T sums of half a group, two codes and one word of x are registers.
@@ -176,6 +201,67 @@ struct Avx2 : X86With32Bytes, BandByBand<Avx2> {
       add_half<T>(weights + kTileBytes / 2, x + kGroup / 2, sums, s);
       if (d % 2 == 0)
         add_offsets_of_two<T>(weights, d + 1 < depth, x, sums);
+      weights += kPanelBands * kDecodedBand;
+      x += kTile * kToken;
+    }
+  }
+};
+
+// Groups of 32: each half of a group has steps of its own, and one multiply-add takes the offsets
+// of both.
+struct Avx2Groups32 : X86With32Bytes, BandByBand<Avx2Groups32> {
+  using BandByBand<Avx2Groups32>::multiply;
+
+  // Codes as lanes, then (s, s) of each of the 16 lanes, of the low nibbles and of the high ones,
+  // then (a, a of the high ones).
+  static constexpr int kSteps = kTileBytes, kHighSteps = kSteps + 4 * kBand;
+  static constexpr int kOffsets = kHighSteps + 4 * kBand;
+  static constexpr int kDecodedBand = kOffsets + 4 * kBand;
+
+  static void decode_band32(uint8_t const* chunks,
+                            uint8_t const* params,
+                            uint8_t const* high_params,
+                            uint8_t* to) {
+    Avx2::codes_of_lanes(chunks, to);
+    for (int half = 0; half < 2; ++half) {
+      const __m256i low = words_of_lanes(params + 16 * half);
+      const __m256i high = words_of_lanes(high_params + 16 * half);
+      store256(to + kSteps + 32 * half, Avx2::steps_of_lanes(low));
+      store256(to + kHighSteps + 32 * half, Avx2::steps_of_lanes(high));
+      const __m256i of_high = _mm256_slli_epi32(_mm256_srli_epi32(high, 8), 16);
+      store256(to + kOffsets + 32 * half, _mm256_or_si256(_mm256_srli_epi32(low, 8), of_high));
+    }
+  }
+
+  // Behind the 64 k of each group are the sums of the x of its halves, as 16 bits.
+  static constexpr int kToken = Avx2::kToken;
+
+  static void arrange(int8_t const* rows, int64_t first, Activations const& to) {
+    arrange_tile<Avx2>(rows, first, to);
+    for (int t = 0; t < kTile; ++t) {
+      int8_t const* const row = rows + t * to.groups * kGroup;
+      for (int64_t g = 0; g < to.groups; ++g) {
+        int8_t const* const x = row + g * kGroup;
+        const auto low = uint32_t(Avx2::sum(x, kGroup / 2));
+        const auto high = uint32_t(Avx2::sum(x + kGroup / 2, kGroup / 2));
+        const uint32_t sums = high << 16 | (low & 0xffff);
+        memcpy(tile_x<Avx2>(to, first, g) + t * kToken + kGroup, &sums, sizeof sums);
+      }
+    }
+  }
+
+  template <int T>
+  [[gnu::noinline]] static void multiply(
+      uint8_t const* weights, int8_t const* x, int depth, int32_t* sums, Lines& ahead) {
+    for (int d = 0; d < depth; ++d) {
+      ahead.step();
+      for (int high = 0; high < 2; ++high) {
+        uint8_t const* const steps = weights + (high ? kHighSteps : kSteps);
+        const __m256i s[2] = {load256(steps), load256(steps + 32)};
+        Avx2::add_half<T>(weights + high * kTileBytes / 2, x + high * kGroup / 2, sums, s);
+      }
+      Avx2::add_offset_pairs<T>({load256(weights + kOffsets), load256(weights + kOffsets + 32)}, x,
+                                sums);
       weights += kPanelBands * kDecodedBand;
       x += kTile * kToken;
     }
@@ -231,6 +317,8 @@ Kernels const* avx2_kernels() {
       products<Avx2, Nibbles>(kFewestTokens),
       {product_by_codes<Avx2, Bytes>(), product_by_bytes<Avx2Int8, Bytes>(), kFewestTokens},
       always(product_by_codes<Avx2, SixBits>()),
+      {product_by_codes<Avx2, Groups32>(), product_by_bytes<Avx2Groups32, Groups32>(),
+       kFewestTokens},
       quantize,
       rms_norm,
       glu,

@@ -11,6 +11,7 @@ Kernels const* avx512_vnni_kernels() {
                                    products<Avx512Vnni, Nibbles>(kFewestTokens),
                                    products<Avx512Vnni, Bytes>(kFewestTokens),
                                    products<Avx512Vnni, SixBits>(kFewestTokens),
+                                   products<Avx512Vnni, Groups32>(kFewestTokens),
                                    quantize,
                                    rms_norm,
                                    glu,

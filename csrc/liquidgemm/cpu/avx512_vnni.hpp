@@ -40,11 +40,17 @@ struct Avx512Vnni {
 
   using Codes6 = Codes6Of64Bytes;
   static Codes6 codes6(uint8_t const* chunk, uint8_t const* second) { return {chunk, second}; }
+  // Of codes of 4 or 6 bits.
   static_assert(4 * kLargestCode6 * kLargestX <= kInt16Max);
-  static Sums multiply_add(Sums sums, Codes6 const& codes, int8_t const* x, Steps steps) {
+  template <class AnyCodes>
+  static Sums multiply_add(
+      Sums sums, AnyCodes const& codes, int8_t const* x, Steps steps, Steps high_steps) {
     const __m512i low = _mm512_dpbusd_epi32(zero(), codes.low, _mm512_loadu_si512(x));
     const __m512i high = _mm512_dpbusd_epi32(zero(), codes.high, _mm512_loadu_si512(x + kChunk));
-    return _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(sums, low, steps), high, steps);
+    return _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(sums, low, steps), high, high_steps);
+  }
+  static Sums multiply_add(Sums sums, Codes6 const& codes, int8_t const* x, Steps steps) {
+    return multiply_add(sums, codes, x, steps, steps);
   }
 
   using Int8s = __m512i;
@@ -76,7 +82,15 @@ struct Avx512Vnni {
   static constexpr int kToken = kGroup;
 
   static void decode_band(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
-    decode_band512(chunks, params, to);
+    const Grid512 grid(params);
+    decode_band512(chunks, grid, grid, to);
+  }
+
+  static void decode_band32(uint8_t const* chunks,
+                            uint8_t const* params,
+                            uint8_t const* high_params,
+                            uint8_t* to) {
+    decode_band512(chunks, Grid512(params), Grid512(high_params), to);
   }
 
   static void decode_band6(uint8_t const* chunks,

@@ -30,6 +30,16 @@ struct AvxVnni : X86With32Bytes, BandByBand<AvxVnni> {
     return _mm256_dpwssd_avx_epi32(sums, products, steps);
   }
 
+  static_assert(8 * kLargestCode * kLargestX <= kInt16Max);
+  static Sums multiply_add(
+      Sums sums, Codes const& codes, int8_t const* x, Steps steps, Steps high_steps) {
+    __m256i low = _mm256_dpbusd_avx_epi32(zero(), codes.low[0], load256(x));
+    low = _mm256_dpbusd_avx_epi32(low, codes.low[1], load256(x + 32));
+    __m256i high = _mm256_dpbusd_avx_epi32(zero(), codes.high[0], load256(x + 64));
+    high = _mm256_dpbusd_avx_epi32(high, codes.high[1], load256(x + 96));
+    return _mm256_dpwssd_avx_epi32(_mm256_dpwssd_avx_epi32(sums, low, steps), high, high_steps);
+  }
+
   static_assert(4 * kLargestCode6 * kLargestX <= kInt16Max);
   static Sums multiply_add(Sums sums, Codes6 const& codes, int8_t const* x, Steps steps) {
     for (int i = 0; i < 2; ++i) {
@@ -78,7 +88,18 @@ struct AvxVnni : X86With32Bytes, BandByBand<AvxVnni> {
 
   static void decode_band(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
     const Grid grid(params);
-    decode_lanes(chunks, to, [&](__m256i codes, int half) { return grid.decode(codes, half); });
+    decode_lanes(chunks, to,
+                 [&](__m256i codes, int half, int) { return grid.decode(codes, half); });
+  }
+
+  static void decode_band32(uint8_t const* chunks,
+                            uint8_t const* params,
+                            uint8_t const* high_params,
+                            uint8_t* to) {
+    const Grid grids[2] = {Grid(params), Grid(high_params)};
+    decode_lanes(chunks, to, [&](__m256i codes, int half, int nibble) {
+      return grids[nibble].decode(codes, half);
+    });
   }
 
   static void decode_band6(uint8_t const* chunks,
@@ -151,6 +172,7 @@ Kernels const* avx_vnni_kernels() {
                                    products<AvxVnni, Nibbles>(kFewestTokens),
                                    products<AvxVnni, Bytes>(kFewestTokens),
                                    products<AvxVnni, SixBits>(kFewestTokens),
+                                   products<AvxVnni, Groups32>(kFewestTokens),
                                    quantize,
                                    rms_norm,
                                    glu,

@@ -11,6 +11,8 @@
 //   kDecodedBand                              bytes of a decoded band of one group
 //   kDepthOfMost                              kDepth for kMostTokens tokens
 //   decode_band(chunks, params, to)           of one group: [k / 4][16 lanes][4 k] bytes first
+//   decode_band32(chunks, params, high_params, to)
+//                                             the same of groups of 32
 //   decode_band6(chunks, second, params, to)  the same of 6-bit codes
 //   arrange_band(chunks, to)                  the same of INT8 weights, with 128 added; AVX2: two
 //                                             codes of each
@@ -104,6 +106,9 @@ void decode_band_at(Place const& at, int64_t group, int b, uint8_t* to) {
   if constexpr (std::is_same_v<Format, SixBits>)
     Simd::decode_band6(block + kChunk * chunk, block + Format::kSecond + kChunk / 2 * chunk,
                        block + Format::kParams + 4 * chunk, to);
+  else if constexpr (std::is_same_v<Format, Groups32>)
+    Simd::decode_band32(block + kChunk * chunk, block + Format::kParams + 4 * chunk,
+                        block + Format::kHighParams + 4 * chunk, to);
   else if constexpr (kHasParams<Format>)
     Simd::decode_band(block + kChunk * chunk, block + Format::kParams + 4 * chunk, to);
   else

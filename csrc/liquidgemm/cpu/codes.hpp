@@ -8,6 +8,9 @@
 //
 // INT8 weights have neither s nor a: their products are added as they are, by the sets that
 // multiply unsigned bytes with 128 added.
+//
+// In groups of 32, those of the low nibbles and those of the high ones have s, a and a sum of x of
+// their own.
 #pragma once
 
 #include "liquidgemm/cpu/epilogue.hpp"
@@ -33,19 +36,21 @@ struct TokenTile {
   int32_t* group_sums;  // likewise
   int64_t width;        // tokens of the tile: the distance of one group from the next
 
-  TokenTile(Activations const& a, int64_t token) {
+  // `sums`: of each 64 k.
+  TokenTile(Activations const& a, int64_t token, int sums) {
     const int64_t first = token / kTokenTile * kTokenTile;
     width = smaller(kTokenTile, a.tokens - first);
-    const int64_t at = first * a.groups + token - first;
-    x = a.x + at * kArranged;
-    group_sums = a.group_sums + at;
+    x = a.x + (first * a.groups + token - first) * kArranged;
+    group_sums = a.group_sums + first * a.groups * sums + token - first;
   }
 };
 
 // x of a token and group in the order of a chunk's words: 64 bytes for the low nibbles, then 64 for
-// the high ones. Layout: [tiles][groups][tokens of the tile][128].
-inline void arrange_for_codes(int8_t const* row, int64_t token, Activations const& to) {
-  const TokenTile tile(to, token);
+// the high ones. Layout: [tiles][groups][tokens of the tile][128], and of the sums of x
+// [tiles][groups][sums][tokens of the tile].
+template <int kSums>
+void arrange_for_codes(int8_t const* row, int64_t token, Activations const& to) {
+  const TokenTile tile(to, token, kSums);
   uint32_t total = 0;
   for (int64_t g = 0; g < to.groups; ++g) {
     int8_t const* const from = row + g * kGroup;
@@ -54,17 +59,27 @@ inline void arrange_for_codes(int8_t const* row, int64_t token, Activations cons
       for (int word = 0; word < kChunk / 4; ++word)
         memcpy(x + kChunk * half + 4 * word, from + 32 * half + first_k(word), 4);
     }
-    int32_t sum = 0;
-    for (int i = 0; i < kGroup; ++i)
-      sum += from[i];
-    tile.group_sums[g * tile.width] = sum;
-    total += uint32_t(sum);
+    for (int part = 0; part < kSums; ++part) {
+      int32_t sum = 0;
+      for (int i = 0; i < kGroup / kSums; ++i)
+        sum += from[kGroup / kSums * part + i];
+      tile.group_sums[(kSums * g + part) * tile.width] = sum;
+      total += uint32_t(sum);
+    }
   }
   to.totals[token] = int32_t(total);
 }
 
+// How many (s, a) a row of a block has.
+template <class Format>
+inline constexpr int kSumsOf = 1;
+template <>
+inline constexpr int kSumsOf<Groups32> = 2;
+
 template <class Format>
 inline constexpr bool kHasParams = false;
+template <>
+inline constexpr bool kHasParams<Groups32> = true;
 template <>
 inline constexpr bool kHasParams<Nibbles> = true;
 template <>
@@ -72,6 +87,10 @@ inline constexpr bool kHasParams<SixBits> = true;
 
 template <class Simd>
 auto codes_of(Nibbles, uint8_t const* block, int chunk) {
+  return Simd::codes(block + kChunk * chunk);
+}
+template <class Simd>
+auto codes_of(Groups32, uint8_t const* block, int chunk) {
   return Simd::codes(block + kChunk * chunk);
 }
 template <class Simd>
@@ -85,8 +104,14 @@ void add_chunk(typename Simd::Sums (&sums)[T], uint8_t const* block, int chunk, 
   if constexpr (kHasParams<Format>) {
     const auto codes = codes_of<Simd>(Format{}, block, chunk);
     const typename Simd::Steps steps = Simd::steps(block + Format::kParams + 4 * chunk);
-    for (int t = 0; t < T; ++t)
-      sums[t] = Simd::multiply_add(sums[t], codes, x + kArranged * t, steps);
+    if constexpr (kSumsOf<Format> == 2) {
+      const typename Simd::Steps high = Simd::steps(block + Format::kHighParams + 4 * chunk);
+      for (int t = 0; t < T; ++t)
+        sums[t] = Simd::multiply_add(sums[t], codes, x + kArranged * t, steps, high);
+    } else {
+      for (int t = 0; t < T; ++t)
+        sums[t] = Simd::multiply_add(sums[t], codes, x + kArranged * t, steps);
+    }
   } else {
     for (int half = 0; half < 2; ++half) {
       const typename Simd::Int8s weights = Simd::int8s(block + kHigh * half + kChunk * chunk);
@@ -117,7 +142,7 @@ void multiply_codes(uint8_t const* panel,
     for (int row = kBand * first; row < kBand * last; ++row)
       rows[t][row] = bias;
   }
-  const TokenTile tile(x, token);
+  const TokenTile tile(x, token, kSumsOf<Format>);
   for (int64_t begin = 0; begin < x.groups; begin += kRun) {
     const int64_t end = smaller(begin + kRun, x.groups);
     int8_t const* const x_run = tile.x + begin * tile.width * kArranged;
@@ -141,12 +166,15 @@ void multiply_codes(uint8_t const* panel,
     }
     if constexpr (kHasParams<Format>) {
       for (int64_t g = begin; g < end; ++g) {
-        int32_t const* const group_sums = tile.group_sums + g * tile.width;
-        for (int band = first; band < last; ++band) {
-          uint8_t const* const params =
-              panel + g * Format::kBlock + Format::kParams + 4 * kBandChunks * band;
-          for (int t = 0; t < T; ++t)
-            Simd::add_offsets(params, group_sums[t], rows[t] + kBand * band);
+        for (int part = 0; part < kSumsOf<Format>; ++part) {
+          int32_t const* const group_sums =
+              tile.group_sums + (kSumsOf<Format> * g + part) * tile.width;
+          for (int band = first; band < last; ++band) {
+            uint8_t const* const params = panel + g * Format::kBlock + Format::kParams +
+                                          2 * kPanel * part + 4 * kBandChunks * band;
+            for (int t = 0; t < T; ++t)
+              Simd::add_offsets(params, group_sums[t], rows[t] + kBand * band);
+          }
         }
       }
     }
@@ -188,7 +216,7 @@ void multiply_by_codes(
 
 template <class Simd, class Format = Nibbles>
 constexpr Product product_by_codes() {
-  return {1, kArranged, arrange_for_codes, multiply_by_codes<Simd, Format>};
+  return {1, kArranged, arrange_for_codes<kSumsOf<Format>>, multiply_by_codes<Simd, Format>};
 }
 
 // By one way for any number of tokens.

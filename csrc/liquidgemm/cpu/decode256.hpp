@@ -53,15 +53,15 @@ struct BandByBand {
   }
 };
 
-// One group of a band, to [k / 4][16 lanes][4 k] bytes. `decode(codes, half)` makes bytes of the
-// codes of one word of half a band's rows.
+// One group of a band, to [k / 4][16 lanes][4 k] bytes. `decode(codes, half, nibble)` makes
+// bytes of the codes, from the low (0) or the high nibbles, of one word of half a band's rows.
 template <class Decode>
 void decode_lanes(uint8_t const* chunks, uint8_t* to, Decode decode) {
   const __m256i nibble = _mm256_set1_epi8(15);
   transpose_words(chunks, [&](__m256i codes, int half, int at) {
-    store256(to + at, decode(_mm256_and_si256(codes, nibble), half));
+    store256(to + at, decode(_mm256_and_si256(codes, nibble), half, 0));
     store256(to + kTileBytes / 2 + at,
-             decode(_mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble), half));
+             decode(_mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble), half, 1));
   });
 }
 

@@ -88,8 +88,10 @@ struct Grid512 {
   __m512i decode(__m512i codes) const { return _mm512_add_epi8(_mm512_mullo_epi16(codes, s), a); }
 };
 
-inline void decode_band512(uint8_t const* chunks, uint8_t const* params, uint8_t* to) {
-  const Grid512 grid(params);
+inline void decode_band512(uint8_t const* chunks,
+                           Grid512 const& of_low,
+                           Grid512 const& of_high,
+                           uint8_t* to) {
   const __m512i nibble = _mm512_set1_epi8(15);
   __m512i pairs[kBandChunks];
   for (int i = 0; i < kBandChunks; ++i)
@@ -99,8 +101,8 @@ inline void decode_band512(uint8_t const* chunks, uint8_t const* params, uint8_t
     const __m512i low = _mm512_and_si512(pairs[i], nibble);
     const __m512i high = _mm512_and_si512(_mm512_srli_epi16(pairs[i], 4), nibble);
     uint8_t* const quad = to + 4 * kBand * quad_of_pair(i);
-    _mm512_store_si512(quad, grid.decode(low));
-    _mm512_store_si512(quad + kTileBytes / 2, grid.decode(high));
+    _mm512_store_si512(quad, of_low.decode(low));
+    _mm512_store_si512(quad + kTileBytes / 2, of_high.decode(high));
   }
 }
 

@@ -66,7 +66,7 @@ void gemm(Kernels const& kernels, GemmArguments const& a, ParallelFor parallel_f
   const int64_t round = std::min(in_a_round, ceil_div(a.m, product.tile) * product.tile);
 
   const Memory<int8_t> x(round * groups * product.bytes_per_group);
-  const Memory<int32_t> sums(round * (groups + 1));
+  const Memory<int32_t> sums(round * (2 * groups + 1));
   const Memory<float> scales(round);
   for (int64_t first = 0; first < a.m; first += round) {
     const int64_t count = std::min(round, a.m - first);

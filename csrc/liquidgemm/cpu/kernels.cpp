@@ -12,14 +12,13 @@ namespace liquidgemm::cpu {
 namespace {
 
 // What layout.hpp says of the packed layouts is what formats/*.hpp derive.
-static_assert(kGroup == kBlockK && kPanel == kBlockRows &&
-              Nibbles::kBlock == LiquidQuant::kBlockBytes &&
-              Nibbles::kParams == LiquidQuant::kCodeBytes &&
-              kLargestCode == LiquidQuant::kMaxCode && Bytes::kBlock == Int8::kBlockBytes &&
-              SixBits::kBlock == LiquidQuant6::kBlockBytes &&
-              SixBits::kSecond == LiquidQuant6::kFirstBytes &&
-              SixBits::kParams == LiquidQuant6::kCodeBytes &&
-              kLargestCode6 == LiquidQuant6::kMaxCode);
+static_assert(
+    kGroup == kBlockK && kPanel == kBlockRows && Nibbles::kBlock == LiquidQuant::kBlockBytes &&
+    Nibbles::kParams == LiquidQuant::kCodeBytes && kLargestCode == LiquidQuant::kMaxCode &&
+    Bytes::kBlock == Int8::kBlockBytes && Groups32::kBlock == LiquidQuantG32::kBlockBytes &&
+    Groups32::kParams == LiquidQuantG32::kCodeBytes &&
+    SixBits::kBlock == LiquidQuant6::kBlockBytes && SixBits::kSecond == LiquidQuant6::kFirstBytes &&
+    SixBits::kParams == LiquidQuant6::kCodeBytes && kLargestCode6 == LiquidQuant6::kMaxCode);
 
 constexpr bool chunks_are_the_layout() {
   for (int chunk = 0; chunk < kPanelChunks; ++chunk) {
@@ -38,6 +37,11 @@ constexpr bool chunks_are_the_layout() {
         return false;
       if (LiquidQuant6::param_position(row) != SixBits::kParams + 4 * chunk + 2 * (word % 2))
         return false;
+      for (int high = 0; high < 2; ++high) {
+        const int params = high ? Groups32::kHighParams : Groups32::kParams;
+        if (LiquidQuantG32::param_position(row, high) != params + 4 * chunk + 2 * (word % 2))
+          return false;
+      }
       // Word 0 or 1 of the chunk's four, 2 or 3, and 0 or 1 of the half chunk.
       const int half = word % 2, four = word / 4;
       if (LiquidQuant6::word_position(row, four, word / 2 % 2) != kChunk * chunk + 4 * word ||

@@ -13,7 +13,7 @@ namespace liquidgemm::cpu {
 // Activations of some tokens, arranged for one Product.
 struct Activations {
   int8_t* x;
-  int32_t* group_sums;  // [tokens * groups]: the sums of x over a group of a token
+  int32_t* group_sums;  // [tokens * groups], or twice: the sums of x over a group of a token
   int32_t* totals;      // [tokens]
   int64_t tokens;       // in whole tiles of the Product
   int64_t groups;
@@ -92,7 +92,7 @@ struct Products {
 
 struct Kernels {
   char const* name;
-  Products liquidquant, int8, liquidquant6;  // in the order of FormatId
+  Products liquidquant, int8, liquidquant6, liquidquant_g32;  // in the order of FormatId
 
   // One row of K activations to int8, and its scale.
   float (*quantize)(void const* x, Element type, int64_t k, int8_t* out);
@@ -103,9 +103,10 @@ struct Kernels {
   void (*search)(Search const& arguments);
 
   Product const& product(FormatId format, int64_t tokens) const {
-    Products const& of = format == FormatId::kInt8           ? int8
-                         : format == FormatId::kLiquidQuant6 ? liquidquant6
-                                                             : liquidquant;
+    Products const& of = format == FormatId::kInt8             ? int8
+                         : format == FormatId::kLiquidQuant6   ? liquidquant6
+                         : format == FormatId::kLiquidQuantG32 ? liquidquant_g32
+                                                               : liquidquant;
     return tokens < of.fewest_many ? of.few : of.many;
   }
 };

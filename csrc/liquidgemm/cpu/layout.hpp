@@ -19,6 +19,9 @@
 // SixBits::kSecond; words 2 and 3 in what remains: their bits 5 and 4 in the top bits of the
 // chunk's words 0 and 1, bits 3 and 2 in those of its words 2 and 3, bits 1 and 0 in the half's.
 //
+// LiquidQuantG32: the chunks of LiquidQuant, with (s, a) of the low nibbles where its own are, and
+// at Groups32::kHighParams those of the high ones.
+//
 // INT8: the same chunks twice, with a weight in place of a code: those of k 0-31, and at kHigh
 // those of k 32-63.
 #pragma once
@@ -27,7 +30,7 @@
 
 namespace liquidgemm::cpu {
 
-inline constexpr int kGroup = 64;        // k per block: one (s, a) per row
+inline constexpr int kGroup = 64;        // k per block: one (s, a) per row, or two
 inline constexpr int kPanel = 64;        // rows per block
 inline constexpr int kChunk = 64;        // bytes: two rows of one group
 inline constexpr int kBand = 16;         // rows of eight chunks
@@ -45,6 +48,11 @@ struct SixBits {  // of LiquidQuant6
   static constexpr int kSecond = kHigh;
   static constexpr int kParams = kSecond + kHigh / 2;
   static constexpr int kBlock = kParams + 2 * kPanel;
+};
+struct Groups32 {  // of LiquidQuantG32
+  static constexpr int kParams = kHigh;
+  static constexpr int kHighParams = kParams + 2 * kPanel;
+  static constexpr int kBlock = kHighParams + 2 * kPanel;
 };
 struct Bytes {  // of INT8
   static constexpr int kBlock = 2 * kHigh;

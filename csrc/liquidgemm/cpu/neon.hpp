@@ -51,13 +51,22 @@ struct NeonDotprod {
     return vcombine_s32(pair, pair);
   }
 
+  static Sums dot(int8x16_t const (&codes)[kRegisters], int8_t const* x) {
+    Sums sums = zero();
+    for (int i = 0; i < kRegisters; ++i)
+      sums = vdotq_s32(sums, codes[i], vld1q_s8(x + 16 * i));
+    return sums;
+  }
+
   static Sums multiply_add(Sums sums, Codes const& codes, int8_t const* x, Steps steps) {
-    int32x4_t low = zero(), high = zero();
-    for (int i = 0; i < kRegisters; ++i) {
-      low = vdotq_s32(low, codes.low[i], vld1q_s8(x + 16 * i));
-      high = vdotq_s32(high, codes.high[i], vld1q_s8(x + kChunk + 16 * i));
-    }
-    return vmlaq_s32(sums, vaddq_s32(low, high), steps);
+    const Sums products = vaddq_s32(dot(codes.low, x), dot(codes.high, x + kChunk));
+    return vmlaq_s32(sums, products, steps);
+  }
+
+  static Sums multiply_add(
+      Sums sums, Codes const& codes, int8_t const* x, Steps steps, Steps high_steps) {
+    const Sums of_low = vmlaq_s32(sums, dot(codes.low, x), steps);
+    return vmlaq_s32(of_low, dot(codes.high, x + kChunk), high_steps);
   }
 
   struct Int8s {

@@ -8,6 +8,7 @@ Kernels const* neon_dotprod_kernels() {
                                    always(product_by_codes<NeonDotprod>()),
                                    always(product_by_codes<NeonDotprod, Bytes>()),
                                    always(product_by_codes<NeonDotprod, SixBits>()),
+                                   always(product_by_codes<NeonDotprod, Groups32>()),
                                    quantize,
                                    rms_norm,
                                    glu,

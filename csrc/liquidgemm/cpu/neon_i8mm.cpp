@@ -139,6 +139,7 @@ Kernels const* neon_i8mm_kernels() {
                                     kFewestTokens},
                                    always(product_by_codes<NeonDotprod, Bytes>()),
                                    always(product_by_codes<NeonDotprod, SixBits>()),
+                                   always(product_by_codes<NeonDotprod, Groups32>()),
                                    quantize,
                                    rms_norm,
                                    glu,

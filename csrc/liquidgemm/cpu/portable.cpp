@@ -62,19 +62,39 @@ struct Portable {
 
   static Steps steps(uint8_t const* params) { return {{params[0], params[2]}}; }
 
-  static Sums multiply_add(Sums sums, Codes const& codes, int8_t const* x, Steps steps) {
-    int16_t products[kHalves] = {};
-    for (int nibble = 0; nibble < 2; ++nibble) {
-      for (int i = 0; i < kHalves; ++i) {
-        uint16_t half;
-        memcpy(&half, x + kChunk * nibble + 2 * i, 2);
-        const int16_t even = int16_t(int16_t(half << 8) >> 8), odd = int16_t(int16_t(half) >> 8);
-        products[i] = int16_t(products[i] + codes.even[nibble][i] * even);
-        products[i] = int16_t(products[i] + codes.odd[nibble][i] * odd);
-      }
+  // Of the low or the high nibbles.
+  static void add_products(int16_t (&products)[kHalves],
+                           Codes const& codes,
+                           int8_t const* x,
+                           int nibble) {
+    for (int i = 0; i < kHalves; ++i) {
+      uint16_t half;
+      memcpy(&half, x + kChunk * nibble + 2 * i, 2);
+      const int16_t even = int16_t(int16_t(half << 8) >> 8), odd = int16_t(int16_t(half) >> 8);
+      products[i] = int16_t(products[i] + codes.even[nibble][i] * even);
+      products[i] = int16_t(products[i] + codes.odd[nibble][i] * odd);
     }
+  }
+  static void add(Sums& sums, int16_t const (&products)[kHalves], Steps steps) {
     for (int i = 0; i < kWords; ++i)
       sums.words[i] += uint32_t((products[2 * i] + products[2 * i + 1]) * steps.of_row[i % 2]);
+  }
+
+  static Sums multiply_add(Sums sums, Codes const& codes, int8_t const* x, Steps steps) {
+    int16_t products[kHalves] = {};
+    for (int nibble = 0; nibble < 2; ++nibble)
+      add_products(products, codes, x, nibble);
+    add(sums, products, steps);
+    return sums;
+  }
+
+  static Sums multiply_add(
+      Sums sums, Codes const& codes, int8_t const* x, Steps steps, Steps high_steps) {
+    for (int nibble = 0; nibble < 2; ++nibble) {
+      int16_t products[kHalves] = {};
+      add_products(products, codes, x, nibble);
+      add(sums, products, nibble ? high_steps : steps);
+    }
     return sums;
   }
 
@@ -125,6 +145,7 @@ Kernels const* portable_kernels() {
                                    always(product_by_codes<Portable>()),
                                    always(product_by_codes<Portable, Bytes>()),
                                    always(product_by_codes<Portable, SixBits>()),
+                                   always(product_by_codes<Portable, Groups32>()),
                                    quantize,
                                    rms_norm,
                                    glu,

@@ -10,6 +10,8 @@
 //                                         multiply_add, derived from Codes
 //   Steps steps(params)                   (s[g], s[g + 8]), repeated
 //   multiply_add(sums, codes, x, steps)   sums + steps * (products of codes and x, per word)
+//   multiply_add(sums, codes, x, steps, high_steps)
+//                                         likewise, of low and of high nibbles by themselves
 //   Int8s int8s(half of a chunk)          64 INT8 weights, with 128 added if kInt8sAreBiased
 //   multiply_add(sums, int8s, x)          sums + products of weights and x, per word
 //   add_offsets(params, sum, rows)        rows[0..16) += a * sum, for the 16 rows of a band

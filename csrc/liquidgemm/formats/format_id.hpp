@@ -3,6 +3,6 @@
 
 namespace liquidgemm {
 
-enum class FormatId : int { kLiquidQuant, kInt8, kLiquidQuant6 };
+enum class FormatId : int { kLiquidQuant, kInt8, kLiquidQuant6, kLiquidQuantG32 };
 
 }  // namespace liquidgemm

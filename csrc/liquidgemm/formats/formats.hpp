@@ -11,16 +11,18 @@
 #include "liquidgemm/formats/int8.hpp"
 #include "liquidgemm/formats/liquidquant.hpp"
 #include "liquidgemm/formats/liquidquant6.hpp"
+#include "liquidgemm/formats/liquidquant_g32.hpp"
 
 namespace liquidgemm {
 
-using Formats = std::tuple<LiquidQuant, Int8, LiquidQuant6>;
+using Formats = std::tuple<LiquidQuant, Int8, LiquidQuant6, LiquidQuantG32>;
 
 template <FormatId id>
 using FormatOf = std::tuple_element_t<static_cast<size_t>(id), Formats>;
 static_assert(std::is_same_v<FormatOf<FormatId::kLiquidQuant>, LiquidQuant>);
 static_assert(std::is_same_v<FormatOf<FormatId::kInt8>, Int8>);
 static_assert(std::is_same_v<FormatOf<FormatId::kLiquidQuant6>, LiquidQuant6>);
+static_assert(std::is_same_v<FormatOf<FormatId::kLiquidQuantG32>, LiquidQuantG32>);
 
 // visitor(std::type_identity<Format>{}) for the format that a value names.
 template <size_t kFirst = 0, class Visitor>

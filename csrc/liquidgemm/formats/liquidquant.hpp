@@ -225,7 +225,6 @@ struct LiquidQuant {
     logical.qoffset[group] = block[at.params + 1];
   }
 
- private:
   // Four nibbles to the low nibbles of four bytes, and back (the high nibbles are ignored).
   CUTE_HOST_DEVICE static constexpr uint32_t spread_nibbles(uint32_t nibbles) {
     const uint32_t pairs = (nibbles | nibbles << 8) & 0x00ff00ffu;

@@ -19,6 +19,9 @@ struct LogicalWeight {
 // from the lowest ones of the first byte on.
 struct LogicalWeight6 : LogicalWeight {};
 
+// Of LiquidQuantG32, likewise: qscale and qoffset [n, k / 32].
+struct LogicalWeightG32 : LogicalWeight {};
+
 // Of INT8, row-major: qweight [n, k].
 struct LogicalInt8Weight {
   int8_t* qweight;

@@ -81,6 +81,19 @@ cudaError_t unpack_weight(uint8_t const* packed,
   return unpack<LiquidQuant6>(packed, logical, stream);
 }
 
+cudaError_t pack_weight(LogicalWeightG32 const& logical,
+                        uint8_t* packed,
+                        int* infeasible,
+                        cudaStream_t stream) {
+  return pack<LiquidQuantG32>(logical, packed, infeasible, stream);
+}
+
+cudaError_t unpack_weight(uint8_t const* packed,
+                          LogicalWeightG32 const& logical,
+                          cudaStream_t stream) {
+  return unpack<LiquidQuantG32>(packed, logical, stream);
+}
+
 cudaError_t pack_weight(LogicalInt8Weight const& logical, uint8_t* packed, cudaStream_t stream) {
   return pack<Int8>(logical, packed, nullptr, stream);
 }

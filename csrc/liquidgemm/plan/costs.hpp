@@ -5,6 +5,7 @@
 #include "liquidgemm/plan/costs_h100.hpp"
 #include "liquidgemm/plan/costs_h100_int8.hpp"
 #include "liquidgemm/plan/costs_h100_liquidquant6.hpp"
+#include "liquidgemm/plan/costs_h100_liquidquant_g32.hpp"
 
 namespace liquidgemm {
 
@@ -14,6 +15,8 @@ inline Costs const& costs_of(FormatId format) {
       return kInt8CostsOfH100;
     case FormatId::kLiquidQuant6:
       return kLiquidQuant6CostsOfH100;
+    case FormatId::kLiquidQuantG32:
+      return kLiquidQuantG32CostsOfH100;
     default:
       return kCostsOfH100;
   }

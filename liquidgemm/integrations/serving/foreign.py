@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...formats.liquidquant import GROUP
+from ...formats.liquidquant import FINE_GROUP
 from ...importers import FORMATS, layers_of
 from ...importers.settings import LayerSettings, Settings, merged
-from ...importers.source import AnyWeight, SourceWeight, fit
+from ...importers.source import AnyWeight, fit, is_finer
 from ...importers.wide import ByteWeight, FineWeight
 from ...weights.weight import QuantizedWeight
 from .layout import Packed, Slice, pack
@@ -69,16 +69,16 @@ def foreign_layers(files: Mapping[str, dict], names: Iterable[str]) -> dict[str,
     found = layers_of(module, sorted(names), module.scheme(Settings(settings)))
     for layer in found:
         span = layer.settings.group_size or -1
-        if span != -1 and span % GROUP:
+        if span != -1 and span % FINE_GROUP:
             raise _too_fine(span)
     return {layer.name: ForeignLayer(method, layer.keys, layer.settings) for layer in found}
 
 
 def _too_fine(span: int) -> ValueError:
     return ValueError(
-        f"group_size: expected a multiple of {GROUP} or a whole row, got {span}: finer groups than "
-        "the format's need 8 bits, or a new search: convert the checkpoint before by `liquidgemm "
-        "import`"
+        f"group_size: expected a multiple of {FINE_GROUP} or a whole row, got {span}: finer groups "
+        "than the format's need 8 bits, or a new search: convert the checkpoint before by "
+        "`liquidgemm import`"
     )
 
 
@@ -86,9 +86,9 @@ def convert(weight: AnyWeight, rows: Tensor | None = None) -> tuple[QuantizedWei
     """Some rows of a weight, int64 ``[n]``, on our grid, and how far that is (`fit`).
 
     Raises:
-        ValueError: its groups are finer than 64 columns.
+        ValueError: its groups are finer than 32 columns.
     """
-    if isinstance(weight, FineWeight) or (isinstance(weight, SourceWeight) and weight.is_fine):
+    if isinstance(weight, FineWeight) or is_finer(weight, FINE_GROUP):
         raise _too_fine(weight.span)
     if rows is not None:
         if isinstance(weight, ByteWeight):

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...formats.liquidquant import GROUP, padded
+from ...formats.liquidquant import GROUP, group_of, padded
 from ...nn import _packing
 from ...ops import pack_weight
 
@@ -58,8 +58,8 @@ class Slice:
         """The GPU's part of codes, steps or offsets.
 
         Args:
-            tensor: of the whole layer, uint8 ``[N, P / 2]`` or ``[N, P / 64]`` with
-                ``P = padded(total) + augment``.
+            tensor: of the whole layer, uint8 ``[N, P / 2]``, ``[N, P / 64]`` or ``[N, P / 32]``
+                with ``P = padded(total) + augment``.
         """
         total = padded(self.total)
         first, held = self.start - self.lead, self.held
@@ -102,8 +102,8 @@ class Packed:
     """What an engine's layer computes with, as one product.
 
     Attributes:
-        weight: packed, uint8 ``[ceil(N / 64), (held + R) / 64, 2176]``; or 3200 with 6 bits
-            and 4096 with 8, R = 0.
+        weight: packed, uint8 ``[ceil(N / 64), (held + R) / 64, 2176]``; or 2304 in groups of 32,
+            and 3200 with 6 bits and 4096 with 8, R = 0.
         scale: float32 ``[N]``.
         gather: int32 ``[R]``, which of the held columns are repeated, or None.
         pad: zeros before and after the features of x.
@@ -163,7 +163,7 @@ def pack(
 
 def _units(tensor: Tensor, codes: tuple[Tensor, ...], columns: int) -> int:
     """How many elements of a row hold so many columns."""
-    return columns // 2 if tensor is codes[0] else columns // GROUP
+    return columns // (2 if tensor is codes[0] else group_of(*codes[:2]))
 
 
 def _side_by_side(

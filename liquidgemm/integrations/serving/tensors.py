@@ -13,30 +13,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...formats.liquidquant import GROUP, padded
+from ...formats.liquidquant import padded
+from ...weights.weight import Form
 from .layout import Packed, Slice, pack
 
-CODES = {"qweight": 2, "qscale": GROUP, "qoffset": GROUP}
-"""The tensors of codes, and how many columns a byte of each is for."""
+CODES = ("qweight", "qscale", "qoffset")
+"""The tensors of codes."""
 
 MISSING = 255
 """What is there before anything is loaded: a step and an offset that are not feasible together, and
 codes that no weight has throughout."""
 
 
-def shape_of(rows: int, name: str, part: Slice, augments: Sequence[int]) -> tuple[int, int]:
+def _per_byte(name: str, form: Form) -> int:
+    """How many columns a byte of a tensor of codes is for."""
+    return 2 if name == "qweight" else form.group_size
+
+
+def shape_of(rows: int, name: str, part: Slice, forms: Sequence[Form]) -> tuple[int, int]:
     """Of a tensor of codes, as wide as that of the layer with the most residual columns."""
-    return rows, max(map(part.width, augments)) // CODES[name]
+    return rows, max(part.width(form.augment) // _per_byte(name, form) for form in forms)
 
 
-def empty(rows: int, name: str, part: Slice, augments: Sequence[int]) -> Tensor:
-    return torch.full(shape_of(rows, name, part, augments), MISSING, dtype=torch.uint8)
+def empty(rows: int, name: str, part: Slice, forms: Sequence[Form]) -> Tensor:
+    return torch.full(shape_of(rows, name, part, forms), MISSING, dtype=torch.uint8)
 
 
-def checked(loaded: Tensor, name: str, part: Slice, augments: Sequence[int]) -> Tensor:
+def checked(loaded: Tensor, name: str, part: Slice, forms: Sequence[Form]) -> Tensor:
     """Raises a ValueError for what is no tensor of codes of one of the layers."""
     total = padded(part.total)
-    widths = sorted({(total + augment) // CODES[name] for augment in augments})
+    widths = sorted({(total + form.augment) // _per_byte(name, form) for form in forms})
     if loaded.dtype != torch.uint8 or loaded.dim() != 2 or loaded.shape[1] not in widths:
         expected = " or ".join(map(str, widths))
         raise ValueError(
@@ -67,7 +73,7 @@ class LoadsCodes(Mixin):
         data: uint8, of `shape_of`: rows are as wide as those of the layer that has the most.
         name: which of the codes.
         part: the columns of this GPU.
-        augments: the number of residual columns of each layer.
+        forms: of each layer.
     """
 
     def __new__(cls, data: Tensor, *args, **kwargs):
@@ -78,14 +84,14 @@ class LoadsCodes(Mixin):
         data: Tensor,
         name: str,
         part: Slice,
-        augments: Sequence[int],
+        forms: Sequence[Form],
         weight_loader: Callable[..., None],
     ) -> None:
-        self._name, self._part, self._augments = name, part, tuple(set(augments))
+        self._name, self._part, self._forms = name, part, tuple(set(forms))
         super().__init__(data=data, output_dim=0, input_dim=1, weight_loader=weight_loader)
 
     def _checked(self, loaded: Tensor) -> Tensor:
-        return checked(loaded, self._name, self._part, self._augments)
+        return checked(loaded, self._name, self._part, self._forms)
 
     def _as_wide(self, loaded: Tensor) -> Tensor:
         loaded = self._checked(loaded)
@@ -101,12 +107,13 @@ class LoadsCodes(Mixin):
         super().load_qkv_weight(self._as_wide(loaded_weight), *args, **kwargs)
 
     def load_row_parallel_weight(self, loaded_weight: Tensor, *args, **kwargs) -> None:
-        (augment,) = self._augments
-        self._assert_and_load(self._part.of_codes(self._checked(loaded_weight), augment))
+        (form,) = self._forms
+        self._assert_and_load(self._part.of_codes(self._checked(loaded_weight), form.augment))
 
 
-def empty_columns(augments: Sequence[int]) -> Tensor:
+def empty_columns(forms: Sequence[Form]) -> Tensor:
     """For one layer, or one list on disk for all, int32 ``[R]``; else one row for each."""
+    augments = [form.augment for form in forms]
     shape = (augments[0],) if len(augments) == 1 else (len(augments), max(augments))
     return torch.full(shape, -1, dtype=torch.int32)
 
@@ -136,41 +143,47 @@ class Parameters:
         layer: EngineLayer,
         rows: int,
         part: Slice,
-        augments: Sequence[int],
+        forms: Sequence[Form],
         weight_loader: Callable[..., None],
-        make: Callable[[int, str, Slice, Sequence[int]], Tensor] = empty,
+        make: Callable[[int, str, Slice, Sequence[Form]], Tensor] = empty,
     ) -> None:
         """Give a layer a parameter for each of its tensors, the codes of which ``make`` makes."""
         for name in CODES:
-            codes = self.codes(
-                make(rows, name, part, augments), name, part, augments, weight_loader
-            )
+            codes = self.codes(make(rows, name, part, forms), name, part, forms, weight_loader)
             layer.register_parameter(name, codes)
         data = empty_scale(rows)
         scale = self.scale(data=data, output_dim=0, weight_loader=weight_loader)
         layer.register_parameter("scale", scale)
-        if any(augments):
-            kind = self.columns if len(augments) == 1 else self.columns_of_each
-            columns = kind(data=empty_columns(augments), weight_loader=weight_loader)
+        if any(form.augment for form in forms):
+            kind = self.columns if len(forms) == 1 else self.columns_of_each
+            columns = kind(data=empty_columns(forms), weight_loader=weight_loader)
             layer.register_parameter("columns", columns)
 
 
 def one_or_each(
-    names: Sequence[str], augments: Sequence[int], rows: Sequence[int]
-) -> tuple[int, ...]:
-    """The numbers of residual columns: one for all, or one for each of the fused layers.
+    names: Sequence[str], forms: Sequence[Form], rows: Sequence[int]
+) -> tuple[Form, ...]:
+    """The forms: one for all, or one for each of the fused layers.
 
     Raises:
-        ValueError: layers that are not one by one those that the engine computes at once.
+        ValueError: layers that are not one by one those that the engine computes at once, or that
+            have other groups.
     """
-    if not any(augments) or len(augments) == 1:
-        return tuple(augments[:1])
-    if len(augments) != len(rows):
+    groups = sorted({form.group_size for form in forms})
+    if len(groups) > 1:
+        raise ValueError(
+            f"{names[0]}: expected the same groups in layers that are fused, got groups of "
+            f"{' and '.join(map(str, groups))} in {', '.join(names)}"
+        )
+    augments = tuple(form.augment for form in forms)
+    if not any(augments) or len(forms) == 1:
+        return tuple(forms[:1])
+    if len(forms) != len(rows):
         raise ValueError(
             f"{names[0]}: expected no residual columns in layers that are fused otherwise than one "
-            f"by one, got {tuple(augments)} of {', '.join(names)}"
+            f"by one, got {augments} of {', '.join(names)}"
         )
-    return tuple(augments)
+    return tuple(forms)
 
 
 def pack_loaded(
@@ -179,7 +192,7 @@ def pack_loaded(
     scale: Tensor,
     columns: Tensor | None,
     rows: Sequence[int],
-    augments: Sequence[int],
+    forms: Sequence[Form],
     part: Slice,
 ) -> Packed:
     """Pack what was loaded.
@@ -188,7 +201,7 @@ def pack_loaded(
         names: of the layers, for errors.
         codes, scale, columns: as `empty`, `empty_scale` and `empty_columns` made them, and loaded.
         rows: of each layer that the engine computes at once.
-        augments: by `one_or_each`.
+        forms: by `one_or_each`.
 
     Raises:
         ValueError: tensors that were not loaded, or that are damaged.
@@ -197,11 +210,11 @@ def pack_loaded(
         for own in codes[0].split(list(rows)):
             if len(own) and (own == MISSING).all():
                 raise ValueError("qweight: expected codes, got none")
-        lists = [torch.empty(0, dtype=torch.int32)] * len(augments)
+        lists = [torch.empty(0, dtype=torch.int32)] * len(forms)
         if columns is not None:
             held = [columns] if columns.dim() == 1 else columns
-            lists = [part.of_columns(o[:n]) for o, n in zip(held, augments, strict=True)]
-        each = rows if len(augments) > 1 else [sum(rows)]
+            lists = [part.of_columns(o[: f.augment]) for o, f in zip(held, forms, strict=True)]
+        each = rows if len(forms) > 1 else [sum(rows)]
         return pack(codes, scale, each, lists, part)
     except (ValueError, RuntimeError) as error:
         raise ValueError(

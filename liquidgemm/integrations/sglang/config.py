@@ -25,6 +25,7 @@ from torch import nn
 from ...importers.folder import Source
 from ...ops import FLOATS
 from ...quantization.config import LiquidConfig
+from ...weights.weight import Form
 from ..serving import summary
 from ..serving.foreign import ForeignLayer, foreign_layers
 from ..serving.names import Names, parts_of
@@ -85,7 +86,7 @@ class LiquidGemmConfig(QuantizationConfig):
                     "as this SGLang does not say, to quantize while loading, got 'int8': run "
                     "`liquidgemm quantize --head int8` and serve its output"
                 )
-        self.names: Names[int] = Names(settings.layers or {})
+        self.names: Names[Form] = Names(settings.forms())
         self.experts: Names[Mapping[str, Any]] = Names(settings.experts)
         self.summary = Summary()
 

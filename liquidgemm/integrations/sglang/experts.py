@@ -158,7 +158,7 @@ class OnlineLiquidExpertsMethod(ExpertsMethod):
 
     def __init__(self, name: str, config: LiquidConfig, summary: Summary) -> None:
         super().__init__(name, summary)
-        self.config = replace(config, augment=0, keep=())  # experts have no residual columns
+        self.config = replace(config.for_experts(), keep=())
         self.lock = threading.Lock()  # some of SGLang's models load in several threads
 
     def create_weights(

@@ -7,6 +7,7 @@ from sglang.srt.layers.quantization.base_config import LinearMethodBase
 from torch import Tensor, nn
 
 from ... import ops
+from ...weights.weight import Form
 from ..serving.layout import Packed, Slice, as_packed
 from ..serving.summary import Summary
 from ..serving.tensors import CODES, EngineLayer, one_or_each, pack_loaded
@@ -59,9 +60,9 @@ class PackedLinearMethod(LinearMethodBase):
 class LiquidLinearMethod(PackedLinearMethod):
     """Layers that a checkpoint of ours has quantized."""
 
-    def __init__(self, names: tuple[str, ...], augments: tuple[int, ...], summary: Summary) -> None:
+    def __init__(self, names: tuple[str, ...], forms: tuple[Form, ...], summary: Summary) -> None:
         super().__init__(names, summary)
-        self.augments = augments
+        self.forms = forms
 
     def create_weights(
         self,
@@ -77,15 +78,15 @@ class LiquidLinearMethod(PackedLinearMethod):
         loader = extra_weight_attrs["weight_loader"]
         self.part = part_of(layer, input_size_per_partition, input_size)
         self.rows = list(output_partition_sizes)
-        self.augments = one_or_each(self.names, self.augments, self.rows)
-        PARAMETERS.register(layer, sum(self.rows), self.part, self.augments, loader)
+        self.forms = one_or_each(self.names, self.forms, self.rows)
+        PARAMETERS.register(layer, sum(self.rows), self.part, self.forms, loader)
 
     def process_weights_after_loading(self, layer: EngineLayer) -> None:
         if "qscale" not in layer._parameters:  # packed already
             return
         codes = tuple(getattr(layer, name).data for name in CODES)
         columns = layer.columns.data if "columns" in layer._parameters else None
-        given = self.names, codes, layer.scale.data, columns, self.rows, self.augments, self.part
+        given = self.names, codes, layer.scale.data, columns, self.rows, self.forms, self.part
         self.set_packed(layer, pack_loaded(*given))
 
 

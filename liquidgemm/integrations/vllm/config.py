@@ -19,6 +19,7 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from ...ops import FLOATS
 from ...quantization.config import LiquidConfig
+from ...weights.weight import Form
 from ..serving.foreign import ForeignLayer, foreign_layers
 from ..serving.names import Names, parts_of
 from ..serving.online import check_experts, check_online, left_in_floats, skipped
@@ -61,7 +62,7 @@ class LiquidGemmConfig(QuantizationConfig):
         self.recipe = None if self.settings is None or layers is not None else self.settings.config
         if self.recipe is not None:
             check_online(self.recipe)
-        self.names: Names[int] = Names(layers or {})
+        self.names: Names[Form] = Names({} if self.settings is None else self.settings.forms())
         self.foreign_names: Names[ForeignLayer] = Names({})
         self.experts: Names[Mapping[str, Any]] = Names(
             {} if self.settings is None else self.settings.experts

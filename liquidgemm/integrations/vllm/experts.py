@@ -191,7 +191,7 @@ class OnlineLiquidExpertsMethod(ExpertsMethod):
         self, moe: FusedMoEConfig, name: str, config: LiquidConfig, summary: Summary
     ) -> None:
         super().__init__(moe, name, summary)
-        self.config = replace(config, augment=0, keep=())  # experts have no residual columns
+        self.config = replace(config.for_experts(), keep=())
 
     def create_weights(
         self,

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.utils import replace_parameter
 
 from ... import ops
+from ...weights.weight import Form
 from ..serving.layout import Packed, Slice, as_packed
 from ..serving.tensors import CODES, EngineLayer, empty, one_or_each, pack_loaded
 from . import exact
@@ -99,9 +100,9 @@ def _refuse(*args, **kwargs) -> None:
 class LiquidLinearMethod(PackedLinearMethod):
     """Layers that a checkpoint of ours has quantized."""
 
-    def __init__(self, names: tuple[str, ...], augments: tuple[int, ...], summary: Summary) -> None:
+    def __init__(self, names: tuple[str, ...], forms: tuple[Form, ...], summary: Summary) -> None:
         super().__init__(names, summary)
-        self.augments = augments
+        self.forms = forms
 
     def create_weights(
         self,
@@ -118,9 +119,9 @@ class LiquidLinearMethod(PackedLinearMethod):
         self.dummy = config is not None and config.load_config.load_format == "dummy"
         self.part = self.split(layer, input_size_per_partition, input_size)
         self.rows = list(output_partition_sizes)
-        self.augments = one_or_each(self.names, self.augments, self.rows)
+        self.forms = one_or_each(self.names, self.forms, self.rows)
         codes = dummy_codes if self.dummy else empty
-        PARAMETERS.register(layer, sum(self.rows), self.part, self.augments, loader, codes)
+        PARAMETERS.register(layer, sum(self.rows), self.part, self.forms, loader, codes)
 
     def process_weights_after_loading(self, layer: EngineLayer) -> None:
         if "qscale" not in layer._parameters:  # packed already
@@ -133,5 +134,5 @@ class LiquidLinearMethod(PackedLinearMethod):
         if self.dummy and columns is not None:
             some = torch.arange(columns.numel(), dtype=torch.int32, device=columns.device)
             columns = some.view(columns.shape) % self.part.total
-        given = self.names, codes, scale, columns, self.rows, self.augments, self.part
+        given = self.names, codes, scale, columns, self.rows, self.forms, self.part
         self.set_packed(layer, pack_loaded(*given))

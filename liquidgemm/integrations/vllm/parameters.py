@@ -17,6 +17,7 @@ from vllm.model_executor.parameter import (
 
 from ...formats.int8 import logical_of
 from ...formats.liquidquant import GROUP, padded
+from ...weights.weight import Form
 from ..serving import tensors
 from ..serving.layout import Slice
 
@@ -60,13 +61,13 @@ class ScaleParameter(_ChecksRows, ChannelQuantScaleParameter):
     _name = "scale"
 
 
-def dummy_codes(rows: int, name: str, part: Slice, augments: Sequence[int]) -> Tensor:
+def dummy_codes(rows: int, name: str, part: Slice, forms: Sequence[Form]) -> Tensor:
     """Random, which vLLM's dummy loader makes of floats only; 8 bits where all columns are stored
     twice."""
-    shape = tensors.shape_of(rows, name, part, augments)
+    shape = tensors.shape_of(rows, name, part, forms)
     if name == "qweight":
         return torch.randint(256, shape, dtype=torch.uint8)
-    if set(augments) == {padded(part.total)}:
+    if set(forms) == {Form(padded(part.total))}:
         _, *grid = logical_of(torch.zeros(1, shape[1] * GROUP // 2, dtype=torch.int8))
         return grid[0 if name == "qscale" else 1].repeat(rows, 1)
     return torch.full(shape, 8 if name == "qscale" else 68, dtype=torch.uint8)

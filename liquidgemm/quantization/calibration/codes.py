@@ -30,12 +30,12 @@ class LearnedCodes:
 
     def __init__(self, base: QuantizedWeight, weight: Tensor) -> None:
         self._base, k = base, base.in_features
-        groups = padded(k) // GROUP
+        groups, columns = padded(k) // base.group_size, base.group_size
         self._step, offset = (
-            p[:, :groups].repeat_interleave(GROUP, 1)[:, :k].float()
+            p[:, :groups].repeat_interleave(columns, 1)[:, :k].float()
             for p in (base.qscale, base.qoffset)
         )
-        self._first = unpack_nibbles(base.qweight[:, : groups * GROUP // 2])[:, :k]
+        self._first = unpack_nibbles(base.qweight[:, : padded(k) // 2])[:, :k]
         # What v is beside q s: z, and what residual columns add.
         unit = dequantize_weight(replace(base, scale=torch.ones_like(base.scale)))
         self._rest = unit - self._first * self._step

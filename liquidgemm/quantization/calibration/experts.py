@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -116,7 +116,7 @@ def quantize_experts(
     """
     experts = cast(SeparateExperts, block.get_submodule(inner))
     routed = capture(block, experts, calls)
-    config = replace(config, augment=0)  # experts have no residual columns
+    config = config.for_experts()
     places = [(f"{inner}.{e}", f"{outer}.{e}") for e in range(experts.layout.num_experts)]
     reports = []
     if routed is None:

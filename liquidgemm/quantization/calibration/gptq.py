@@ -168,7 +168,7 @@ def _grid(base: QuantizedWeight, k: int) -> tuple[Tensor, Tensor]:
     """s and z of each weight as floats ``[N, K]``."""
 
     def expanded(parameter: Tensor) -> Tensor:
-        return parameter.repeat_interleave(GROUP, dim=1)[:, :k].float()
+        return parameter.repeat_interleave(base.group_size, dim=1)[:, :k].float()
 
     qscale, qoffset = base.qscale, base.qoffset
     if base.is_six_bits:
@@ -191,6 +191,7 @@ def _with_residual(
 ) -> QuantizedWeight:
     """base with residual columns: codes ``[N, R]``, s and z ``[N, R / 64]``."""
     residual = pack_nibbles(codes.to(torch.uint8).contiguous())
+    s, z = (p.repeat_interleave(GROUP // base.group_size, dim=1) for p in (s, z))
     return replace(
         base,
         qweight=torch.cat((base.qweight, residual), 1),

@@ -87,7 +87,9 @@ def choose_factors(
             quantized = dequantize_weight(
                 int8_weight(scaled)
                 if bits[i] == 8
-                else quantize_weight(scaled, config.group_size, "search", importance, bits[i])
+                else quantize_weight(
+                    scaled, config.group_of(bits[i]), "search", importance, bits[i]
+                )
             )
             total += (inputs @ quantized.T - expected[i]).square().sum().item()
         return total

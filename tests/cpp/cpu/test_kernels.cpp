@@ -45,7 +45,8 @@ void serially(int64_t count, int64_t, cpu::Body body, void* context) {
     body(context, middle, count);
 }
 
-constexpr FormatId kFormats[] = {FormatId::kLiquidQuant, FormatId::kInt8, FormatId::kLiquidQuant6};
+constexpr FormatId kFormats[] = {FormatId::kLiquidQuant, FormatId::kInt8, FormatId::kLiquidQuant6,
+                                 FormatId::kLiquidQuantG32};
 static_assert(std::size(kFormats) == std::tuple_size_v<Formats>, "every format is tested");
 
 struct Problem {
@@ -64,7 +65,9 @@ struct Problem {
     const std::vector<int> weights = format == FormatId::kInt8 ? pack_int8(extreme, random)
                                      : format == FormatId::kLiquidQuant6
                                          ? pack_liquidquant6(extreme, random)
-                                         : pack_liquidquant(extreme, random);
+                                     : format == FormatId::kLiquidQuantG32
+                                         ? pack_liquidquant(extreme, random, 32)
+                                         : pack_liquidquant(extreme, random, 64);
     x.resize(m * k);
     for (int8_t& value : x)
       value = int8_t(extreme ? (random(2) ? 127 : -127) : int(random(255)) - 127);
@@ -128,27 +131,32 @@ struct Problem {
     return weights;
   }
 
-  std::vector<int> pack_liquidquant(bool extreme, Random& random) {
-    std::vector<uint8_t> qweight(n * groups * 32), qscale(n * groups), qoffset(n * groups);
-    for (int64_t g = 0; g < n * groups; ++g) {
+  std::vector<int> pack_liquidquant(bool extreme, Random& random, int size) {
+    const int64_t count = n * groups * 64 / size;
+    std::vector<uint8_t> qweight(n * groups * 32), qscale(count), qoffset(count);
+    for (int64_t g = 0; g < count; ++g) {
       const int largest = extreme ? (g % 3 ? 15 : 1) : 15;
       const int step = extreme ? (g % 3 ? 17 : 255) : 1 + random(17);
       const int room = 255 - largest * step;
       qscale[g] = uint8_t(step);
       qoffset[g] = uint8_t(extreme ? (g % 2 ? room : 0) : random(room + 1));
-      for (int i = 0; i < 32; ++i) {
+      for (int i = 0; i < size / 2; ++i) {
         const auto code = [&] {
           return extreme ? largest * int(random(2)) : int(random(largest + 1));
         };
         const int low = code();
-        qweight[32 * g + i] = uint8_t(low | code() << 4);
+        qweight[size / 2 * g + i] = uint8_t(low | code() << 4);
       }
     }
-    pack<LiquidQuant>({qweight.data(), qscale.data(), qoffset.data(), n, groups});
+    const LogicalWeight logical{qweight.data(), qscale.data(), qoffset.data(), n, groups};
+    if (size == 32)
+      pack<LiquidQuantG32>({logical});
+    else
+      pack<LiquidQuant>(logical);
     std::vector<int> weights(n * groups * 64);
     for (size_t i = 0; i < weights.size(); ++i) {
       const int code = qweight[i / 2] >> 4 * (i % 2) & 15;
-      weights[i] = code * qscale[i / 64] + qoffset[i / 64] - 128;
+      weights[i] = code * qscale[i / size] + qoffset[i / size] - 128;
     }
     return weights;
   }

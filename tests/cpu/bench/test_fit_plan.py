@@ -18,6 +18,7 @@ COSTS = {
     "liquidquant": fit.PLAN / "costs_h100.hpp",
     "int8": fit.PLAN / "costs_h100_int8.hpp",
     "liquidquant6": fit.PLAN / "costs_h100_liquidquant6.hpp",
+    "liquidquant_g32": fit.PLAN / "costs_h100_liquidquant_g32.hpp",
 }
 FITTED = ("liquidquant", "int8")  # whose headers are as they were written
 PLANS = [
@@ -84,11 +85,14 @@ def test_constants_are_the_library_s() -> None:
     assert library_constant("cost_model.hpp", "kManyRounds") == fit.MANY_ROUNDS
 
 
-@pytest.mark.parametrize(("format", "bits"), [("liquidquant", 4), ("int8", 8), ("liquidquant6", 6)])
-def test_formula_is_the_library_s(format: str, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("format", "bits", "group"),
+    [("liquidquant", 4, 64), ("int8", 8, 64), ("liquidquant6", 6, 64), ("liquidquant_g32", 4, 32)],
+)
+def test_formula_is_the_library_s(format: str, bits: int, group: int) -> None:
     """`estimate` in cost_model.hpp and `predictor` agree on every plan that is scored."""
     tiles, parameters, pair_gain = library_costs(COSTS[format])
-    plans = [name for _, name in compiled_plans(bits)]
+    plans = [name for _, name in compiled_plans(bits, group)]
     assert tiles == list(dict.fromkeys(map(fit.tile_of, plans)))
     scored = set()
     for m, n, k in [
@@ -96,7 +100,8 @@ def test_formula_is_the_library_s(format: str, bits: int) -> None:
         *((8, 2048, 2048), (32, 4096, 4096), (64, 6144, 4096), (1, 8192, 1024)),
         *((256, 4096, 4096), (1024, 10240, 8192), (100, 4096, 14336), (8192, 8192, 8192)),
     ]:
-        candidates = [c for c in explain_plan(m, n, k, bits=bits).candidates if c.us is not None]
+        explained = explain_plan(m, n, k, bits=bits, group_size=group)
+        candidates = [c for c in explained.candidates if c.us is not None]
         rows = [{"n": n, "k": k, "m": m, "plan": c.plan, "us": 1.0} for c in candidates]
         sweep = replace(fit.Sweep.of(rows, 132, 3.35e6), format=format)
         sweep.tile = np.array([tiles.index(fit.tile_of(c.plan)) for c in candidates])

@@ -169,7 +169,7 @@ def remove(name):
         (flip_a_bit, ValueError, f"{WEIGHTS}: truncated, damaged"),
         (not_safetensors, ValueError, f"{WEIGHTS}: expected a safetensors file"),
         (edit_manifest(format="gptq"), ValueError, "expected a liquidgemm checkpoint"),
-        (edit_manifest(format_version=4), ValueError, "got 4: it was saved by a newer liquidgemm"),
+        (edit_manifest(format_version=5), ValueError, "got 5: it was saved by a newer liquidgemm"),
         (edit_manifest(format_version="1"), ValueError, "expected a format version, got '1'"),
         (edit_manifest(layers=None), ValueError, "damaged: layers is 'missing'"),
         (edit_manifest(aliases=[]), ValueError, r"damaged: aliases is \[\]"),

@@ -25,7 +25,7 @@ def test_config_json_round_trip():
     ("text", "message"),
     [
         ('{"method": "magic"}', "method: .*'magic'"),
-        ('{"group_size": 32}', "group_size: .*32"),
+        ('{"group_size": 48}', "group_size: .*48"),
         ('{"skip": "lm_head"}', "skip: .*'lm_head'"),
         ('{"skip": [1]}', "skip: "),
         ('{"digits": 3}', r"expected fields among .*got \['digits'\]"),

@@ -63,11 +63,46 @@ def test_equal_group_scales_are_exact(tmp_path):
     assert layer.error == 0
 
 
+@pytest.mark.parametrize("group", [32, 64])
+def test_equal_steps_of_fine_groups_are_exact(tmp_path, group):
+    """Groups of 32 whose steps are whole multiples of one unit per row keep every value."""
+    codes, scales, zeros = random_grid(group)
+    zeros = torch.full_like(zeros, 8)
+    units = torch.randint(1, 16, scales.shape, generator=torch.Generator().manual_seed(3))
+    units[:, 0] = 1
+    scales = (units * 2.0**-10).to(scales.dtype)  # which float16 holds
+    values, _, layer = run(tmp_path, foreign.awq(codes, scales, zeros), SETTINGS["awq"])
+    assert torch.equal(values, weight_of(codes, scales, zeros))
+    assert (layer.error, layer.group_size) == (0, group)
+
+
+@pytest.mark.parametrize(("name", "version"), FLOAT_FORMATS)
+def test_groups_of_32_stay_groups_of_32(tmp_path, name, version):
+    """The codes stay, as in groups of 64; 4.5 bits, and a checkpoint that says so."""
+    tensors, settings, weight = packed(name, 32, version)
+    source = write(tmp_path / "source", {"a.b": tensors}, settings)
+    report = import_checkpoint(source, tmp_path / "out", False)
+    state = load_file(tmp_path / "out/model.safetensors")
+    parts = (state[f"a.b.{key}"] for key in ("qweight", "qscale", "qoffset", "scale"))
+    found = QuantizedWeight(*parts, K)
+    assert found.group_size == 32
+    values = values_of(found)
+    error = ((values - weight).norm() / weight.norm()).item()
+    assert report.layers[0].error == pytest.approx(error, rel=1e-9)
+    again = values_of(quantize_weight(weight.float(), 32))
+    assert ((values - weight).norm(dim=1) <= (again - weight).norm(dim=1)).all()
+    assert 0 < error < 0.06
+    settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert settings["format_version"] == 3
+    assert settings["layers"] == {"a.b": 0}
+    assert settings["group_sizes"] == {"a.b": 32}
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("name", "version"), FLOAT_FORMATS)
-def test_groups_finer_than_ours(tmp_path, name, version, bits):
-    """Groups of 32 columns: 8 bits by one scale per row, or 4 that are searched anew."""
-    tensors, settings, weight = packed(name, 32, version)
+def test_groups_of_16(tmp_path, name, version, bits):
+    """Finer than ours: 8 bits by one scale per row, or 4 that are searched anew."""
+    tensors, settings, weight = packed(name, 16, version)
     source = write(tmp_path / "source", {"a.b": tensors}, settings)
     report = import_checkpoint(source, tmp_path / "out", False, fine_bits=bits)
     state = load_file(tmp_path / "out/model.safetensors")
@@ -75,7 +110,7 @@ def test_groups_finer_than_ours(tmp_path, name, version, bits):
     found = QuantizedWeight(*parts, K, state.get("a.b.columns"))
     error = ((dequantize_weight(found) - weight).norm() / weight.norm()).item()
     assert report.layers[0].error == pytest.approx(error, rel=1e-3)
-    assert report.layers[0].group_size == 32
+    assert report.layers[0].group_size == 16
     assert 0 < error < (0.01 if bits == 8 else 0.15)
     assert bool(found.augment) == (bits == 8)
 

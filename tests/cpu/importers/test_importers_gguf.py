@@ -276,6 +276,6 @@ def test_damaged_files(tmp_path, llama):
         (tmp_path / "cut.gguf").write_bytes(content[:size])
         with pytest.raises(ValueError, match=r"cut.gguf: (truncated|expected a folder or a GGUF)"):
             import_checkpoint(tmp_path / "cut.gguf", tmp_path / "out", False)
-    with pytest.raises(ValueError, match="fine_bits: expected 8 or 4, got 6"):
+    with pytest.raises(ValueError, match="fine_bits: expected 8, 4 or None, got 6"):
         import_checkpoint(tmp_path / "m.gguf", tmp_path / "out", False, fine_bits=6)
     assert not (tmp_path / "out").exists()

@@ -247,7 +247,7 @@ def test_damaged_folders_are_refused(tmp_path, damage, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"group_size": 32}, "group_size: "),
+        ({"group_size": 48}, "group_size: "),
         ({"digits": 3}, r"got \['digits'\]"),
         ({"config": LiquidConfig(), "method": "rtn"}, "config: expected it or its fields"),
         ({"layers": ["a"]}, r"layers: .*got \['a'\]"),

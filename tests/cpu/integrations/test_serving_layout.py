@@ -6,18 +6,23 @@ from torch import Tensor
 
 from liquidgemm import LiquidConfig, LiquidLinear, QuantizedWeight, gemm, quantize_activation
 from liquidgemm.formats import int8, liquidquant6
-from liquidgemm.formats.liquidquant import GROUP, padded
+from liquidgemm.formats.liquidquant import BLOCK_BYTES_G32, GROUP, padded
 from liquidgemm.integrations.serving.layout import Packed, Slice, as_packed, pack
 from liquidgemm.integrations.serving.names import Names
+from liquidgemm.integrations.serving.tensors import checked, one_or_each, shape_of
 from liquidgemm.quantization.layer import quantize_layer
+from liquidgemm.weights.weight import Form
 
 KEEP, SIX = -1, -2  # of residual columns: all, in their order, of weights of 8 and 6 bits
+FINE = 10_000  # added to them: groups of 32
 
 
 def weight(n: int, k: int, augment: int, seed: int) -> QuantizedWeight:
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
     bits = {"layer": {KEEP: 8, SIX: 6}.get(augment, 4)}
-    return quantize_layer(w, LiquidConfig(augment=max(augment, 0), bits=bits))[0]
+    fine, augment = augment >= FINE, max(augment, 0) % FINE
+    config = LiquidConfig(augment=augment, bits=bits, group_size=32 if fine else GROUP)
+    return quantize_layer(w, config)[0]
 
 
 def codes_of(weights: list[QuantizedWeight]) -> tuple[Tensor, ...]:
@@ -69,6 +74,7 @@ def tokens(k: int, parts: int = 1) -> Tensor:
     [
         *[(0, 0, 0), (64, 64, 64), (64, 0, 128), (KEEP, KEEP, KEEP), (KEEP, 64, 0), (128,)],
         *[(KEEP,), (SIX,), (SIX, SIX, SIX), (KEEP, SIX, 0)],
+        *[(FINE,), (FINE, FINE, FINE), (FINE + 64, FINE, FINE + 128), (FINE + 64,)],
     ],
 )
 def test_fused_layers(augments, k):
@@ -95,7 +101,7 @@ def test_a_list_that_is_shared_is_gathered_once():
 
 
 @pytest.mark.parametrize(("k", "parts"), [(512, 2), (512, 4), (448, 2), (360, 5), (344, 8)])
-@pytest.mark.parametrize("augment", [0, 64, KEEP, SIX])
+@pytest.mark.parametrize("augment", [0, 64, KEEP, SIX, FINE, FINE + 64])
 def test_row_parallel_slices_add_up(augment, k, parts):
     """CHECKLIST 34: with one scale per token the INT32 sums of the slices are those of the whole,
     also where a slice cuts a group."""
@@ -107,6 +113,7 @@ def test_row_parallel_slices_add_up(augment, k, parts):
         codes = tuple(part.of_codes(t, w.augment) for t in (w.qweight, w.qscale, w.qoffset))
         columns = columns_of(w, part)
         packed = pack(codes, w.scale, [72], [columns], part)
+        assert (packed.weight.shape[-1] == BLOCK_BYTES_G32) == (augment >= FINE)
         whole_groups = not part.lead and (part.length % GROUP == 0 or rank == parts - 1)
         whole = augment in (KEEP, SIX) and whole_groups  # and takes half of the columns
         assert int8.is_packed(packed.weight) == (whole and augment == KEEP)
@@ -117,8 +124,11 @@ def test_row_parallel_slices_add_up(augment, k, parts):
         assert torch.equal(quantize_activation(own.float())[0], own)
         total = total + sums(packed, own)
     assert torch.equal(total, whole_sums([w], x8))
-    if not augment and not part.lead and k % GROUP == 0:  # and each is that of `narrow_columns`
-        assert torch.equal(codes[0], w.narrow_columns(part.start, part.length).qweight)
+    if augment in (0, FINE) and not part.lead and k % GROUP == 0:  # those of `narrow_columns`
+        narrow = w.narrow_columns(part.start, part.length)
+        assert torch.equal(codes[0], narrow.qweight)
+        assert torch.equal(codes[1], narrow.qscale)
+        assert torch.equal(codes[2], narrow.qoffset)
 
 
 def test_what_cannot_be_is_refused():
@@ -131,6 +141,21 @@ def test_what_cannot_be_is_refused():
     missing = tuple(torch.full_like(t, 255) for t in codes_of([w]))
     with pytest.raises(RuntimeError, match="infeasible"):
         pack(missing, w.scale, [8], [torch.empty(0)], part)
+
+
+def test_what_is_stored_decides_the_shapes():
+    """The parameters of a fused layer: as wide as its widest part, and of one kind of groups."""
+    part, fine = Slice(0, 200, 200), Form(64, 32)
+    assert shape_of(8, "qweight", part, (Form(), Form(64))) == (8, 160)
+    assert shape_of(8, "qscale", part, (Form(), Form(64))) == (8, 5)
+    assert shape_of(8, "qscale", part, (fine, Form(0, 32))) == (8, 10)
+    assert checked(torch.zeros(8, 10, dtype=torch.uint8), "qscale", part, (fine,)).shape[1] == 10
+    with pytest.raises(ValueError, match=r"qoffset: expected uint8 with rows of 10, got .*5"):
+        checked(torch.zeros(8, 5, dtype=torch.uint8), "qoffset", part, (fine,))
+    assert one_or_each(("q", "k"), (Form(0, 32), Form(0, 32)), (8, 8)) == (Form(0, 32),)
+    message = "q: expected the same groups in layers that are fused, got groups of 32 and 64 in"
+    with pytest.raises(ValueError, match=message):
+        one_or_each(("q", "k"), (Form(0, 32), Form(256)), (8, 8))
 
 
 def test_padding():

@@ -153,7 +153,7 @@ def test_experts_refuse_them(device):
     x = ZERO(4, 64, dtype=torch.int8, device=device)
     offsets = ZERO(3, dtype=torch.int32, device=device)
     ones = torch.ones(4, device=device), torch.ones(2, 64, device=device)
-    with pytest.raises(RuntimeError, match=r"weight: expected 4-bit weights, .*\[2, 1, 1, 4096\]"):
+    with pytest.raises(RuntimeError, match=r"4-bit weights in groups of 64, .*\[2, 1, 1, 4096\]"):
         OPS.grouped_gemm(x, ones[0], weight, ones[1], offsets, None, None, "none")
 
 

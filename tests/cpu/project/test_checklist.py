@@ -110,6 +110,7 @@ def test_plans_are_those_that_the_library_dispatches_from() -> None:
         "liquidquant": plan_names(),
         "int8": [name for _, name in compiled_plans(8)],
         "liquidquant6": [name for _, name in compiled_plans(6)],
+        "liquidquant_g32": [name for _, name in compiled_plans(4, 32)],
         "grouped": grouped_plan_names(),
         "slots": slot_plan_names(),
     }
@@ -123,8 +124,8 @@ def test_plans_are_those_that_the_library_dispatches_from() -> None:
     for file in ("test_gemm.py", "test_canaries.py", "test_overtaking.py", "test_few_sms.py"):
         assert "plan_names()" in (TESTS / "gpu" / file).read_text()
     text = (TESTS / "gpu/test_weight_formats.py").read_text()
-    assert "BITS = (6, 8)" in text
-    assert "compiled_plans(bits)" in text
+    assert "FORMATS = ((4, 32), (6, 64), (8, 64))" in text
+    assert "compiled_plans(*of)" in text
     assert "slot_plan_names()" in (TESTS / "gpu/test_moe_by_slots.py").read_text()
     for file in ("test_grouped_gemm.py", "test_moe_chain.py"):
         assert "GROUPED_PLANS" in (TESTS / "gpu" / file).read_text()

@@ -305,4 +305,16 @@ OF_KERNEL = (
         (f"{FORMATS} -k every_weight", f"{FORMATS} -k every_plan"),
         units=("instantiations/liquidquant6/t256_p2_k1_s2.cu",),
     ),
+    Bug(
+        "second group of 32 has the step and offset of the first",
+        (
+            Patch(
+                "csrc/liquidgemm/formats/liquidquant_g32.hpp",
+                '"r"(params_ + offset), "n"(kParamBytes)',
+                '"r"(params_ + offset), "n"(0)',
+            ),
+        ),
+        (f"{FORMATS} -k every_weight", f"{FORMATS} -k every_plan"),
+        units=("instantiations/liquidquant_g32/t32_p1_k3_s2.cu",),
+    ),
 )

@@ -1,0 +1,11 @@
+#include "liquidgemm/formats/liquidquant_g32.hpp"
+#include "liquidgemm/host/launch_impl.hpp"
+#include "liquidgemm/kernel/schedule/dense.hpp"
+
+namespace liquidgemm {
+
+template cudaError_t launch<TileShape{128, 2, 1, 2}, LiquidQuantG32, int8_t>(DenseParams const&,
+                                                                             int,
+                                                                             cudaStream_t);
+
+}  // namespace liquidgemm
