@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..formats.liquidquant import BLOCK_BYTES, BLOCK_BYTES_G32, FINE_GROUP, GROUP, group_of, padded
+from ..formats.liquidquant import BLOCK_BYTES, BLOCK_BYTES_G32, FINE_GROUP, GROUP, group_of
 from ..weights.quantize import quantize_weight
-from ..weights.weight import QuantizedWeight, dequantize_weight
+from ..weights.weight import Form, QuantizedWeight, dequantize_weight, zeros
 from ._modules import as_linear, is_linear
 from ._packing import bits_of, pack, unpack
 from ._product import product
@@ -100,20 +100,7 @@ class LiquidLinear(nn.Module):
             )
         if out_features < 1:
             raise ValueError(f"out_features: expected at least 1, got {out_features}")
-        if augment < 0 or augment % GROUP:
-            raise ValueError(f"augment: expected a multiple of {GROUP}, got {augment}")
-        if group_size not in (FINE_GROUP, GROUP):
-            raise ValueError(f"group_size: expected {FINE_GROUP} or {GROUP}, got {group_size!r}")
-        columns = padded(in_features) + augment
-        groups = columns // group_size
-        zero = QuantizedWeight(
-            qweight=torch.zeros(out_features, columns // 2, dtype=torch.uint8, device=device),
-            qscale=torch.ones(out_features, groups, dtype=torch.uint8, device=device),
-            qoffset=torch.full((out_features, groups), 128, dtype=torch.uint8, device=device),
-            scale=torch.zeros(out_features, dtype=torch.float32, device=device),
-            in_features=in_features,
-            columns=torch.zeros(augment, dtype=torch.int32, device=device) if augment else None,
-        )
+        zero = zeros(in_features, out_features, Form(augment, group_size), device)
         zero_bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self._set(zero, zero_bias)
 

@@ -204,6 +204,31 @@ class QuantizedWeight:
         )
 
 
+def zeros(
+    in_features: int, out_features: int, form: Form, device: torch.device | str | None = None
+) -> QuantizedWeight:
+    """A weight of zeros.
+
+    Raises:
+        ValueError: a form that there is not, or as `QuantizedWeight`.
+    """
+    augment, group_size = form.augment, form.group_size
+    if augment < 0 or augment % GROUP:
+        raise ValueError(f"augment: expected a multiple of {GROUP}, got {augment}")
+    if group_size not in (FINE_GROUP, GROUP):
+        raise ValueError(f"group_size: expected {FINE_GROUP} or {GROUP}, got {group_size!r}")
+    columns = padded(in_features) + augment
+    n, groups = out_features, columns // group_size
+    return QuantizedWeight(
+        qweight=torch.zeros(n, columns // 2, dtype=torch.uint8, device=device),
+        qscale=torch.ones(n, groups, dtype=torch.uint8, device=device),
+        qoffset=torch.full((n, groups), 128, dtype=torch.uint8, device=device),
+        scale=torch.zeros(n, dtype=torch.float32, device=device),
+        in_features=in_features,
+        columns=torch.zeros(augment, dtype=torch.int32, device=device) if augment else None,
+    )
+
+
 def _check_range(what: str, start: int, length: int, size: int) -> None:
     if start < 0 or length < 1 or start + length > size:
         raise ValueError(
