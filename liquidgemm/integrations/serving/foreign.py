@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...formats.liquidquant import FINE_GROUP
-from ...importers import FORMATS, layers_of
+from ...importers import FORMATS, fp4, layers_of
 from ...importers.settings import LayerSettings, Settings, merged
 from ...importers.source import AnyWeight, fit, is_finer
 from ...importers.wide import ByteWeight, FineWeight
@@ -68,6 +68,11 @@ def foreign_layers(files: Mapping[str, dict], names: Iterable[str]) -> dict[str,
     settings.pop("quant_method", None)
     found = layers_of(module, sorted(names), module.scheme(Settings(settings)))
     for layer in found:
+        if layer.settings.layout in fp4.SPANS:
+            raise ValueError(
+                f"{layer.name}: expected integer codes, got {layer.settings.layout}: floats of 4 "
+                "bits need 8 bits here: convert the checkpoint before by `liquidgemm import`"
+            )
         span = layer.settings.group_size or -1
         if span != -1 and span % FINE_GROUP:
             raise _too_fine(span)

@@ -111,9 +111,11 @@ def test_formula_is_the_library_s(format: str, bits: int, group: int) -> None:
         assert len(sweep.considered().us) == len(rows)
         scored |= {c.plan for c in candidates}
     kinds = {plan.rsplit("_", 1)[-1] for plan in scored}
-    assert kinds >= ({"pairs", "split4", "s2", "half"} if bits == 4 else {"pairs", "split2", "s2"})
+    assert kinds >= (
+        {"pairs", "split4", "s2", "half"} if format == "liquidquant" else {"pairs", "split2", "s2"}
+    )
     groups = {re.search(r"_k(\d)_", plan)[1] for plan in scored}
-    assert groups >= ({"1", "2", "3", "4"} if bits == 4 else {"1", "3", "4"})
+    assert groups >= ({"1", "2", "3", "4"} if format == "liquidquant" else {"1", "3", "4"})
 
 
 @pytest.mark.parametrize("format", FITTED)

@@ -174,5 +174,5 @@ def test_settings_of_another_kind_are_refused(tmp_path, key, value):
 def test_engines_refuse_it_before_anything_is_loaded(kind):
     stored, settings, _ = layer(kind)
     names = [f"a.{key}" for key in stored]
-    with pytest.raises(ValueError, match=f"got {SPANS[kind]}: .*liquidgemm import"):
+    with pytest.raises(ValueError, match=f"expected integer codes, got {kind}: .*import"):
         foreign_layers({"config.json": settings}, names)

@@ -228,7 +228,7 @@ SCALE = "model.layers.0.mlp.up_proj.scale"
     ("damage", "message"),
     [
         (lambda f: drop(f, SCALE), f"{SCALE}: missing in "),
-        (lambda f: edit(f, lambda c: c.update(format_version=3)), "newer liquidgemm"),
+        (lambda f: edit(f, lambda c: c.update(format_version=4)), "newer liquidgemm"),
         (lambda f: edit(f, lambda c: c.update(config={"digits": 3})), r"got \['digits'\]"),
         (lambda f: edit(f, lambda c: c.pop("layers")), "expected the quantized layers"),
         (
