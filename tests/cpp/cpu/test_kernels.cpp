@@ -62,12 +62,11 @@ struct Problem {
   Problem(int64_t m, int64_t n, int64_t k, bool extreme, uint32_t seed, FormatId format)
       : m(m), n(n), k(k), groups((k + 63) / 64), format(format) {
     Random random{seed};
-    const std::vector<int> weights = format == FormatId::kInt8 ? pack_int8(extreme, random)
-                                     : format == FormatId::kLiquidQuant6
-                                         ? pack_liquidquant6(extreme, random)
-                                     : format == FormatId::kLiquidQuantG32
-                                         ? pack_liquidquant(extreme, random, 32)
-                                         : pack_liquidquant(extreme, random, 64);
+    const std::vector<int> weights =
+        format == FormatId::kInt8             ? pack_int8(extreme, random)
+        : format == FormatId::kLiquidQuant6   ? pack_liquidquant6(extreme, random)
+        : format == FormatId::kLiquidQuantG32 ? pack_liquidquant(extreme, random, 32)
+                                              : pack_liquidquant(extreme, random, 64);
     x.resize(m * k);
     for (int8_t& value : x)
       value = int8_t(extreme ? (random(2) ? 127 : -127) : int(random(255)) - 127);
