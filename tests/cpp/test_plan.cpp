@@ -176,7 +176,8 @@ int main() {
           expect(select_gemm(p).launches() == 1, "a GEMM is one launch", select_gemm(p));
           expect(select_linear(p, false).launches() == 2, "unreadable x takes two launches",
                  select_linear(p, false));
-          for (FormatId format : {FormatId::kInt8, FormatId::kLiquidQuant6, FormatId::kLiquidQuantG32}) {
+          for (FormatId format :
+               {FormatId::kInt8, FormatId::kLiquidQuant6, FormatId::kLiquidQuantG32}) {
             const Problem other{m, n, k, sms, 3.35e6, format};
             for (LaunchPlan const& l :
                  {select_gemm(other), select_gemm(other, Activations::kJustQuantized),
