@@ -73,3 +73,21 @@ def test_structures(kind, tmp_path):
     assert_near(logits(engine(tmp_path / "ours", dtype=dtype)), wanted, bound)
     llm = engine(tmp_path / "float", quantization="liquidgemm", dtype=dtype)
     assert_near(logits(llm), wanted_online, bound)
+
+
+@pytest.mark.parametrize("kind", ["norms of heads", "fused on disk", "sliding windows"])
+def test_compiled_structures(kind, tmp_path):
+    """Norms quantize for the layers after them where they are vLLM's `RMSNorm`."""
+    model = make(kind)
+    quantize_(model, LiquidConfig(augment=64), progress=False, verify=False)
+    save_quantized(model, tmp_path)
+    wanted = expected(load_quantized(tmp_path))
+    llm = engine(tmp_path, enforce_eager=False, max_num_batched_tokens=128)
+    assert_near(logits(llm), wanted)
+    assert llm.apply_model(_quantizing)[0] == (0 if kind == "sliding windows" else 4)
+
+
+def _quantizing(model: torch.nn.Module) -> int:
+    """Norms of two blocks; Gemma's are of a class of their own."""
+    norms = (m for m in model.modules() if type(m).__name__ == "QuantizingRMSNorm")
+    return sum(norm.quantizes for norm in norms)

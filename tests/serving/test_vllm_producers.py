@@ -190,3 +190,11 @@ def test_batch_invariance_is_that_of_vllm(monkeypatch):
         found = producers.Producers()
         found.find()
     assert "VLLM_BATCH_INVARIANT" in found.state("input_layernorm")
+
+
+@pytest.mark.parametrize("mode", [CompilationMode.NONE, CompilationMode.VLLM_COMPILE])
+def test_settings_are_looked_at_in_every_mode(mode):
+    with compiling(additional_config={"liquidgemm": {"fused": True}}):
+        get_current_vllm_config().compilation_config.mode = mode
+        with pytest.raises(ValueError, match=r"liquidgemm to be \{exact_tensor_parallel, f"):
+            down(config_of({"a.down_proj": 0}), K, 96)

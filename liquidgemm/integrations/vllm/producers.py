@@ -116,12 +116,16 @@ class Producers:
 
 
 def _why_not() -> str | None:
-    """Why norms do not quantize; makes vLLM take ours if they do."""
+    """Why norms do not quantize; makes vLLM take ours if they do.
+
+    Raises:
+        ValueError: settings of ours that are not understood, in whatever mode vLLM is.
+    """
+    if not setting("fused_producers"):
+        return "switched off"
     config = get_current_vllm_config_or_none()
     if config is None or not config.compilation_config.mode:
         return "layers are not compiled"
-    if not setting("fused_producers"):
-        return "switched off"
     if config.lora_config is not None:
         return "adapters take floats"
     if config.parallel_config.tensor_parallel_size > 1:
