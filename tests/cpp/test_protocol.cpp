@@ -42,6 +42,9 @@ void test_tile() {
            "slot");
   }
   expect(Arrivals::kFull == (Tile::kQuantizes ? 1 : 2), Tile::kShape, "full");
+  // Where a warp resolves tiles: two loaders, and every warp that multiplies.
+  expect(Tile::kQuantizes || 2 + Tile::kConsumerThreads / 32 * kReleasesPerWarp == Arrivals::kTaken,
+         Tile::kShape, "taken");
 }
 
 template <TileShape tile, class Format>

@@ -1,6 +1,4 @@
-// The barriers of every launch: what a phase of each means, who arrives, and how often. Those by
-// which a source of work hands out items are beside it: `resolved` and `taken` in
-// schedule/grouped.hpp.
+// All barriers: what a phase of each means, who arrives, and how often.
 //
 // clang-format off
 //   barrier          a phase means                            arrivals per phase             and bytes
@@ -16,6 +14,10 @@
 //   drained[panel]   every CTA has read what it received      1 per warp of the panel, from
 //                                                             every CTA
 //   multiplied       the peer no longer needs its ring        1 per consumer warp of the peer
+//
+//   if a warp resolves tiles (schedule/grouped.hpp, where they are initialized):
+//   resolved[entry]  the place of a tile is known             1: a lane of the resolver
+//   taken[entry]     every role is done with the place        1 per loader and per consumer warp
 //
 //   named barriers: one per panel, for its consumer threads
 // clang-format on
@@ -50,6 +52,9 @@ struct Arrivals {
   static constexpr int kRead = 1;
   static constexpr int kReceived = 1;
   static constexpr int kMultiplied = Tile::kConsumerGroups * kWarpsPerGroup;
+  static constexpr int kResolved = 1;
+  // The loaders of a stage, and every consumer warp, read each entry.
+  static constexpr int kTaken = kFull + Tile::kConsumerGroups * kWarpsPerGroup * kReleasesPerWarp;
   static constexpr int empty(bool pairs) {
     return kWarpsOfStage * kReleasesPerWarp * (pairs ? 2 : 1);
   }

@@ -6,11 +6,10 @@
 // resolves their places, well ahead of the roles, which read them from a ring of entries in shared
 // memory:
 //
-//   role              threads               waits for         arrives at
-//   ----------------  --------------------  ----------------  ------------------------------
-//   resolver          a warp, last group    taken[entry]      resolved[entry]: 1
-//   all other roles   as in kernel.hpp      resolved[entry]   taken[entry]: 1 per loader and
-//                                                             per consumer warp
+//   role              threads               waits for         arrives at (counts: protocol.hpp)
+//   ----------------  --------------------  ----------------  ---------------------------------
+//   resolver          a warp, last group    taken[entry]      resolved[entry]
+//   all other roles   as in kernel.hpp      resolved[entry]   taken[entry]
 //
 // Each lane of the resolver knows how many m tiles a run of experts has; a tile is found among the
 // lanes, then among the experts of that lane. The last entry says that there is no tile: it may be
@@ -81,10 +80,6 @@ template <class Tile>
 class GroupedScheduler {
   using Barrier = cutlass::arch::ClusterBarrier;
   static constexpr int kEntries = GroupedSchedule::kEntries;
-  static constexpr int kResolved = 1;
-  static constexpr int kLoaders = 2;
-  static constexpr int kTaken =
-      kLoaders + Tile::kConsumerGroups * kWarpsPerGroup * kReleasesPerWarp;
   static_assert(!Tile::kQuantizes, "both loaders walk the items");
   static_assert(Tile::kStagesAhead == 0, "a CTA may have no tile, and so nothing to hold");
 
@@ -95,8 +90,8 @@ class GroupedScheduler {
   // By one thread, which makes the barriers visible.
   CUTE_DEVICE static void init() {
     for (int i = 0; i < kEntries; ++i) {
-      Barrier::init(&shared().resolved[i], kResolved);
-      Barrier::init(&shared().taken[i], kTaken);
+      Barrier::init(&shared().resolved[i], Arrivals<Tile>::kResolved);
+      Barrier::init(&shared().taken[i], Arrivals<Tile>::kTaken);
     }
   }
 
