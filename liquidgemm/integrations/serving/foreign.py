@@ -59,9 +59,12 @@ def foreign_layers(files: Mapping[str, dict], names: Iterable[str]) -> dict[str,
     method = methods.pop() if len(methods) == 1 else None
     formats = [name for name in FORMATS if name not in _IN_8_BITS]
     if method not in formats:
+        why = "the 4-bit grid cannot hold it, or what its tensors mean is not known"
+        if method in _IN_8_BITS:
+            why = "it needs 8 bits here: convert the checkpoint before by `liquidgemm import`"
+        known = ", ".join(name for name in formats if name != "mxfp4")  # which says why not itself
         raise ValueError(
-            f"quant_method: expected one of {', '.join(formats)} to convert while loading, got "
-            f"{method!r}: the 4-bit grid cannot hold it, or what its tensors mean is not known"
+            f"quant_method: expected one of {known} to convert while loading, got {method!r}: {why}"
         )
     module: ModuleType = FORMATS[method]
     settings = merged(files, module.SYNONYMS, module.HARMLESS)

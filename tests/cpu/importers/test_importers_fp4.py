@@ -176,3 +176,12 @@ def test_engines_refuse_it_before_anything_is_loaded(kind):
     names = [f"a.{key}" for key in stored]
     with pytest.raises(ValueError, match=f"expected integer codes, got {kind}: .*import"):
         foreign_layers({"config.json": settings}, names)
+
+
+@pytest.mark.parametrize(
+    ("method", "why"), [("bitsandbytes", "liquidgemm import"), ("fp8", "grid")]
+)
+def test_engines_say_what_to_do_with_formats_that_they_do_not_convert(method, why):
+    expected = rf"expected one of compressed-tensors, awq, gptq, .*qqq to .*, got '{method}'.*{why}"
+    with pytest.raises(ValueError, match=expected):
+        foreign_layers({"config.json": {"quant_method": method}}, ["a.weight"])
