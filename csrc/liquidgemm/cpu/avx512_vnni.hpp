@@ -108,6 +108,7 @@ struct Avx512Vnni {
   template <int B, int T>
   [[gnu::noinline]] static void multiply_part(
       uint8_t const* weights, int8_t const* x, int depth, int32_t* sums, Lines& ahead) {
+    constexpr int kWords = B == kPanelBands ? 4 : 1;  // fewer bands would be spilled
     __m512i part[T][B];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
@@ -118,14 +119,17 @@ struct Avx512Vnni {
     for (int d = 0; d < depth; ++d) {
       ahead.step();
 #pragma GCC unroll 1
-      for (int k = 0; k < kGroup; k += 4) {
-        __m512i w[B];
+      for (int first = 0; first < kGroup; first += 4 * kWords) {
 #pragma GCC unroll 8
-        for (int b = 0; b < B; ++b)
-          w[b] = _mm512_load_si512(weights + b * kTileBytes + kBand * k);
+        for (int k = first; k < first + 4 * kWords; k += 4) {
+          __m512i w[B];
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t)
-          add_products(part[t], w, x + kGroup * t + k);
+          for (int b = 0; b < B; ++b)
+            w[b] = _mm512_load_si512(weights + b * kTileBytes + kBand * k);
+#pragma GCC unroll 8
+          for (int t = 0; t < T; ++t)
+            add_products(part[t], w, x + kGroup * t + k);
+        }
       }
       weights += kPanelBands * kDecodedBand;
       x += kTileBytes;
