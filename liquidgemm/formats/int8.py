@@ -65,7 +65,7 @@ def stored_twice(
         return False
     if not torch.equal(columns, columns_of(in_features, columns.device)):
         return False
-    # What is stored past K would be multiplied by the last feature.
+    # Columns past K repeat the last feature, so a code there would change the product.
     last = qweight[:, (width + in_features) // 2 :]
     return not unpack_nibbles(last)[:, in_features % 2 :].any()
 

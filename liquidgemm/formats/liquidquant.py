@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 GROUP = 64
-"""Columns of one block of the packed layout, and of what can be sliced; as a rule they share one
-(s, a) pair."""
+"""Columns of one packed block, and the unit in which columns are sliced. As a rule the columns of a
+row of a block share one (s, a) pair."""
 
 FINE_GROUP = 32
 """Columns that share one in a weight of groups of 32."""
@@ -40,10 +40,10 @@ BLOCK_BYTES = PANEL * GROUP // 2 + 2 * PANEL
 """Bytes of one packed block: 64 x 64 nibbles and one (s, a) pair for each row."""
 
 BLOCK_BYTES_G32 = PANEL * GROUP // 2 + 2 * PANEL * (GROUP // FINE_GROUP)
-"""The same of groups of 32."""
+"""The same for groups of 32, two of which make a block."""
 
 BLOCK_BYTES_6 = PANEL * GROUP * 6 // 8 + 2 * PANEL
-"""The same of 6-bit codes."""
+"""The same for 6-bit codes."""
 
 Q_MAX = 15
 """Largest value of a nibble."""
@@ -95,7 +95,7 @@ def code_bits(qweight: Tensor, qscale: Tensor) -> int:
 
 
 def group_of(qweight: Tensor, qscale: Tensor) -> int:
-    """Columns that share an (s, a) pair, 64 or 32. What is of neither is taken for 64."""
+    """Columns that share an (s, a) pair: 32 if the shapes say so, else 64."""
     both = qweight.dim() == 2 and qscale.dim() == 2
     fine = both and qweight.shape[1] * 2 == qscale.shape[1] * FINE_GROUP > 0
     return FINE_GROUP if fine else GROUP

@@ -74,7 +74,7 @@ class SourceWeight:
         return n, k
 
     def is_finer(self, than: int) -> bool:
-        """Whether groups begin within so many columns."""
+        """Whether a group ends inside a run of `than` columns, so that ours cannot hold it."""
         return self.span < self.codes.shape[1] and self.span % than != 0
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -112,7 +112,7 @@ def in_words(measure: str) -> str:
 
 
 def _plain(trial: Trial) -> dict:
-    """As JSON can hold it, which has no infinity, the loss of a broken model."""
+    """A trial as JSON: the loss of a broken model is infinite, which JSON cannot hold, so None."""
     values = {**asdict(trial), "config": trial.config and trial.config.to_dict()}
     if trial.loss is not None and not math.isfinite(trial.loss):
         values["loss"] = None

@@ -42,7 +42,7 @@ class Summary:
             self.complete(device)
 
     def complete(self, device: torch.device) -> None:
-        """Once the last layer is packed, and again after each load."""
+        """Say the lines: called once the last layer is packed, and again after each load."""
         for line in self.lines(device):
             self.say(line)
 

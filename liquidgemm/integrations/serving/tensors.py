@@ -18,15 +18,15 @@ from ...weights.weight import Form
 from .layout import Packed, Slice, pack
 
 CODES = ("qweight", "qscale", "qoffset")
-"""The tensors of codes."""
+"""The tensors of a checkpoint that hold codes, steps and offsets."""
 
 MISSING = 255
-"""What is there before anything is loaded: a step and an offset that are not feasible together, and
-codes that no weight has throughout."""
+"""Fills these tensors before anything is loaded: as step and offset it is not feasible, and no
+weight has it for all codes."""
 
 
 def _per_byte(name: str, form: Form) -> int:
-    """How many columns a byte of a tensor of codes is for."""
+    """How many columns one byte of such a tensor covers."""
     return 2 if name == "qweight" else form.group_size
 
 

@@ -50,7 +50,7 @@ def _silu_mul_quantized(x: Tensor, linear: nn.Module):
 
 
 def attach(x: Tensor, data: Tensor, scale: Tensor) -> None:
-    """What `as_quantized` gives of x, a tensor that may be used as it is, too."""
+    """Hang the quantized rows on x, where `as_quantized` finds them; x itself stays usable."""
     setattr(x, _ATTACHED, (data, scale))
 
 

@@ -67,7 +67,7 @@ PRODUCERS = {"RMSNorm": QuantizingRMSNorm, "SiluAndMul": QuantizingSiluAndMul}
 
 
 class Producers:
-    """Those of one model: found while it is made, switched on when its layers are packed."""
+    """A model's producers: found while vLLM builds it, switched on once its layers are packed."""
 
     def __init__(self) -> None:
         self._why_not: str | None = None
@@ -76,7 +76,7 @@ class Producers:
         self._on: Counter[str] = Counter()
 
     def find(self) -> None:
-        """From now on, in the model that is made under vLLM's current config."""
+        """Watch for producers in the model that vLLM builds under its current config."""
         if self._hook is None and not self._on and self._why_not is None:
             self._why_not = _why_not()
             if self._why_not is None:
@@ -88,7 +88,7 @@ class Producers:
             self._found.append((weakref.ref(parent), name))
 
     def switch_on(self) -> None:
-        """Each before a layer of ours quantizes for it from now on."""
+        """Let each producer that feeds a layer of ours quantize for it from now on."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -105,7 +105,7 @@ class Producers:
             self._on[name] += producer.quantizes
 
     def state(self, name: str) -> str:
-        """Whether those of such a name quantize, and why not."""
+        """Whether the producers of this name quantize; if none does, why."""
         return (
             "yes" if self._on[name] else f"no: {self._why_not or 'none is before a layer of ours'}"
         )

@@ -1,4 +1,4 @@
-"""What users ask of us in vLLM's additional config.
+"""Our settings in vLLM's additional config.
 
 vllm serve DIR --additional-config '{"liquidgemm": {"fused_producers": false}}'
 """

@@ -18,7 +18,7 @@ from ...weights.weight import QuantizedWeight, dequantize_weight
 
 
 class LearnedCodes:
-    """What is learned of one weight.
+    """The learned codes of one weight.
 
     Args:
         base: the codes to start from. Its residual columns stay as they are.
@@ -36,7 +36,7 @@ class LearnedCodes:
             for p in (base.qscale, base.qoffset)
         )
         self._first = unpack_nibbles(base.qweight[:, : padded(k) // 2])[:, :k]
-        # What v is beside q s: z, and what residual columns add.
+        # v - q s: the offset, and what residual columns add.
         unit = dequantize_weight(replace(base, scale=torch.ones_like(base.scale)))
         self._rest = unit - self._first * self._step
         self._top = ((255 - offset) / self._step).floor_().clamp_(max=Q_MAX)

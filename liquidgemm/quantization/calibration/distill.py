@@ -125,7 +125,7 @@ class Student:
 
     @torch.no_grad()
     def loss(self, measure: str, batches: Batches) -> float:
-        """How it does on held-out data."""
+        """The mean loss of the student on held-out data."""
         total = count = 0.0
         for number, batch in enumerate(batches):
             with running(self.model, batch, f"held_out: batch {number}"):
@@ -138,7 +138,7 @@ class Student:
             return divergence(self.model, batch, *self._outputs(batch))
 
     def _outputs(self, batch: Tensor | Mapping[str, Any]) -> tuple[Any, Any]:
-        """Its own, and those of the float model."""
+        """The outputs of the student, and those of the float model."""
         with torch.no_grad():
             args, kwargs = model_inputs(batch, self._teacher)
             expected = map_tensors(self._teacher(*args, **kwargs), lambda t: t.to(self._device))
@@ -149,7 +149,7 @@ class Student:
 
 
 def _of_tokens(batches: Batches, order: list[int]) -> list[int]:
-    """The first of them that have as many tokens as a step takes."""
+    """The first batches, in this order, that together have the tokens of a step."""
     chosen, tokens = [], 0
     for i in order:
         chosen.append(i)

@@ -114,7 +114,7 @@ def _distill(
     device: torch.device | str | None,
     progress: bool,
 ) -> None:
-    """Fit what has been found as a whole."""
+    """Distill: fit the calibrated layers together, as one model."""
     student = Student(model, result.weights, result.tensors, result.biases, device)
     if held_out is not None:
         result.held_out[UNDISTILLED] = student.loss(result.measure, held_out)

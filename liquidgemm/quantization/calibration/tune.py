@@ -23,7 +23,7 @@ from .simulate import SimulatedLinear
 
 _RATE = 1e-3  # of factors and gains, relative to their size, falling to 0
 # The rates of all steps, in steps of the grid: as they fall to 0, codes that hop to and fro come to
-# rest. Most of what is gained, is gained then.
+# rest, which brings most of the gain.
 _PATH = 0.5
 _TOKENS = 2048  # per step, in whole batches
 _CHECKS = 20
