@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_llama import attention_model
 
+import liquidgemm
 from liquidgemm.integrations.transformers_cache import LiquidCache
 
 PROMPT = torch.arange(2 * 13).view(2, 13) * 7 % 90 + 3
@@ -135,6 +136,26 @@ def test_a_compiled_step_is_the_same() -> None:
 
 def refused(kind: type[Exception], message: str):
     return pytest.raises(kind, match=message)
+
+
+@pytest.mark.parametrize("first", ["fuse_", "attention"])
+def test_with_fused_layers_and_a_head_of_8_bits(llama, first: str) -> None:
+    """All that docs/decode.md switches on, in either order: the tokens of the layers one by one."""
+    quantized = copy.deepcopy(llama).bfloat16()
+    config = liquidgemm.LiquidConfig(method="rtn", head="int8")
+    liquidgemm.quantize_(quantized, config, progress=False, verify=False)
+    tokens, expected = generated(liquid(quantized), cache=LiquidCache(llama.config, 32))
+    fused = liquid(quantized) if first == "attention" else quantized
+    assert len(liquidgemm.fuse_(fused).fused) == llama.config.num_hidden_layers
+    fused = liquid(fused)
+    cache = LiquidCache(llama.config, 32)
+    found, logits = generated(fused, cache=cache)
+    assert torch.equal(found, tokens)
+    assert relative_error(logits.float(), expected.float()) < 0.01
+    assert cache.get_seq_length() == tokens.shape[1] - 1
+    plain = liquidgemm.unfuse_(copy.deepcopy(fused))
+    again = generated(plain, cache=LiquidCache(llama.config, 32))[1]
+    assert torch.equal(again, expected)
 
 
 def test_what_is_refused(llama) -> None:
