@@ -95,19 +95,21 @@ def choose_factors(
         return total
 
     best, best_alpha, least = None, None, error(None)
-    for alpha in _ALPHAS:
-        m = _factors(amax, wmax, alpha, layout)
-        if (e := error(m)) < least:
-            best, best_alpha, least = m, alpha, e
+    # One token may have what is the largest by far: the mean square hardly knows of it.
+    for size in (amax, mean_square.sqrt()):
+        for alpha in _ALPHAS:
+            m = _factors(size, wmax, alpha, layout)
+            if (e := error(m)) < least:
+                best, best_alpha, least = m, alpha, e
     return best, best_alpha
 
 
-def _factors(amax: Tensor, wmax: Tensor, alpha: float, layout: tuple[int, int, int]) -> Tensor:
+def _factors(size: Tensor, wmax: Tensor, alpha: float, layout: tuple[int, int, int]) -> Tensor:
     def tied(values: Tensor) -> Tensor:
         heads, repeats, size = layout
         return values.view(heads, repeats, size).amax(1, keepdim=True)
 
-    a, w = tied(amax), tied(wmax)
+    a, w = tied(size), tied(wmax)
     usable = (a > 0) & (w > 0)
     a, w = torch.where(usable, a, 1), torch.where(usable, w, 1)
     m = a.pow(alpha) / w.pow(1 - alpha)
