@@ -41,3 +41,17 @@ def test_layers_are_judged_with_their_own_bits(monkeypatch):
     config = LiquidConfig("gptq", smooth=True, keep=("v_proj", "down_proj"), bits={"o_proj": 6})
     quantize_(make(), config, calibration=batches(), progress=False)
     assert judged == 2 * [[4, 4, 8], [6], [4, 4], [8]]
+
+
+def test_one_token_does_not_decide_what_a_channel_needs():
+    """It makes the largest of every third channel: their mean squares are those of the others."""
+    x, weights = site(tokens=2048)
+    m = chosen(x, weights, bits=(8, 8))
+    wmax = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    by_size = {
+        name: [smooth._factors(size, wmax, alpha, LAYOUT) for alpha in smooth._ALPHAS]
+        for name, size in (("max", x.abs().amax(0)), ("mean square", x.square().mean(0).sqrt()))
+    }
+    assert [name for name, found in by_size.items() if any(torch.equal(m, f) for f in found)] == [
+        "mean square"
+    ]
