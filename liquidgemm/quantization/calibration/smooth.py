@@ -104,12 +104,12 @@ def choose_factors(
     return best, best_alpha
 
 
-def _factors(size: Tensor, wmax: Tensor, alpha: float, layout: tuple[int, int, int]) -> Tensor:
+def _factors(channels: Tensor, wmax: Tensor, alpha: float, layout: tuple[int, int, int]) -> Tensor:
     def tied(values: Tensor) -> Tensor:
         heads, repeats, size = layout
         return values.view(heads, repeats, size).amax(1, keepdim=True)
 
-    a, w = tied(size), tied(wmax)
+    a, w = tied(channels), tied(wmax)
     usable = (a > 0) & (w > 0)
     a, w = torch.where(usable, a, 1), torch.where(usable, w, 1)
     m = a.pow(alpha) / w.pow(1 - alpha)
