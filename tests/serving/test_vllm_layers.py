@@ -29,6 +29,7 @@ from liquidgemm.integrations.serving.layout import Slice
 from liquidgemm.integrations.serving.tensors import CODES
 from liquidgemm.integrations.vllm import fusion
 from liquidgemm.integrations.vllm.parameters import dummy_codes
+from liquidgemm.weights.weight import Form
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -238,7 +239,7 @@ def test_the_mlp_of_vllm_is_fused_or_says_why_not():
 def test_dummy_weights_of_8_bits_are_of_8_bits(start):
     """What `--load-format dummy` makes of a layer all of whose columns are stored twice."""
     part = Slice(start, K - start, K)
-    codes = [dummy_codes(72, name, part, (K,)) for name in CODES]
+    codes = [dummy_codes(72, name, part, (Form(K),)) for name in CODES]
     assert codes[0].unique().numel() > 200
     assert int8.is_int8(*codes, int8.columns_of(K - start), K - start)
     assert not int8.is_int8(*codes, int8.columns_of(K - start), K - start - 64)
