@@ -136,8 +136,21 @@ def is_linear(name: str, value: Tensor) -> bool:
     )
 
 
+def _in_groups_of_32(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Steps of groups are whole multiples, 1 to 15, of a power of two for each row."""
+    groups = weight.unflatten(1, (-1, 32)).abs().amax(2)
+    unit = (groups.amax(1, keepdim=True) / (7 * 15)).log2().ceil().exp2()
+    scales = (unit * (groups / (7 * unit)).ceil().clamp(1, 15)).half()
+    steps = scales.float().repeat_interleave(32, 1)
+    codes = ((weight / steps).round().clamp(-8, 7) + 8).to(torch.uint8)
+    zeros = torch.full(scales.shape, 8, dtype=torch.uint8)
+    return foreign.awq(codes, scales, zeros), foreign.weight_of(codes, scales, zeros)
+
+
 def quantized(weight: Tensor, name: str) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors of a layer per channel, and its weight in float64 as the format has it."""
+    if name == "awq in groups of 32":
+        return _in_groups_of_32(weight)
     scales = (weight.abs().amax(1, keepdim=True) / 7).half()
     codes = ((weight / scales).round().clamp(-8, 7) + 8).to(torch.uint8)
     zeros = torch.full_like(codes[:, :1], 8)
@@ -172,6 +185,7 @@ SETTINGS = {
     "pack-quantized": compressed(),
     "int-quantized": compressed("int-quantized"),
     "awq": {"quant_method": "awq", "bits": 4, "version": "gemm", "group_size": -1},
+    "awq in groups of 32": {"quant_method": "awq", "bits": 4, "version": "gemm", "group_size": 32},
     "gptq": foreign.gptq_settings(-1, 1),
     "gptq_v2": foreign.gptq_settings(-1, 2),
     "qoq": {"quant_method": "qoq", "wbits": 4, "group_size": -1},

@@ -74,6 +74,7 @@ def test_every_format(tmp_path, name):
     layers = assert_same_model(tmp_path / "source", tmp_path / "out", type(model), weights)
     for layer, weight in weights.items():
         assert torch.equal(layers[layer].dequantize(), weight.float())
+        assert layers[layer].group_size == (32 if name.endswith("groups of 32") else 64)
 
 
 def test_transposed_weights(tmp_path):
