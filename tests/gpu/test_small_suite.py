@@ -11,13 +11,14 @@ from problems import (
     linear_in_two,
     random_problem,
     run,
+    testing,
 )
 
 import liquidgemm
 from liquidgemm.kv import KVCache
 from liquidgemm.ops._dequantize import dequantize_packed
 from liquidgemm.ops._pack import decoded
-from liquidgemm.ops.plans import compiled_plans, plan_names
+from liquidgemm.ops.plans import compiled_plans, plan_names, slot_plan_names
 
 
 def test_gemm_small() -> None:
@@ -105,6 +106,30 @@ def test_moe_small() -> None:
     tensors += [second.weight, second.weight_scale / 1000]
     expected = torch.ops.liquidgemm.moe(*(t.cpu() for t in tensors))
     assert_equal(torch.ops.liquidgemm.moe(*tensors).cpu(), expected, "moe")
+
+
+def test_moe_by_slots_small() -> None:
+    """CHECKLIST 15: the layer in three launches, by every plan, and with ids of elsewhere."""
+    first, second = grouped_problem([0] * 5, 1040, 600), grouped_problem([0] * 5, 600, 520)
+    x = torch.randn(2, 600, device=DEVICE).bfloat16()
+    ids = torch.tensor([[4, 1, 5], [0, 4, 2]], device=DEVICE)
+    weights = torch.rand(2, 3, device=DEVICE)
+    tensors = [x, ids, weights, first.weight, first.weight_scale / 1000]
+    tensors += [second.weight, second.weight_scale / 1000]
+    expected = torch.ops.liquidgemm.moe(*(t.cpu() for t in tensors))
+    for plan, name in enumerate(slot_plan_names()):
+        arguments = (*tensors, None, None, "silu_mul", plan, plan)
+        assert_equal(testing.moe_by_slots(*arguments).cpu(), expected, name)
+
+
+def test_schedule_small() -> None:
+    """CHECKLIST 15: by one CTA, and by clusters of them; with ids of elsewhere."""
+    for tokens in (9, 600, 1500):
+        ids = torch.randint(-1, 6, (tokens, 3))
+        found = torch.ops.liquidgemm.moe_schedule(ids.to(DEVICE), 5)
+        expected = torch.ops.liquidgemm.moe_schedule(ids, 5)
+        for i, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
+            assert_equal(actual.cpu(), wanted, f"{tokens=} output {i}")
 
 
 def test_producers_small() -> None:
