@@ -121,6 +121,7 @@ class Reference(nn.Module):
         self._model = model
         self._hidden: dict[bytes, Tensor] = {}
 
+    @torch.no_grad()
     def forward(self, input_ids: Tensor) -> SimpleNamespace:
         key = input_ids.cpu().numpy().tobytes()
         if key not in self._hidden:
