@@ -141,7 +141,8 @@ def test_other_projects_checkpoints_are_converted_as_they_are_loaded(name, tmp_p
 
 def test_weights_are_loaded_again_in_place(tmp_path):
     """What sleeping and reinforcement learning need: a graph that was captured stays valid."""
-    recipe = {"augment": 64, "keep": ("o_proj",), "bits": {"down_proj": 6}}
+    # Layers with residual columns, with all columns twice and with none.
+    recipe = {"augment": {"q_proj": 64}, "keep": ("o_proj",), "bits": {"down_proj": 6}}
     folder = quantized(tmp_path / "one", **recipe)
     llm = engine(folder)
     before = logits(llm)

@@ -130,7 +130,8 @@ class LiquidLinearMethod(PackedLinearMethod):
         scale = layer.scale.data
         if self.dummy:
             scale = scale.abs()
-        columns = layer.columns.data if "columns" in layer._parameters else None
+        columns = layer._parameters.get("columns")
+        columns = None if columns is None else columns.data
         if self.dummy and columns is not None:
             some = torch.arange(columns.numel(), dtype=torch.int32, device=columns.device)
             columns = some.view(columns.shape) % self.part.total
