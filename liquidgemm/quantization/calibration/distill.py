@@ -54,7 +54,11 @@ class Student:
     ) -> None:
         self._teacher = model
         self._device = device or next(model.parameters()).device
-        self.model = copy.deepcopy(model).to(self._device).float()
+        self.model = copy.deepcopy(model)
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            # Not by methods of the model: those of transformers refuse it for what was a GGUF file.
+            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            tensor.data = tensor.data.to(self._device, dtype)
         paths = paths_of_modules(self.model)
         self.layers: dict[str, SimulatedLinear] = {}
         for name, weight in weights.items():

@@ -55,7 +55,7 @@ def test_bits_of_patterns(folder):
     assert result.exit_code == 0, result.output
     recorded = json.loads((folder / "out/liquidgemm.json").read_text())["config"]
     assert LiquidConfig._from_dict(recorded) == LiquidConfig(bits={"k_proj": 8, "*": 6})
-    assert list(recorded["bits"]) == ["k_proj", "*"]
+    assert recorded["bits"] == [["k_proj", 8], ["*", 6]]
 
 
 DATA = ["--calib", "a.txt"]

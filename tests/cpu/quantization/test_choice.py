@@ -141,8 +141,10 @@ def test_a_recipe_that_overfits_is_refused(model, data):
 def test_no_recipe_is_an_error(model, data, monkeypatch):
     with pytest.raises(ValueError, match=r"target: expected at least 4\.47 .* 'search' needs, got"):
         choose_recipe(model, target=4.4, **data, progress=False)
+    # Of a model of this size a recipe may lose nothing at all.
+    monkeypatch.setattr(choice_trials.Judge, "__call__", lambda *_: 5.0)
     with pytest.raises(NoRecipeError, match="no recipe has at most 4\\.5 bits") as caught:
-        choose_recipe(model, target=4.5, max_loss=1e-6, **data, progress=False)
+        choose_recipe(model, target=4.5, max_loss=4.9, **data, progress=False)
     assert [t.recipe for t in caught.value.trials if t.loss is not None] == [
         "search",
         "gptq, smooth",
