@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bench.suites import kv, kv_quality
+from bench.suites.quality import Reference
 
 
 def test_bytes_of_a_call() -> None:
@@ -112,3 +113,28 @@ def test_the_document_has_a_place_for_the_table(tmp_path, monkeypatch) -> None:
     document.write_text(text.replace(kv_quality.END, ""))
     with pytest.raises(SystemExit, match="expected the lines"):
         kv_quality.render(tmp_path)
+
+
+class Table(nn.Module):
+    """A model whose hidden states are rows of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.eye(10))
+
+    def base_model(self, ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.rows[ids])
+
+    def get_output_embeddings(self):
+        return lambda hidden: 2 * hidden
+
+
+def test_the_reference_keeps_no_graphs() -> None:
+    """Of every window, which would fill a GPU."""
+    reference = Reference(Table())
+    ids = torch.tensor([[3, 1, 4]])
+    for _ in range(2):
+        logits = reference(ids).logits
+        assert torch.equal(logits.argmax(-1), ids)
+        assert not logits.requires_grad
+    assert not any(hidden.requires_grad for hidden in reference._hidden.values())
