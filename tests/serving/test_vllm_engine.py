@@ -239,19 +239,6 @@ def test_adapters_are_swapped(skip, tmp_path):
         assert_near(logits(llm, lora_request=one), wanted)
 
 
-def test_speculative_decoding_gives_the_tokens_of_one_at_a_time(tmp_path):
-    folder = quantized(tmp_path)
-    sampling = vllm.SamplingParams(temperature=0, max_tokens=24, detokenize=False)
-    prompt = {"prompt_token_ids": [1, 2, 3, 4] * 8}
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    tokens = []
-    for how in (None, ngram):
-        llm = engine(folder, speculative_config=how)
-        (result,) = llm.generate([prompt], sampling, use_tqdm=False)
-        tokens.append(list(result.outputs[0].token_ids))
-    assert tokens[0] == tokens[1]
-
-
 TP2 = """
 import sys, torch
 sys.path[:0] = {path!r}
@@ -319,3 +306,17 @@ def test_an_error_of_the_checkpoint_reaches_the_user(tmp_path):
     write_config(folder, quantization_config=settings | {"format_version": 9})
     with pytest.raises(Exception, match="newer liquidgemm"):
         engine(folder)
+
+
+# The last: it imports numba, beside which vLLM for CPUs makes no further engine in this process.
+def test_speculative_decoding_gives_the_tokens_of_one_at_a_time(tmp_path):
+    folder = quantized(tmp_path)
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=24, detokenize=False)
+    prompt = {"prompt_token_ids": [1, 2, 3, 4] * 8}
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    tokens = []
+    for how in (None, ngram):
+        llm = engine(folder, speculative_config=how)
+        (result,) = llm.generate([prompt], sampling, use_tqdm=False)
+        tokens.append(list(result.outputs[0].token_ids))
+    assert tokens[0] == tokens[1]
