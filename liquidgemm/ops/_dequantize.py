@@ -54,7 +54,8 @@ def dequantize_packed(
     """``W[n, k] = cast(float32(w8[n, k]) * weight_scale[n])``, each operation rounded once.
 
     Args:
-        weight: packed weight, uint8 ``[ceil(N / 64), ceil(K / 64), 2176]``, or 4096 if INT8.
+        weight: packed weight, uint8 ``[ceil(N / 64), ceil(K / 64), 2176]``, or 2304, 3200 or 4096,
+            as in `gemm`.
         weight_scale: float32 ``[N]``.
         k: K.
         dtype: float32, bfloat16 or float16.

@@ -75,9 +75,9 @@ def gemm(
         x: int8 ``[..., K]`` with values in -127..127, K up to 132 104.
         x_scale: float32 ``[...]``, one scale per row of x.
         weight: packed weight, uint8 ``[ceil(N / 64), ceil(K / 64), 2176]`` from `pack_weight`, or
-            4096 from `pack_int8_weight`. It tells its K only rounded up to a multiple of 64: an x
-            with up to 63 columns less is taken, and columns of the weight past those of x are
-            ignored. `LiquidLinear` checks K itself.
+            2304 (groups of 32) or 3200 (6 bits), or 4096 from `pack_int8_weight`. It tells its K
+            only rounded up to a multiple of 64: an x with up to 63 columns less is taken, and
+            columns of the weight past those of x are ignored. `LiquidLinear` checks K itself.
         weight_scale: float32 ``[N]``.
         bias: float32, bfloat16 or float16 ``[N]``.
         out_dtype: bfloat16 (default), float16 or float32; int32 returns the sum itself, without

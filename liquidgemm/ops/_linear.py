@@ -89,8 +89,8 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None 
 
     Args:
         x: float32, bfloat16 or float16 ``[..., K]``, K up to 132 104.
-        weight: packed weight, uint8 ``[ceil(N / 64), ceil(K / 64), 2176]``, or 4096 if they
-            are INT8. It tells its K only rounded up to a multiple of 64, as in `gemm`.
+        weight: packed weight, uint8 ``[ceil(N / 64), ceil(K / 64), 2176]``, or 2304, 3200 or 4096,
+            as in `gemm`. It tells its K only rounded up to a multiple of 64.
         weight_scale: float32 ``[N]``.
         bias: float32, bfloat16 or float16 ``[N]``.
 
