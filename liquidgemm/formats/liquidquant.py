@@ -31,7 +31,7 @@ GROUP = 64
 row of a block share one (s, a) pair."""
 
 FINE_GROUP = 32
-"""Columns that share one in a weight of groups of 32."""
+"""Columns that share one (s, a) pair in a weight with groups of 32."""
 
 PANEL = 64
 """Rows of one block of the packed layout."""

@@ -1,8 +1,8 @@
 """GGUF files of llama.cpp (ggml-org/llama.cpp): settings, tokenizer and weights in one file.
 
 A quantized tensor is blocks of 32 or 256 columns with scales of their own, 16-bit floats that most
-types multiply by small integers for 16 or 32 columns. Those groups are finer than our 64 columns,
-so no type has our grid; `gguf.quants.dequantize` expands the codes, one tensor at a time.
+types multiply by small integers for 16 or 32 columns. No type keeps its codes here, also not those
+of 4 bits in groups of 32: `gguf.quants.dequantize` expands them, one tensor at a time.
 
 llama.cpp pairs the rows of queries and keys for its rotary embedding where transformers has them
 in halves, for the architecture "llama" alone: they are put back.

@@ -95,7 +95,7 @@ class ByteWeight:
 
 @dataclass(frozen=True, eq=False)
 class FineWeight:
-    """A weight whose groups are finer than 64 columns, expanded by the source's own arithmetic.
+    """A weight that cannot keep its codes here, expanded by the source's own arithmetic.
 
     Attributes:
         values: float32 ``[N, K]``.

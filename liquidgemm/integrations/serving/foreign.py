@@ -62,7 +62,8 @@ def foreign_layers(files: Mapping[str, dict], names: Iterable[str]) -> dict[str,
         why = "the 4-bit grid cannot hold it, or what its tensors mean is not known"
         if method in _IN_8_BITS:
             why = "it needs 8 bits here: convert the checkpoint before by `liquidgemm import`"
-        known = ", ".join(name for name in formats if name != "mxfp4")  # which says why not itself
+        # mxfp4 is refused below, by the layout of its codes.
+        known = ", ".join(name for name in formats if name != "mxfp4")
         raise ValueError(
             f"quant_method: expected one of {known} to convert while loading, got {method!r}: {why}"
         )
