@@ -1,7 +1,8 @@
 """Distillation: the whole quantized model is fitted to what the float model gives.
 
 Tuning sees the output of a block, and not what later blocks make of it. Here Adam fits one factor
-per output channel of every quantized layer (it goes into sigma) and the gains of the norms, by what
+per output channel of every quantized layer (it goes into sigma) and all vectors among the other
+parameters (gains of norms, and where there are any their biases and those of float layers), by what
 comes out of the model in the end: for language models the divergence of the distributions of the
 next token, else the squared error relative to the output. A part of the data is set aside: the best
 step on that counts, and none may be the best.
