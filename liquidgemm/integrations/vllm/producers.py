@@ -33,6 +33,8 @@ _CONSUMERS = {
 
 
 class QuantizingRMSNorm(RMSNorm):
+    """vLLM's RMSNorm, which in compiled models quantizes as well once `quantizes` is set."""
+
     quantizes = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None):
@@ -46,10 +48,13 @@ class QuantizingRMSNorm(RMSNorm):
         return y if residual is None else (y, h)
 
     def can_quantize(self) -> bool:
+        """Whether `rms_norm_quantize` computes this norm: with gains, over whole rows."""
         return self.has_weight and self.variance_size_override is None
 
 
 class QuantizingSiluAndMul(SiluAndMul):
+    """vLLM's SiLU-and-multiply, likewise."""
+
     quantizes = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,6 +65,7 @@ class QuantizingSiluAndMul(SiluAndMul):
         return y
 
     def can_quantize(self) -> bool:
+        """Always: `glu_quantize` has all that `SiluAndMul` can be."""
         return True
 
 
