@@ -144,11 +144,30 @@ def test_layers_take_what_the_norm_before_them_has_quantized(table, monkeypatch)
         assert (one - other).norm() <= 0.01 * other.norm()
 
 
-def test_norms_before_floats_do_not_quantize():
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize(
+    ("in_floats", "on"),
+    [
+        ("q k v", (False, True, True)),
+        ("gate up", (True, False, True)),
+        ("down", (True, True, False)),
+    ],
+)
+def test_producers_before_floats_do_not_quantize(in_floats, on, table, monkeypatch):
+    """The line at start-up says yes of norms if those of one place do."""
+    if not table:
+        monkeypatch.setattr(fusion, "state", lambda: "no: not in this test")
+    elif fusion.state() != "yes":
+        pytest.skip(fusion.state())
+    parts = {f"a.{part}_proj" for part in in_floats.split()}
     with compiling():
-        made = block(LAYERS | {})  # down_proj in floats
-        made.mlp.gate_up_proj.quant_method.summary.producers.switch_on()
-        assert quantizing(made) == (True, True, False)
+        made = block({name: augment for name, augment in ALL.items() if name not in parts})
+        layers = (made.self_attn.qkv_proj, made.mlp.gate_up_proj)
+        ours = next(layer for layer in layers if "qweight" in layer._parameters)
+        summary = ours.quant_method.summary
+        summary.producers.switch_on()
+        assert quantizing(made) == (*on[:2], on[2] and not table)
+        assert "RMSNorm yes" in summary.more()
 
 
 @pytest.mark.parametrize(

@@ -110,11 +110,11 @@ class Producers:
             producer.quantizes = ours and producer.can_quantize()
             self._on[name] += producer.quantizes
 
-    def state(self, name: str) -> str:
-        """Whether the producers of this name quantize; if none does, why."""
-        return (
-            "yes" if self._on[name] else f"no: {self._why_not or 'none is before a layer of ours'}"
-        )
+    def state(self, *names: str) -> str:
+        """Whether any producer of these names quantizes; if none does, why."""
+        if any(self._on[name] for name in names):
+            return "yes"
+        return f"no: {self._why_not or 'none is before a layer of ours'}"
 
     def __reduce__(self):
         """A config that is sent to another process has not made a model yet."""

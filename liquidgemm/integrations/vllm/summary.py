@@ -32,7 +32,7 @@ class Summary(summary.Summary):
         silu = fusion.state()
         if silu != "yes":
             silu = self.producers.state("act_fn")
-        norm = self.producers.state("input_layernorm")
+        norm = self.producers.state("input_layernorm", "post_attention_layernorm")
         return f"{exact}; fused with the quantization after it: SiLU {silu}, RMSNorm {norm}"
 
 
