@@ -238,19 +238,33 @@ def test_every_method_makes_them(method):
 
 
 def test_learned_rounding_takes_them():
-    x = [torch.randn(64, K) for _ in range(2)]
-    for tune in (0, 5):
+    """Codes move within the steps and offsets of their groups, and the error falls."""
+    x = weights(512, K)
+    found, errors = [], []
+    for tune in (0, 40):
         model = model_of()
-        config = LiquidConfig(method="gptq", group_size=32, tune=tune, gate="off")
-        liquidgemm.quantize_(model, config, calibration=x, progress=False)
-        assert model.second.group_size == 32
+        expected = model(x)
+        config = LiquidConfig(method="hessian", group_size=32, tune=tune, gate="off")
+        liquidgemm.quantize_(model, config, calibration=list(x.split(64)), progress=False)
+        found.append(model)
+        errors.append((model(x) - expected).square().mean().item())
+    before, after = found
+    for name in ("first", "second"):
+        one, other = before.get_submodule(name), after.get_submodule(name)
+        assert other.group_size == 32
+        for grid in ("qscale", "qoffset"):
+            reference.assert_same(getattr(other, grid), getattr(one, grid))
+        assert 0 < (one.qweight != other.qweight).float().mean() < 0.2
+    assert errors[1] < errors[0]
 
 
 def test_a_budget_counts_their_bits():
-    """4.5 and a scale per row: what is below that is refused by the number."""
+    """4.5 and a scale per row, of whole blocks: what is below that is refused by the number."""
     x = [torch.randn(64, K) for _ in range(2)]
     config = LiquidConfig(group_size=32, budget=5.0, gate="off")
-    with pytest.raises(ValueError, match=r"budget: expected at least 5\.\d+ bits"):
+    columns = 128 * 128 + 64 * 128  # padded
+    least = (4.5 * columns + 32 * (128 + 64)) / (128 * K + 64 * 128)
+    with pytest.raises(ValueError, match=f"budget: expected at least {least:.2f} bits"):
         liquidgemm.quantize_(model_of(), config, calibration=x, progress=False)
     model = model_of()
     config = LiquidConfig(group_size=32, budget=12.0, gate="off")
