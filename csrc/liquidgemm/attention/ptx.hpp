@@ -49,7 +49,7 @@ CUTE_DEVICE float exp2_approximate(float x) {
 // in registers, the policy would cost the largest decode kernels a spill.
 constexpr uint64_t kEvictFirst = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
 
-// Both for what is read once: it leaves the L2 cache first.
+// This and copy_bulk are for what is read once: it leaves the L2 cache first.
 CUTE_DEVICE void copy_16_async(uint32_t to, void const* from) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
                "l"(from), "l"(kEvictFirst)

@@ -113,8 +113,8 @@ class SlotScheduler {
   Sizes const& sizes_;
   SlotWork const& params_;
   int item_ = 0;
-  // Read when a tile is placed for the first time: it is not there while tokens are quantized,
-  // which takes all registers.
+  // Read when a tile is placed for the first time, so that it occupies no register while tokens are
+  // quantized, which takes all of them.
   mutable int expert_ = kUnread;
 };
 
