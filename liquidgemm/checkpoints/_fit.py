@@ -94,7 +94,12 @@ def check_fit(
             augment, group_size = sizes.get("augment", 0), sizes.get("group_size", GROUP)
             for key in _FREE:
                 got.pop(key, None)
-        if got != wanted:
+            for key, number in zip(_FREE, (augment, group_size), strict=True):
+                if type(number) is not int:
+                    raise ValueError(
+                        f"{name}: expected an integer for {key} in {directory}, got {number!r}"
+                    )
+        if not _same(got, wanted):
             raise ValueError(f"{name}: expected {wanted} as in {directory}, got {got}")
         for key in ("weight", "columns"):
             expected.pop(f"{name}.{key}", None)
@@ -146,7 +151,7 @@ def _check_experts(
         kind = layout or (type(module).__name__ if module is not None else "nothing")
         raise ValueError(f"{name}: expected experts in the model, got {kind}")
     got = (module if isinstance(module, LiquidExperts) else cast(Layout, layout)).sizes
-    if got != sizes:
+    if not _same(got, sizes):
         raise ValueError(f"{name}: expected {sizes} as in {directory}, got {got}")
     like = LiquidExperts(**got, device="meta")
     for part, stack in (("gate_up", like.gate_up), ("down", like.down)):
@@ -171,6 +176,15 @@ def _check_experts(
     known = {f"{name}.{key}" for key in like.state_dict()}
     if extra := sorted(k for k in state if k.startswith(f"{name}.") and k not in known):
         raise ValueError(f"{extra[0]}: in {directory}, but not in the model")
+
+
+def _same(got: dict[str, Any], wanted: object) -> bool:
+    """Whether they are equal, of the same types: 64.0 is no size of a tensor."""
+    return (
+        isinstance(wanted, dict)
+        and got == wanted
+        and all(type(value) is type(wanted[key]) for key, value in got.items())
+    )
 
 
 def _loads_as(stored: torch.dtype, wanted: torch.dtype) -> bool:

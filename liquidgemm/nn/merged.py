@@ -41,11 +41,11 @@ def _why_apart(parts: Sequence[LiquidLinear]) -> str | None:
             return f"in_features are {first.in_features} and {part.in_features}"
         if part.scale.device != first.scale.device:
             return f"they are on {first.scale.device} and {part.scale.device}"
-        if not _same_columns(part.columns, first.columns):
-            return "their residual columns differ"
         formats = {one.packed.shape[-1] for one in (first, part) if one.packed is not None}
         if len(formats) > 1:
             return "their weights have other numbers of bits, or other groups"
+        if not _same_columns(part.columns, first.columns):
+            return "their residual columns differ"
         biases = {None if one.bias is None else one.bias.dtype for one in (first, part)}
         if len(biases) > 1:
             return f"their biases are {' and '.join(sorted(map(str, biases)))}"

@@ -92,7 +92,7 @@ def quantize_weight(
             f"weight: expected shape [N, K] with N >= 1 and K from 1 to {MAX_IN_FEATURES}, "
             f"got {list(weight.shape)}"
         )
-    if group_size not in GROUP_SIZES:
+    if type(group_size) is not int or group_size not in GROUP_SIZES:
         raise ValueError(f"group_size: expected one of {GROUP_SIZES}, got {group_size!r}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")

@@ -213,9 +213,9 @@ def zeros(
         ValueError: a form that there is not, or as `QuantizedWeight`.
     """
     augment, group_size = form.augment, form.group_size
-    if augment < 0 or augment % GROUP:
-        raise ValueError(f"augment: expected a multiple of {GROUP}, got {augment}")
-    if group_size not in (FINE_GROUP, GROUP):
+    if type(augment) is not int or augment < 0 or augment % GROUP:
+        raise ValueError(f"augment: expected a multiple of {GROUP}, got {augment!r}")
+    if type(group_size) is not int or group_size not in (FINE_GROUP, GROUP):
         raise ValueError(f"group_size: expected {FINE_GROUP} or {GROUP}, got {group_size!r}")
     columns = padded(in_features) + augment
     n, groups = out_features, columns // group_size

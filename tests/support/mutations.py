@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from liquidgemm import LiquidConfig, load_quantized, quantize_, save_quantized
+from liquidgemm import LiquidConfig, LiquidLinear, load_quantized, quantize_, save_quantized
 
 MANIFEST, WEIGHTS = "liquidgemm.json", "liquidgemm.safetensors"
 REFUSALS = (ValueError, FileNotFoundError)  # what `load_quantized` promises to raise
@@ -34,12 +34,16 @@ DTYPES = {
 
 
 class Net(nn.Module):
-    """Two quantized layers, one with a last group that is not full; tied tensors; a buffer."""
+    """Quantized layers of every format, some with a last group that is not full; tied tensors; a
+    buffer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Linear(5, 70)
         self.down = nn.Linear(70, 5, bias=False)
+        self.fine = nn.Linear(70, 3)
+        self.six = nn.Linear(5, 3, bias=False)
+        self.eight = nn.Linear(70, 3)
         self.norm = nn.LayerNorm(5)
         self.embed = nn.Embedding(4, 5)
         self.lm_head = nn.Linear(5, 4, bias=False)
@@ -47,11 +51,16 @@ class Net(nn.Module):
         self.register_buffer("step", torch.tensor(3))
 
 
+LAYERS = ("up.", "down.", "fine.", "six.", "eight.")
+
+
 def quantized_net(seed: int) -> Net:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = Net()
-    quantize_(net, progress=False)
+    net.up, net.down = LiquidLinear.from_linear(net.up), LiquidLinear.from_linear(net.down)
+    config = LiquidConfig(group_size=32, bits={"six": 6, "eight": 8})
+    quantize_(net, config, progress=False, verify=False)
     return net
 
 
@@ -112,18 +121,23 @@ def places(value: object) -> list[tuple[dict | list, object]]:
 
 
 def mutate_json(value: object, rng: random.Random) -> object:
-    """A copy with one to three parts replaced, removed, renamed, exchanged or added."""
+    """A copy with one to three parts replaced, removed, renamed, exchanged, added, or equal but of
+    another type."""
     value = copy.deepcopy(value)
     for _ in range(rng.randrange(1, 4)):
         inside = places(value)
         if not inside:
             return random_json(rng)
         container, key = rng.choice(inside)
-        kind = rng.randrange(6)
+        kind = rng.randrange(7)
         if kind < 2:
             container[key] = random_json(rng)
         elif kind == 2:
             del container[key]
+        elif kind == 6:
+            part = container[key]
+            if isinstance(part, int):
+                container[key] = int(part) if type(part) is bool else float(part)
         elif kind == 3:
             other, other_key = rng.choice(inside)
             container[key] = copy.deepcopy(other[other_key])
@@ -316,7 +330,7 @@ def check_states(count: int, seed: int) -> int:
         rng = random.Random(f"{seed}-{case}")
         state = dict(good)
         for _ in range(rng.randrange(1, 3)):
-            key = rng.choice([k for k in state if k.startswith(("up.", "down."))])
+            key = rng.choice([k for k in state if k.startswith(LAYERS)])
             state[key] = mutate_tensor(state[key], rng)
         try:
             target.load_state_dict(state)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...formats.liquidquant import padded
+from ...formats.liquidquant import FINE_GROUP, padded
 from ...nn._modules import linear_at
 from ..config import LiquidConfig
 from ..experts import Experts
@@ -54,7 +54,8 @@ def plan(
         parts = [f"{linear.out_features} x {linear.in_features}", method]
         if extra:
             parts.append(f"{extra} residual columns")
-        stored = {4: 4.25, 6: 6.25, 8: 8}[bits] * (columns + extra)
+        four = 4.5 if own.group_size == FINE_GROUP else 4.25
+        stored = {4: four, 6: 6.25, 8: 8}[bits] * (columns + extra)
         parts.append(f"{stored / linear.in_features:.2f} bits per weight")
         if name not in reached:
             parts.append("not reached by the calibration data")

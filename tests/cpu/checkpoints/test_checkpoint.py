@@ -158,6 +158,14 @@ def remove(name):
     return lambda directory: (directory / name).unlink()
 
 
+def edit_layer(**changes):
+    def edit(directory):
+        layers = json.loads((directory / MANIFEST).read_text())["layers"]
+        edit_manifest(layers=layers | {"pool": layers["pool"] | changes})(directory)
+
+    return edit
+
+
 @pytest.mark.parametrize(
     ("edit", "error", "message"),
     [
@@ -186,6 +194,18 @@ def remove(name):
             r"pool.bias: expected dtype torch.float32 .*got torch.int32",
         ),
         (edit_manifest(layers={"pool": 3}), ValueError, "pool: expected 3 as in"),
+        (
+            edit_layer(in_features=96.0),
+            ValueError,
+            r"pool: expected .*: 96\.0.* as in .*, got .*: 96,",
+        ),
+        (edit_layer(bias=1), ValueError, "pool: expected .*'bias': 1.* as in .*'bias': True"),
+        (edit_layer(group_size=64.0), ValueError, "pool: expected an integer for group_size in"),
+        (
+            edit_layer(augment=False),
+            ValueError,
+            "pool: expected an integer for augment .*got False",
+        ),
         (edit_manifest(config={"digits": 3}), ValueError, r"got \['digits'\]"),
         (
             edit_weights(lambda s: s.pop("pool.qscale")),

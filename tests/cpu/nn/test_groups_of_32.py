@@ -123,8 +123,9 @@ def test_state_dict(assign):
     assert meta.group_size == 32
     meta.load_state_dict(state, assign=True)
     reference.assert_same(meta(x), source(x))
-    with pytest.raises(ValueError, match="group_size: expected 32 or 64, got 128"):
-        LiquidLinear(K, 70, group_size=128)
+    for size in (128, 32.0):
+        with pytest.raises(ValueError, match=f"group_size: expected 32 or 64, got {size}"):
+            LiquidLinear(K, 70, group_size=size)
 
 
 def test_copies_pickles_assigned_tensors_and_calls_with_others():

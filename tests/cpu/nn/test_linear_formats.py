@@ -195,8 +195,10 @@ def test_layers_are_merged(bits):
     reference.assert_same(merged(x), expected)
     other = add_residual(weights(64), liquidgemm.quantize_weight(weights(64)), int8.columns_of(K))
     columns = LiquidLinear.from_quantized(other, torch.ones(64))
-    with pytest.raises(ValueError, match="other numbers of bits"):
-        MergedLinear([parts[0], columns])
+    four = LiquidLinear.from_quantized(liquidgemm.quantize_weight(weights(64)), torch.ones(64))
+    for unlike in (columns, four):
+        with pytest.raises(ValueError, match="other numbers of bits"):
+            MergedLinear([parts[0], unlike])
 
 
 @BITS

@@ -317,6 +317,12 @@ def test_plan():
         "b": "8 x 128, gptq, 64 residual columns, 6.38 bits per weight",
         "c": "8 x 96, int8, 10.67 bits per weight",
     }
+    config = LiquidConfig(group_size=32, augment={"b": 64}, keep=("c",), bits={"a": 6})
+    assert plan(model, ["a", "b", "c"], config) == {
+        "a": "8 x 128, search, 6.25 bits per weight",
+        "b": "8 x 128, search, 64 residual columns, 6.75 bits per weight",
+        "c": "8 x 96, int8, 10.67 bits per weight",
+    }
 
 
 # Rotation.

@@ -295,6 +295,7 @@ def test_non_finite_weights_are_refused(method, bad):
         ({"weight": torch.zeros(3, 0)}, ValueError, r"weight: .*\[3, 0\]"),
         ({"weight": torch.zeros(1, 132105)}, ValueError, "132104.*132105"),
         ({"group_size": 48}, ValueError, "group_size: .*48"),
+        ({"group_size": 32.0}, ValueError, r"group_size: expected one of .*, got 32\.0"),
         ({"group_size": 32, "bits": 6}, ValueError, "group_size: .*with 6 bits, got 32"),
         ({"method": "gptq"}, ValueError, "method: .*'gptq'"),
         ({"importance": torch.ones(4)}, ValueError, r"importance: expected shape \[3\].*\[4\]"),
