@@ -5,8 +5,9 @@
 
 Weights are random, in the sizes of well-known models; ours are codes as a checkpoint of ours would
 bring them, served by the plug-in. w4a8-head has a head of 8 bits as well, which is bf16 in all
-others; in w4a8-apart no norm or activation quantizes for the layer after it. Each format gets a
-process of its own, in which the engine answers so many requests at once:
+others; in w4a8-apart no norm quantizes for the layer after it, and no activation, unless vLLM has a
+table for that. Each format gets a process of its own, in which the engine answers so many requests
+at once:
 
 - prefill: the time until all have their first token;
 - a decode step: the time from then on until the first request ends, by the steps between;
