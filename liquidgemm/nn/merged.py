@@ -85,9 +85,9 @@ class MergedLinear(nn.Module):
     Shapes: as `LiquidLinear`, with N the sum of ``sizes``.
 
     Raises:
-        ValueError: the layers cannot be merged: other than in_features, devices, residual columns
-            or kinds of bias that agree, and out_features that are multiples of 64 in all but the
-            last.
+        ValueError: the layers cannot be merged: other than in_features, devices, bits, groups,
+            residual columns and kinds of bias that agree, and out_features that are multiples of
+            64 in all but the last.
         RuntimeError: in forward, as `LiquidLinear`.
     """
 

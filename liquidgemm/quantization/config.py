@@ -41,7 +41,8 @@ class LiquidConfig:
         keep: patterns of layers that get the precision of an INT8 weight: 8 bits, without groups.
         bits: 4, 6 or 8 per pattern (the first that matches counts; 4 if none): codes of 4 or 6
             bits, or an INT8 weight, as ``keep``, which goes first. Layers of 6 and 8 bits have no
-            residual columns; experts have 4 bits.
+            residual columns. Experts have 4 bits alone: where a pattern gives them others, or
+            ``keep`` matches them, they stay in floats, as the report says.
         budget: bits per weight, scales and all, that the quantized layers have on average at most,
             those that ``keep`` matches with 8 and experts with 4 among them. Which layers get 4, 6
             and 8 is chosen by how much the output of the model changes if one of them has 4,
