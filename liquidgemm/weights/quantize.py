@@ -49,9 +49,6 @@ _CENTRE_OFFSETS = (0, -1, 1)
 # Elements that are searched at a time: few enough to stay in a core's cache, or to fill a GPU.
 _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 24
-# Elements for each thread of the CPU below which it searches faster than a GPU, where the search is
-# thousands of launches whatever the size.
-_FOR_CPU = 1 << 17
 
 
 def quantize_weight(
@@ -67,9 +64,7 @@ def quantize_weight(
     result is deterministic and stays on the weight's device. Columns past K, which fill the last
     group, have q = 0 and no influence.
 
-    The search of a small weight on a GPU runs on the CPU: up to 131 072 elements for each of
-    `torch.get_num_threads()`. CPU and GPU differ in about one byte in ten thousand, so there a
-    slice, or another number of threads, may give other codes.
+    It is searched where it lies: a CPU and a GPU differ in about one byte in ten thousand.
 
     Args:
         weight: float32, bfloat16 or float16 ``[N, K]``.
@@ -108,11 +103,6 @@ def quantize_weight(
         if method != "search":
             raise ValueError(f"importance: expected None with method {method!r}, got a tensor")
         _check_importance(importance, k)
-    small = weight.numel() <= _FOR_CPU * torch.get_num_threads()
-    if weight.is_cuda and method == "search" and small and _cpu.is_fast():
-        importance = None if importance is None else importance.cpu()
-        found = quantize_weight(weight.detach().cpu(), group_size, method, importance, bits)
-        return found.to(weight.device)
 
     span = padded(k) if group_size == -1 else group_size
     column_weight = _column_weight(importance, k, span, weight.device)
