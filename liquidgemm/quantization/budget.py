@@ -107,9 +107,11 @@ def bits_within(
         weights += rows * columns
         if experts.of(name) is None and layer_bits(config, name) == 4:
             free.append(name)
+        elif experts.of(name) is None:  # by ``keep``, which goes before bits
+            fixed += stored_bits(rows, columns, 8)
         else:
-            given[name] = 4 if experts.of(name) is not None else 8
-            fixed += stored_bits(rows, columns, given[name])
+            given[name] = 4
+            fixed += stored_bits(rows, columns, 4)
     room = config.budget * weights - fixed
     least = sum(_stored(model, name, 4, config.group_size) for name in free)
     if least > room:

@@ -1,6 +1,7 @@
 """Bits of layers: by patterns, and within a budget by what they do to the output."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -119,6 +120,12 @@ def test_what_is_kept_counts(data):
     config = LiquidConfig(budget=5.0, keep=("out",))
     quantize_(model, config, progress=False, calibration=data)
     assert bits_of(model)["out"] == 8
+    # What is recorded asks for the same, and for nothing twice.
+    again = Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_(again, model.liquid_config, progress=False, verify=False)
+    assert bits_of(again) == bits_of(model)
     with pytest.raises(ValueError, match=r"budget: expected at least 4\.9\d bits per weight"):
         quantize_(Net(), LiquidConfig(budget=4.6, keep=("out",)), progress=False, calibration=data)
 
