@@ -96,3 +96,8 @@ def round_to_nearest(weight: torch.Tensor):
         w8s.append(np.concatenate(decoded).astype(np.int64))
         sigmas.append(sigma)
     return torch.from_numpy(np.stack(w8s)), torch.from_numpy(np.array(sigmas, np.float32))
+
+
+def exact_int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """What `torch._int_mm` should give: on processors without VNNI its sums of 16 bits saturate."""
+    return (a.double() @ b.double()).to(torch.int32)

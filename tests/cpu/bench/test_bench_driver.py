@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from reference import exact_int_mm
 
 from bench.core import results, shapes, timing
 from bench.peers import Unsupported
@@ -74,6 +75,7 @@ def fake_gpu(monkeypatch):
         "Event": FakeEvent,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "_int_mm", exact_int_mm)
     monkeypatch.setattr(timing, "capture", capture)
     monkeypatch.setattr(driver, "capture", capture)
     monkeypatch.setattr(timing, "GRAPH_US", 100.0)
