@@ -5,15 +5,14 @@ python -m bench serve-report serve_*.json --out FOLDER
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..core.engine import FORMATS
 from ..core.results import BadResults
 from ..suites.serve import SCHEMA
+from . import command
 from .step import table
 
 OURS = "w4a8"
@@ -151,23 +150,5 @@ def write_plots(records: list[dict], folder: Path) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench serve-report", description=__doc__.split("\n", maxsplit=1)[0]
-    )
-    parser.add_argument("records", type=Path, nargs="+", help="JSON of bench serve")
-    parser.add_argument("--out", type=Path, help="folder (default: that of the first record)")
-    parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
-    options = parser.parse_args(arguments)
-    try:
-        records = read(options.records)
-    except BadResults as error:
-        print(f"python -m bench serve-report: error: {error}", file=sys.stderr)
-        return 1
-    folder = options.out or options.records[0].parent
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "serve.md").write_text(markdown(records))
-    print(folder / "serve.md")
-    if options.plots:
-        for path in write_plots(records, folder):
-            print(path)
-    return 0
+    about = __doc__.split("\n", maxsplit=1)[0]
+    return command.run("serve", about, arguments, read, markdown, write_plots)

@@ -5,15 +5,14 @@ python -m bench step-report step_*.json --out FOLDER
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..core.results import BadResults
 from ..decoder.formats import FORMATS
 from ..suites.step import SCHEMA
+from . import command
 
 OURS = "w4a8"
 # Table 1 of arXiv 2509.01229, as far as it is known here: tokens/s, and sequences where it says, on
@@ -245,23 +244,9 @@ def write_plots(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench step-report", description=__doc__.split("\n", maxsplit=1)[0]
-    )
-    parser.add_argument("records", type=Path, nargs="+", help="JSON of bench step")
-    parser.add_argument("--out", type=Path, help="folder (default: that of the first record)")
-    parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
-    options = parser.parse_args(arguments)
-    try:
-        records = read(options.records)
-    except BadResults as error:
-        print(f"python -m bench step-report: error: {error}", file=sys.stderr)
-        return 1
-    folder = options.out or options.records[0].parent
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "step.md").write_text(markdown(records))
-    print(folder / "step.md")
-    if options.plots:
-        for path in write_plots(rows_of(records), folder):
-            print(path)
-    return 0
+    about = __doc__.split("\n", maxsplit=1)[0]
+
+    def plots(records: list[dict], folder: Path) -> list[Path]:
+        return write_plots(rows_of(records), folder)
+
+    return command.run("step", about, arguments, read, markdown, plots)

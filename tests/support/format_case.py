@@ -32,6 +32,16 @@ class FormatCase:
         values = torch.randint(low, high + 1, shape, generator=self.generator)
         return torch.where(values < (low + high) / 2, low, high) if self.extreme else values
 
+    def draw_grid(self, n, columns, group, most_code, most_step):
+        """Codes, steps and offsets that stay in INT8's range, and the integers that they mean."""
+        codes = self.draw(0, most_code, n, columns)
+        step = self.draw(1, most_step, n, columns // group)
+        room = 255 - most_code * step
+        drawn = torch.rand(n, columns // group, generator=self.generator)
+        offset = (drawn * (room + 1)).long().clamp(max=room)
+        w8 = codes * step.repeat_interleave(group, 1) + offset.repeat_interleave(group, 1) - 128
+        return codes, step.to(torch.uint8), offset.to(torch.uint8), w8
+
     def gemm(self, bias=None, out_dtype=None):
         return gemm(self.x, self.x_scale, self.weight, self.weight_scale, bias, out_dtype)
 

@@ -29,12 +29,8 @@ def nibbles(codes: torch.Tensor) -> torch.Tensor:
 
 class Case(FormatCase):
     def draw_weight(self, n, groups):
-        codes, step = self.draw(0, 15, n, groups * 64), self.draw(1, 17, n, groups * 2)
-        room = 255 - 15 * step
-        drawn = torch.rand(n, groups * 2, generator=self.generator)
-        offset = (drawn * (room + 1)).long().clamp(max=room)
-        self.logical = nibbles(codes), step.to(BYTES), offset.to(BYTES)
-        w8 = codes * step.repeat_interleave(32, 1) + offset.repeat_interleave(32, 1) - 128
+        codes, *grid, w8 = self.draw_grid(n, groups * 64, 32, 15, 17)
+        self.logical = nibbles(codes), *grid
         return pack_weight(*self.logical), w8
 
 

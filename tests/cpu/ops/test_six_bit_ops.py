@@ -33,13 +33,8 @@ def bits_of(codes: torch.Tensor) -> torch.Tensor:
 
 class Case(FormatCase):
     def draw_weight(self, n, groups):
-        codes, step = self.draw(0, 63, n, groups * 64), self.draw(1, 4, n, groups)
-        room = 255 - 63 * step
-        drawn = torch.rand(n, groups, generator=self.generator)
-        offset = (drawn * (room + 1)).long().clamp(max=room)
-        self.codes = codes
-        self.logical = tuple(t.to(torch.uint8) for t in (bits_of(codes), step, offset))
-        w8 = codes * step.repeat_interleave(64, 1) + offset.repeat_interleave(64, 1) - 128
+        self.codes, *grid, w8 = self.draw_grid(n, groups * 64, 64, 63, 4)
+        self.logical = bits_of(self.codes), *grid
         return pack_weight(*self.logical), w8
 
 
